@@ -1,0 +1,74 @@
+"""Every key of a config, with its default and its reason. The other files are small changes to this one.
+
+Durations are one string with a unit: '90 epochs', '500 steps', '1_281_167 examples' or '5%' (of the run);
+`checkpoint_every` may also be '10 minutes'. `plan.py` turns them into steps.
+"""
+from ml_collections import ConfigDict
+
+
+def get_config():
+    config = ConfigDict()
+    config.seed = 0
+
+    config.dataset = ConfigDict()
+    config.dataset.name = 'digits'  # a TFDS name, 'digits' (embedded), or 'folder' (data_dir/SPLIT/CLASS/*.jpg)
+    config.dataset.data_dir = ''  # '': TFDS's own default, $TFDS_DATA_DIR or ~/tensorflow_datasets
+    config.dataset.train_split = 'train'  # a TFDS split: 'train', 'train[:90%]', ...
+    config.dataset.eval_split = 'test'
+    config.dataset.shuffle_buffer = 16_384  # encoded examples: x 110 KB (ImageNet's mean) = 1.8 GB of host memory
+    config.image_size = 224  # pixels, height and width of what the model sees
+
+    config.batch_size = 128  # global: over all replicas of all hosts
+    config.eval_batch_size = 128
+    config.train_for = '10 epochs'
+
+    config.schedule = ConfigDict()
+    config.schedule.name = 'cosine'  # the curve after warmup and hold: see schedules.CURVES
+    config.schedule.peak_lr = 1e-3
+    config.schedule.start_lr = 1e-5  # above 0: a first update with rate 0 would be wasted
+    config.schedule.end_lr = 0.0
+    config.schedule.warmup = '5%'  # the article's rule of thumb: 5 % of the run, then hold for half of that
+    config.schedule.hold = '2.5%'
+    # Any other key here is an argument of the curve, for example config.schedule.power = 2.0 for 'polynomial'.
+
+    config.optimizer = ConfigDict()
+    config.optimizer.name = 'adamw'  # see modeling/optimizers.py
+    # Any other key here is an argument of the Keras optimizer, for example config.optimizer.beta_2 = 0.99.
+    config.weight_decay = 0.0  # decoupled, scaled by the rate (Keras' meaning); never on biases and normalisation
+    config.l2_regularization = 0.0  # added to the gradient: `l2 * weight`; same mask
+    config.label_smoothing = 0.0
+    config.ema_decay = 0.0  # > 0: an average of the weights is kept, evaluated and exported
+    config.grad_clip_norm = 0.0  # > 0: the global norm of the summed gradient is clipped to this
+
+    config.model = ConfigDict()
+    config.model.name = 'EfficientNetV2B0'  # a name of keras.applications, or 'tiny'
+    config.model.weights = ''  # '': random; 'imagenet': keras.applications' weights, with a new head
+    config.model.dropout = 0.2  # before the head
+    config.model.drop_path = 0.0  # of the last residual block; grows linearly from 0 at the first
+    config.model.sync_batch_norm = True  # statistics over the global batch: the same run on any number of replicas
+
+    config.augment = ConfigDict()
+    config.augment.crop = 'center'  # 'center': as evaluation does; 'random': random resized crop
+    config.augment.crop_area = (0.08, 1.0)  # share of the picture that a random crop covers
+    config.augment.flip = False  # left-right, with probability 1/2
+    config.augment.translate = 0.0  # at most this share of the size, both ways
+    config.augment.rotate = 0.0  # at most this share of a full turn, both ways
+    config.augment.zoom = 0.0  # at most this share, both ways
+    config.augment.rand_augment = ConfigDict({'num_ops': 0, 'factor': 0.5, 'rate': 1.0})  # num_ops=0: off
+    config.augment.random_erasing = 0.0  # probability
+    config.augment.mixup = 0.0  # alpha of Beta(alpha, alpha); 0: off
+    config.augment.cutmix = 0.0  # alpha; with both, each batch takes one of the two by a coin
+    config.eval_crop = 1.0  # side of the central square that is evaluated, as share of the shorter side
+
+    config.precision = 'auto'  # auto | float32 | bfloat16 | float16
+    config.jit_compile = 'auto'  # auto | true | false: XLA for forward and backward
+    config.strategy = 'auto'  # auto | tpu | multi_worker | mirrored | one_device
+    config.virtual_devices = 0  # CPU only: split the processor into this many devices, to try a strategy
+    config.tpu = 'local'  # 'local' (Colab, Kaggle, TPU VM) or the name of a TPU
+    config.steps_per_loop = 20  # steps per host call
+
+    config.log_every = '1%'
+    config.eval_every = '10%'
+    config.checkpoint_every = '10 minutes'
+    config.keep_checkpoints = 2
+    return config

@@ -1,0 +1,26 @@
+"""EfficientNetV2B0 on scikit-learn's 1,797 handwritten digits: real data, no download."""
+from configs import default
+
+
+def get_config():
+    config = default.get_config()
+    config.dataset.name = 'digits'
+    config.image_size = 32  # the least that EfficientNetV2B0 takes; the digits are 8x8
+    config.batch_size = 64
+    config.eval_batch_size = 120
+    config.train_for = '40 epochs'
+
+    config.schedule.peak_lr = 3e-3
+    config.schedule.start_lr = 3e-5
+    config.schedule.warmup = '10%'
+    config.schedule.hold = '5%'
+    config.weight_decay = 0.02
+    config.label_smoothing = 0.1
+    config.ema_decay = 0.99
+
+    config.augment.translate = 0.1
+    config.augment.rotate = 0.03
+    config.augment.zoom = 0.1
+
+    config.eval_every = '20%'
+    return config

@@ -1,0 +1,124 @@
+"""A tf.distribute strategy for whatever hardware is there."""
+import glob
+import importlib.util
+import json
+import os
+
+import tensorflow as tf
+
+from errors import ConfigError, RunError
+
+
+def make_strategy(config):
+    """Chooses a strategy: TPU, else several workers, else several GPUs, else one device; or the one the config forces.
+
+    Returns: (strategy, one line that says what was chosen and why).
+
+    Raises:
+        RunError: the forced one is not there, or a TPU is there and does not start. Never a silent step down.
+        ConfigError: virtual devices together with real ones.
+    """
+    if config.virtual_devices:
+        _split_cpu(config.virtual_devices)
+    wanted = config.strategy
+    if wanted == 'tpu' or (wanted == 'auto' and _tpu_is_expected()):
+        return _tpu(config.tpu, wanted)
+    workers = _workers()
+    if wanted == 'multi_worker' or (wanted == 'auto' and workers > 1):
+        return _multi_worker(workers)
+    gpus = [gpu.name for gpu in tf.config.list_logical_devices('GPU')]
+    cpus = [cpu.name for cpu in tf.config.list_logical_devices('CPU')]
+    devices, kind = (gpus, 'GPU') if gpus else (cpus, 'virtual CPU' if config.virtual_devices else 'CPU')
+    if wanted == 'mirrored' or (wanted == 'auto' and len(devices) > 1):
+        if len(devices) < 2:
+            raise RunError(f"config.strategy='mirrored' needs several devices, but found {_found()}: "
+                           f'write --config.strategy=auto, or try it on a CPU with --config.virtual_devices=2')
+        return tf.distribute.MirroredStrategy(devices), f'MirroredStrategy on {len(devices)} {kind}s: {_reason(wanted, f"found {_found()}")}'
+    return tf.distribute.OneDeviceStrategy(devices[0]), f'OneDeviceStrategy on one {kind}: {_reason(wanted, f"found {_found()}")}'
+
+
+def device_kind(strategy):
+    """'TPU', 'GPU' or 'CPU': where the replicas compute."""
+    if isinstance(strategy, tf.distribute.TPUStrategy):
+        return 'TPU'
+    return 'GPU' if any('GPU' in device for device in strategy.extended.worker_devices) else 'CPU'
+
+
+def resolve_precision(precision, kind):
+    """The Keras dtype policy for `config.precision`: 'float32', 'mixed_bfloat16' or 'mixed_float16'."""
+    if precision == 'auto':
+        capable = kind == 'TPU' or (kind == 'GPU' and all(capability >= (8, 0) for capability in _compute_capabilities()))
+        precision = 'bfloat16' if capable else 'float32'
+    return precision if precision == 'float32' else f'mixed_{precision}'
+
+
+def resolve_jit_compile(jit_compile, kind):
+    """Whether forward and backward are compiled by XLA: on GPUs; not on CPUs, where it is slower; a TPU compiles anyway.
+
+    Raises: ConfigError for jit_compile='true' on a TPU, whose TensorFlow builds have no XLA for the host.
+    """
+    if kind == 'TPU' and jit_compile == 'true':
+        raise ConfigError("config.jit_compile='true' on a TPU would compile for the host, which fails: a TPU's step is compiled anyway, write auto")
+    return kind == 'GPU' if jit_compile == 'auto' else jit_compile == 'true'
+
+
+def _split_cpu(count):
+    if tf.config.list_physical_devices('GPU'):
+        raise ConfigError('config.virtual_devices is for CPUs only, and a GPU was found: set it to 0, or hide the GPU with CUDA_VISIBLE_DEVICES=-1')
+    cpu = tf.config.list_physical_devices('CPU')[0]
+    try:
+        tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * count)
+    except RuntimeError:
+        if len(tf.config.list_logical_devices('CPU')) != count:
+            raise RunError(f'config.virtual_devices={count}, but TensorFlow has already started with another number of devices: '
+                           f'start a new process') from None
+
+
+def _tpu_is_expected():
+    """A TPU is named by the environment, or its device files and library are there."""
+    named = any(os.environ.get(name) for name in ('TPU_NAME', 'COLAB_TPU_ADDR', 'TPU_ACCELERATOR_TYPE'))
+    attached = glob.glob('/dev/accel[0-9]*') or glob.glob('/dev/vfio/[0-9]*')
+    return bool(named or (attached and importlib.util.find_spec('libtpu')))
+
+
+def _tpu(name, wanted):
+    try:
+        resolver = tf.distribute.cluster_resolver.TPUClusterResolver(tpu=os.environ.get('TPU_NAME', name))
+        tf.config.experimental_connect_to_cluster(resolver)
+        tf.tpu.experimental.initialize_tpu_system(resolver)
+        strategy = tf.distribute.TPUStrategy(resolver)
+    except Exception as error:  # TensorFlow raises ValueError, NotFoundError, InvalidArgumentError, ... here
+        reason = ' '.join(str(error).split())[:200]
+        raise RunError(f'the TPU {name!r} does not start ({type(error).__name__}: {reason}); found {_found()}: '
+                       f"install the TPU build with pip install '.[tpu]', end other processes that hold the TPU, "
+                       f'or write --config.strategy=one_device') from error
+    return strategy, f'TPUStrategy on {strategy.num_replicas_in_sync} cores: {_reason(wanted, "a TPU was found")}'
+
+
+def _workers():
+    try:
+        return len(json.loads(os.environ.get('TF_CONFIG', '{}')).get('cluster', {}).get('worker', []))
+    except ValueError as error:
+        raise RunError(f'the environment variable TF_CONFIG is no JSON ({error}): mend it or unset it') from None
+
+
+def _multi_worker(workers):
+    if workers < 1:
+        raise RunError("config.strategy='multi_worker' needs the environment variable TF_CONFIG with the addresses of all workers, "
+                       f'but it names none; found {_found()}')
+    strategy = tf.distribute.MultiWorkerMirroredStrategy()
+    return strategy, f'MultiWorkerMirroredStrategy on {workers} workers, {strategy.num_replicas_in_sync} replicas: TF_CONFIG names them'
+
+
+def _reason(wanted, otherwise):
+    return 'config.strategy asks for it' if wanted != 'auto' else otherwise
+
+
+def _found():
+    counts = [(len(tf.config.list_logical_devices(kind)), kind) for kind in ('TPU', 'GPU', 'CPU')]
+    return ', '.join(f'{count} {kind}{"s" * (count > 1)}' for count, kind in counts if count)
+
+
+def _compute_capabilities():
+    details = [tf.config.experimental.get_device_details(gpu) for gpu in tf.config.list_physical_devices('GPU')]
+    return [detail.get('compute_capability') or (0, 0) for detail in details]

@@ -1,0 +1,45 @@
+"""Evaluation over every example of the split exactly once, on any number of replicas."""
+import json
+import os
+
+import tensorflow as tf
+
+from errors import RunError
+from inputs import pipeline
+from modeling import steps
+from outputs.logbook import write_json
+from session import open_session
+
+
+def run(config, workdir, which='last'):
+    """Evaluates the last or the best checkpoint in `workdir`; prints the numbers and writes evaluation.json."""
+    session = open_session(config, workdir)
+    step = session.checkpoints.restore(which)
+    metrics = make_evaluation(session)()
+    write_json(os.path.join(workdir, 'evaluation.json'), {'checkpoint': which, 'step': step, **metrics})
+    print(json.dumps({'checkpoint': which, 'step': step, **metrics}))
+    return metrics
+
+
+def make_evaluation(session):
+    """Returns: a function that evaluates the state as it is, {'eval/loss', 'eval/accuracy', 'eval/top5', 'eval/examples'}.
+
+    It raises RunError when the number of examples seen is not the size of the split.
+    """
+    plan = session.plan
+    eval_loop = steps.make_eval_loop(session.strategy, steps.make_eval_step(session.state, num_classes=plan.num_classes))
+
+    def evaluation():
+        session.synchronize()
+        batches, num_steps = pipeline.evaluation_batches(session.source, session.config, plan, session.strategy)
+        sums = {key: float(value) for key, value in eval_loop(iter(batches), tf.constant(num_steps)).items()}
+        if sums['examples'] != plan.eval_examples:
+            raise RunError(f'evaluated {sums["examples"]:.0f} examples, but {session.source.eval_split!r} has {plan.eval_examples}: prepare the data set again')
+        return {
+            'eval/loss': sums['loss'] / plan.eval_examples,
+            'eval/accuracy': sums['correct'] / plan.eval_examples,
+            'eval/top5': sums['top5'] / plan.eval_examples,
+            'eval/examples': plan.eval_examples,
+        }
+
+    return evaluation

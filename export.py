@@ -1,0 +1,123 @@
+"""The SavedModel: pictures in, classes out, preprocessing inside; checked in a fresh process that has TensorFlow alone."""
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from errors import RunError
+from inputs import pipeline
+from modeling import models, steps
+from session import open_session
+
+MAX_CHECKED = 1000  # evaluation examples that the exported model is compared on
+# Largest difference of a logit, as share of the largest logit: a few roundings of the type that the model computes in.
+TOLERANCE = {'float32': 1e-4, 'mixed_bfloat16': 5e-2, 'mixed_float16': 1e-2}
+READER = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'outputs', 'read_saved_model.py')
+
+
+def run(config, workdir, which='last'):
+    """Exports the last or the best checkpoint of `workdir` into `workdir`/export, and checks it."""
+    session = open_session(config, workdir)
+    session.checkpoints.restore(which)
+    exported = write(session, os.path.join(workdir, 'export'))
+    print(json.dumps(exported))
+    return exported
+
+
+def write(session, directory):
+    """Writes the SavedModel and compares it with the model on evaluation examples.
+
+    Its signatures take pictures of any size, which are cropped and resized as in evaluation:
+    `classify` (and serving_default) uint8 [batch, height, width, 3]; `classify_float` float32 in 0..255, the same shape;
+    `classify_encoded` JPEG or PNG files, string [batch]. Each returns `logits` and `probabilities`, float32
+    [batch, classes], `class_index`, int64 [batch], and `label`, string [batch]. `label_names` returns all labels.
+
+    Returns: {'export/examples', 'export/accuracy', 'export/max_difference'}, of the exported model.
+
+    Raises: RunError if its answers differ from the model's; what was at `directory` before stays then.
+    """
+    session.synchronize()
+    partial = directory + '.part'
+    shutil.rmtree(partial, ignore_errors=True)
+    os.makedirs(partial)
+    _write_saved_model(session, partial)
+    with open(os.path.join(partial, 'labels.txt'), 'w') as file:
+        file.writelines(f'{name}\n' for name in session.source.class_names)
+    exported = _compare(session, partial)
+    shutil.rmtree(directory, ignore_errors=True)
+    os.rename(partial, directory)
+    return exported
+
+
+def _write_saved_model(session, directory):
+    """Builds the model once more without a strategy, gives it the weights that evaluation uses, and writes it."""
+    size, share = session.config.image_size, session.config.eval_crop
+    names = tf.constant(session.source.class_names)
+    model = models.build_model(session.config, session.plan.num_classes)
+    for variable, value in zip(steps.weights(model), steps.evaluated_weights(session.state)):
+        variable.assign(value.numpy())
+
+    def answer(pictures):
+        logits = model(tf.cast(pictures, tf.float32), training=False)  # [batch, classes]
+        best = tf.argmax(logits, -1)
+        return {'logits': logits, 'probabilities': tf.nn.softmax(logits), 'class_index': best, 'label': tf.gather(names, best)}
+
+    def classify(images):
+        return answer(pipeline.resize_picture(images, size, share))
+
+    def classify_encoded(encoded):
+        return answer(tf.map_fn(lambda file: pipeline.resize_picture(pipeline.decode(file), size, share), encoded,
+                                fn_output_signature=tf.TensorSpec([size, size, 3], tf.uint8)))
+
+    archive = keras.export.ExportArchive()
+    archive.track(model)
+    archive.add_endpoint('classify', classify, [tf.TensorSpec([None, None, None, 3], tf.uint8, name='images')])
+    archive.add_endpoint('classify_float', classify, [tf.TensorSpec([None, None, None, 3], tf.float32, name='images')])
+    archive.add_endpoint('classify_encoded', classify_encoded, [tf.TensorSpec([None], tf.string, name='encoded')])
+    archive.add_endpoint('label_names', lambda: names, [])
+    archive.write_out(directory, verbose=False)
+
+
+def _compare(session, directory):
+    """Runs evaluation examples through the SavedModel in another process, and through the model here."""
+    examples = list(session.source.examples(session.source.eval_split).take(MAX_CHECKED).as_numpy_iterator())
+    labels = np.array([label for _, label in examples])
+    with tempfile.TemporaryDirectory() as folder:
+        records, answers = os.path.join(folder, 'encoded.tfrecord'), os.path.join(folder, 'answers.npz')
+        with tf.io.TFRecordWriter(records) as writer:
+            for encoded, _ in examples:
+                writer.write(encoded)
+        # Without accelerators: they are this process's. Without the caller's paths: the model must need TensorFlow alone.
+        environment = {**os.environ, 'CUDA_VISIBLE_DEVICES': '-1', 'TPU_LOAD_LIBRARY': '0', 'PYTHONPATH': '', 'TF_CPP_MIN_LOG_LEVEL': '3'}
+        reader = subprocess.run([sys.executable, READER, directory, records, answers], env=environment, cwd=folder, capture_output=True, text=True)
+        if reader.returncode:
+            raise RunError(f'the exported model cannot be used with TensorFlow alone: {" ".join(reader.stderr.splitlines()[-1].split())}')
+        exported = dict(np.load(answers))
+
+    batches = (examples[start:start + 100] for start in range(0, len(examples), 100))
+    expected = np.concatenate([_expected_logits(session, [encoded for encoded, _ in batch]) for batch in batches])
+    allowed = TOLERANCE[session.dtype_policy] * max(1.0, float(np.abs(expected).max()))
+    largest = 0.0
+    for name, logits in exported.items():
+        difference = float(np.abs(logits - expected[:len(logits)]).max())
+        if not difference <= allowed:  # also when it is not a number
+            raise RunError(f'the exported model answers otherwise than the model: {name} differs by {difference:.3g} in a logit '
+                           f'(allowed {allowed:.3g}); it was left in {directory}')
+        largest = max(largest, difference)
+    return {
+        'export/examples': len(examples),
+        'export/accuracy': float(np.mean(exported['classify_encoded'].argmax(-1) == labels)),
+        'export/max_difference': largest,
+    }
+
+
+def _expected_logits(session, files):
+    """What evaluation computes for these files, float32 [batch, classes]."""
+    pictures = tf.stack([pipeline.resize_picture(pipeline.decode(file), session.config.image_size, session.config.eval_crop) for file in files])
+    return steps.make_predict(session.state)(pictures).numpy()

@@ -1,0 +1,279 @@
+"""One training step and one evaluation step, as one replica sees them, and the loops that run them.
+
+Everything that trains, traces, compiles or measures the step uses the functions of this file.
+"""
+import dataclasses
+
+import keras
+import tensorflow as tf
+
+from modeling.optimizers import decays
+
+LOSS_SCALE_START = 2.0**15  # float16's largest number is 65,504
+LOSS_SCALE_WINDOW = 2000  # finite updates before the scale doubles (Micikevicius et al. 2018)
+
+
+@dataclasses.dataclass
+class TrainState:
+    """Everything that training changes. All variables are created in the strategy's scope.
+
+    Attributes:
+        model: keras.Model, pictures -> logits.
+        optimizer: Keras optimizer, built.
+        average: float variables, one for each of `weights(model)`, or empty without EMA.
+        loss_scale: float32 [] and finite_updates: int64 [], or None: dynamic loss scaling of float16.
+        skipped_updates: int64 [], updates left out because of a gradient that is not finite (float16 only).
+    """
+
+    model: keras.Model
+    optimizer: keras.optimizers.Optimizer
+    average: list
+    loss_scale: tf.Variable | None
+    finite_updates: tf.Variable | None
+    skipped_updates: tf.Variable | None
+
+    @classmethod
+    def create(cls, model, optimizer, ema_decay, scale_loss):
+        def counter(value):
+            return tf.Variable(value, trainable=False, aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA)
+
+        average = [tf.Variable(variable.value, trainable=False, dtype=variable.value.dtype) for variable in weights(model)] if ema_decay else []
+        scaling = [counter(LOSS_SCALE_START), counter(tf.constant(0, tf.int64)), counter(tf.constant(0, tf.int64))] if scale_loss else [None] * 3
+        return cls(model, optimizer, average, *scaling)
+
+    def variables(self):
+        """All of it, by name, in an order that depends on the config only: what a checkpoint holds."""
+        parts = {
+            'model': [variable.value for variable in weights(self.model)],
+            'optimizer': [variable.value for variable in self.optimizer.variables],
+            'average': list(self.average),
+        }
+        if self.loss_scale is not None:
+            parts['loss_scale'] = [self.loss_scale, self.finite_updates, self.skipped_updates]
+        return parts
+
+
+def weights(model):
+    """The variables of a model without the states of its random generators, which nothing here reads."""
+    return [variable for variable in model.variables if variable.dtype in ('float16', 'bfloat16', 'float32', 'float64')]
+
+
+def evaluated_weights(state):
+    """What is evaluated and exported: the averages where there are any, else the weights; ordered as `weights(model)`.
+
+    EMA averages the statistics of batch normalisation together with the weights.
+    """
+    return state.average or [variable.value for variable in weights(state.model)]
+
+
+def make_train_step(state, config, *, num_classes, num_replicas, jit_compile):
+    """The training step of one replica.
+
+    The loss is the mean over the global batch; gradients are summed over the replicas once, then regularised, clipped
+    by their global norm, and applied.
+
+    Args:
+        state: TrainState.
+        config: uses batch_size, label_smoothing, l2_regularization, grad_clip_norm, ema_decay.
+        num_classes, num_replicas: ints.
+        jit_compile: whether XLA compiles forward and backward. The sum over replicas stays outside of it: XLA has no
+            all-reduce for CPU devices (and none inside a function that each GPU compiles for itself).
+
+    Returns: a function of images uint8 [batch, size, size, 3] and labels int64 [batch] or float32 [batch, num_classes]
+        that updates the state and returns this replica's part of the sums: {'loss', 'correct', 'grad_norm'}, float32 [].
+    """
+    model, optimizer = state.model, state.optimizer
+    trained = model.trainable_variables
+    synchronizes = any(getattr(layer, 'synchronized', False) for layer in model._flatten_layers())
+
+    def loss_and_gradients(images, labels):
+        with tf.GradientTape() as tape:
+            logits = tf.cast(model(tf.cast(images, tf.float32), training=True), tf.float32)  # [batch, num_classes]
+            targets = labels if labels.dtype.is_floating else tf.one_hot(labels, num_classes)
+            smoothed = targets * (1 - config.label_smoothing) + config.label_smoothing / num_classes
+            losses = tf.nn.softmax_cross_entropy_with_logits(smoothed, logits)  # [batch] float32
+            loss = tf.reduce_sum(losses) / config.batch_size
+            scaled = loss if state.loss_scale is None else loss * state.loss_scale
+        hits = tf.equal(tf.argmax(logits, -1), tf.argmax(targets, -1))
+        return loss, tf.reduce_sum(tf.cast(hits, tf.float32)), tape.gradient(scaled, [variable.value for variable in trained])
+
+    def train_step(images, labels):
+        loss, correct, gradients = _compiled(loss_and_gradients, jit_compile, synchronizes and num_replicas > 1)(images, labels)
+        if num_replicas > 1:
+            gradients = tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, gradients)
+        if state.loss_scale is not None:
+            gradients = [gradient / tf.cast(state.loss_scale, gradient.dtype) for gradient in gradients]
+        if config.l2_regularization:
+            gradients = [gradient + config.l2_regularization * variable if decays(variable) else gradient
+                         for gradient, variable in zip(gradients, trained)]
+        norm = tf.linalg.global_norm(gradients)
+        if config.grad_clip_norm:
+            gradients, _ = tf.clip_by_global_norm(gradients, config.grad_clip_norm, use_norm=norm)
+        with _undone_unless_finite(state, norm):
+            optimizer.apply(gradients, trained)
+            _update_average(state, config.ema_decay)
+        return {'loss': loss, 'correct': correct, 'grad_norm': norm / num_replicas}
+
+    return train_step
+
+
+def make_eval_step(state, *, num_classes):
+    """The evaluation step of one replica: with the averaged weights where there are any.
+
+    Returns: a function of images uint8 [batch, size, size, 3], labels int64 [batch] and mask float32 [batch] that
+        returns sums over the examples with mask 1: {'loss', 'correct', 'top5', 'examples'}, float32 [].
+    """
+    predict = make_predict(state)
+
+    def eval_step(images, labels, mask):
+        logits = predict(images)  # [batch, num_classes]
+        losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)  # [batch]
+        rank = label_rank(logits, labels)  # [batch]
+        return {
+            'loss': tf.reduce_sum(losses * mask),
+            'correct': tf.reduce_sum(tf.cast(rank < 1, tf.float32) * mask),
+            'top5': tf.reduce_sum(tf.cast(rank < min(5, num_classes), tf.float32) * mask),
+            'examples': tf.reduce_sum(mask),
+        }
+
+    return eval_step
+
+
+def make_predict(state):
+    """Returns: a function from images uint8 [batch, size, size, 3] to float32 logits, with the evaluated weights."""
+    model = state.model
+    evaluated = {variable.path: value for variable, value in zip(weights(model), evaluated_weights(state))}
+
+    def current(variables):
+        return [evaluated.get(variable.path, variable.value) for variable in variables]
+
+    def predict(images):
+        logits, _ = model.stateless_call(current(model.trainable_variables), current(model.non_trainable_variables),
+                                         tf.cast(images, tf.float32), training=False)
+        return tf.cast(logits, tf.float32)
+
+    return predict
+
+
+def label_rank(logits, labels):
+    """How many classes come before the label, int32 [batch]. Of equal logits the lower class comes first, as in top_k.
+
+    A logit that is not a number counts as before: a broken model is right about nothing.
+    """
+    own = tf.gather(logits, labels[:, None], batch_dims=1)  # [batch, 1]
+    earlier = tf.range(tf.shape(logits)[1], dtype=labels.dtype)[None] < labels[:, None]
+    own_place = tf.range(tf.shape(logits)[1], dtype=labels.dtype)[None] == labels[:, None]
+    before = tf.where(tf.equal(logits, own), earlier, ~(logits < own)) & (~own_place | tf.math.is_nan(own))
+    return tf.reduce_sum(tf.cast(before, tf.int32), axis=1)
+
+
+def make_train_loop(strategy, train_step):
+    """Several training steps in one host call.
+
+    Returns: a tf.function of a distributed iterator and a number of steps, int32 []; it returns sums over these steps,
+        {'loss', 'correct', 'grad_norm'}, float32 [], and 'input_seconds', float64 [], the time spent waiting for batches.
+    """
+    @tf.function(autograph=False)
+    def train_loop(iterator, num_steps):
+        def body(step, input_seconds, sums):
+            with tf.control_dependencies([sums['loss']]):  # the step before is done
+                asked = tf.timestamp()
+            with tf.control_dependencies([asked]):
+                batch = next(iterator)
+            with tf.control_dependencies(tf.nest.flatten(batch, expand_composites=True)):
+                waited = tf.timestamp() - asked
+            results = strategy.reduce(tf.distribute.ReduceOp.SUM, strategy.run(train_step, args=batch), axis=None)
+            return step + 1, input_seconds + waited, {key: sums[key] + results[key] for key in sums}
+
+        start = (tf.constant(0), tf.constant(0.0, tf.float64), {key: tf.constant(0.0) for key in ('correct', 'grad_norm', 'loss')})
+        _, input_seconds, sums = tf.while_loop(lambda step, *_: step < num_steps, body, start, parallel_iterations=1)
+        return {**sums, 'input_seconds': input_seconds}
+
+    return train_loop
+
+
+def make_eval_loop(strategy, eval_step):
+    """A whole evaluation in one host call: a tf.function of an iterator and a number of steps that returns the sums."""
+    keys = ('correct', 'examples', 'loss', 'top5')
+
+    @tf.function(autograph=False)
+    def eval_loop(iterator, num_steps):
+        def body(step, sums):
+            results = strategy.reduce(tf.distribute.ReduceOp.SUM, strategy.run(eval_step, args=next(iterator)), axis=None)
+            return step + 1, {key: sums[key] + results[key] for key in keys}
+
+        start = (tf.constant(0), {key: tf.constant(0.0) for key in keys})
+        return tf.while_loop(lambda step, _: step < num_steps, body, start, parallel_iterations=1)[1]
+
+    return eval_loop
+
+
+def make_average_statistics(strategy, state):
+    """A tf.function that makes the statistics of unsynchronized batch normalisation the same on all replicas: their mean.
+
+    Keras gives them no aggregation, so they drift apart, and reading one takes the first replica's.
+    """
+    statistics = [variable.value for variable in state.model.non_trainable_variables if variable in weights(state.model)] + list(state.average)
+
+    def average():
+        means = tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.MEAN, [tf.identity(value) for value in statistics])
+        for variable, mean in zip(statistics, means):
+            variable.assign(mean)
+
+    return tf.function(lambda: strategy.run(average), autograph=False)
+
+
+def _compiled(function, jit_compile, has_collectives):
+    """`function` as XLA runs it. Made anew at each trace, because each replica captures variables of its own."""
+    if not jit_compile:
+        return function
+    if not has_collectives:
+        return tf.function(function, jit_compile=True, autograph=False)
+
+    def clustered(*arguments):
+        # Synchronized batch normalisation sums over replicas inside the model, and a function with jit_compile=True
+        # cannot hold that. Inside this scope TensorFlow compiles what lies between these sums.
+        with tf.xla.experimental.jit_scope():
+            return function(*arguments)
+
+    return clustered
+
+
+class _undone_unless_finite:
+    """With loss scaling: takes back what is assigned inside when `norm` is not finite, and adapts the scale.
+
+    A conditional around the update would do the same but cannot hold the merging of replicas.
+    """
+
+    def __init__(self, state, norm):
+        self.state, self.norm = state, norm
+
+    def __enter__(self):
+        if self.state.loss_scale is not None:
+            state = self.state
+            self.changed = [variable.value for variable in (*state.model.trainable_variables, *state.optimizer.variables)] + state.average
+            self.before = [tf.identity(variable) for variable in self.changed]
+
+    def __exit__(self, *error):
+        state = self.state
+        if state.loss_scale is None or error[0] is not None:
+            return
+        finite = tf.math.is_finite(self.norm)
+        for variable, before in zip(self.changed, self.before):
+            variable.assign(tf.where(finite, variable, before))
+        streak = tf.where(finite, state.finite_updates + 1, 0)
+        grows = streak >= LOSS_SCALE_WINDOW
+        factor = tf.where(finite, tf.where(grows, 2.0, 1.0), 0.5)
+        state.loss_scale.assign(tf.maximum(state.loss_scale * factor, 1.0))
+        state.finite_updates.assign(tf.where(grows, tf.constant(0, tf.int64), streak))
+        state.skipped_updates.assign_add(tf.cast(~finite, tf.int64))
+
+
+def _update_average(state, decay):
+    """EMA with a decay that starts low, min(decay, (1 + n) / (10 + n)) after n updates (tf.train.ExponentialMovingAverage)."""
+    if not state.average:
+        return
+    updates = tf.cast(state.optimizer.iterations, tf.float32)
+    decay = tf.minimum(decay, (1 + updates) / (10 + updates))
+    for average, variable in zip(state.average, weights(state.model)):
+        average.assign(average * decay + variable.value * (1 - decay))

@@ -1,0 +1,93 @@
+"""What a run writes down while it goes on: metrics.jsonl, TensorBoard and the progress bar."""
+import json
+import os
+import sys
+import time
+
+import tensorflow as tf
+from tqdm import tqdm
+
+
+class Logbook:
+    """Metrics of a run, one object a line, each step once.
+
+    Args:
+        workdir: the folder of the run.
+        first_step: what comes after it in the files of an earlier, interrupted start is dropped: it will be redone.
+        total_steps: length of the progress bar.
+    """
+
+    def __init__(self, workdir, first_step, total_steps):
+        self.path = os.path.join(workdir, 'metrics.jsonl')
+        self._rows = [row for row in read_metrics(workdir) if row['step'] <= first_step]
+        _write_rows(self.path, self._rows)
+        self._board = tf.summary.create_file_writer(os.path.join(workdir, 'tensorboard'))
+        self._bar = tqdm(total=total_steps, initial=first_step, unit='step', dynamic_ncols=True, smoothing=0.1,
+                         disable=None if sys.stderr.isatty() else True)
+        self._bar_text = {}
+
+    def write(self, step, metrics):
+        """Adds numbers measured after `step` updates to the row of that step."""
+        if self._rows and self._rows[-1]['step'] == step:
+            self._rows[-1].update(metrics)
+            _write_rows(self.path, self._rows)
+        else:
+            self._rows.append({'step': step, 'wall_time': time.time(), **metrics})
+            with open(self.path, 'a') as file:
+                file.write(json.dumps(self._rows[-1]) + '\n')
+        with self._board.as_default(step):
+            for name, value in metrics.items():
+                tf.summary.scalar(name, value)
+        self._board.flush()
+        self._show(step, metrics)
+
+    def advance(self, step):
+        """Moves the progress bar to `step`."""
+        self._bar.update(step - self._bar.n)
+
+    def close(self):
+        self._bar.close()
+        self._board.close()
+
+    def _show(self, step, metrics):
+        names = {'train/loss': 'loss', 'train/learning_rate': 'lr', 'train/examples_per_second': 'img/s', 'eval/accuracy': 'accuracy'}
+        self._bar_text.update({names[name]: f'{value:.4g}' for name, value in metrics.items() if name in names})
+        self._bar.set_postfix(self._bar_text, refresh=not self._bar.disable)
+        if self._bar.disable:  # no terminal: a line for each evaluation and each tenth of the run is enough
+            tenth = max(1, self._bar.total // 10)
+            if 'eval/accuracy' in metrics or step // tenth > getattr(self, '_shown', 0):
+                self._shown = step // tenth
+                print(f'step {step:,}/{self._bar.total:,}  ' + '  '.join(f'{name} {value}' for name, value in self._bar_text.items()), flush=True)
+
+
+def read_metrics(workdir):
+    """The rows of metrics.jsonl; a last line cut short by a crash is left out."""
+    path = os.path.join(workdir, 'metrics.jsonl')
+    rows = []
+    if os.path.exists(path):
+        with open(path) as file:
+            for line in file:
+                try:
+                    rows.append(json.loads(line))
+                except ValueError:
+                    break
+    return rows
+
+
+def write_json(path, value):
+    """Writes a JSON file so that it is either the old one or the new one, never half of it."""
+    with open(path + '.part', 'w') as file:
+        json.dump(value, file, indent=2, default=str)
+        file.write('\n')
+    os.replace(path + '.part', path)
+
+
+def read_json(path):
+    with open(path) as file:
+        return json.load(file)
+
+
+def _write_rows(path, rows):
+    with open(path + '.part', 'w') as file:
+        file.writelines(json.dumps(row) + '\n' for row in rows)
+    os.replace(path + '.part', path)

@@ -1,0 +1,66 @@
+"""The pictures of a run, and of several runs side by side."""
+import os
+
+import matplotlib
+
+matplotlib.use('Agg')
+import matplotlib.pyplot as plt
+
+plt.rcParams.update({'figure.dpi': 110, 'axes.grid': True, 'grid.alpha': 0.3, 'axes.spines.top': False, 'axes.spines.right': False,
+                     'legend.frameon': False, 'axes.axisbelow': True})
+
+
+def plot_learning_rate(path, planned_steps, planned, rows, warmup_steps, hold_steps):
+    """The planned rate of every step, and the rates that the optimizer really used.
+
+    Args:
+        path: where the PNG goes.
+        planned_steps, planned: sequences of the same length.
+        rows: of metrics.jsonl; those with `train/learning_rate` are drawn: the rate of the update before `step`.
+        warmup_steps, hold_steps: marked.
+    """
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout='constrained')
+    axes.axvspan(0, warmup_steps, alpha=0.12, color='C1', label=f'warmup, {warmup_steps:,} steps', linewidth=0)
+    axes.axvspan(warmup_steps, warmup_steps + hold_steps, alpha=0.12, color='C2', label=f'hold, {hold_steps:,} steps', linewidth=0)
+    axes.plot(planned_steps, planned, color='C0', linewidth=2, label='planned')
+    used = [(row['step'] - 1, row['train/learning_rate']) for row in rows if 'train/learning_rate' in row]
+    axes.plot(*zip(*used), '.', color='C3', markersize=5, label='used') if used else None
+    axes.set(xlabel='update', ylabel='learning rate', title='Learning rate', ylim=(0, None))
+    axes.ticklabel_format(axis='y', style='sci', scilimits=(-2, 3))
+    axes.legend()
+    _save(figure, path)
+
+
+def plot_curves(path, runs):
+    """Loss, accuracy, learning rate and throughput of one run, or of several in the same axes.
+
+    Args:
+        path: where the PNG goes.
+        runs: {name: rows of metrics.jsonl}.
+    """
+    figure, grid = plt.subplots(2, 2, figsize=(11, 7), layout='constrained')
+    panels = (
+        (grid[0, 0], 'Loss', ('train/loss', 'eval/loss')),
+        (grid[0, 1], 'Accuracy', ('train/accuracy', 'eval/accuracy')),
+        (grid[1, 0], 'Learning rate', ('train/learning_rate',)),
+        (grid[1, 1], 'Training examples per second', ('train/examples_per_second',)),
+    )
+    for axes, title, names in panels:
+        for color, (run, rows) in enumerate(runs.items()):
+            for name in names:
+                points = [(row['step'], row[name]) for row in rows if name in row]
+                label = ' '.join(part for part in (run if len(runs) > 1 else '', name.split('/')[0] if len(names) > 1 else '') if part)
+                style = dict(color=f'C{color}', linestyle='--') if name.startswith('train') and len(names) > 1 else dict(color=f'C{color}')
+                if points:
+                    axes.plot(*zip(*points), label=label, marker='.' if len(points) < 30 else None, **style)
+        axes.set(title=title, xlabel='update')
+        if axes.get_legend_handles_labels()[1] != [''] * len(axes.lines) and any(axes.get_legend_handles_labels()[1]):
+            axes.legend()
+    grid[1, 1].set_ylim(0, None)
+    _save(figure, path)
+
+
+def _save(figure, path):
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    figure.savefig(path)
+    plt.close(figure)

@@ -1,0 +1,380 @@
+"""Learning-rate schedules: warmup, an optional hold, then a curve down to `end_lr`.
+
+Let `W = warmup_steps`, `H = hold`, `T = total_steps`, and `t` the 0-based index of the update:
+
+    t < W              start_lr + (target_lr - start_lr) * t / W
+    W <= t <= W + H    target_lr
+    W + H < t < T      the curve; the cosine is end_lr + (target_lr - end_lr) * (1 + cos(pi * (t - W - H) / (T - W - H))) / 2
+    t >= T             end_lr; but target_lr if nothing decays, at t = T = W + H and always on the constant curve
+
+`CURVES` names the curves, and the functions in it document their formulas and arguments. Every formula is written once,
+over `xp`, which is `numpy` (float64) or `keras.ops` (float32, also inside a compiled step). It comes in three forms:
+`learning_rate`, a function; `WarmupDecay`, for an optimizer; and `WarmupCosineDecayCallback`, for `model.fit`.
+"""
+import difflib
+import math
+from typing import NamedTuple
+
+import keras
+import numpy as np
+
+
+def learning_rate(step, *, curve='cosine', warmup_steps, total_steps, hold=0, start_lr=0.0, target_lr, end_lr=0.0,
+                  **curve_arguments):
+    """The learning rate of update `step`.
+
+    Args:
+        step: 0-based index of the update: a whole number, or an array or list of them of any shape; or an integer
+            tensor of any shape, also inside a `tf.function` with `jit_compile=True`.
+        curve: what follows warmup and hold, a name in `CURVES`; `curve_arguments` are that curve's own arguments.
+        warmup_steps, hold, total_steps: in updates; `total_steps` includes warmup and hold.
+        start_lr, target_lr, end_lr: the rate of update 0, the peak, and the rate past the last update.
+
+    Returns: a float for a number, a float64 array for an array, a float32 tensor for a tensor; the shape is step's.
+
+    Raises:
+        ValueError: an argument or a step is impossible. The values of a tensor cannot be checked: there a negative
+            step counts as 0, and a fraction is cut off.
+    """
+    arguments = _checked(curve, warmup_steps, total_steps, hold, start_lr, target_lr, end_lr, curve_arguments)
+    if keras.ops.is_tensor(step) or isinstance(step, keras.Variable):
+        return _rate(keras.ops, keras.ops.cast(step, 'int64'), arguments)
+    rates = _rate(np, _checked_steps(step), arguments)
+    return float(rates) if rates.ndim == 0 else rates
+
+
+def lr_warmup_cosine_decay(global_step, warmup_steps, hold, total_steps, start_lr=0.0, target_lr=1e-3, end_lr=0.0):
+    """Linear warmup, hold and cosine decay: `learning_rate` with its arguments in the customary order."""
+    return learning_rate(global_step, warmup_steps=warmup_steps, total_steps=total_steps, hold=hold, start_lr=start_lr,
+                         target_lr=target_lr, end_lr=end_lr)
+
+
+@keras.saving.register_keras_serializable(package='warmstart')
+class WarmupDecay(keras.optimizers.schedules.LearningRateSchedule):
+    """`learning_rate` for an optimizer, as in `keras.optimizers.SGD(WarmupDecay(...))`, with the same arguments.
+
+    `gradient_accumulation_steps` is the optimizer's argument of that name. Such an optimizer calls its schedule with the
+    number of batches seen; the schedule divides by it, so that all steps here are updates.
+
+    A saved model holds the schedule with all its arguments. Loading the model brings back that very curve, whatever the
+    length of the run that continues it; for another curve, compile the model with a new schedule.
+    """
+
+    def __init__(self, *, curve='cosine', warmup_steps, total_steps, hold=0, start_lr=0.0, target_lr, end_lr=0.0,
+                 gradient_accumulation_steps=1, **curve_arguments):
+        super().__init__()
+        self.arguments = _checked(curve, warmup_steps, total_steps, hold, start_lr, target_lr, end_lr, curve_arguments)
+        # Keras optimizers write None where nothing is accumulated.
+        batches = 1 if gradient_accumulation_steps is None else gradient_accumulation_steps
+        self.gradient_accumulation_steps = _whole('gradient_accumulation_steps', batches, low=1)
+
+    def __call__(self, step):
+        """The rate at `step`, an integer tensor, variable or number, as a float32 tensor."""
+        return _rate(keras.ops, keras.ops.cast(step, 'int64') // self.gradient_accumulation_steps, self.arguments)
+
+    def get_config(self):
+        config = self.arguments._asdict()
+        curve_arguments = config.pop('curve_arguments')
+        return {**config, 'gradient_accumulation_steps': self.gradient_accumulation_steps, **curve_arguments}
+
+
+@keras.saving.register_keras_serializable(package='warmstart')
+class WarmupCosineDecay(WarmupDecay):
+    """`WarmupDecay` with the cosine, and its arguments in the customary order."""
+
+    def __init__(self, start_lr, target_lr, warmup_steps, total_steps, hold=0, end_lr=0.0, gradient_accumulation_steps=1):
+        super().__init__(start_lr=start_lr, target_lr=target_lr, warmup_steps=warmup_steps, total_steps=total_steps,
+                         hold=hold, end_lr=end_lr, gradient_accumulation_steps=gradient_accumulation_steps)
+
+    def get_config(self):
+        config = super().get_config()
+        del config['curve']
+        return config
+
+
+class WarmupCosineDecayCallback(keras.callbacks.Callback):
+    """Sets the optimizer's rate before each batch of `model.fit`: warmup, hold and cosine decay.
+
+    The arguments are those of `WarmupCosineDecay`. With `total_steps=None` nothing decays: once warmup and hold are over
+    the rate is left alone. The step is the optimizer's count of updates: a run that goes on with a restored optimizer
+    goes on along the curve, and batches whose gradients are accumulated into one update share a step.
+
+    Attributes:
+        lrs: the rates used, one for each time `fit` called before a batch. With `steps_per_execution=n` that is every n
+            batches, and the rate changes only as often.
+        factor: what other callbacks, such as `ReduceLROnPlateau`, made of the planned rate. They change the rate as
+            always, and their change stays, as a factor on the rest of the curve; where the planned rate is 0 no factor
+            can be told, and a change is not kept. It begins at 1.0. To go on in a new process, carry it over.
+
+    A run that begins at update 0 begins with empty `lrs` and a factor of 1.0. Raises ValueError as `learning_rate` does,
+    and when training begins with an optimizer whose learning rate is a schedule.
+    """
+
+    def __init__(self, start_lr, target_lr, warmup_steps, total_steps=None, hold=0, end_lr=0.0):
+        super().__init__()
+        self._decays = total_steps is not None
+        if not self._decays:
+            total_steps = max(1, _whole('warmup_steps', warmup_steps) + _whole('hold', hold))
+        self._arguments = _checked('cosine' if self._decays else 'constant', warmup_steps, total_steps, hold, start_lr,
+                                   target_lr, end_lr)
+        self.lrs, self.factor = [], 1.0
+        self._planned = self._set = None
+
+    def on_train_begin(self, logs=None):
+        optimizer = self.model.optimizer
+        # A rate that can be set is a variable; a schedule gives a tensor.
+        if not isinstance(optimizer.learning_rate, keras.Variable):
+            raise ValueError("the optimizer's learning rate is a schedule, which this callback cannot set: compile with a "
+                             'number, as in learning_rate=0.1, or leave the callback out')
+        if int(optimizer.iterations) == 0:
+            self.lrs, self.factor = [], 1.0
+        # What happened to the rate between two runs is no callback's doing.
+        self._planned = self._set = None
+
+    def on_train_batch_begin(self, batch, logs=None):
+        self._keep_change()
+        optimizer = self.model.optimizer
+        step = int(optimizer.iterations)
+        if self._decays or step <= self._arguments.decay_begins:
+            self._planned = float(_rate(np, np.int64(step), self._arguments))
+            optimizer.learning_rate = self._planned * self.factor
+        else:
+            self._planned = None
+        # Read back: the variable holds the float32 nearest to what was written.
+        self._set = float(optimizer.learning_rate)
+        self.lrs.append(self._set)
+
+    def on_train_end(self, logs=None):
+        # Other callbacks may have changed the rate at the end of the last epoch.
+        self._keep_change()
+
+    def _keep_change(self):
+        rate = float(self.model.optimizer.learning_rate)
+        if self._planned and rate != self._set:
+            self.factor = rate / self._planned
+            self._set = rate
+
+
+class _Arguments(NamedTuple):
+    """Checked arguments: steps as int, rates as float, and every argument of the curve."""
+    curve: str
+    warmup_steps: int
+    total_steps: int
+    hold: int
+    start_lr: float
+    target_lr: float
+    end_lr: float
+    curve_arguments: dict
+
+    @property
+    def decay_begins(self):
+        return self.warmup_steps + self.hold
+
+    @property
+    def decay_steps(self):
+        return self.total_steps - self.decay_begins
+
+
+def _rate(xp, step, a):
+    """The whole schedule, for an int64 `step` and `_Arguments` `a`; `xp` is `numpy` or `keras.ops`."""
+    step = xp.maximum(step, 0)
+    warming = a.start_lr + (a.target_lr - a.start_lr) * _ratio(xp, step, a.warmup_steps)
+    decaying = a.end_lr
+    if a.decay_steps > 0:
+        # Clipped, because `where` computes both its sides for every step.
+        s = xp.clip(step - a.decay_begins, 0, a.decay_steps)
+        decaying = CURVES[a.curve](xp, s, a, **a.curve_arguments)
+    decaying = xp.where(step < a.total_steps, decaying, a.end_lr)
+    return xp.where(step < a.warmup_steps, warming, xp.where(step <= a.decay_begins, a.target_lr, decaying))
+
+
+def _ratio(xp, steps, of):
+    """`steps / of` as a float. Differences of steps are taken before, between integers, where they lose nothing."""
+    return xp.array(steps, dtype='float64' if xp is np else 'float32') / float(max(of, 1))
+
+
+def _between(a, share):
+    """A share of 1 is target_lr, 0 is end_lr."""
+    return a.end_lr + (a.target_lr - a.end_lr) * share
+
+
+# The curves. `s` counts the steps since warmup and hold, up to n = a.decay_steps, from where on the rate is end_lr.
+# between(x) stands for end_lr + (target_lr - end_lr) * x. What is below 1 where steps are meant is a fraction of total_steps.
+
+
+def _cosine(xp, s, a):
+    """between((1 + cos(pi * s / n)) / 2). Loshchilov and Hutter, SGDR, arXiv:1608.03983, one cycle."""
+    return _between(a, 0.5 * (1.0 + xp.cos(math.pi * _ratio(xp, s, a.decay_steps))))
+
+
+def _constant(xp, s, a):
+    """target_lr, also past the last step."""
+    return a.target_lr
+
+
+def _linear(xp, s, a):
+    """between((n - s) / n)."""
+    return _between(a, _ratio(xp, a.decay_steps - s, a.decay_steps))
+
+
+def _polynomial(xp, s, a, *, power=2.0):
+    """between(((n - s) / n) ** power). The default is that of LARS, You et al., arXiv:1708.03888."""
+    return _between(a, xp.power(_ratio(xp, a.decay_steps - s, a.decay_steps), _number('power', power)))
+
+
+def _exponential(xp, s, a, *, decay=0.01):
+    """max(end_lr, target_lr * decay ** (s / n)): `decay` is the share of target_lr left where the curve ends.
+
+    With end_lr = 0 the same as Keras' ExponentialDecay(target_lr, decay_steps=n, decay_rate=decay).
+    """
+    decay = _number('decay', decay, high=1.0)
+    return xp.maximum(a.target_lr * xp.power(decay, _ratio(xp, s, a.decay_steps)), a.end_lr)
+
+
+def _piecewise(xp, s, a, *, boundaries=(1 / 3, 2 / 3, 8 / 9), factors=(0.1, 0.01, 0.001)):
+    """max(end_lr, target_lr * factors[i]) from step boundaries[i] of the run on; target_lr before the first.
+
+    The defaults are the epochs 30, 60 and 80 of 90 of Goyal et al., arXiv:1706.02677.
+    """
+    boundaries, factors = np.atleast_1d(boundaries).tolist(), np.atleast_1d(factors).tolist()
+    steps = [_steps('boundaries', boundary, a.total_steps) for boundary in boundaries]
+    if len(boundaries) != len(factors):
+        raise ValueError(f'{len(boundaries)} boundaries and {len(factors)} factors: write one factor for each boundary')
+    if sorted(steps) != steps or not all(a.decay_begins < step <= a.total_steps for step in steps):
+        raise ValueError(f'boundaries={boundaries} are the steps {steps}: write them in increasing order, after warmup and '
+                         f'hold ({a.decay_begins}) and up to total_steps ({a.total_steps})')
+    rate = a.target_lr
+    for step, factor in zip(steps, factors):
+        lowered = max(a.end_lr, a.target_lr * _number('factors', factor, high=1.0))
+        rate = xp.where(s >= step - a.decay_begins, lowered, rate)
+    return rate
+
+
+def _triangular(xp, s, a, *, cycles=4, cycle_decay=1.0):
+    """between(cycle_decay ** k * |1 - x mod 2|), where x = (2 * cycles - 1) * s / n and k = floor((x + 1) / 2).
+
+    Warmup climbs to the first of `cycles` peaks; straight lines go down to end_lr and up to the next, k = 1, 2, ...; the
+    last ends in end_lr. Smith, arXiv:1506.01186, whose "triangular2" halves the peaks: cycle_decay = 0.5.
+    """
+    n = a.decay_steps
+    travelled = s * (2 * _whole('cycles', cycles, low=1) - 1)
+    line, on_line = travelled // n, travelled % n
+    height = _ratio(xp, xp.where(line % 2 == 0, n - on_line, on_line), n)
+    peak = xp.power(_number('cycle_decay', cycle_decay, high=1.0), _ratio(xp, (line + 1) // 2, 1))
+    return _between(a, peak * height)
+
+
+def _cosine_restarts(xp, s, a, *, cycles=4, cycle_mul=1.0, cycle_decay=1.0):
+    """between(cycle_decay ** k * (1 + cos(pi * (s - b[k]) / (b[k + 1] - b[k]))) / 2) for b[k] <= s < b[k + 1].
+
+    Each of the `cycles` is `cycle_mul` times as long as the one before, rounded to whole steps; together they are n steps.
+    Loshchilov and Hutter, SGDR, arXiv:1608.03983.
+    """
+    cycles, cycle_mul = _whole('cycles', cycles, low=1), _number('cycle_mul', cycle_mul)
+    cycle_decay = _number('cycle_decay', cycle_decay, high=1.0)
+    with np.errstate(over='ignore', invalid='ignore'):
+        ends = np.cumsum(cycle_mul ** np.arange(cycles))
+        b = [0, *np.rint(a.decay_steps * (ends / ends[-1])).astype(np.int64).tolist()]
+    if not all(begin < end for begin, end in zip(b, b[1:])):
+        raise ValueError(f'cycles={cycles} with cycle_mul={cycle_mul:g} leaves a cycle without a step, as there are '
+                         f'{a.decay_steps} after warmup and hold: write fewer cycles')
+    share = 0.0
+    for k, (begin, end) in enumerate(zip(b, b[1:])):
+        cosine = 0.5 * (1.0 + xp.cos(math.pi * _ratio(xp, xp.clip(s - begin, 0, end - begin), end - begin)))
+        share = xp.where(s >= begin, cycle_decay ** k * cosine, share)
+    return _between(a, share)
+
+
+def _rsqrt(xp, s, a, *, timescale=None):
+    """max(end_lr, target_lr * sqrt(timescale / (timescale + s))), `timescale` in steps.
+
+    It defaults to warmup_steps, which without hold makes it target_lr * sqrt(W / t) as in Vaswani et al.,
+    arXiv:1706.03762; and without warmup to the 10_000 of T5, Raffel et al., arXiv:1910.10683.
+    """
+    timescale = _whole('timescale', a.warmup_steps or 10_000 if timescale is None else timescale, low=1)
+    return xp.maximum(a.target_lr / xp.sqrt(_ratio(xp, timescale + s, timescale)), a.end_lr)
+
+
+def _trapezoid(xp, s, a, *, cooldown=0.2, cooldown_power=0.5):
+    """target_lr, and in the last `cooldown` steps between(1 - (c / cooldown) ** cooldown_power), `c` counting them.
+
+    Also called warmup-stable-decay. Power 1 is the linear cooldown of Zhai et al., arXiv:2106.04560; the defaults, 20 % of
+    the run and "1 - sqrt", are those of Hägele et al., arXiv:2405.18392.
+    """
+    length = _steps('cooldown', cooldown, a.total_steps, low=0)
+    if length > a.decay_steps:
+        raise ValueError(f'cooldown={cooldown} is {length} steps, but {a.decay_steps} are left after warmup and hold: write '
+                         'a smaller one')
+    done = _ratio(xp, xp.clip(s - (a.decay_steps - length), 0, length), length)
+    return _between(a, 1.0 - xp.power(done, _number('cooldown_power', cooldown_power)))
+
+
+CURVES = {'cosine': _cosine, 'constant': _constant, 'linear': _linear, 'polynomial': _polynomial,
+          'exponential': _exponential, 'piecewise': _piecewise, 'triangular': _triangular,
+          'cosine_restarts': _cosine_restarts, 'rsqrt': _rsqrt, 'trapezoid': _trapezoid}
+
+
+def _checked(curve, warmup_steps, total_steps, hold, start_lr, target_lr, end_lr, curve_arguments=()):
+    """`_Arguments`, or a ValueError of one line that says what is wrong and what to write."""
+    if curve not in CURVES:
+        raise _unknown('there is no curve', curve, CURVES)
+    defaults = CURVES[curve].__kwdefaults__ or {}
+    for name in curve_arguments:
+        if name not in defaults:
+            raise _unknown(f'curve {curve!r} has no argument', name, [*defaults, *_Arguments._fields[1:-1]])
+    # As they come back from a saved model: lists, and numbers of Python.
+    given = {name: value if value is None or isinstance(value, str) else np.asarray(value).tolist()
+             for name, value in {**defaults, **dict(curve_arguments)}.items()}
+    a = _Arguments(curve, _whole('warmup_steps', warmup_steps), _whole('total_steps', total_steps, low=1),
+                   _whole('hold', hold), _number('start_lr', start_lr), _number('target_lr', target_lr),
+                   _number('end_lr', end_lr), given)
+    if a.decay_steps < 0:
+        raise ValueError(f'warmup_steps={a.warmup_steps} and hold={a.hold} are more than total_steps={a.total_steps}: write '
+                         'smaller ones, or a larger total_steps')
+    if a.end_lr > a.target_lr:
+        raise ValueError(f'end_lr={a.end_lr} is above target_lr={a.target_lr}: write one that is not')
+    if curve == 'constant':
+        if a.end_lr not in (0.0, a.target_lr):
+            raise ValueError(f'end_lr={a.end_lr} would never be used, because without a decay the rate stays at target_lr: '
+                             'leave it out, or write a curve that decays')
+        a = a._replace(end_lr=a.target_lr)
+    _rate(np, np.int64(0), a)  # the curves check their own arguments
+    return a
+
+
+def _checked_steps(step):
+    """`step` as an int64 array."""
+    steps = np.asarray(step)
+    if steps.dtype.kind not in 'iuf' or not np.all((steps >= 0) & (steps == np.floor(steps)) & (steps < 2**63)):
+        raise ValueError('a step is negative, a fraction or not a number: write whole numbers, 0 or more')
+    return steps.astype(np.int64)
+
+
+def _whole(name, value, low=0):
+    number = value.item() if isinstance(value, np.generic) else value
+    if isinstance(number, bool) or not isinstance(number, (int, float)) or number % 1 or number < low:
+        raise ValueError(f'{name}={value!r}: write a whole number, {low} or more')
+    return int(number)
+
+
+def _number(name, value, high=math.inf):
+    try:
+        number = math.nan if isinstance(value, (str, bool)) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not 0.0 <= number <= high or math.isinf(number):
+        raise ValueError(f'{name}={value!r}: write a number, ' + ('0 or more' if high == math.inf else f'from 0 to {high}'))
+    return number
+
+
+def _steps(name, value, total_steps, low=1):
+    """A whole number of steps from a fraction of `total_steps`, which is any value below 1, or from itself."""
+    if 0.0 < _number(name, value) < 1.0:
+        return max(low, round(value * total_steps))
+    return _whole(name, value, low)
+
+
+def _unknown(complaint, name, known):
+    nearest = difflib.get_close_matches(str(name), known, n=1)
+    hint = f'did you mean {nearest[0]!r}?' if nearest else 'write one of ' + ', '.join(known)
+    return ValueError(f'{complaint} {name!r}: {hint}')

@@ -1,0 +1,64 @@
+"""What `train`, `evaluate` and `export` have in common: from a config to strategy, data, plan and state."""
+import dataclasses
+import os
+import random
+
+import keras
+import tensorflow as tf
+
+import plan as planning
+from devices import strategy as devices
+from inputs import datasets
+from modeling import models, optimizers, steps
+from outputs.checkpoints import Checkpoints
+
+
+@dataclasses.dataclass
+class Session:
+    """Everything a verb works with."""
+
+    config: object
+    strategy: tf.distribute.Strategy
+    strategy_reason: str
+    kind: str  # 'TPU', 'GPU' or 'CPU'
+    dtype_policy: str
+    jit_compile: bool
+    source: datasets.Source
+    plan: planning.Plan
+    state: steps.TrainState
+    checkpoints: Checkpoints
+    synchronize: object  # call it before reading the variables: makes unsynchronized statistics the same on all replicas
+
+    def describe(self):
+        """What was chosen and what the durations came to, as a few lines of text."""
+        return (f'strategy  {self.strategy_reason}\n'
+                f'compute   {self.dtype_policy}, jit_compile {"on" if self.jit_compile else "off"}\n{self.plan.describe()}')
+
+
+def open_session(config, workdir):
+    """Builds what a checked config describes, in the order of the data's way.
+
+    Raises: ConfigError, RunError: see the functions called here.
+    """
+    strategy, reason = devices.make_strategy(config)
+    kind = devices.device_kind(strategy)
+    dtype_policy = devices.resolve_precision(config.precision, kind)
+    jit_compile = devices.resolve_jit_compile(config.jit_compile, kind)
+    source = datasets.load(config.dataset)
+    plan = planning.make_plan(config, source.num_train, source.num_eval, len(source.class_names), strategy.num_replicas_in_sync)
+    random.seed(config.seed)  # Keras draws the seeds of its initializers from it; all else is seeded where it is drawn
+    keras.config.set_dtype_policy(dtype_policy)
+    with strategy.scope():
+        state = build_state(config, plan, dtype_policy)
+        checkpoints = Checkpoints(os.path.join(workdir, 'checkpoints'), state.variables(), config.keep_checkpoints)
+    local_statistics = plan.num_replicas > 1 and not config.model.sync_batch_norm
+    synchronize = steps.make_average_statistics(strategy, state) if local_statistics else lambda: None
+    return Session(config, strategy, reason, kind, dtype_policy, jit_compile, source, plan, state, checkpoints, synchronize)
+
+
+def build_state(config, plan, dtype_policy):
+    """Model, optimizer and what else training changes; call it in the strategy's scope."""
+    model = models.build_model(config, plan.num_classes)
+    optimizer = optimizers.build_optimizer(config, planning.schedule_arguments(config, plan), model.trainable_variables)
+    models.derive_dropout_seeds(model, config.seed, optimizer.iterations)
+    return steps.TrainState.create(model, optimizer, config.ema_decay, scale_loss=dtype_policy == 'mixed_float16')

@@ -1,0 +1,239 @@
+"""A training run, in the order in which it happens: session, resume, loop, export, report."""
+import collections
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import signal
+import statistics
+import time
+
+import tensorflow as tf
+
+import evaluate
+import export
+from devices.environment import describe_environment
+from errors import ConfigError, RunError
+from inputs import pipeline
+from modeling import steps
+from outputs import plots, report
+from outputs.logbook import Logbook, read_json, read_metrics, write_json
+from plan import flatten, schedule_arguments
+from schedules import learning_rate
+from session import open_session
+
+# Keys that may differ between the starts of one run: they change where and how fast it goes, not what is computed.
+FREE_KEYS = ('dataset.data_dir', 'eval_batch_size', 'jit_compile', 'strategy', 'virtual_devices', 'tpu',
+             'steps_per_loop', 'log_every', 'eval_every', 'checkpoint_every', 'keep_checkpoints')
+
+
+@dataclasses.dataclass
+class Stop:
+    """The signal that asked the run to stop, if one did."""
+
+    signal_number: int | None = None
+
+
+def run(config, workdir):
+    """Trains, evaluates, exports and reports; continues what `workdir` holds of the same config.
+
+    Returns: the exit status: 0, or 143 after SIGTERM.
+    """
+    if is_finished(config, workdir):
+        print(f'{workdir} is finished: see {os.path.join(workdir, "report.md")}')
+        return 0
+    session = open_session(config, workdir)
+    print(session.describe(), flush=True)
+
+    start_step = resume(session)
+    resumed_from = record_start(session, workdir, start_step)
+    logbook = Logbook(workdir, start_step, session.plan.total_steps)
+    with stop_on_signal() as stop, contextlib.closing(logbook):
+        metrics = train(session, logbook, start_step, stop)
+    if stop.signal_number is not None:
+        name = signal.Signals(stop.signal_number).name
+        print(f'{name}: stopped at step {session.checkpoints.latest_step():,}, saved; the same command continues', flush=True)
+        return 0 if stop.signal_number == signal.SIGINT else 128 + stop.signal_number
+
+    exported = export.write(session, os.path.join(workdir, 'export'))
+    rows = read_metrics(workdir)
+    planned_steps = range(0, session.plan.total_steps + 1, max(1, session.plan.total_steps // 2000))
+    planned = learning_rate(list(planned_steps), **schedule_arguments(config, session.plan))
+    plots.plot_learning_rate(os.path.join(workdir, 'plots', 'learning_rate.png'), planned_steps, planned, rows,
+                             session.plan.warmup_steps, session.plan.hold_steps)
+    plots.plot_curves(os.path.join(workdir, 'plots', 'curves.png'), {os.path.basename(workdir): rows})
+    summary = summarize(session, metrics, rows, exported, resumed_from)
+    report.write_report(workdir, summary, session.describe())
+    write_json(os.path.join(workdir, 'summary.json'), summary)  # the last file: it says that all is done
+    print(f'{summary["eval/accuracy"]:.2%} of {summary["eval/examples"]:,} evaluation examples; report in {os.path.join(workdir, "report.md")}')
+    return 0
+
+
+def train(session, logbook, start_step, stop):
+    """Runs updates `start_step` to the last, with logging, evaluation and checkpoints at their intervals.
+
+    Returns: the metrics of the last evaluation, or None when a signal stopped the run before.
+    """
+    config, plan, checkpoints = session.config, session.plan, session.checkpoints
+    train_step = steps.make_train_step(session.state, config, num_classes=plan.num_classes,
+                                       num_replicas=plan.num_replicas, jit_compile=session.jit_compile)
+    train_loop = steps.make_train_loop(session.strategy, train_step)
+    evaluation = evaluate.make_evaluation(session)
+    iterator = iter(pipeline.training_batches(session.source, config, plan, start_step, session.strategy))
+
+    step, metrics, window, saved_at = start_step, None, Window(start_step), time.monotonic()
+    while step < plan.total_steps and stop.signal_number is None:
+        until = min(plan.total_steps, step + config.steps_per_loop, *(next_multiple(step, every) for every in plan.intervals))
+        began = time.monotonic()
+        window.add(train_loop(iterator, tf.constant(until - step)), time.monotonic, began)
+        step = until
+        logbook.advance(step)
+        ended = step == plan.total_steps
+        if step % plan.log_every == 0 or ended:
+            logbook.write(step, window.metrics(session, step))
+            checkpoints.train_seconds.assign_add(window.seconds)
+            checkpoints.input_seconds.assign_add(window.input_seconds)
+            window = Window(step)
+        if step % plan.eval_every == 0 or ended:
+            metrics = evaluation()
+            logbook.write(step, metrics)
+            checkpoints.save_if_best(step, metrics['eval/accuracy'])
+        if is_due(plan, step, saved_at) or ended or stop.signal_number is not None:
+            session.synchronize()
+            checkpoints.save(step)
+            saved_at = time.monotonic()
+    if step < plan.total_steps:
+        return None
+    stop.signal_number = None  # it came after the last update: what is left is short, and done
+    return metrics or evaluation()
+
+
+class Window:
+    """Sums of the updates since the last row of metrics.jsonl."""
+
+    def __init__(self, first_step):
+        self.first_step, self.sums, self.seconds = first_step, collections.Counter(), 0.0
+
+    def add(self, results, clock, began):
+        """Adds what a train loop returned; reading it waits for the devices, so the clock is read after it."""
+        self.sums.update({key: float(value) for key, value in results.items()})
+        self.seconds += clock() - began
+
+    @property
+    def input_seconds(self):
+        return self.sums['input_seconds']
+
+    def metrics(self, session, step):
+        """The means over the window as a row of metrics.jsonl.
+
+        Raises: RunError when the loss is not a finite number.
+        """
+        state, num_steps = session.state, step - self.first_step
+        loss = self.sums['loss'] / num_steps
+        if not math.isfinite(loss):
+            saved = session.checkpoints.latest_step()
+            raise RunError(f'the loss is {loss} somewhere in steps {self.first_step:,} to {step:,}: lower config.schedule.peak_lr, lengthen '
+                           f'config.schedule.warmup or set config.grad_clip_norm; ' + (f'step {saved:,} is saved' if saved else 'no step is saved yet'))
+        row = {
+            'train/loss': loss,
+            'train/accuracy': self.sums['correct'] / (num_steps * session.plan.batch_size),
+            'train/learning_rate': float(state.optimizer._learning_rate(step - 1)),  # of the update just done
+            'train/grad_norm': self.sums['grad_norm'] / num_steps,
+            'train/examples_per_second': num_steps * session.plan.batch_size / self.seconds,
+            'train/input_wait_fraction': min(1.0, self.input_seconds / self.seconds),
+        }
+        if state.skipped_updates is not None:
+            row['train/skipped_updates'] = int(state.skipped_updates)
+        return row
+
+
+def is_finished(config, workdir):
+    """Whether `workdir` holds the finished run of this config.
+
+    Raises: ConfigError if it holds a run of another config.
+    """
+    path = os.path.join(workdir, 'config.json')
+    if not os.path.exists(path):
+        return False
+    before, now = flatten(read_json(path)), flatten(json.loads(config.to_json()))
+    changed = [f'{key} was {before.get(key)!r}, is {now.get(key)!r}' for key in sorted(before.keys() | now.keys())
+               if before.get(key) != now.get(key) and key not in FREE_KEYS]
+    if changed:
+        raise ConfigError(f'{workdir} holds a run of another config ({"; ".join(changed)}): give this one its own --workdir, or delete that folder')
+    return os.path.exists(os.path.join(workdir, 'summary.json'))
+
+
+def resume(session):
+    """Restores the last checkpoint if there is one; returns the step to go on from."""
+    if session.checkpoints.latest_step() is None:
+        return 0
+    step = session.checkpoints.restore()
+    print(f'resumes   at step {step:,}', flush=True)
+    return step
+
+
+def record_start(session, workdir, start_step):
+    """Writes config.json and environment.json; returns the steps at which the run was resumed so far."""
+    path = os.path.join(workdir, 'environment.json')
+    resumed_from = []
+    if os.path.exists(path) and start_step:
+        resumed_from = read_json(path)['resumed_from'] + [start_step]
+    os.makedirs(workdir, exist_ok=True)
+    write_json(os.path.join(workdir, 'config.json'), json.loads(session.config.to_json()))
+    write_json(path, {**describe_environment(), 'strategy': session.strategy_reason, 'replicas': session.plan.num_replicas,
+                      'dtype_policy': session.dtype_policy, 'jit_compile': session.jit_compile, 'resumed_from': resumed_from})
+    return resumed_from
+
+
+def summarize(session, metrics, rows, exported, resumed_from):
+    """The content of summary.json."""
+    plan, checkpoints = session.plan, session.checkpoints
+    speeds = [row['train/examples_per_second'] for row in rows if 'train/examples_per_second' in row]
+    train_seconds = float(checkpoints.train_seconds)
+    digest = hashlib.sha256()
+    for variable in steps.weights(session.state.model):
+        digest.update(variable.numpy().tobytes())
+    return {
+        'steps': plan.total_steps,
+        'examples_seen': plan.total_steps * plan.batch_size,
+        **metrics,
+        'best/accuracy': float(checkpoints.best_accuracy),
+        'train_seconds': train_seconds,  # in the training loop: without evaluation, checkpoints and set-up
+        'examples_per_second': statistics.median(speeds),
+        'input_wait_fraction': min(1.0, float(checkpoints.input_seconds) / train_seconds) if train_seconds else 0.0,
+        'resumed_from': resumed_from,
+        'weights_sha256': digest.hexdigest(),
+        **exported,
+    }
+
+
+@contextlib.contextmanager
+def stop_on_signal():
+    """Turns the first SIGINT or SIGTERM into a request to stop after the current loop; a second one acts as usual."""
+    stop, usual = Stop(), {}
+
+    def ask(signal_number, frame):
+        stop.signal_number = signal_number
+        signal.signal(signal_number, usual[signal_number])
+        print(f'\n{signal.Signals(signal_number).name}: finishing the loop, then saving', flush=True)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        usual[number] = signal.signal(number, ask)
+    try:
+        yield stop
+    finally:
+        for number, handler in usual.items():
+            signal.signal(number, handler)
+
+
+def is_due(plan, step, saved_at):
+    """Whether a checkpoint is due: by steps, or by time, and then together with a row of metrics.jsonl."""
+    if plan.checkpoint_every:
+        return step % plan.checkpoint_every == 0
+    return step % plan.log_every == 0 and time.monotonic() - saved_at > plan.checkpoint_seconds
+
+
+def next_multiple(step, every):
+    return (step // every + 1) * every
