@@ -25,7 +25,7 @@ def learning_rate(step, *, curve='cosine', warmup_steps, total_steps, hold=0, st
 
     Args:
         step: 0-based index of the update: a whole number, or an array or list of them of any shape; or an integer
-            tensor of any shape, also inside a `tf.function` with `jit_compile=True`.
+            tensor or variable of any shape, also inside a `tf.function` with `jit_compile=True`.
         curve: what follows warmup and hold, a name in `CURVES`; `curve_arguments` are that curve's own arguments.
         warmup_steps, hold, total_steps: in updates; `total_steps` includes warmup and hold.
         start_lr, target_lr, end_lr: the rate of update 0, the peak, and the rate past the last update.
@@ -37,7 +37,7 @@ def learning_rate(step, *, curve='cosine', warmup_steps, total_steps, hold=0, st
             step counts as 0, and a fraction is cut off.
     """
     arguments = _checked(curve, warmup_steps, total_steps, hold, start_lr, target_lr, end_lr, curve_arguments)
-    if keras.ops.is_tensor(step) or isinstance(step, keras.Variable):
+    if keras.ops.is_tensor(step):
         return _rate(keras.ops, keras.ops.cast(step, 'int64'), arguments)
     rates = _rate(np, _checked_steps(step), arguments)
     return float(rates) if rates.ndim == 0 else rates

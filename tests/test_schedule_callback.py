@@ -113,11 +113,13 @@ def test_a_change_where_the_planned_rate_is_zero_is_not_kept():
 def test_a_rate_that_was_switched_off_can_be_switched_on_again():
     class Freezes(keras.callbacks.Callback):
         def on_epoch_end(self, epoch, logs=None):
-            self.model.optimizer.learning_rate = 0.0 if epoch == 0 else PLANNED[7]
+            # At the end of epoch 1 the last planned rate is that of step 7.
+            if epoch < 2:
+                self.model.optimizer.learning_rate = [0.0, 0.5 * PLANNED[7]][epoch]
 
     model, callback = a_model(), WarmupCosineDecayCallback(**ARGUMENTS)
     fit(model, callback, Freezes(), epochs=3)
-    np.testing.assert_allclose(callback.lrs, PLANNED[:12] * np.repeat([1, 0, 1], 4), rtol=1e-5)
+    np.testing.assert_allclose(callback.lrs, PLANNED[:12] * np.repeat([1, 0, 0.5], 4), rtol=1e-5)
 
 
 def test_without_total_steps_it_is_warmup_alone_and_the_rest_is_left_to_other_callbacks(tmp_path):

@@ -190,6 +190,7 @@ def test_the_step_may_be_the_variable_that_counts_the_updates_of_an_optimizer():
     optimizer.iterations.assign(3)
     rates = [learning_rate(optimizer.iterations, warmup_steps=6, total_steps=10, target_lr=0.1),
              WarmupCosineDecay(0.0, 0.1, 6, 10)(optimizer.iterations)]
+    assert all(tf.is_tensor(rate) for rate in rates)
     np.testing.assert_allclose(rates, 0.05, rtol=1e-6)
 
 
@@ -344,11 +345,9 @@ def test_past_the_last_step_the_rate_stays_at_end_lr(curve):
 def test_the_last_step_reaches_the_floor(curve):
     """Published: the last step never reaches the floor."""
     for total in (16, 17, 100, 12345):
-        if curve == 'piecewise' and total < 100:
-            continue_from = dict(boundaries=[13, 14, 15])
-        else:
-            continue_from = dict(cooldown=3) if curve == 'trapezoid' else {}
-        setting = SETTING | dict(curve=curve, total_steps=total) | continue_from
+        # Those whose defaults do not fit into a decay of 4 steps.
+        fitting = dict(piecewise=dict(boundaries=[13, 14, 15]), trapezoid=dict(cooldown=3)).get(curve, {})
+        setting = SETTING | dict(curve=curve, total_steps=total) | fitting
         assert learning_rate(total, **setting) == 0.002
         assert float(WarmupDecay(**setting)(total)) == np.float32(0.002)
 
@@ -567,6 +566,10 @@ def test_an_impossible_argument_is_answered_alike_under_the_customary_names_and_
 def test_an_impossible_step_is_answered_in_one_line(step):
     with pytest.raises(ValueError, match='write whole numbers, 0 or more'):
         learning_rate(step, **RIGHT)
+
+
+def test_a_negative_step_in_a_tensor_counts_as_zero():
+    assert float(learning_rate(tf.constant(-5), **RIGHT | dict(start_lr=0.02))) == np.float32(0.02)
 
 
 @pytest.mark.parametrize('count', [0, -1, 1.5])

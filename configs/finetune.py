@@ -1,0 +1,35 @@
+"""Pretrained EfficientNetV2B0 with a new head, here for 102 kinds of flowers; 330 MB and 24 MB to download once.
+
+    python main.py --config=configs/finetune.py
+    python main.py --config=configs/finetune.py --config.dataset.name=folder --config.dataset.data_dir=DIR \\
+        --config.dataset.train_split=train --config.dataset.eval_split=test
+
+Costs      30 epochs x 2,040 pictures at 224 pixels.
+Measured   not yet.
+"""
+from configs import default
+
+
+def get_config():
+    config = default.get_config()
+    config.dataset.name = 'oxford_flowers102'
+    config.dataset.train_split = 'train+validation'
+    config.image_size = 224
+    config.eval_crop = 0.875
+    config.model.weights = 'imagenet'
+
+    config.batch_size = 64
+    config.eval_batch_size = 64
+    config.train_for = '30 epochs'  # 30 x 2,040 / 64 = 956 steps
+
+    config.schedule.peak_lr = 3e-4  # a few times below that of training from scratch, so that the weights stay near
+    config.schedule.start_lr = 3e-6
+    config.weight_decay = 0.05
+    config.label_smoothing = 0.1
+    config.ema_decay = 0.99
+    config.model.drop_path = 0.1
+
+    config.augment.crop = 'random'
+    config.augment.crop_area = (0.25, 1.0)
+    config.augment.flip = True
+    return config
