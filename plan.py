@@ -1,9 +1,10 @@
 """From a config and the facts of a data set to numbers: steps, warmup, intervals. Once, and checked.
 
-`check_config` needs no TensorFlow and no data, so that a mistake is answered in a second; `make_plan` does the rest.
+`check_config` needs no data and no device, so that a mistake is answered at once; `make_plan` does the rest.
 """
 import dataclasses
 import difflib
+import functools
 import math
 import re
 from fractions import Fraction
@@ -205,7 +206,7 @@ def make_plan(config, train_examples, eval_examples, num_classes, num_replicas):
         checkpoint_seconds=float(amount) * 60 if in_minutes else None,
     )
     try:
-        schedules.learning_rate(0, **schedule_arguments(config, plan))
+        learning_rate_of(config, plan)(0)
     except ValueError as error:
         raise ConfigError(f'config.schedule: {error}') from error
     return plan
@@ -225,6 +226,11 @@ def schedule_arguments(config, plan):
         end_lr=config.schedule.end_lr,
         **curve_arguments,
     )
+
+
+def learning_rate_of(config, plan):
+    """The learning rate of this run: a function of the update, or of an array of them."""
+    return functools.partial(schedules.learning_rate, **schedule_arguments(config, plan))
 
 
 def flatten(config, prefix=''):

@@ -20,8 +20,7 @@ from inputs import pipeline
 from modeling import steps
 from outputs import plots, report
 from outputs.logbook import Logbook, read_json, read_metrics, write_json
-from plan import flatten, schedule_arguments
-from schedules import learning_rate
+from plan import flatten, learning_rate_of
 from session import open_session
 
 # Keys that may differ between the starts of one run: they change where and how fast it goes, not what is computed.
@@ -60,7 +59,7 @@ def run(config, workdir):
     exported = export.write(session, os.path.join(workdir, 'export'))
     rows = read_metrics(workdir)
     planned_steps = range(0, session.plan.total_steps + 1, max(1, session.plan.total_steps // 2000))
-    planned = learning_rate(list(planned_steps), **schedule_arguments(config, session.plan))
+    planned = learning_rate_of(config, session.plan)(list(planned_steps))
     plots.plot_learning_rate(os.path.join(workdir, 'plots', 'learning_rate.png'), planned_steps, planned, rows,
                              session.plan.warmup_steps, session.plan.hold_steps)
     plots.plot_curves(os.path.join(workdir, 'plots', 'curves.png'), {os.path.basename(workdir): rows})
@@ -87,7 +86,7 @@ def train(session, logbook, start_step, stop):
     while step < plan.total_steps and stop.signal_number is None:
         until = min(plan.total_steps, step + config.steps_per_loop, *(next_multiple(step, every) for every in plan.intervals))
         began = time.monotonic()
-        window.add(train_loop(iterator, tf.constant(until - step)), time.monotonic, began)
+        window.add(train_loop(iterator, tf.constant(until - step)), began)
         step = until
         logbook.advance(step)
         ended = step == plan.total_steps
@@ -116,10 +115,12 @@ class Window:
     def __init__(self, first_step):
         self.first_step, self.sums, self.seconds = first_step, collections.Counter(), 0.0
 
-    def add(self, results, clock, began):
+    def add(self, results, began):
         """Adds what a train loop returned; reading it waits for the devices, so the clock is read after it."""
-        self.sums.update({key: float(value) for key, value in results.items()})
-        self.seconds += clock() - began
+        results = {key: float(value) for key, value in results.items()}
+        self.seconds += time.monotonic() - began
+        self.learning_rate = results.pop('learning_rate')
+        self.sums.update(results)
 
     @property
     def input_seconds(self):
@@ -139,7 +140,7 @@ class Window:
         row = {
             'train/loss': loss,
             'train/accuracy': self.sums['correct'] / (num_steps * session.plan.batch_size),
-            'train/learning_rate': float(state.optimizer._learning_rate(step - 1)),  # of the update just done
+            'train/learning_rate': self.learning_rate,  # that the last update used
             'train/grad_norm': self.sums['grad_norm'] / num_steps,
             'train/examples_per_second': num_steps * session.plan.batch_size / self.seconds,
             'train/input_wait_fraction': min(1.0, self.input_seconds / self.seconds),
@@ -178,8 +179,9 @@ def record_start(session, workdir, start_step):
     """Writes config.json and environment.json; returns the steps at which the run was resumed so far."""
     path = os.path.join(workdir, 'environment.json')
     resumed_from = []
-    if os.path.exists(path) and start_step:
-        resumed_from = read_json(path)['resumed_from'] + [start_step]
+    if start_step and os.path.exists(path):
+        trains_on = start_step < session.plan.total_steps
+        resumed_from = read_json(path)['resumed_from'] + [start_step] * trains_on
     os.makedirs(workdir, exist_ok=True)
     write_json(os.path.join(workdir, 'config.json'), json.loads(session.config.to_json()))
     write_json(path, {**describe_environment(), 'strategy': session.strategy_reason, 'replicas': session.plan.num_replicas,

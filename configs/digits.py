@@ -1,4 +1,10 @@
-"""EfficientNetV2B0 on scikit-learn's 1,797 handwritten digits: real data, no download."""
+"""EfficientNetV2B0 on scikit-learn's 1,797 handwritten digits: real data, no download.
+
+    python main.py --config=configs/digits.py
+
+Costs      40 epochs x 1,437 pictures at 32 pixels.
+Measured   MEASURED
+"""
 from configs import default
 
 

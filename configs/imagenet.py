@@ -24,7 +24,7 @@ def get_config():
     config.schedule = {
         'name': 'exponential',
         'peak_lr': 0.016 * 4096 / 256,  # 0.256
-        'start_lr': 0.256 / 1565,  # one step of the warmup: 5 x 1,281,167 / 4096 = 1564 steps
+        'start_lr': 0.256 / 1563,  # one step of the warmup: 5 x 1,281,167 / 4096 = 1,563 steps
         'end_lr': 0.0,
         'warmup': '5 epochs',
         'hold': '0%',

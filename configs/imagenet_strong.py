@@ -13,7 +13,7 @@ def get_config():
     config = imagenet.get_config()
     config.train_for = '500 epochs'
 
-    config.schedule = {'name': 'cosine', 'peak_lr': 4e-3, 'start_lr': 4e-3 / 1565, 'end_lr': 0.0, 'warmup': '5 epochs', 'hold': '0%'}
+    config.schedule = {'name': 'cosine', 'peak_lr': 4e-3, 'start_lr': 4e-3 / 1563, 'end_lr': 0.0, 'warmup': '5 epochs', 'hold': '0%'}
     config.optimizer = {'name': 'adamw'}
     config.weight_decay = 0.1
     config.l2_regularization = 0.0

@@ -80,7 +80,8 @@ def make_train_step(state, config, *, num_classes, num_replicas, jit_compile):
             all-reduce for CPU devices (and none inside a function that each GPU compiles for itself).
 
     Returns: a function of images uint8 [batch, size, size, 3] and labels int64 [batch] or float32 [batch, num_classes]
-        that updates the state and returns this replica's part of the sums: {'loss', 'correct', 'grad_norm'}, float32 [].
+        that updates the state and returns this replica's part of the sums over replicas, float32 []: {'loss', 'correct',
+        'grad_norm', 'learning_rate'}, the last being the rate that was used.
     """
     model, optimizer = state.model, state.optimizer
     trained = model.trainable_variables
@@ -109,10 +110,11 @@ def make_train_step(state, config, *, num_classes, num_replicas, jit_compile):
         norm = tf.linalg.global_norm(gradients)
         if config.grad_clip_norm:
             gradients, _ = tf.clip_by_global_norm(gradients, config.grad_clip_norm, use_norm=norm)
+        learning_rate = tf.cast(optimizer.learning_rate, tf.float32)  # before the update counts itself
         with _undone_unless_finite(state, norm):
             optimizer.apply(gradients, trained)
             _update_average(state, config.ema_decay)
-        return {'loss': loss, 'correct': correct, 'grad_norm': norm / num_replicas}
+        return {'loss': loss, 'correct': correct, 'grad_norm': norm / num_replicas, 'learning_rate': learning_rate / num_replicas}
 
     return train_step
 
@@ -171,7 +173,8 @@ def make_train_loop(strategy, train_step):
     """Several training steps in one host call.
 
     Returns: a tf.function of a distributed iterator and a number of steps, int32 []; it returns sums over these steps,
-        {'loss', 'correct', 'grad_norm'}, float32 [], and 'input_seconds', float64 [], the time spent waiting for batches.
+        {'loss', 'correct', 'grad_norm'}, float32 [], the 'learning_rate' of the last, and 'input_seconds', float64 [], the
+        time spent waiting for batches.
     """
     @tf.function(autograph=False)
     def train_loop(iterator, num_steps):
@@ -183,9 +186,11 @@ def make_train_loop(strategy, train_step):
             with tf.control_dependencies(tf.nest.flatten(batch, expand_composites=True)):
                 waited = tf.timestamp() - asked
             results = strategy.reduce(tf.distribute.ReduceOp.SUM, strategy.run(train_step, args=batch), axis=None)
-            return step + 1, input_seconds + waited, {key: sums[key] + results[key] for key in sums}
+            sums = {key: results[key] if key == 'learning_rate' else sums[key] + results[key] for key in sums}
+            return step + 1, input_seconds + waited, sums
 
-        start = (tf.constant(0), tf.constant(0.0, tf.float64), {key: tf.constant(0.0) for key in ('correct', 'grad_norm', 'loss')})
+        zeros = {key: tf.constant(0.0) for key in ('correct', 'grad_norm', 'learning_rate', 'loss')}
+        start = (tf.constant(0), tf.constant(0.0, tf.float64), zeros)
         _, input_seconds, sums = tf.while_loop(lambda step, *_: step < num_steps, body, start, parallel_iterations=1)
         return {**sums, 'input_seconds': input_seconds}
 

@@ -4,7 +4,6 @@ import os
 import sys
 import time
 
-import tensorflow as tf
 from tqdm import tqdm
 
 
@@ -18,9 +17,12 @@ class Logbook:
     """
 
     def __init__(self, workdir, first_step, total_steps):
+        import tensorflow as tf  # here, because reading a logbook needs none
+
         self.path = os.path.join(workdir, 'metrics.jsonl')
         self._rows = [row for row in read_metrics(workdir) if row['step'] <= first_step]
         _write_rows(self.path, self._rows)
+        self._summary = tf.summary
         self._board = tf.summary.create_file_writer(os.path.join(workdir, 'tensorboard'))
         self._bar = tqdm(total=total_steps, initial=first_step, unit='step', dynamic_ncols=True, smoothing=0.1,
                          disable=None if sys.stderr.isatty() else True)
@@ -37,7 +39,7 @@ class Logbook:
                 file.write(json.dumps(self._rows[-1]) + '\n')
         with self._board.as_default(step):
             for name, value in metrics.items():
-                tf.summary.scalar(name, value)
+                self._summary.scalar(name, value)
         self._board.flush()
         self._show(step, metrics)
 

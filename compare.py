@@ -1,0 +1,77 @@
+"""Several runs side by side: python compare.py RUN [RUN ...] [--output=comparison.png]"""
+import argparse
+import os
+import sys
+
+from errors import RunError, UserError
+from outputs.logbook import read_json, read_metrics
+
+COLUMNS = {  # title: (file, key, format)
+    'model': ('config', 'model/name', '{}'),
+    'schedule': ('config', 'schedule/name', '{}'),
+    'peak_lr': ('config', 'schedule/peak_lr', '{:g}'),
+    'warmup': ('config', 'schedule/warmup', '{}'),
+    'batch': ('config', 'batch_size', '{:,}'),
+    'steps': ('metrics', 'step', '{:,}'),
+    'accuracy': ('metrics', 'eval/accuracy', '{:.2%}'),
+    'best': ('best', 'eval/accuracy', '{:.2%}'),
+    'loss': ('metrics', 'eval/loss', '{:.4f}'),
+    'examples/s': ('median', 'train/examples_per_second', '{:,.0f}'),
+}
+
+
+def main(arguments):
+    """Prints the table and draws the curves; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('runs', nargs='+', metavar='RUN', help='folder of a run, finished or not')
+    parser.add_argument('--output', default='comparison.png', help='where the curves are drawn')
+    options = parser.parse_args(arguments)
+    try:
+        runs = {name: read_run(path) for name, path in zip(_short_names(options.runs), options.runs)}
+        print(table(runs))
+        from outputs.plots import plot_curves
+
+        plot_curves(options.output, {name: rows for name, (_, rows) in runs.items()})
+        print(f'curves in {options.output}')
+    except UserError as error:
+        print(f'error: {error}', file=sys.stderr)
+        return error.exit_status
+    return 0
+
+
+def read_run(path):
+    """(config, rows of metrics.jsonl) of a run. Raises RunError if `path` is none."""
+    if not os.path.exists(os.path.join(path, 'config.json')):
+        raise RunError(f'{path} is no run: it has no config.json')
+    return read_json(os.path.join(path, 'config.json')), read_metrics(path)
+
+
+def table(runs):
+    """A Markdown table of {name: (config, rows)}, one run a line."""
+    lines = [['run', *COLUMNS]]
+    for name, (config, rows) in runs.items():
+        lines.append([name] + [_cell(config, rows, *column) for column in COLUMNS.values()])
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    lines.insert(1, ['-' * width for width in widths])
+    return '\n'.join('| ' + ' | '.join(cell.ljust(width) for cell, width in zip(line, widths)) + ' |' for line in lines)
+
+
+def _cell(config, rows, source, key, style):
+    if source == 'config':
+        for part in key.split('/'):
+            config = config[part]
+        return style.format(config)
+    values = [row[key] for row in rows if key in row]
+    if not values:
+        return '-'
+    chosen = {'metrics': values[-1], 'best': max(values), 'median': sorted(values)[len(values) // 2]}[source]
+    return style.format(chosen)
+
+
+def _short_names(paths):
+    names = [os.path.basename(os.path.normpath(path)) for path in paths]
+    return names if len(set(names)) == len(names) else [os.path.normpath(path) for path in paths]
+
+
+if __name__ == '__main__':
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,42 @@
+"""What all tests share: four virtual CPU devices, a data folder of their own, and a tiny digits run."""
+import os
+import tempfile
+
+DATA = tempfile.TemporaryDirectory(prefix='warmstart-test-data-')
+os.environ.update(KERAS_BACKEND='tensorflow', TF_CPP_MIN_LOG_LEVEL='2', TFDS_DATA_DIR=DATA.name, CUDA_VISIBLE_DEVICES='-1')
+
+import pytest  # noqa: E402
+import tensorflow as tf  # noqa: E402
+
+tf.config.set_logical_device_configuration(tf.config.list_physical_devices('CPU')[0], [tf.config.LogicalDeviceConfiguration()] * 4)
+
+import keras  # noqa: E402
+
+from configs import digits  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def no_traces_left():
+    """Each test begins without Keras' global policy and names of the test before."""
+    keras.config.set_dtype_policy('float32')
+    keras.backend.clear_session()
+
+
+@pytest.fixture
+def tiny():
+    """The digits config with the tiny model, 30 updates of 32 examples."""
+    config = digits.get_config()
+    config.model.name, config.image_size = 'tiny', 16
+    config.batch_size, config.eval_batch_size = 32, 128
+    config.train_for, config.steps_per_loop = '30 steps', 4
+    config.schedule.peak_lr, config.schedule.start_lr = 1e-2, 1e-4
+    config.log_every, config.eval_every, config.checkpoint_every = '5 steps', '10 steps', '10 steps'
+    config.ema_decay = 0.9
+    return config
+
+
+@pytest.fixture
+def still(tiny):
+    """`tiny` without augmentation and dropout: nothing depends on the number of replicas."""
+    tiny.augment.translate = tiny.augment.rotate = tiny.augment.zoom = tiny.model.dropout = 0.0
+    return tiny

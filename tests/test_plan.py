@@ -1,0 +1,138 @@
+"""Durations become the steps one would count by hand, and an impossible config is one clear line."""
+import glob
+import importlib
+import os
+from fractions import Fraction
+
+import pytest
+from hypothesis import given, strategies as st
+
+import plan
+from configs import default
+from errors import ConfigError
+
+NAMES = sorted(os.path.basename(path)[:-3] for path in glob.glob(os.path.join(os.path.dirname(plan.__file__), 'configs', '[a-z]*.py')))
+
+
+def shipped(name):
+    return importlib.import_module(f'configs.{name}').get_config()
+
+
+def test_all_configs_of_the_readme_are_there():
+    assert {'default', 'digits', 'imagenet', 'imagenet_strong', 'imagenette', 'cifar10', 'folder', 'finetune', 'debug'} <= set(NAMES)
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_a_shipped_config_is_valid_and_wastes_no_update(name):
+    config = shipped(name)
+    plan.check_config(config)
+    numbers = plan.make_plan(config, train_examples=9_469, eval_examples=3_925, num_classes=10, num_replicas=1)
+    assert 0 < plan.learning_rate_of(config, numbers)(0) < config.schedule.peak_lr
+    assert plan.learning_rate_of(config, numbers)(numbers.total_steps) == config.schedule.end_lr
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_a_shipped_config_says_what_it_costs_and_how_it_is_run(name):
+    text = importlib.import_module(f'configs.{name}').__doc__
+    if name != 'default':
+        for word in ('python main.py', 'Costs', 'Measured'):
+            assert word in text
+
+
+def test_imagenet_takes_as_many_steps_as_the_paper():
+    config = shipped('imagenet')
+    numbers = plan.make_plan(config, 1_281_167, 50_000, 1_000, num_replicas=8)
+    assert numbers.total_steps == 350 * 1_281_167 // 4096 == 109_474
+    assert numbers.warmup_steps == 5 * 1_281_167 // 4096
+    assert config.schedule.peak_lr == pytest.approx(0.256)  # 0.016 for each 256 pictures
+    after_warmup = plan.learning_rate_of(config, numbers)
+    steps_per_2_4_epochs = 2.4 * 1_281_167 / 4096
+    assert after_warmup(numbers.warmup_steps + 10 * round(steps_per_2_4_epochs)) == pytest.approx(0.256 * 0.97**10, rel=1e-3)
+
+
+@pytest.mark.parametrize('text, steps', [
+    ('500 steps', 500), ('1_281_167 examples', 20_018), ('10 epochs', 15_625), ('0.5 epochs', 781), ('1 epoch', 1562), ('64,000 examples', 1000)])
+def test_a_duration_is_counted_in_updates(text, steps):
+    config = default.get_config()
+    config.batch_size, config.train_for = 64, text
+    assert plan.make_plan(config, 100_000, 10, 10, 1).total_steps == steps
+
+
+@given(epochs=st.integers(1, 500), examples=st.integers(1_000, 2_000_000), batch_size=st.integers(1, 1_000), warmup=st.integers(0, 60), hold=st.integers(0, 40))
+def test_a_plan_is_exact_arithmetic(epochs, examples, batch_size, warmup, hold):
+    config = default.get_config()
+    config.batch_size, config.train_for = batch_size, f'{epochs} epochs'
+    config.schedule.warmup, config.schedule.hold = f'{warmup}%', f'{hold}%'
+    numbers = plan.make_plan(config, examples, 10, 10, 1)
+    assert numbers.total_steps == epochs * examples // batch_size
+    assert numbers.warmup_steps == int(Fraction(numbers.total_steps * warmup, 100))
+    assert numbers.hold_steps == int(Fraction(numbers.total_steps * hold, 100))
+    assert 1 <= numbers.log_every <= max(1, numbers.total_steps)
+
+
+@pytest.mark.parametrize('key, value, says', [
+    ('train_for', '20', "'20 epochs'"),
+    ('train_for', '5%', 'no duration'),
+    ('train_for', '2.5 steps', 'whole numbers'),
+    ('train_for', '-3 epochs', 'no duration'),
+    ('schedule.warmup', '120%', 'more than the whole run'),
+    ('schedule.warmup', '10 minutes', 'no duration'),
+    ('checkpoint_every', 'often', 'no duration'),
+    ('batch_size', 0, 'at least 1'),
+    ('batch_size', 6.5, 'a whole number'),
+    ('batch_size', True, 'a whole number'),
+    ('label_smoothing', 1.5, 'from 0 to 0.999'),
+    ('schedule.peak_lr', float('nan'), 'impossible'),
+    ('schedule.peak_lr', float('inf'), 'impossible'),
+    ('schedule.name', 'cosin', 'did you mean cosine?'),
+    ('precision', 'fp16', 'float16'),
+    ('jit_compile', True, 'text'),
+    ('augment.crop_area', (0.5, 0.1), 'low <= high'),
+    ('augment.crop_area', (0.5,), 'two numbers'),
+    ('augment.flip', 1, 'true or false'),
+])
+def test_an_impossible_value_is_one_line_that_says_what_to_write(key, value, says):
+    config = default.get_config().unlock()
+    section, _, name = key.rpartition('.')
+    with config.ignore_type():
+        (config[section] if section else config)[name] = value
+    with pytest.raises(ConfigError, match=says.replace('?', r'\?')) as error:
+        plan.check_config(config)
+    assert key in str(error.value) and '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('key, suggestion', [('batch_sise', 'batch_size'), ('model.nme', 'model.name'), ('warmup', 'schedule.warmup'), ('dataset.nam', 'dataset.name')])
+def test_an_unknown_key_suggests_the_nearest(key, suggestion):
+    config = default.get_config().unlock()
+    section, _, name = key.rpartition('.')
+    (config[section] if section else config)[name] = 3
+    with pytest.raises(ConfigError, match=f'config.{key} does not exist; did you mean {suggestion}'):
+        plan.check_config(config)
+
+
+def test_a_schedule_longer_than_the_run_is_refused():
+    config = default.get_config()
+    config.train_for, config.schedule.warmup, config.schedule.hold = '100 steps', '80 steps', '30 steps'
+    with pytest.raises(ConfigError, match='80 . 30 steps, but the run has 100'):
+        plan.make_plan(config, 1_000, 10, 10, 1)
+
+
+def test_a_run_without_a_step_is_refused():
+    config = default.get_config()
+    config.train_for = '100 examples'
+    with pytest.raises(ConfigError, match='less than one step of 128'):
+        plan.make_plan(config, 1_000, 10, 10, 1)
+
+
+def test_a_batch_that_replicas_cannot_share_is_refused_with_one_that_they_can():
+    config = default.get_config()
+    config.batch_size = 100
+    with pytest.raises(ConfigError, match='--config.batch_size=96'):
+        plan.make_plan(config, 1_000, 10, 10, num_replicas=8)
+
+
+def test_an_unknown_argument_of_the_curve_is_refused():
+    config = default.get_config().unlock()
+    config.schedule.powr = 2.0
+    with pytest.raises(ConfigError, match='powr'):
+        plan.make_plan(config, 1_000, 10, 10, 1)
