@@ -146,7 +146,7 @@ class Window:
             'train/input_wait_fraction': min(1.0, self.input_seconds / self.seconds),
         }
         if state.skipped_updates is not None:
-            row['train/skipped_updates'] = int(state.skipped_updates)
+            row['train/skipped_updates'] = int(state.skipped_updates.numpy())
         return row
 
 

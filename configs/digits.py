@@ -24,9 +24,9 @@ def get_config():
     config.label_smoothing = 0.1
     config.ema_decay = 0.99
 
-    config.augment.translate = 0.1
-    config.augment.rotate = 0.03
-    config.augment.zoom = 0.1
+    config.augment.translate = 0.08
+    config.augment.rotate = 0.02
+    config.augment.zoom = 0.07
 
     config.eval_every = '20%'
     return config

@@ -33,7 +33,9 @@ def make_strategy(config):
         if len(devices) < 2:
             raise RunError(f"config.strategy='mirrored' needs several devices, but found {_found()}: "
                            f'write --config.strategy=auto, or try it on a CPU with --config.virtual_devices=2')
-        return tf.distribute.MirroredStrategy(devices), f'MirroredStrategy on {len(devices)} {kind}s: {_reason(wanted, f"found {_found()}")}'
+        # Of CPUs one adds up, in a fixed order: repeatable, and two strategies in one process do not meet in a collective.
+        sums = None if gpus else tf.distribute.ReductionToOneDevice()
+        return tf.distribute.MirroredStrategy(devices, sums), f'MirroredStrategy on {len(devices)} {kind}s: {_reason(wanted, f"found {_found()}")}'
     return tf.distribute.OneDeviceStrategy(devices[0]), f'OneDeviceStrategy on one {kind}: {_reason(wanted, f"found {_found()}")}'
 
 

@@ -218,7 +218,8 @@ def make_average_statistics(strategy, state):
 
     Keras gives them no aggregation, so they drift apart, and reading one takes the first replica's.
     """
-    statistics = [variable.value for variable in state.model.non_trainable_variables if variable in weights(state.model)] + list(state.average)
+    trained = {id(variable) for variable in state.model.trainable_variables}
+    statistics = [variable.value for variable in weights(state.model) if id(variable) not in trained] + list(state.average)
 
     def average():
         means = tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.MEAN, [tf.identity(value) for value in statistics])

@@ -17,9 +17,8 @@ from configs import digits  # noqa: E402
 
 @pytest.fixture(autouse=True)
 def no_traces_left():
-    """Each test begins without Keras' global policy and names of the test before."""
+    """Each test begins without Keras' global policy of the test before."""
     keras.config.set_dtype_policy('float32')
-    keras.backend.clear_session()
 
 
 @pytest.fixture

@@ -1,0 +1,101 @@
+"""Digits, TFDS names and folders of pictures go through one door, and what is not there is named."""
+import os
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from sklearn.datasets import load_digits
+
+from configs import default
+from errors import ConfigError, RunError
+from inputs import datasets
+
+
+def dataset_config(**values):
+    config = default.get_config().dataset
+    for key, value in values.items():
+        config[key] = value
+    return config
+
+
+def write_picture(path, size=(20, 30), value=100):
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    picture = tf.fill([*size, 3], tf.constant(value, tf.uint8))
+    tf.io.write_file(path, tf.io.encode_png(picture) if path.endswith('.png') else tf.io.encode_jpeg(picture))
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    for split, count in (('train', 6), ('test', 3)):
+        for index, name in enumerate(('cat', 'dog')):
+            for number in range(count):
+                write_picture(str(tmp_path / split / name / f'{number}.{"png" if number % 2 else "jpg"}'), value=50 + 100 * index)
+    return str(tmp_path)
+
+
+def test_digits_are_all_of_scikit_learns_in_two_fixed_splits():
+    source = datasets.load(dataset_config(name='digits'))
+    assert (source.num_train, source.num_eval, source.class_names) == (1437, 360, tuple('0123456789'))
+    digits, seen = load_digits(), []
+    for split in ('train', 'test'):
+        for example in source.builder.as_dataset(split=split).as_numpy_iterator():
+            row = example['id']
+            seen.append(row)
+            assert example['label'] == digits.target[row]
+            np.testing.assert_array_equal(example['image'][..., 0], np.rint(digits.images[row] * 255 / 16))
+    assert sorted(seen) == list(range(1797))
+
+
+def test_digits_are_read_in_the_same_order_each_time():
+    source = datasets.load(dataset_config(name='digits'))
+    first, second = (list(source.examples('train').as_numpy_iterator()) for _ in range(2))
+    assert first == second and len(set(first)) > 1400
+
+
+def test_a_part_of_a_split_has_its_own_size():
+    source = datasets.load(dataset_config(name='digits', train_split='train[:100]', eval_split='train[100:]'))
+    assert (source.num_train, source.num_eval) == (100, 1337)
+
+
+def test_a_folder_of_pictures_is_found_with_classes_and_counts(pictures):
+    source = datasets.load(dataset_config(name='folder', data_dir=pictures))
+    assert (source.num_train, source.num_eval, source.class_names) == (12, 6, ('cat', 'dog'))
+    for encoded, label in source.examples('train').as_numpy_iterator():
+        picture = tf.io.decode_image(encoded, channels=3).numpy()
+        assert picture.shape == (20, 30, 3)
+        np.testing.assert_allclose(picture, 50 + 100 * label, atol=3)
+
+
+@pytest.mark.parametrize('values, error, says', [
+    (dict(name='digit'), ConfigError, "did you mean 'digits'"),
+    (dict(name='imagenet2021'), ConfigError, 'did you mean'),
+    (dict(name='digits', train_split='training'), ConfigError, "'training' is no split of digits: it has"),
+    (dict(name='digits', train_split='train[:0]'), ConfigError, 'no examples'),
+    (dict(name='folder'), ConfigError, 'needs --config.dataset.data_dir=DIR'),
+    (dict(name='folder', data_dir='/no/such/folder'), RunError, 'is no folder'),
+])
+def test_what_is_not_there_is_one_line(values, error, says):
+    with pytest.raises(error) as raised:
+        datasets.load(dataset_config(**values))
+    assert says in str(raised.value) and '\n' not in str(raised.value)
+
+
+def test_a_folder_without_the_split_says_what_it_should_hold(tmp_path):
+    write_picture(str(tmp_path / 'train' / 'cat' / '0.jpg'))
+    with pytest.raises(RunError, match='test has no class folders with images'):
+        datasets.load(dataset_config(name='folder', data_dir=str(tmp_path)))
+
+
+def test_a_folder_with_one_class_is_refused(tmp_path):
+    for split in ('train', 'test'):
+        write_picture(str(tmp_path / split / 'cat' / '0.jpg'))
+    with pytest.raises(RunError, match='has 1 class'):
+        datasets.load(dataset_config(name='folder', data_dir=str(tmp_path)))
+
+
+def test_imagenet_that_is_missing_says_where_it_was_sought_and_how_to_get_it(tmp_path):
+    with pytest.raises(RunError) as raised:
+        datasets.load(dataset_config(name='imagenet2012', data_dir=str(tmp_path), eval_split='validation'))
+    text = str(raised.value)
+    assert str(tmp_path / 'downloads' / 'manual') in text and 'ILSVRC2012_img_train.tar' in text and 'image-net.org' in text
+    assert '\n' not in text

@@ -1,0 +1,108 @@
+"""The network is keras.applications' own, with drop-path, dropout and batch normalisation as the config asks."""
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from configs import default
+from errors import ConfigError, RunError
+from modeling import models
+
+
+def config_for(name, image_size=32, **values):
+    config = default.get_config()
+    config.model.name, config.image_size = name, image_size
+    for key, value in values.items():
+        config.model[key] = value
+    return config
+
+
+def dropouts(model):
+    return [layer for layer in model._flatten_layers() if isinstance(layer, keras.layers.Dropout)]
+
+
+def test_efficientnetv2b0_answers_as_keras_own_does():
+    model = models.build_model(config_for('EfficientNetV2B0', drop_path=0.2), 1000)
+    theirs = keras.applications.EfficientNetV2B0(weights=None, input_shape=(32, 32, 3), classifier_activation=None)
+    assert model.count_params() == theirs.count_params() == 7_200_312  # 7.1 million trained ones and the statistics
+    random = np.random.RandomState(0)
+    values = [random.rand(*variable.shape) if 'variance' in variable.path else random.randn(*variable.shape) * 0.05 for variable in theirs.variables]
+    theirs.set_weights(values)
+    model.set_weights(values)
+    images = random.randint(0, 256, (4, 32, 32, 3)).astype('float32')
+    np.testing.assert_allclose(model(images, training=False), theirs(images, training=False), rtol=1e-4, atol=1e-4)
+    rates = [layer.rate for layer in dropouts(model)]
+    expected = [layer.rate for layer in dropouts(theirs)]
+    assert rates == pytest.approx(expected) and rates[-1] == 0.2 and rates[0] < 0.02 < rates[-2] < 0.2
+
+
+def test_drop_path_grows_to_what_the_config_says():
+    rates = [layer.rate for layer in dropouts(models.build_model(config_for('EfficientNetV2B0', drop_path=0.1, dropout=0.4), 10))]
+    assert rates[:-1] == sorted(rates[:-1]) and 0.09 < rates[-2] < 0.1 and rates[-1] == 0.4
+
+
+@pytest.mark.parametrize('synchronized', [True, False])
+@pytest.mark.parametrize('name', ['tiny', 'MobileNetV2'])
+def test_batch_normalisation_is_synchronized_when_asked(name, synchronized):
+    model = models.build_model(config_for(name, sync_batch_norm=synchronized), 10)
+    layers = [layer for layer in model._flatten_layers() if isinstance(layer, keras.layers.BatchNormalization)]
+    assert layers and all(layer.synchronized == synchronized for layer in layers)
+
+
+@pytest.mark.parametrize('name, module', [('MobileNetV2', keras.applications.mobilenet_v2), ('ResNet50', keras.applications.resnet50)])
+def test_preprocessing_is_inside_the_model(name, module):
+    model = models.build_model(config_for(name), 10)
+    images = np.random.RandomState(0).randint(0, 256, (2, 32, 32, 3)).astype('float32')
+    backbone = next(layer for layer in model.layers if isinstance(layer, keras.Model))
+    outside = model.get_layer('predictions')(backbone(module.preprocess_input(images.copy()), training=False))
+    np.testing.assert_allclose(model(images, training=False), outside, rtol=1e-4, atol=1e-5)
+
+
+def test_dropout_masks_differ_between_layers_updates_and_replicas_and_come_back():
+    model = keras.Sequential([keras.Input((50,)), keras.layers.Dropout(0.5), keras.layers.Dropout(0.5)])
+    strategy = tf.distribute.MirroredStrategy(['CPU:0', 'CPU:1'], tf.distribute.ReductionToOneDevice())
+    with strategy.scope():
+        updates = tf.Variable(0, dtype=tf.int64, aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA)
+    models.derive_dropout_seeds(model, 7, updates)
+    first, second = model.layers
+
+    @tf.function
+    def masks():
+        results = strategy.run(lambda: (first(tf.ones([1, 50]), training=True), second(tf.ones([1, 50]), training=True)))
+        return [strategy.experimental_local_results(result) for result in results]
+
+    def drawn():
+        return np.array([[mask.numpy() for mask in replicas] for replicas in masks()])  # [layer, replica, 1, 50]
+
+    before = drawn()
+    updates.assign(1)
+    after = drawn()
+    flat = [mask.tobytes() for mask in np.concatenate([before, after]).reshape(8, 50)]
+    assert len(set(flat)) == 8
+    updates.assign(0)
+    np.testing.assert_array_equal(drawn(), before)
+
+
+@pytest.mark.parametrize('config, error, says', [
+    (config_for('EfficientNetV2B'), ConfigError, 'did you mean EfficientNetV2B'),
+    (config_for('preprocess_input'), ConfigError, 'is no model of keras.applications'),
+    (config_for('ResNet50', drop_path=0.1), ConfigError, 'ResNet50 has no residual branches that drop'),
+    (config_for('EfficientNetV2B0', image_size=16), ConfigError, 'config.image_size=16'),
+    (config_for('MobileNetV2', weights='/no/such/file.h5'), RunError, '/no/such/file.h5'),
+    (config_for('tiny', weights='imagenet'), ConfigError, 'no pretrained weights'),
+])
+def test_a_model_that_cannot_be_had_is_one_line(config, error, says):
+    with pytest.raises(error) as raised:
+        models.build_model(config, 10)
+    assert says in str(raised.value) and '\n' not in str(raised.value)
+
+
+def test_pretrained_weights_are_kept_and_the_head_is_new(tmp_path):
+    theirs = keras.applications.MobileNetV2(include_top=False, weights=None, input_shape=(32, 32, 3), pooling='avg')
+    path = str(tmp_path / 'backbone.weights.h5')
+    theirs.save_weights(path)
+    model = models.build_model(config_for('MobileNetV2', weights=path), 7)
+    backbone = next(layer for layer in model.layers if isinstance(layer, keras.Model))
+    for ours, original in zip(backbone.get_weights(), theirs.get_weights()):
+        np.testing.assert_array_equal(ours, original)
+    assert model.output_shape == (None, 7)
