@@ -60,7 +60,7 @@ def _write_saved_model(session, directory):
     size, share = session.config.image_size, session.config.eval_crop
     names = tf.constant(session.source.class_names)
     model = models.build_model(session.config, session.plan.num_classes)
-    for variable, value in zip(steps.weights(model), steps.evaluated_weights(session.state)):
+    for variable, value in zip(models.weights(model), steps.evaluated_weights(session.state)):
         variable.assign(value.numpy())
 
     def answer(pictures):

@@ -50,7 +50,7 @@ def open_session(config, workdir):
     keras.config.set_dtype_policy(dtype_policy)
     with strategy.scope():
         state = build_state(config, plan, dtype_policy)
-        checkpoints = Checkpoints(os.path.join(workdir, 'checkpoints'), state.variables(), config.keep_checkpoints)
+    checkpoints = Checkpoints(os.path.join(workdir, 'checkpoints'), state.variables(), config.keep_checkpoints)
     local_statistics = plan.num_replicas > 1 and not config.model.sync_batch_norm
     synchronize = steps.make_average_statistics(strategy, state) if local_statistics else lambda: None
     return Session(config, strategy, reason, kind, dtype_policy, jit_compile, source, plan, state, checkpoints, synchronize)

@@ -17,7 +17,7 @@ import export
 from devices.environment import describe_environment
 from errors import ConfigError, RunError
 from inputs import pipeline
-from modeling import steps
+from modeling import models, steps
 from outputs import plots, report
 from outputs.logbook import Logbook, read_json, read_metrics, write_json
 from plan import flatten, learning_rate_of
@@ -195,7 +195,7 @@ def summarize(session, metrics, rows, exported, resumed_from):
     speeds = [row['train/examples_per_second'] for row in rows if 'train/examples_per_second' in row]
     train_seconds = float(checkpoints.train_seconds)
     digest = hashlib.sha256()
-    for variable in steps.weights(session.state.model):
+    for variable in models.weights(session.state.model):
         digest.update(variable.numpy().tobytes())
     return {
         'steps': plan.total_steps,

@@ -2,7 +2,7 @@
 
     python main.py --config=configs/digits.py
 
-Costs      40 epochs x 1,437 pictures at 32 pixels.
+Costs      30 epochs x 1,437 pictures at 32 pixels.
 Measured   MEASURED
 """
 from configs import default
@@ -14,7 +14,7 @@ def get_config():
     config.image_size = 32  # the least that EfficientNetV2B0 takes; the digits are 8x8
     config.batch_size = 64
     config.eval_batch_size = 120
-    config.train_for = '40 epochs'
+    config.train_for = '30 epochs'  # 30 x 1,437 / 64 = 673 steps
 
     config.schedule.peak_lr = 3e-3
     config.schedule.start_lr = 3e-5

@@ -57,6 +57,11 @@ def derive_dropout_seeds(model, seed, updates):
         layer.seed_generator.next = next_seed
 
 
+def weights(model):
+    """The variables of a model without the states of its random generators, which nothing here reads."""
+    return [variable for variable in model.variables if variable.dtype in ('float16', 'bfloat16', 'float32', 'float64')]
+
+
 def _tiny(sync_batch_norm):
     layers = [keras.layers.Rescaling(1 / 127.5, offset=-1)]
     for filters in (16, 32):
@@ -83,7 +88,8 @@ def _application(model_config, shape, images):
         raise ConfigError(f'{model_config.name} cannot be built for config.image_size={shape[0]}: {reason}') from error
     features = keras.Model.from_config(_changed(plain.get_config(), model_config))
     if model_config.weights:
-        features.set_weights(plain.get_weights())
+        for variable, value in zip(weights(features), weights(plain), strict=True):
+            variable.assign(value)
     # The module of each family knows its own preprocessing; where that is part of the model it changes nothing.
     preprocess = sys.modules[constructor.__module__].preprocess_input
     return features(preprocess(images))

@@ -7,6 +7,7 @@ import dataclasses
 import keras
 import tensorflow as tf
 
+from modeling.models import weights
 from modeling.optimizers import decays
 
 LOSS_SCALE_START = 2.0**15  # float16's largest number is 65,504
@@ -51,11 +52,6 @@ class TrainState:
         if self.loss_scale is not None:
             parts['loss_scale'] = [self.loss_scale, self.finite_updates, self.skipped_updates]
         return parts
-
-
-def weights(model):
-    """The variables of a model without the states of its random generators, which nothing here reads."""
-    return [variable for variable in model.variables if variable.dtype in ('float16', 'bfloat16', 'float32', 'float64')]
 
 
 def evaluated_weights(state):

@@ -21,8 +21,7 @@ def no_traces_left():
     keras.config.set_dtype_policy('float32')
 
 
-@pytest.fixture
-def tiny():
+def tiny_config():
     """The digits config with the tiny model, 30 updates of 32 examples."""
     config = digits.get_config()
     config.model.name, config.image_size = 'tiny', 16
@@ -32,6 +31,11 @@ def tiny():
     config.log_every, config.eval_every, config.checkpoint_every = '5 steps', '10 steps', '10 steps'
     config.ema_decay = 0.9
     return config
+
+
+@pytest.fixture
+def tiny():
+    return tiny_config()
 
 
 @pytest.fixture

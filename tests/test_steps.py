@@ -7,7 +7,7 @@ import tensorflow as tf
 import plan as planning
 import session as sessions
 from inputs import pipeline
-from modeling import optimizers, steps
+from modeling import models, optimizers, steps
 
 RANDOM = np.random.RandomState(0)
 IMAGES, LABELS = RANDOM.randint(0, 256, (32, 16, 16, 3)).astype(np.uint8), RANDOM.randint(0, 10, 32)
@@ -63,7 +63,7 @@ def test_a_step_is_what_plain_keras_computes(still, jit_compile):
     results, state = run(still, 5, jit_compile=jit_compile)
     losses, model = by_hand(still, 5)
     np.testing.assert_allclose([result['loss'] for result in results], losses, rtol=1e-5)
-    for ours, theirs in zip(steps.weights(state.model), steps.weights(model)):
+    for ours, theirs in zip(models.weights(state.model), models.weights(model)):
         np.testing.assert_allclose(ours.numpy(), theirs.numpy(), rtol=1e-3, atol=1e-4)
 
 
@@ -76,7 +76,7 @@ def test_the_first_losses_are_the_same_on_1_2_and_4_devices_with_and_without_xla
     for results, state in runs.values():
         for key in ('loss', 'correct', 'grad_norm', 'learning_rate'):
             np.testing.assert_allclose([result[key] for result in results], [result[key] for result in expected], rtol=1e-4, err_msg=key)
-        for ours, theirs in zip(steps.weights(state.model), steps.weights(first.model)):
+        for ours, theirs in zip(models.weights(state.model), models.weights(first.model)):
             np.testing.assert_allclose(ours.numpy(), theirs.numpy(), rtol=1e-3, atol=2e-4)
     assert expected[0]['loss'] > expected[-1]['loss']
 
@@ -108,13 +108,13 @@ def test_weight_decay_leaves_biases_and_normalisation_alone(still):
 def test_the_average_follows_its_formula_and_is_what_evaluation_uses(still):
     still.ema_decay = 0.9
     strategy, state, _ = build(still)
-    expected = [variable.numpy() for variable in steps.weights(state.model)]
+    expected = [variable.numpy() for variable in models.weights(state.model)]
     loop = steps.make_train_loop(strategy, steps.make_train_step(state, still, num_classes=10, num_replicas=1, jit_compile=False))
     iterator = batches(strategy, 1)
     for update in range(1, 6):
         loop(iterator, tf.constant(1))
         decay = min(0.9, (1 + update) / (10 + update))
-        expected = [average * decay + variable.numpy() * (1 - decay) for average, variable in zip(expected, steps.weights(state.model))]
+        expected = [average * decay + variable.numpy() * (1 - decay) for average, variable in zip(expected, models.weights(state.model))]
     for average, value in zip(state.average, expected):
         np.testing.assert_allclose(average.numpy(), value, rtol=1e-5, atol=1e-7)
     logits = steps.make_predict(state)(IMAGES)
@@ -156,7 +156,7 @@ def test_several_steps_in_one_call_are_the_same_steps(still):
     assert loop.experimental_get_tracing_count() == 1
     assert float(together[0]['loss']) == pytest.approx(sum(result['loss'] for result in one_by_one[:4]), rel=1e-6)
     assert float(together[1]['learning_rate']) == pytest.approx(one_by_one[-1]['learning_rate'])
-    for ours, theirs in zip(steps.weights(state.model), steps.weights(expected.model)):
+    for ours, theirs in zip(models.weights(state.model), models.weights(expected.model)):
         np.testing.assert_array_equal(ours.numpy(), theirs.numpy())
 
 

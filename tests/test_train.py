@@ -1,0 +1,209 @@
+"""A whole run leaves every file that is promised, stops without loss, and goes on as if it had not stopped."""
+import json
+import os
+import re
+import signal
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import evaluate
+import export
+import train
+from errors import ConfigError, RunError
+from outputs.logbook import read_json, read_metrics
+from tests.conftest import tiny_config
+
+FILES = ('config.json', 'environment.json', 'metrics.jsonl', 'tensorboard', 'checkpoints', 'checkpoints/best', 'plots/learning_rate.png',
+         'plots/curves.png', 'export/saved_model.pb', 'export/labels.txt', 'report.md', 'summary.json')
+
+
+def without_times(workdir):
+    """metrics.jsonl without what a clock wrote."""
+    timed = ('wall_time', 'train/examples_per_second', 'train/input_wait_fraction')
+    return [{key: value for key, value in row.items() if key not in timed} for row in read_metrics(workdir)]
+
+
+def stop_at(monkeypatch, step, signal_number=signal.SIGTERM):
+    """Sends this process a signal when the progress bar reaches `step`."""
+    original = train.Logbook.advance
+
+    def advance(self, now):
+        original(self, now)
+        if now == step:
+            os.kill(os.getpid(), signal_number)
+
+    monkeypatch.setattr(train.Logbook, 'advance', advance)
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+    """A run of the tiny config, and the config."""
+    config = tiny_config()
+    workdir = str(tmp_path_factory.mktemp('finished') / 'run')
+    assert train.run(config, workdir) == 0
+    return config, workdir
+
+
+def test_a_run_leaves_every_file(finished):
+    _, workdir = finished
+    for name in FILES:
+        assert os.path.exists(os.path.join(workdir, name)), name
+    assert any('tfevents' in name for name in os.listdir(os.path.join(workdir, 'tensorboard')))
+
+
+def test_the_summary_says_what_happened(finished):
+    config, workdir = finished
+    summary, rows = read_json(os.path.join(workdir, 'summary.json')), read_metrics(workdir)
+    assert summary['steps'] == 30 and summary['examples_seen'] == 30 * 32 and summary['eval/examples'] == 360
+    assert summary['eval/accuracy'] == rows[-1]['eval/accuracy'] and summary['resumed_from'] == []
+    assert summary['best/accuracy'] == pytest.approx(max(row['eval/accuracy'] for row in rows if 'eval/accuracy' in row))
+    assert summary['train_seconds'] > 0 and summary['examples_per_second'] > 0 and 0 <= summary['input_wait_fraction'] <= 1
+    assert re.fullmatch('[0-9a-f]{64}', summary['weights_sha256'])
+    report = open(os.path.join(workdir, 'report.md')).read()
+    assert f'{summary["eval/accuracy"]:.2%}' in report and summary['weights_sha256'] in report
+
+
+def test_metrics_have_a_row_at_each_interval_with_the_rate_that_was_planned(finished):
+    import plan
+
+    config, workdir = finished
+    rows = read_metrics(workdir)
+    assert [row['step'] for row in rows] == [5, 10, 15, 20, 25, 30]
+    assert [row['step'] for row in rows if 'eval/loss' in row] == [10, 20, 30]
+    rate = plan.learning_rate_of(config, plan.make_plan(config, 1437, 360, 10, 1))
+    for row in rows:
+        assert row['train/learning_rate'] == pytest.approx(rate(row['step'] - 1), rel=1e-5)
+        assert set(row) >= {'wall_time', 'train/loss', 'train/accuracy', 'train/grad_norm', 'train/examples_per_second', 'train/input_wait_fraction'}
+    assert rows[0]['train/loss'] > rows[-1]['train/loss']
+
+
+def test_tensorboard_shows_the_learning_rate(finished):
+    folder = os.path.join(finished[1], 'tensorboard')
+    seen = {}
+    for name in os.listdir(folder):
+        for record in tf.data.TFRecordDataset(os.path.join(folder, name)).as_numpy_iterator():
+            event = tf.compat.v1.Event.FromString(record)
+            for value in event.summary.value:
+                seen.setdefault(value.tag, {})[event.step] = float(tf.make_ndarray(value.tensor))
+    assert seen['train/learning_rate'] == {row['step']: pytest.approx(row['train/learning_rate']) for row in read_metrics(finished[1])}
+
+
+def test_a_finished_run_does_nothing_again(finished, capsys):
+    config, workdir = finished
+    times = {name: os.path.getmtime(os.path.join(workdir, name)) for name in FILES}
+    assert train.run(config, workdir) == 0
+    assert 'is finished' in capsys.readouterr().out
+    assert times == {name: os.path.getmtime(os.path.join(workdir, name)) for name in FILES}
+
+
+def test_evaluating_the_checkpoint_gives_what_training_reported(finished):
+    config, workdir = finished
+    summary = read_json(os.path.join(workdir, 'summary.json'))
+    metrics = evaluate.run(config, workdir, 'last')
+    assert metrics['eval/accuracy'] == summary['eval/accuracy'] and metrics['eval/loss'] == pytest.approx(summary['eval/loss'], rel=1e-5)
+    assert evaluate.run(config, workdir, 'best')['eval/accuracy'] == pytest.approx(summary['best/accuracy'])
+    config.virtual_devices = 4
+    try:
+        assert evaluate.run(config, workdir, 'last')['eval/accuracy'] == summary['eval/accuracy']
+    finally:
+        config.virtual_devices = 0
+
+
+def test_the_exported_model_gives_the_accuracy_of_the_run(finished):
+    summary = read_json(os.path.join(finished[1], 'summary.json'))
+    assert summary['export/examples'] == 360 and summary['export/accuracy'] == summary['eval/accuracy']
+    assert summary['export/max_difference'] < 1e-3
+
+
+def test_the_exported_model_takes_any_size_and_type_and_says_the_label(finished):
+    directory = os.path.join(finished[1], 'export')
+    model = tf.saved_model.load(directory)
+    assert [name.decode() for name in model.label_names().numpy()] == list('0123456789') == open(os.path.join(directory, 'labels.txt')).read().split()
+    pictures = np.random.RandomState(0).randint(0, 256, (3, 37, 53, 3)).astype(np.uint8)
+    answers = model.signatures['serving_default'](images=tf.constant(pictures))
+    same = model.signatures['classify_float'](images=tf.constant(pictures, tf.float32))
+    files = model.signatures['classify_encoded'](encoded=tf.constant([tf.io.encode_png(picture).numpy() for picture in pictures]))
+    for other in (same, files):
+        np.testing.assert_allclose(other['logits'], answers['logits'], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(answers['probabilities'].numpy().sum(-1), 1, rtol=1e-5)
+    np.testing.assert_array_equal(answers['class_index'], answers['logits'].numpy().argmax(-1))
+    assert [label.decode() for label in answers['label'].numpy()] == [str(index) for index in answers['class_index'].numpy()]
+
+
+def test_an_export_that_answers_otherwise_is_an_error_and_the_old_one_stays(finished, monkeypatch):
+    config, workdir = finished
+    before = os.path.getmtime(os.path.join(workdir, 'export', 'saved_model.pb'))
+    expected = export._expected_logits
+    monkeypatch.setattr(export, '_expected_logits', lambda *arguments: expected(*arguments) + 0.01)
+    with pytest.raises(RunError, match='answers otherwise than the model'):
+        export.run(config, workdir)
+    assert os.path.getmtime(os.path.join(workdir, 'export', 'saved_model.pb')) == before
+
+
+@pytest.mark.parametrize('signal_number, status, step', [(signal.SIGTERM, 143, 13), (signal.SIGINT, 0, 20)])
+def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(finished, tmp_path, monkeypatch, signal_number, status, step):
+    config, reference = finished
+    workdir = str(tmp_path / 'run')
+    with monkeypatch.context() as patch:
+        config.steps_per_loop = 1
+        stop_at(patch, step, signal_number)
+        assert train.run(config, workdir) == status
+    config.steps_per_loop = 4
+    assert not os.path.exists(os.path.join(workdir, 'summary.json'))
+    assert train.run(config, workdir) == 0
+    summary, expected = (read_json(os.path.join(folder, 'summary.json')) for folder in (workdir, reference))
+    assert summary['resumed_from'] == [step]
+    for key in ('weights_sha256', 'eval/accuracy', 'eval/loss', 'best/accuracy'):
+        assert summary[key] == expected[key], key
+    assert [row['step'] for row in read_metrics(workdir)] == [5, 10, 15, 20, 25, 30]
+    if step % 5 == 0:
+        assert without_times(workdir) == without_times(reference)
+
+
+def test_a_changed_config_is_refused_with_the_difference(finished):
+    config, workdir = finished
+    config.label_smoothing, smoothing = 0.2, config.label_smoothing
+    try:
+        with pytest.raises(ConfigError, match='label_smoothing was 0.1, is 0.2'):
+            train.run(config, workdir)
+    finally:
+        config.label_smoothing = smoothing
+
+
+def test_two_runs_of_one_seed_are_the_same_run_and_another_seed_is_not(finished, tmp_path):
+    config, workdir = finished
+    digests = [read_json(os.path.join(workdir, 'summary.json'))['weights_sha256']]
+    for seed in (0, 1):
+        config.seed = seed
+        train.run(config, str(tmp_path / str(seed)))
+        digests.append(read_json(str(tmp_path / str(seed) / 'summary.json'))['weights_sha256'])
+    config.seed = 0
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_a_loss_that_is_not_a_number_ends_the_run_with_advice(tiny, tmp_path):
+    tiny.optimizer = {'name': 'sgd'}
+    tiny.schedule.peak_lr = tiny.schedule.start_lr = 1e30
+    with pytest.raises(RunError, match='the loss is nan somewhere in steps 0 to 5: lower config.schedule.peak_lr'):
+        train.run(tiny, str(tmp_path / 'run'))
+
+
+def test_verbs_without_a_checkpoint_say_so(tiny, tmp_path):
+    for verb in (evaluate, export):
+        with pytest.raises(RunError, match='there is no last checkpoint'):
+            verb.run(tiny, str(tmp_path / 'none'))
+
+
+def test_a_checkpoint_of_another_model_is_named(finished, tiny):
+    tiny.ema_decay = 0.0
+    with pytest.raises(RunError, match='does not fit this config'):
+        tiny.optimizer = {'name': 'sgd', 'momentum': 0.9}
+        tiny.model.name, tiny.image_size = 'MobileNetV2', 32
+        evaluate.run(tiny, finished[1])
+
+
+def test_metrics_cut_short_by_a_crash_are_read_up_to_there(tmp_path):
+    (tmp_path / 'metrics.jsonl').write_text(json.dumps({'step': 1}) + '\n' + '{"step": 2, "train/lo')
+    assert read_metrics(str(tmp_path)) == [{'step': 1}]
