@@ -12,7 +12,7 @@ import sys
 import tempfile
 import traceback
 
-from absl import flags
+from absl import flags, logging
 from ml_collections import config_flags
 
 os.environ['KERAS_BACKEND'] = 'tensorflow'  # before Keras is imported, whatever ~/.keras/keras.json says
@@ -34,6 +34,7 @@ def main(arguments):
     try:
         config = parse(arguments)
         if FLAGS.verbosity < 1:
+            logging.set_verbosity(logging.ERROR)
             import_tensorflow_quietly()
         importlib.import_module('plan').check_config(config)
         workdir = FLAGS.workdir or os.path.join('runs', config_name())
@@ -77,7 +78,8 @@ def explain(error, arguments):
     if wrong_value:
         key, value = wrong_value.groups()
         reference = functools.reduce(lambda section, part: section[part], key.split('.')[1:], default.get_config())
-        return f'{key}={value!r} cannot be read: write {type(reference).__name__}, as in --{key}={reference!r}'
+        kind = {int: 'a whole number', float: 'a number', bool: 'true or false', tuple: 'several values in brackets'}.get(type(reference), 'single keys of it')
+        return f'{key}={value!r} cannot be read: write {kind}' + (f', as in --{key}={reference!r}' if kind != 'single keys of it' else '')
     if isinstance(error, flags.Error) or path is None:
         return text
     where = traceback.extract_tb(error.__traceback__)[-1]

@@ -109,7 +109,10 @@ class Plan:
 
 
 def check_config(config):
-    """Raises ConfigError, one line, for an unknown key, a wrong type, an impossible value or a duration without unit."""
+    """Raises ConfigError, one line, for an unknown key, a wrong type, an impossible value or a duration without unit.
+
+    A config that passes is locked.
+    """
     reference = flatten(default.get_config())
     values = flatten(config)
     for key, value in values.items():
@@ -135,6 +138,7 @@ def check_config(config):
     low, high = _crop_area(values['augment.crop_area'])
     if not 0 < low <= high <= 1:
         raise ConfigError(f'config.augment.crop_area={(low, high)} is impossible: two shares of the picture, 0 < low <= high <= 1')
+    config.lock()
 
 
 def parse_duration(key, text, units):

@@ -20,7 +20,7 @@ class Checkpoints:
     """
 
     def __init__(self, directory, variables, keep):
-        self.best_accuracy = tf.Variable(-1.0, trainable=False)
+        self.best_accuracy = tf.Variable(-1.0, dtype=tf.float64, trainable=False)
         self.train_seconds = tf.Variable(0.0, dtype=tf.float64, trainable=False)
         self.input_seconds = tf.Variable(0.0, dtype=tf.float64, trainable=False)
         self.step = tf.Variable(0, trainable=False, dtype=tf.int64)

@@ -159,7 +159,8 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(finished, tmp_path, monk
         assert summary[key] == expected[key], key
     assert [row['step'] for row in read_metrics(workdir)] == [5, 10, 15, 20, 25, 30]
     if step % 5 == 0:
-        assert without_times(workdir) == without_times(reference)
+        for ours, theirs in zip(without_times(workdir), without_times(reference), strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-6)  # the sums were made in loops of another length
 
 
 def test_a_changed_config_is_refused_with_the_difference(finished):

@@ -1,0 +1,75 @@
+"""The command line: a mistake is one clear line and status 2, a failed run one line and status 1, and no stack trace."""
+import os
+import subprocess
+import sys
+
+import pytest
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+def call(*arguments, cwd=ROOT):
+    return subprocess.run([sys.executable, os.path.join(ROOT, 'main.py'), *arguments], cwd=cwd, capture_output=True, text=True)
+
+
+def one_line(done, status):
+    """The error line; asserts that there is nothing else."""
+    assert done.returncode == status, done.stderr
+    assert done.stdout == '' and done.stderr.startswith('error: ') and len(done.stderr.splitlines()) == 1
+    return done.stderr
+
+
+@pytest.mark.parametrize('arguments, says', [
+    ([], 'say what to train: --config=NAME, one of configs/'),
+    (['--config=configs/digit.py'], 'configs/digit.py: there is no such file; configs are'),
+    (['--config=configs/digits.py', '--wordir=x'], 'workdir'),
+    (['--config=configs/digits.py', '--mode=tarin'], 'train|evaluate|export'),
+    (['--config=configs/digits.py', 'train'], "'train' is no flag"),
+    (['--config=configs/digits.py', '--config.batch_size=many'], "config.batch_size='many' cannot be read: write a whole number, as in --config.batch_size="),
+    (['--config=configs/digits.py', '--config.augment.flip=maybe'], 'write true or false'),
+    (['--config.seed=3', '--config=configs/digits.py'], '--config.seed=3'),
+    (['--config=README.md'], 'README.md'),
+])
+def test_wrong_usage_is_one_line_and_status_2(arguments, says):
+    assert says in one_line(call(*arguments), 2)
+
+
+def test_a_broken_config_file_is_named_with_its_line(tmp_path):
+    start = 'from configs import default\n\n\ndef get_config():\n    config = default.get_config()\n'
+    (tmp_path / 'mine.py').write_text(f'{start}    config.batch_size = 8 / 0\n    return config\n')
+    assert 'mine.py is broken: ZeroDivisionError: division by zero (mine.py, line 6)' in one_line(call(f'--config={tmp_path / "mine.py"}'), 2)
+    (tmp_path / 'typo.py').write_text(f'{start}    config.batch_sise = 8\n    return config\n')
+    assert 'config.batch_sise does not exist; did you mean batch_size' in one_line(call(f'--config={tmp_path / "typo.py"}'), 2)
+
+
+def test_an_unknown_key_and_a_duration_without_unit_are_status_2(tmp_path):
+    assert "'20 steps'" in one_line(call('--config=configs/debug.py', '--config.train_for=20', f'--workdir={tmp_path}'), 2)
+    assert os.listdir(tmp_path) == []
+
+
+def test_imagenet_without_imagenet_is_one_line_and_status_1(tmp_path):
+    text = one_line(call('--config=configs/imagenet.py', f'--config.dataset.data_dir={tmp_path}/data', f'--workdir={tmp_path}/run'), 1)
+    assert f'{tmp_path}/data/downloads/manual' in text and 'ILSVRC2012_img_train.tar' in text and 'image-net.org' in text
+    assert not os.path.exists(tmp_path / 'run')
+
+
+def test_a_stack_trace_is_there_for_who_asks_for_it(tmp_path):
+    done = call('--config=configs/debug.py', '--config.train_for=20', '--verbosity=1')
+    assert done.returncode == 2 and 'Traceback' in done.stderr and done.stderr.splitlines()[-1].startswith('error: ')
+
+
+def test_help_names_the_flags_and_the_configs():
+    done = call('--help')
+    assert done.returncode == 0
+    for word in ('--config', '--workdir', '--mode', '--checkpoint', 'configs/digits.py'):
+        assert word in done.stdout
+
+
+def test_the_command_line_trains_evaluates_and_exports(tmp_path):
+    arguments = ['--config=configs/debug.py', f'--workdir={tmp_path}/run', '--config.train_for=12 steps', '--config.optimizer.beta_2=0.99', '--config.schedule.name=polynomial', '--config.schedule.power=2.0']
+    done = call(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert 'OneDeviceStrategy on one CPU' in done.stdout and 'of 64 evaluation examples' in done.stdout
+    assert 'Traceback' not in done.stderr and 'oneDNN' not in done.stderr
+    done = call(*arguments, '--mode=evaluate', '--checkpoint=best')
+    assert done.returncode == 0 and '"eval/examples": 64' in done.stdout
