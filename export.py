@@ -17,7 +17,7 @@ from session import open_session
 
 MAX_CHECKED = 1000  # evaluation examples that the exported model is compared on
 # Largest difference of a logit, as share of the largest logit: a few roundings of the type that the model computes in.
-TOLERANCE = {'float32': 1e-4, 'mixed_bfloat16': 5e-2, 'mixed_float16': 1e-2}
+TOLERANCE = {'float64': 1e-6, 'float32': 1e-4, 'mixed_bfloat16': 5e-2, 'mixed_float16': 1e-2}
 READER = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'outputs', 'read_saved_model.py')
 
 

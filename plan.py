@@ -14,7 +14,7 @@ from configs import default
 from errors import ConfigError
 
 CHOICES = {
-    'precision': ('auto', 'float32', 'bfloat16', 'float16'),
+    'precision': ('auto', 'float32', 'bfloat16', 'float16', 'float64'),
     'jit_compile': ('auto', 'true', 'false'),
     'strategy': ('auto', 'tpu', 'multi_worker', 'mirrored', 'one_device'),
     'augment.crop': ('center', 'random'),

@@ -47,11 +47,11 @@ def device_kind(strategy):
 
 
 def resolve_precision(precision, kind):
-    """The Keras dtype policy for `config.precision`: 'float32', 'mixed_bfloat16' or 'mixed_float16'."""
+    """The Keras dtype policy for `config.precision`: 'float32', 'float64', 'mixed_bfloat16' or 'mixed_float16'."""
     if precision == 'auto':
         capable = kind == 'TPU' or (kind == 'GPU' and all(capability >= (8, 0) for capability in _compute_capabilities()))
         precision = 'bfloat16' if capable else 'float32'
-    return precision if precision == 'float32' else f'mixed_{precision}'
+    return precision if precision in ('float32', 'float64') else f'mixed_{precision}'
 
 
 def resolve_jit_compile(jit_compile, kind):

@@ -1,4 +1,4 @@
-"""Keras models by name, with preprocessing inside: pictures in 0..255 go in, float32 logits come out."""
+"""Keras models by name, with preprocessing inside: pictures in 0..255 go in, logits come out."""
 import difflib
 import sys
 
@@ -6,6 +6,7 @@ import keras
 import tensorflow as tf
 
 from errors import ConfigError, RunError
+from modeling.batch_norm import SyncBatchNormalization
 
 DEFAULT_DROP_RATE = 0.2  # what keras.applications builds its residual branches with
 
@@ -17,7 +18,8 @@ def build_model(config, num_classes):
         config: the whole config: `model.*` and `image_size` are used.
         num_classes: width of the head.
 
-    Returns: a keras.Model, [batch, size, size, 3] in 0..255 -> float32 logits [batch, num_classes].
+    Returns: a keras.Model, [batch, size, size, 3] in 0..255 -> logits [batch, num_classes], float32 (float64 under that
+        policy).
 
     Raises:
         ConfigError: no such model, or one that cannot be built so.
@@ -32,7 +34,9 @@ def build_model(config, num_classes):
     else:
         features = _application(config.model, shape, images)
     dropped = keras.layers.Dropout(config.model.dropout, name='top_dropout')(features)
-    logits = keras.layers.Dense(num_classes, dtype='float32', name='predictions')(dropped)
+    policy = keras.config.dtype_policy()
+    head_dtype = 'float64' if policy.compute_dtype == 'float64' else 'float32'  # never a half: the loss is computed from it
+    logits = keras.layers.Dense(num_classes, dtype=head_dtype, name='predictions')(dropped)
     return keras.Model(images, logits, name=config.model.name)
 
 
@@ -63,11 +67,12 @@ def weights(model):
 
 
 def _tiny(sync_batch_norm):
+    batch_norm = SyncBatchNormalization if sync_batch_norm else keras.layers.BatchNormalization
     layers = [keras.layers.Rescaling(1 / 127.5, offset=-1)]
     for filters in (16, 32):
         layers += [
             keras.layers.Conv2D(filters, 3, strides=2, padding='same', use_bias=False),
-            keras.layers.BatchNormalization(momentum=0.9, synchronized=sync_batch_norm),
+            batch_norm(momentum=0.9),
             keras.layers.ReLU(),
         ]
     return keras.Sequential([*layers, keras.layers.GlobalAveragePooling2D()], name='features')
@@ -100,8 +105,8 @@ def _changed(model, model_config):
     has_drop_path = False
     for layer in model['layers']:
         settings = layer['config']
-        if layer['class_name'] == 'BatchNormalization':
-            settings['synchronized'] = model_config.sync_batch_norm
+        if layer['class_name'] == 'BatchNormalization' and model_config.sync_batch_norm:
+            layer.update(keras.saving.serialize_keras_object(SyncBatchNormalization.from_config(settings)))
         elif layer['class_name'] == 'Dropout' and settings.get('noise_shape'):  # one draw per example: a residual branch
             settings['rate'] *= model_config.drop_path / DEFAULT_DROP_RATE  # keras.applications' rates grow linearly to 0.2
             has_drop_path = True

@@ -85,10 +85,10 @@ def make_train_step(state, config, *, num_classes, num_replicas, jit_compile):
 
     def loss_and_gradients(images, labels):
         with tf.GradientTape() as tape:
-            logits = tf.cast(model(tf.cast(images, tf.float32), training=True), tf.float32)  # [batch, num_classes]
-            targets = labels if labels.dtype.is_floating else tf.one_hot(labels, num_classes)
+            logits = model(tf.cast(images, tf.float32), training=True)  # [batch, num_classes], float32 or float64
+            targets = tf.cast(labels, logits.dtype) if labels.dtype.is_floating else tf.one_hot(labels, num_classes, dtype=logits.dtype)
             smoothed = targets * (1 - config.label_smoothing) + config.label_smoothing / num_classes
-            losses = tf.nn.softmax_cross_entropy_with_logits(smoothed, logits)  # [batch] float32
+            losses = tf.nn.softmax_cross_entropy_with_logits(smoothed, logits)  # [batch]
             loss = tf.reduce_sum(losses) / config.batch_size
             scaled = loss if state.loss_scale is None else loss * state.loss_scale
         hits = tf.equal(tf.argmax(logits, -1), tf.argmax(targets, -1))
@@ -110,7 +110,8 @@ def make_train_step(state, config, *, num_classes, num_replicas, jit_compile):
         with _undone_unless_finite(state, norm):
             optimizer.apply(gradients, trained)
             _update_average(state, config.ema_decay)
-        return {'loss': loss, 'correct': correct, 'grad_norm': norm / num_replicas, 'learning_rate': learning_rate / num_replicas}
+        results = {'loss': loss, 'correct': correct, 'grad_norm': norm / num_replicas, 'learning_rate': learning_rate / num_replicas}
+        return {key: tf.cast(value, tf.float32) for key, value in results.items()}
 
     return train_step
 
@@ -278,4 +279,5 @@ def _update_average(state, decay):
     updates = tf.cast(state.optimizer.iterations, tf.float32)
     decay = tf.minimum(decay, (1 + updates) / (10 + updates))
     for average, variable in zip(state.average, weights(state.model)):
-        average.assign(average * decay + variable.value * (1 - decay))
+        share = tf.cast(decay, average.dtype)
+        average.assign(average * share + variable.value * (1 - share))
