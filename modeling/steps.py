@@ -182,7 +182,7 @@ def make_train_loop(strategy, train_step):
                 batch = next(iterator)
             with tf.control_dependencies(tf.nest.flatten(batch, expand_composites=True)):
                 waited = tf.timestamp() - asked
-            results = strategy.reduce(tf.distribute.ReduceOp.SUM, strategy.run(train_step, args=batch), axis=None)
+            results = _sum_over_replicas(strategy, strategy.run(train_step, args=batch))
             sums = {key: results[key] if key == 'learning_rate' else sums[key] + results[key] for key in sums}
             return step + 1, input_seconds + waited, sums
 
@@ -201,7 +201,7 @@ def make_eval_loop(strategy, eval_step):
     @tf.function(autograph=False)
     def eval_loop(iterator, num_steps):
         def body(step, sums):
-            results = strategy.reduce(tf.distribute.ReduceOp.SUM, strategy.run(eval_step, args=next(iterator)), axis=None)
+            results = _sum_over_replicas(strategy, strategy.run(eval_step, args=next(iterator)))
             return step + 1, {key: sums[key] + results[key] for key in keys}
 
         start = (tf.constant(0), {key: tf.constant(0.0) for key in keys})
@@ -224,6 +224,11 @@ def make_average_statistics(strategy, state):
             variable.assign(mean)
 
     return tf.function(lambda: strategy.run(average), autograph=False)
+
+
+def _sum_over_replicas(strategy, results):
+    """One value at a time: TPUStrategy does not reduce a dict."""
+    return {key: strategy.reduce(tf.distribute.ReduceOp.SUM, value, axis=None) for key, value in results.items()}
 
 
 def _compiled(function, jit_compile, has_collectives):
