@@ -95,7 +95,7 @@ def _compare(session, directory):
                 writer.write(encoded)
         # Without accelerators: they are this process's. Without the caller's paths: the model must need TensorFlow alone.
         environment = {**os.environ, 'CUDA_VISIBLE_DEVICES': '-1', 'TPU_LOAD_LIBRARY': '0', 'PYTHONPATH': '', 'TF_CPP_MIN_LOG_LEVEL': '3'}
-        reader = subprocess.run([sys.executable, READER, directory, records, answers], env=environment, cwd=folder, capture_output=True, text=True)
+        reader = subprocess.run([sys.executable, READER, directory, records, answers], env=environment, capture_output=True, text=True)
         if reader.returncode:
             raise RunError(f'the exported model cannot be used with TensorFlow alone: {" ".join(reader.stderr.splitlines()[-1].split())}')
         exported = dict(np.load(answers))

@@ -66,10 +66,11 @@ def test_help_names_the_flags_and_the_configs():
 
 
 def test_the_command_line_trains_evaluates_and_exports(tmp_path):
-    arguments = ['--config=configs/debug.py', f'--workdir={tmp_path}/run', '--config.train_for=12 steps', '--config.optimizer.beta_2=0.99', '--config.schedule.name=polynomial', '--config.schedule.power=2.0']
-    done = call(*arguments)
+    arguments = [f'--config={ROOT}/configs/debug.py', '--config.train_for=12 steps', '--config.optimizer.beta_2=0.99', '--config.schedule.name=polynomial', '--config.schedule.power=2.0']
+    done = call(*arguments, cwd=tmp_path)  # another folder, and the workdir that is the default
     assert done.returncode == 0, done.stderr
+    assert os.path.exists(tmp_path / 'runs' / 'debug' / 'export' / 'saved_model.pb')
     assert 'OneDeviceStrategy on one CPU' in done.stdout and 'of 64 evaluation examples' in done.stdout
     assert 'Traceback' not in done.stderr and 'oneDNN' not in done.stderr
-    done = call(*arguments, '--mode=evaluate', '--checkpoint=best')
+    done = call(*arguments, '--mode=evaluate', '--checkpoint=best', cwd=tmp_path)
     assert done.returncode == 0 and '"eval/examples": 64' in done.stdout
