@@ -8,11 +8,12 @@ from errors import RunError
 from inputs import pipeline
 from modeling import steps
 from outputs.logbook import write_json
-from session import open_session
+from session import FREE_KEYS, open_session, require_same_config
 
 
 def run(config, workdir, which='last'):
     """Evaluates the last or the best checkpoint in `workdir`; prints the numbers and writes evaluation.json."""
+    require_same_config(config, workdir, (*FREE_KEYS, 'dataset.name', 'dataset.eval_split', 'eval_crop'))
     session = open_session(config, workdir)
     step = session.checkpoints.restore(which)
     metrics = make_evaluation(session)()

@@ -13,7 +13,7 @@ import tensorflow as tf
 from errors import RunError
 from inputs import pipeline
 from modeling import models, steps
-from session import open_session
+from session import open_session, require_same_config
 
 MAX_CHECKED = 1000  # evaluation examples that the exported model is compared on
 # Largest difference of a logit, as share of the largest logit: a few roundings of the type that the model computes in.
@@ -23,6 +23,7 @@ READER = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'outputs', 're
 
 def run(config, workdir, which='last'):
     """Exports the last or the best checkpoint of `workdir` into `workdir`/export, and checks it."""
+    require_same_config(config, workdir)
     session = open_session(config, workdir)
     session.checkpoints.restore(which)
     exported = write(session, os.path.join(workdir, 'export'))

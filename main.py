@@ -34,7 +34,6 @@ def main(arguments):
     try:
         config = parse(arguments)
         if FLAGS.verbosity < 1:
-            logging.set_verbosity(logging.ERROR)
             import_tensorflow_quietly()
         importlib.import_module('plan').check_config(config)
         workdir = FLAGS.workdir or os.path.join('runs', config_name())
@@ -42,11 +41,30 @@ def main(arguments):
             return importlib.import_module('train').run(config, workdir)
         importlib.import_module(FLAGS.mode).run(config, workdir, FLAGS.checkpoint)
         return 0
-    except UserError as error:
-        if FLAGS.is_parsed() and FLAGS.verbosity >= 1:
+    except KeyboardInterrupt:
+        print('stopped; the same command goes on from the last checkpoint, if there is one', file=sys.stderr)
+        return 0
+    except Exception as error:
+        line, status = failure(error)
+        if line is None or FLAGS.is_parsed() and FLAGS.verbosity >= 1:
             traceback.print_exc()
-        print(f'error: {error}', file=sys.stderr)
-        return error.exit_status
+        print(f'error: {line or "this is a mistake of the program, not yours"}', file=sys.stderr)
+        return status
+
+
+def failure(error):
+    """(one line, exit status) for what a user can mend: a UserError, the file system, data or memory; else (None, 1)."""
+    if isinstance(error, UserError):
+        return str(error), error.exit_status
+    text = ' '.join(str(error).split())
+    if isinstance(error, OSError):
+        return f'{type(error).__name__}: {text}', 1
+    errors = sys.modules['tensorflow'].errors if 'tensorflow' in sys.modules else None
+    if errors and isinstance(error, errors.ResourceExhaustedError):
+        return f'out of memory: lower config.batch_size, config.eval_batch_size or config.image_size ({text[:200]})', 1
+    if errors and isinstance(error, errors.OpError):
+        return f'TensorFlow stopped with {type(error).__name__}: {text[:300]} (a picture that cannot be decoded?); --verbosity=1 shows where', 1
+    return None, 1
 
 
 def parse(arguments):
@@ -54,13 +72,15 @@ def parse(arguments):
     if {'--help', '-h', '--helpfull'} & set(arguments):
         print(f'{__doc__}\n{FLAGS.main_module_help()}\n\nconfigs: {known_configs()}')
         sys.exit(0)
+    logging.set_verbosity(logging.ERROR)  # unless --verbosity says otherwise
     try:
         rest = FLAGS(arguments)[1:]
         if rest:
             raise ConfigError(f'{rest[0]!r} is no flag: write --config=configs/NAME.py and --config.KEY=VALUE')
-        if FLAGS.config is None:
+        if FLAGS['config'].present == 0:
             raise ConfigError(f'say what to train: --config=NAME, one of {known_configs()}')
-        FLAGS.config.items()  # a file that cannot be read shows itself only now
+        if not hasattr(FLAGS.config, 'to_json'):  # a file that cannot be read shows itself only now
+            raise ConfigError('get_config() of the config file must return the config: end it with `return config`')
     except ConfigError:
         raise
     except Exception as error:  # of absl, ml_collections, or the user's own config file
@@ -70,20 +90,30 @@ def parse(arguments):
 
 def explain(error, arguments):
     """One line about a command line or config file that could not be read."""
-    path = next((argument.split('=', 1)[1] for argument in arguments if argument.startswith('--config=')), None)
-    if path and not os.path.exists(path):
+    path = next((value for argument, value in zip(arguments, [*arguments[1:], '']) if argument in ('--config', '-config')), None)
+    path = next((argument.split('=', 1)[1] for argument in arguments if re.match('--?config=', argument)), path)
+    if path is not None and not os.path.isfile(path):
         return f'--config={path}: there is no such file; configs are {known_configs()}'
     text = ' '.join(str(error).split()) or type(error).__name__
     wrong_value = re.match(r'flag --(config\.[\w.]+)=(.*?): ', text)
     if wrong_value:
         key, value = wrong_value.groups()
         reference = functools.reduce(lambda section, part: section[part], key.split('.')[1:], default.get_config())
-        kind = {int: 'a whole number', float: 'a number', bool: 'true or false', tuple: 'several values in brackets'}.get(type(reference), 'single keys of it')
-        return f'{key}={value!r} cannot be read: write {kind}' + (f', as in --{key}={reference!r}' if kind != 'single keys of it' else '')
-    if isinstance(error, flags.Error) or path is None:
+        if hasattr(reference, 'keys'):
+            return f'{key} has keys of its own: write --{key}.KEY=VALUE, KEY being one of {", ".join(reference.keys())}'
+        kind = {int: 'a whole number', float: 'a number', bool: 'true or false', tuple: 'several values in brackets'}[type(reference)]
+        return f'{key}={value!r} cannot be read: write {kind}, as in --{key}={reference!r}'
+    if path is None:
+        return text if '--config.' not in ' '.join(arguments) else f'say what to train first: --config=NAME, one of {known_configs()}'
+    if 'whilst parsing config file' in text:  # with the whole stack trace
+        lines = re.findall(f'File "[^"]*{re.escape(os.path.basename(path))}", line ([0-9]+)', text)
+        where = f', line {lines[-1]}' if lines else ''
+        return f'--config={path} is broken{where}: {str(error).strip().splitlines()[-1]}'
+    if isinstance(error, flags.Error):
         return text
     where = traceback.extract_tb(error.__traceback__)[-1]
-    return f'--config={path} is broken: {type(error).__name__}: {text[-300:]} ({os.path.basename(where.filename)}, line {where.lineno})'
+    where = f' ({os.path.basename(where.filename)}, line {where.lineno})' if where.filename == os.path.abspath(path) or os.path.basename(path) == os.path.basename(where.filename) else ''
+    return f'--config={path} is broken: {type(error).__name__}: {text[-300:]}{where}'
 
 
 def import_tensorflow_quietly():

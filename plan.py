@@ -131,8 +131,8 @@ def check_config(config):
             raise ConfigError(f'config.{key}={values[key]!r} is not one of {", ".join(choices)}{_nearest(values[key], choices)}')
     for key, (low, high) in RANGES.items():
         if not math.isfinite(values[key]) or values[key] < low or (high is not None and values[key] > high):
-            bounds = f'from {low:g} to {high:g}' if high is not None else f'at least {low:g}'
-            raise ConfigError(f'config.{key}={values[key]:g} is impossible: it must be {bounds}')
+            bounds = f'from {low} to {high:,}' if high is not None else f'at least {low}'
+            raise ConfigError(f'config.{key}={values[key]} is impossible: it must be {bounds}')
     for key, units in UNITS.items():
         parse_duration(key, values[key], units)
     low, high = _crop_area(values['augment.crop_area'])
@@ -143,7 +143,7 @@ def check_config(config):
 
 def parse_duration(key, text, units):
     """'90 epochs' -> (Fraction(90), 'epochs'); raises ConfigError for anything that is not a number and one of `units`."""
-    match = re.fullmatch(r'\s*([0-9][0-9_,]*(?:\.[0-9]+)?)\s*(%|[A-Za-z]+)\s*', text)
+    match = re.fullmatch(r'\s*((?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9][0-9_]*)(?:\.[0-9]+)?)\s*(%|[A-Za-z]+)\s*', text)
     spelled = {unit[:-1]: unit for unit in units if unit.endswith('s')} | {unit: unit for unit in units}
     if match is None or match[2].lower() not in spelled:
         number = re.match(r'\s*([0-9][0-9_,.]*)', text)

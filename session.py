@@ -1,5 +1,6 @@
 """What `train`, `evaluate` and `export` have in common: from a config to strategy, data, plan and state."""
 import dataclasses
+import json
 import os
 import random
 
@@ -8,9 +9,16 @@ import tensorflow as tf
 
 import plan as planning
 from devices import strategy as devices
+from errors import ConfigError
 from inputs import datasets
 from modeling import models, optimizers, steps
 from outputs.checkpoints import Checkpoints
+from outputs.logbook import read_json
+
+
+# Keys that may differ between the starts of one run: they change where and how fast it goes, not what is computed.
+FREE_KEYS = ('dataset.data_dir', 'eval_batch_size', 'jit_compile', 'strategy', 'virtual_devices', 'tpu',
+             'steps_per_loop', 'log_every', 'eval_every', 'checkpoint_every', 'keep_checkpoints')
 
 
 @dataclasses.dataclass
@@ -54,6 +62,18 @@ def open_session(config, workdir):
     local_statistics = plan.num_replicas > 1 and not config.model.sync_batch_norm
     synchronize = steps.make_average_statistics(strategy, state) if local_statistics else lambda: None
     return Session(config, strategy, reason, kind, dtype_policy, jit_compile, source, plan, state, checkpoints, synchronize)
+
+
+def require_same_config(config, workdir, free_keys=FREE_KEYS):
+    """Raises ConfigError, with the differences, if `workdir` holds a run of another config; `free_keys` may differ."""
+    path = os.path.join(workdir, 'config.json')
+    if not os.path.exists(path):
+        return
+    before, now = planning.flatten(read_json(path)), planning.flatten(json.loads(config.to_json()))
+    changed = [f'{key} was {before.get(key)!r}, is {now.get(key)!r}' for key in sorted(before.keys() | now.keys())
+               if before.get(key) != now.get(key) and key not in free_keys]
+    if changed:
+        raise ConfigError(f'{workdir} holds a run of another config ({"; ".join(changed)}): use that config, or give this one its own --workdir')
 
 
 def build_state(config, plan, dtype_policy):

@@ -15,18 +15,13 @@ import tensorflow as tf
 import evaluate
 import export
 from devices.environment import describe_environment
-from errors import ConfigError, RunError
+from errors import RunError
 from inputs import pipeline
 from modeling import models, steps
 from outputs import plots, report
 from outputs.logbook import Logbook, read_json, read_metrics, write_json
-from plan import flatten, learning_rate_of
-from session import open_session
-
-# Keys that may differ between the starts of one run: they change where and how fast it goes, not what is computed.
-FREE_KEYS = ('dataset.data_dir', 'eval_batch_size', 'jit_compile', 'strategy', 'virtual_devices', 'tpu',
-             'steps_per_loop', 'log_every', 'eval_every', 'checkpoint_every', 'keep_checkpoints')
-
+from plan import learning_rate_of
+from session import open_session, require_same_config
 
 @dataclasses.dataclass
 class Stop:
@@ -151,18 +146,8 @@ class Window:
 
 
 def is_finished(config, workdir):
-    """Whether `workdir` holds the finished run of this config.
-
-    Raises: ConfigError if it holds a run of another config.
-    """
-    path = os.path.join(workdir, 'config.json')
-    if not os.path.exists(path):
-        return False
-    before, now = flatten(read_json(path)), flatten(json.loads(config.to_json()))
-    changed = [f'{key} was {before.get(key)!r}, is {now.get(key)!r}' for key in sorted(before.keys() | now.keys())
-               if before.get(key) != now.get(key) and key not in FREE_KEYS]
-    if changed:
-        raise ConfigError(f'{workdir} holds a run of another config ({"; ".join(changed)}): give this one its own --workdir, or delete that folder')
+    """Whether `workdir` holds the finished run of this config. Raises ConfigError if it holds a run of another one."""
+    require_same_config(config, workdir)
     return os.path.exists(os.path.join(workdir, 'summary.json'))
 
 
@@ -203,7 +188,7 @@ def summarize(session, metrics, rows, exported, resumed_from):
         **metrics,
         'best/accuracy': float(checkpoints.best_accuracy),
         'train_seconds': train_seconds,  # in the training loop: without evaluation, checkpoints and set-up
-        'examples_per_second': statistics.median(speeds),
+        'examples_per_second': statistics.median(speeds) if speeds else 0.0,  # nothing where metrics.jsonl was lost
         'input_wait_fraction': min(1.0, float(checkpoints.input_seconds) / train_seconds) if train_seconds else 0.0,
         'resumed_from': resumed_from,
         'weights_sha256': digest.hexdigest(),

@@ -13,7 +13,7 @@ def get_config():
     config.dataset = ConfigDict()
     config.dataset.name = 'digits'  # a TFDS name, 'digits' (embedded), or 'folder' (data_dir/SPLIT/CLASS/*.jpg)
     config.dataset.data_dir = ''  # '': TFDS's own default, $TFDS_DATA_DIR or ~/tensorflow_datasets
-    config.dataset.train_split = 'train'  # a TFDS split: 'train', 'train[:90%]', ...
+    config.dataset.train_split = 'train'  # a TFDS split: 'train', 'train[:90%]', ...; for a folder, a subfolder
     config.dataset.eval_split = 'test'
     config.dataset.shuffle_buffer = 16_384  # encoded examples: x 110 KB (ImageNet's mean) = 1.8 GB of host memory
     config.image_size = 224  # pixels, height and width of what the model sees

@@ -100,8 +100,8 @@ def _tpu(name, wanted):
 def _workers():
     try:
         return len(json.loads(os.environ.get('TF_CONFIG', '{}')).get('cluster', {}).get('worker', []))
-    except ValueError as error:
-        raise RunError(f'the environment variable TF_CONFIG is no JSON ({error}): mend it or unset it') from None
+    except (ValueError, AttributeError) as error:
+        raise RunError(f'the environment variable TF_CONFIG is no JSON of a cluster ({error}): mend it or unset it') from None
 
 
 def _multi_worker(workers):

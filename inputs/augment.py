@@ -46,7 +46,7 @@ def rand_augment(settings):
     """
     if not settings.num_ops:
         return None
-    layer = keras.layers.RandAugment((0, 255), num_ops=settings.num_ops, factor=settings.factor)
+    layer = keras.layers.RandAugment((0, 255), num_ops=settings.num_ops, factor=settings.factor, dtype='float32')
     seeds = _derive_seeds([layer])
 
     def apply(image, seed):
@@ -85,7 +85,7 @@ def batch_augmentation(augment, num_classes):
 
 
 def _image_layers(augment):
-    black = dict(fill_mode='constant', fill_value=0.0)
+    black = dict(fill_mode='constant', fill_value=0.0, dtype='float32')  # whatever type the model computes in
     layers = []
     if augment.translate:
         layers.append(keras.layers.RandomTranslation(augment.translate, augment.translate, **black))
@@ -95,12 +95,12 @@ def _image_layers(augment):
         layers.append(keras.layers.RandomZoom((-augment.zoom, augment.zoom), (-augment.zoom, augment.zoom), **black))
     if augment.random_erasing:
         probability = (augment.random_erasing, augment.random_erasing)  # one number would mean: drawn from 0 to it
-        layers.append(keras.layers.RandomErasing(factor=probability, value_range=(0, 255)))
+        layers.append(keras.layers.RandomErasing(factor=probability, value_range=(0, 255), dtype='float32'))
     return layers
 
 
 def _mixers(augment):
-    return [layer(alpha) for layer, alpha in ((keras.layers.MixUp, augment.mixup), (keras.layers.CutMix, augment.cutmix)) if alpha]
+    return [layer(alpha, dtype='float32') for layer, alpha in ((keras.layers.MixUp, augment.mixup), (keras.layers.CutMix, augment.cutmix)) if alpha]
 
 
 def _derive_seeds(layers):

@@ -102,7 +102,7 @@ def _tfds(dataset_config):
         hint = f'did you mean {close[0]!r}?' if close else "see tensorflow.org/datasets/catalog, or use 'digits' or 'folder'"
         raise ConfigError(f'config.dataset.name={name!r} is no TFDS data set: {hint}') from None
     except (ValueError, AssertionError) as error:
-        raise ConfigError(f'config.dataset.name={name!r}: {_one_line(error)}') from error
+        raise ConfigError(f"config.dataset.name={name!r} is no TFDS data set ({_one_line(error)[:100]}): write its name, 'digits' or 'folder'") from error
     if not builder.is_prepared():
         _prepare(builder, data_dir or str(tfds.core.constants.DATA_DIR))
     return builder
@@ -145,6 +145,10 @@ def _folder(dataset_config):
     for split in (dataset_config.train_split, dataset_config.eval_split):
         if split not in builder.info.splits or not builder.info.splits[split].num_examples:
             raise RunError(f'{os.path.join(root, split)} has no class folders with images (.jpg, .jpeg, .png): expected {layout}')
+    classes = [set(tf.io.gfile.listdir(os.path.join(root, split))) for split in (dataset_config.train_split, dataset_config.eval_split)]
+    unknown = sorted(name.rstrip('/') for name in classes[1] - classes[0] if tf.io.gfile.isdir(os.path.join(root, dataset_config.eval_split, name)))
+    if unknown:
+        raise RunError(f'{os.path.join(root, dataset_config.eval_split)} has classes that {dataset_config.train_split} has not: {", ".join(unknown[:10])}')
     return builder
 
 

@@ -17,6 +17,7 @@ OPTIMIZERS = {
     'adafactor': keras.optimizers.Adafactor,
     'muon': keras.optimizers.Muon,
 }
+FRACTIONS = ('momentum', 'rho', 'beta_1', 'beta_2')
 SET_ELSEWHERE = {
     'learning_rate': 'config.schedule.peak_lr',
     'weight_decay': 'config.weight_decay',
@@ -70,7 +71,9 @@ def _find(name):
 
 def _check(name, optimizer_class, arguments):
     known = [key for key in inspect.signature(optimizer_class).parameters if key not in ('name', 'kwargs', *SET_ELSEWHERE)]
-    for key in arguments:
+    for key, value in arguments.items():
+        if key in FRACTIONS and not 0 <= value < 1:
+            raise ConfigError(f'config.optimizer.{key}={value} is impossible: it must be from 0 to below 1')
         if key in SET_ELSEWHERE:
             raise ConfigError(f'config.optimizer.{key} is set by {SET_ELSEWHERE[key]}')
         if key not in known:

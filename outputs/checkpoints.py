@@ -57,7 +57,7 @@ class Checkpoints:
         """
         manager = {'last': self._last, 'best': self._best}[which]
         if not manager.latest_checkpoint:
-            raise RunError(f'there is no {which} checkpoint in {manager.directory}: train first, or name the run with --workdir')
+            raise RunError(f'there is no {which} checkpoint in {manager.directory}: train first')
         try:
             self._checkpoint.restore(manager.latest_checkpoint).assert_existing_objects_matched()
         except (AssertionError, ValueError, tf.errors.OpError) as error:

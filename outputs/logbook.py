@@ -6,6 +6,8 @@ import time
 
 from tqdm import tqdm
 
+from errors import RunError
+
 
 class Logbook:
     """Metrics of a run, one object a line, each step once.
@@ -85,8 +87,12 @@ def write_json(path, value):
 
 
 def read_json(path):
+    """The content of a JSON file. Raises RunError if it is damaged."""
     with open(path) as file:
-        return json.load(file)
+        try:
+            return json.load(file)
+        except ValueError as error:
+            raise RunError(f'{path} is damaged ({error}): restore it, or delete the folder to start again') from None
 
 
 def _write_rows(path, rows):

@@ -86,6 +86,12 @@ def test_a_folder_without_the_split_says_what_it_should_hold(tmp_path):
         datasets.load(dataset_config(name='folder', data_dir=str(tmp_path)))
 
 
+def test_a_class_that_training_never_sees_is_named(pictures):
+    write_picture(os.path.join(pictures, 'test', 'bird', '0.jpg'))
+    with pytest.raises(RunError, match='has classes that train has not: bird'):
+        datasets.load(dataset_config(name='folder', data_dir=pictures))
+
+
 def test_a_folder_with_one_class_is_refused(tmp_path):
     for split in ('train', 'test'):
         write_picture(str(tmp_path / split / 'cat' / '0.jpg'))

@@ -29,6 +29,9 @@ def one_line(done, status):
     (['--config=configs/digits.py', '--config.augment.flip=maybe'], 'write true or false'),
     (['--config.seed=3', '--config=configs/digits.py'], '--config.seed=3'),
     (['--config=README.md'], 'README.md'),
+    (['--config', 'configs/nope.py'], 'configs/nope.py: there is no such file'),
+    (['--config.batch_size=3'], 'say what to train first'),
+    (['--config=configs/digits.py', '--config.schedule=cosine'], 'write --config.schedule.KEY=VALUE'),
 ])
 def test_wrong_usage_is_one_line_and_status_2(arguments, says):
     assert says in one_line(call(*arguments), 2)
@@ -38,6 +41,10 @@ def test_a_broken_config_file_is_named_with_its_line(tmp_path):
     start = 'from configs import default\n\n\ndef get_config():\n    config = default.get_config()\n'
     (tmp_path / 'mine.py').write_text(f'{start}    config.batch_size = 8 / 0\n    return config\n')
     assert 'mine.py is broken: ZeroDivisionError: division by zero (mine.py, line 6)' in one_line(call(f'--config={tmp_path / "mine.py"}'), 2)
+    (tmp_path / 'type.py').write_text(f'{start}    config.train_for = 5\n    return config\n')
+    assert 'type.py is broken, line 6: ' in one_line(call(f'--config={tmp_path / "type.py"}'), 2)
+    (tmp_path / 'none.py').write_text('def get_config():\n    pass\n')
+    assert 'must return the config' in one_line(call(f'--config={tmp_path / "none.py"}'), 2)
     (tmp_path / 'typo.py').write_text(f'{start}    config.batch_sise = 8\n    return config\n')
     assert 'config.batch_sise does not exist; did you mean batch_size' in one_line(call(f'--config={tmp_path / "typo.py"}'), 2)
 
@@ -74,3 +81,16 @@ def test_the_command_line_trains_evaluates_and_exports(tmp_path):
     assert 'Traceback' not in done.stderr and 'oneDNN' not in done.stderr
     done = call(*arguments, '--mode=evaluate', '--checkpoint=best', cwd=tmp_path)
     assert done.returncode == 0 and '"eval/examples": 64' in done.stdout
+
+
+def test_a_workdir_that_is_a_file_and_a_broken_picture_are_one_line_and_status_1(tmp_path):
+    (tmp_path / 'file').write_text('')
+    done = call('--config=configs/debug.py', f'--workdir={tmp_path}/file')
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith('error: ') and 'Traceback' not in done.stderr
+    for split in ('train', 'test'):
+        for name in ('cat', 'dog'):
+            (tmp_path / 'data' / split / name).mkdir(parents=True)
+            (tmp_path / 'data' / split / name / 'broken.jpg').write_text('no picture')
+    done = call('--config=configs/debug.py', f'--workdir={tmp_path}/run', '--config.dataset.name=folder', f'--config.dataset.data_dir={tmp_path}/data',
+                '--config.dataset.train_split=train', '--config.dataset.eval_split=test', '--config.batch_size=2')
+    assert done.returncode == 1 and 'a picture that cannot be decoded' in done.stderr and 'Traceback' not in done.stderr

@@ -2,6 +2,7 @@
 import collections
 import hashlib
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -151,3 +152,12 @@ def test_without_augmentation_the_training_picture_is_the_evaluation_picture(sti
     images, labels = next(iter(pipeline.training_batches(source, still, plan, 0, ONE_DEVICE)))
     encoded = [example for _, example, _ in pipeline._stream(source, still, plan, 0).take(32).as_numpy_iterator()]
     np.testing.assert_array_equal(images, tf.stack([pipeline.resize_picture(pipeline.decode(file), 16) for file in encoded]))
+
+
+@pytest.mark.parametrize('policy', ['mixed_bfloat16', 'mixed_float16'])
+def test_augmentation_does_not_depend_on_the_type_the_model_computes_in(tiny, source, policy):
+    tiny.augment.rand_augment.num_ops, tiny.augment.mixup, tiny.augment.cutmix, tiny.augment.random_erasing = 1, 0.2, 1.0, 0.5
+    tiny.train_for = '2 steps'
+    expected = [digest(*batch) for batch in pipeline.training_batches(source, tiny, plan_for(tiny, source), 0, ONE_DEVICE)]
+    keras.config.set_dtype_policy(policy)
+    assert [digest(*batch) for batch in pipeline.training_batches(source, tiny, plan_for(tiny, source), 0, ONE_DEVICE)] == expected

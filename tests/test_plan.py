@@ -75,6 +75,7 @@ def test_a_plan_is_exact_arithmetic(epochs, examples, batch_size, warmup, hold):
     ('train_for', '5%', 'no duration'),
     ('train_for', '2.5 steps', 'whole numbers'),
     ('train_for', '-3 epochs', 'no duration'),
+    ('train_for', '1,5 epochs', 'no duration'),
     ('schedule.warmup', '120%', 'more than the whole run'),
     ('schedule.warmup', '10 minutes', 'no duration'),
     ('checkpoint_every', 'often', 'no duration'),

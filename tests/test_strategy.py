@@ -56,7 +56,7 @@ def test_a_named_tpu_that_does_not_start_is_never_a_silent_cpu_run(config, monke
 
 def test_a_broken_tf_config_is_one_line(config, monkeypatch):
     monkeypatch.setenv('TF_CONFIG', '{"cluster": ')
-    with pytest.raises(RunError, match='TF_CONFIG is no JSON'):
+    with pytest.raises(RunError, match='TF_CONFIG is no JSON of a cluster'):
         devices.make_strategy(config)
 
 

@@ -173,6 +173,19 @@ def test_a_changed_config_is_refused_with_the_difference(finished):
         config.label_smoothing = smoothing
 
 
+def test_evaluating_with_another_config_is_refused_but_another_split_is_not(finished):
+    config, workdir = finished
+    config.dataset.eval_split = 'train[:50]'
+    assert evaluate.run(config, workdir)['eval/examples'] == 50
+    config.dataset.eval_split, config.image_size = 'test', 32
+    try:
+        for verb in (evaluate, export):
+            with pytest.raises(ConfigError, match='image_size was 16, is 32'):
+                verb.run(config, workdir)
+    finally:
+        config.image_size = 16
+
+
 def test_two_runs_of_one_seed_are_the_same_run_and_another_seed_is_not(finished, tmp_path):
     config, workdir = finished
     digests = [read_json(os.path.join(workdir, 'summary.json'))['weights_sha256']]
@@ -199,7 +212,7 @@ def test_verbs_without_a_checkpoint_say_so(tiny, tmp_path):
 
 def test_a_checkpoint_of_another_model_is_named(finished, tiny):
     tiny.ema_decay = 0.0
-    with pytest.raises(RunError, match='does not fit this config'):
+    with pytest.raises(ConfigError, match='holds a run of another config'):
         tiny.optimizer = {'name': 'sgd', 'momentum': 0.9}
         tiny.model.name, tiny.image_size = 'MobileNetV2', 32
         evaluate.run(tiny, finished[1])
