@@ -5,8 +5,6 @@
 
 The run is configs/digits.py without augmentation, dropout and drop-path, with synchronized batch normalisation, at the
 config's global batch. Each case is a process of its own; the table shows the largest difference from the first case.
-`permuted` is one device that gets the rows of each batch in another order: the same sums, rounded otherwise. What differs
-there differs by rounding alone, and how it grows from step to step is the network's own doing.
 """
 import argparse
 import json
@@ -24,7 +22,7 @@ def main():
     parser.add_argument('--precision', default='float64')
     parser.add_argument('--steps', type=int, default=20)
     parser.add_argument('--output')
-    parser.add_argument('--cases', nargs='+', default=[f'{devices} {jit_compile}' for devices, jit_compile in CASES] + ['permuted false'])
+    parser.add_argument('--cases', nargs='+', default=[f'{devices} {jit_compile}' for devices, jit_compile in CASES])
     parser.add_argument('--case', help='one of them, in this process; prints its losses')
     options = parser.parse_args()
     if options.case:
@@ -66,17 +64,12 @@ def first_losses(model, precision, num_steps, devices, jit_compile):
     config = digits.get_config()
     config.model.name, config.model.dropout, config.model.drop_path = model, 0.0, 0.0
     config.augment = {**config.augment.to_dict(), 'translate': 0.0, 'rotate': 0.0, 'zoom': 0.0}
-    permuted = devices == 'permuted'
-    config.virtual_devices, config.jit_compile, config.precision = 1 if permuted else int(devices), jit_compile, precision
+    config.virtual_devices, config.jit_compile, config.precision = int(devices), jit_compile, precision
     session = open_session(config, '/nonexistent')
     train_step = steps.make_train_step(session.state, config, num_classes=session.plan.num_classes,
                                        num_replicas=session.plan.num_replicas, jit_compile=session.jit_compile)
     train_loop = steps.make_train_loop(session.strategy, train_step)
     batches = pipeline.training_batches(session.source, config, session.plan, 0, session.strategy)
-    if permuted:
-        batches = ((tf.reverse(images, [0]), tf.reverse(labels, [0])) for images, labels in batches)
-        batches = tf.data.Dataset.from_generator(lambda: batches, output_signature=(
-            tf.TensorSpec([config.batch_size, config.image_size, config.image_size, 3], tf.uint8), tf.TensorSpec([config.batch_size], tf.int64)))
     batches = iter(batches)
     return [float(train_loop(batches, tf.constant(1))['loss']) for _ in range(num_steps)]
 
