@@ -89,7 +89,7 @@ def test_the_gradient_is_clipped_after_it_is_summed(still):
         _, before, _ = build(still, 2)
         initial = [variable.numpy() for variable in before.model.trainable_variables]
         results, state = run(still, 1, devices=2)
-        moved = np.sqrt(sum(np.sum((now.numpy() - then) ** 2) for now, then in zip(state.model.trainable_variables, initial)))
+        moved = np.sqrt(sum(np.sum((after.numpy() - before) ** 2) for after, before in zip(state.model.trainable_variables, initial)))
         assert moved == pytest.approx(min(clip or np.inf, results[0]['grad_norm']), rel=1e-3)  # rate 1: the step is the gradient
         assert results[0]['grad_norm'] > 0.1
 
