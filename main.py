@@ -8,6 +8,7 @@ import glob
 import importlib
 import os
 import re
+import signal
 import sys
 import tempfile
 import traceback
@@ -31,6 +32,7 @@ flags.DEFINE_enum('checkpoint', 'last', ['last', 'best'], 'Which checkpoint to e
 
 def main(arguments):
     """Runs the verb that the command line names; returns the exit status."""
+    signal.signal(signal.SIGTERM, interrupt)
     try:
         config = parse(arguments)
         if FLAGS.verbosity < 1:
@@ -41,15 +43,20 @@ def main(arguments):
             return importlib.import_module('train').run(config, workdir)
         importlib.import_module(FLAGS.mode).run(config, workdir, FLAGS.checkpoint)
         return 0
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupted:
         print('stopped; the same command goes on from the last checkpoint, if there is one', file=sys.stderr)
-        return 0
+        return interrupted.args[0] if interrupted.args else 0
     except Exception as error:
         line, status = failure(error)
         if line is None or FLAGS.is_parsed() and FLAGS.verbosity >= 1:
             traceback.print_exc()
         print(f'error: {line or "this is a mistake of the program, not yours"}', file=sys.stderr)
         return status
+
+
+def interrupt(signal_number, frame):
+    """SIGTERM outside of training stops as SIGINT does, with the status that is usual for it."""
+    raise KeyboardInterrupt(128 + signal_number)
 
 
 def failure(error):

@@ -5,6 +5,8 @@
 
 The run is configs/digits.py without augmentation, dropout and drop-path, with synchronized batch normalisation, at the
 config's global batch. Each case is a process of its own; the table shows the largest difference from the first case.
+A case is DEVICES JIT_COMPILE, as in --cases '1 false' '2 true'. A third word, `permuted`, is a control: one device
+without XLA again, but the rows of each batch in another order. It changes nothing except the rounding of sums.
 """
 import argparse
 import json
@@ -33,8 +35,8 @@ def main():
         losses[case] = in_own_process(options, case)
         differences = [abs(loss - first) for loss, first in zip(losses[case], losses[options.cases[0]])]
         agreeing = next((step for step, difference in enumerate(differences) if difference > 1e-4), options.steps)
-        devices, jit_compile = case.split()
-        print(f'{devices:>8} jit_compile={jit_compile:5}  loss {losses[case][0]:.6f} ... {losses[case][-1]:.6f}  '
+        devices, jit_compile, *order = case.split()
+        print(f'{devices:>8} jit_compile={jit_compile:5} {" ".join(order):8}  loss {losses[case][0]:.6f} ... {losses[case][-1]:.6f}  '
               f'largest difference {max(differences):.1e}, within 1e-4 for {agreeing} steps', flush=True)
         if options.output:
             with open(options.output, 'w') as file:
@@ -50,7 +52,7 @@ def in_own_process(options, case):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def first_losses(model, precision, num_steps, devices, jit_compile):
+def first_losses(model, precision, num_steps, devices, jit_compile, order=None):
     """The loss of each of the first steps of the run."""
     sys.path.insert(0, ROOT)
     os.environ.update(KERAS_BACKEND='tensorflow', TF_CPP_MIN_LOG_LEVEL='2')
@@ -68,9 +70,12 @@ def first_losses(model, precision, num_steps, devices, jit_compile):
     session = open_session(config, '/nonexistent')
     train_step = steps.make_train_step(session.state, config, num_classes=session.plan.num_classes,
                                        num_replicas=session.plan.num_replicas, jit_compile=session.jit_compile)
-    train_loop = steps.make_train_loop(session.strategy, train_step)
     batches = pipeline.training_batches(session.source, config, session.plan, 0, session.strategy)
-    batches = iter(batches)
+    if order == 'permuted':
+        step = tf.function(train_step, autograph=False)
+        orders = [tf.random.experimental.stateless_shuffle(tf.range(config.batch_size), seed=[0, index]) for index in range(num_steps)]
+        return [float(step(tf.gather(images, rows), tf.gather(labels, rows))['loss']) for rows, (images, labels) in zip(orders, batches)]
+    train_loop, batches = steps.make_train_loop(session.strategy, train_step), iter(batches)
     return [float(train_loop(batches, tf.constant(1))['loss']) for _ in range(num_steps)]
 
 

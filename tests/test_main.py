@@ -60,6 +60,13 @@ def test_imagenet_without_imagenet_is_one_line_and_status_1(tmp_path):
     assert not os.path.exists(tmp_path / 'run')
 
 
+@pytest.mark.parametrize('name, status', [('SIGINT', 0), ('SIGTERM', 143)])
+def test_a_signal_before_the_training_is_one_line_and_its_usual_status(tmp_path, name, status):
+    (tmp_path / 'mine.py').write_text(f'import os\nimport signal\n\n\ndef get_config():\n    os.kill(os.getpid(), signal.{name})\n')
+    done = call(f'--config={tmp_path / "mine.py"}')
+    assert done.returncode == status and done.stderr.startswith('stopped; the same command goes on') and len(done.stderr.splitlines()) == 1
+
+
 def test_a_stack_trace_is_there_for_who_asks_for_it(tmp_path):
     done = call('--config=configs/debug.py', '--config.train_for=20', '--verbosity=1')
     assert done.returncode == 2 and 'Traceback' in done.stderr and done.stderr.splitlines()[-1].startswith('error: ')
