@@ -62,7 +62,15 @@ def test_imagenet_without_imagenet_is_one_line_and_status_1(tmp_path):
 
 @pytest.mark.parametrize('name, status', [('SIGINT', 0), ('SIGTERM', 143)])
 def test_a_signal_before_the_training_is_one_line_and_its_usual_status(tmp_path, name, status):
-    (tmp_path / 'mine.py').write_text(f'import os\nimport signal\n\n\ndef get_config():\n    os.kill(os.getpid(), signal.{name})\n')
+    (tmp_path / 'mine.py').write_text(f'''
+import os
+import signal
+
+
+def get_config():
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    os.kill(os.getpid(), signal.{name})
+''')
     done = call(f'--config={tmp_path / "mine.py"}')
     assert done.returncode == status and done.stderr.startswith('stopped; the same command goes on') and len(done.stderr.splitlines()) == 1
 
