@@ -2,7 +2,7 @@
 # make test    runs the whole test suite
 #
 # Both create .venv from the pinned versions first. PYTHON chooses the interpreter (3.10 to 3.13), ACCELERATOR one of
-# cpu, gpu and tpu, which is found out otherwise.
+# cpu, gpu and tpu: without it, gpu where nvidia-smi finds one, else cpu.
 
 PYTHON ?= python3
 ACCELERATOR ?= $(shell if nvidia-smi -L >/dev/null 2>&1; then echo gpu; else echo cpu; fi)
@@ -19,6 +19,9 @@ test: .venv/test-$(ACCELERATOR)
 .venv/train-$(ACCELERATOR): pyproject.toml requirements/$(ACCELERATOR).txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14) and "Python 3.10 to 3.13 is needed, and $(PYTHON) is %d.%d: name another, as in make PYTHON=python3.11" % sys.version_info[:2])'
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	@# The builds of TensorFlow share one folder: only one of them can be there.
+	@if ls .venv/train-* 2>/dev/null | grep -qv -- '-$(ACCELERATOR)$$'; then \
+		.venv/bin/python -m pip uninstall --quiet --yes tensorflow tensorflow-cpu tensorflow-tpu; rm -f .venv/train-* .venv/test-*; fi
 	$(INSTALL) '.[$(ACCELERATOR)]'
 	@touch $@
 

@@ -1,4 +1,5 @@
-"""The two kinds of mistake that `main.py` turns into one clear line instead of a stack trace."""
+"""The two kinds of mistake that `main.py` turns into one clear line instead of a stack trace, and how the line is worded."""
+import difflib
 
 
 class UserError(Exception):
@@ -15,3 +16,14 @@ class ConfigError(UserError):
 
 class RunError(UserError):
     """The run failed: missing data, absent hardware, a checkpoint of another model, an export that differs."""
+
+
+def one_line(text, limit=300):
+    """`text`, or the message of an exception, on one line of at most `limit` characters."""
+    return ' '.join(str(text).split())[:limit]
+
+
+def did_you_mean(word, words, cutoff=0.6):
+    """'; did you mean X?' with the nearest of `words`, or nothing."""
+    close = difflib.get_close_matches(str(word), [str(known) for known in words], n=1, cutoff=cutoff)
+    return f'; did you mean {close[0]}?' if close else ''

@@ -19,7 +19,7 @@ from ml_collections import config_flags
 os.environ['KERAS_BACKEND'] = 'tensorflow'  # before Keras is imported, whatever ~/.keras/keras.json says
 
 from configs import default  # noqa: E402
-from errors import ConfigError, UserError  # noqa: E402
+from errors import ConfigError, UserError, did_you_mean, one_line  # noqa: E402
 
 FLAGS = flags.FLAGS
 # Not locked: further keys of config.schedule and config.optimizer are arguments. plan.check_config finds unknown keys.
@@ -63,7 +63,7 @@ def failure(error):
     """(one line, exit status) for what a user can mend: a UserError, the file system, data or memory; else (None, 1)."""
     if isinstance(error, UserError):
         return str(error), error.exit_status
-    text = ' '.join(str(error).split())
+    text = one_line(error)
     if isinstance(error, OSError):
         return f'{type(error).__name__}: {text}', 1
     errors = sys.modules['tensorflow'].errors if 'tensorflow' in sys.modules else None
@@ -101,15 +101,19 @@ def explain(error, arguments):
     path = next((argument.split('=', 1)[1] for argument in arguments if re.match('--?config=', argument)), path)
     if path is not None and not os.path.isfile(path):
         return f'--config={path}: there is no such file; configs are {known_configs()}'
-    text = ' '.join(str(error).split()) or type(error).__name__
+    text = one_line(error, limit=10_000) or type(error).__name__
     wrong_value = re.match(r'flag --(config\.[\w.]+)=(.*?): ', text)
     if wrong_value:
         key, value = wrong_value.groups()
-        reference = functools.reduce(lambda section, part: section[part], key.split('.')[1:], default.get_config())
+        reference = functools.reduce(lambda section, part: section.get(part, 0.0), key.split('.')[1:], default.get_config())
         if hasattr(reference, 'keys'):
             return f'{key} has keys of its own: write --{key}.KEY=VALUE, KEY being one of {", ".join(reference.keys())}'
         kind = {int: 'a whole number', float: 'a number', bool: 'true or false', tuple: 'several values in brackets'}[type(reference)]
         return f'{key}={value!r} cannot be read: write {kind}, as in --{key}={reference!r}'
+    sections = [name for name, value in default.get_config().items() if hasattr(value, 'keys')]
+    for section in re.findall(r'--?config\.(\w+)\.', ' '.join(arguments)):
+        if section not in sections:
+            return f'config.{section} has no keys: sections are {", ".join(sections)}{did_you_mean(section, sections)}'
     if path is None:
         return text if '--config.' not in ' '.join(arguments) else f'say what to train first: --config=NAME, one of {known_configs()}'
     if 'whilst parsing config file' in text:  # with the whole stack trace

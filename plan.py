@@ -3,7 +3,6 @@
 `check_config` needs no data and no device, so that a mistake is answered at once; `make_plan` does the rest.
 """
 import dataclasses
-import difflib
 import functools
 import math
 import re
@@ -11,7 +10,7 @@ from fractions import Fraction
 
 import schedules
 from configs import default
-from errors import ConfigError
+from errors import ConfigError, did_you_mean
 
 CHOICES = {
     'precision': ('auto', 'float32', 'bfloat16', 'float16', 'float64'),
@@ -45,7 +44,7 @@ RANGES = {
     'augment.rand_augment.rate': (0, 1),
     'augment.random_erasing': (0, 1),
     'augment.mixup': (0, None),
-    'augment.cutmix': (0, None),
+    'augment.cutmix': (0, 1),
     'eval_crop': (0.05, 1),
     'virtual_devices': (0, 64),
     'steps_per_loop': (1, None),
@@ -59,7 +58,6 @@ UNITS = {
     'eval_every': ('epochs', 'steps', 'examples', '%'),
     'checkpoint_every': ('epochs', 'steps', 'examples', '%', 'minutes'),
 }
-OPEN_SECTIONS = ('schedule', 'optimizer')  # their further keys are arguments of the curve and of the optimizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,25 +114,29 @@ def check_config(config):
     reference = flatten(default.get_config())
     values = flatten(config)
     for key, value in values.items():
-        if key not in reference:
-            if key.split('.')[0] not in OPEN_SECTIONS:
-                raise ConfigError(_unknown(key, reference))
-            if isinstance(value, str):
-                raise ConfigError(f'config.{key}={value!r}: an argument of the {key.split(".")[0]} must be a number, true or false')
-            continue
-        _check_type(key, value, reference[key])
+        if key in reference:
+            _check_type(key, value, reference[key])
+        elif not key.startswith(('optimizer.', 'schedule.')) or key.count('.') > 1:
+            raise ConfigError(_unknown(key, reference))
+        elif isinstance(value, str):  # arguments of the optimizer and of the curve are numbers
+            raise ConfigError(f'config.{key}={value!r} must be a number, true or false{did_you_mean(key, reference)}')
     for key in reference:
         if key not in values:
             raise ConfigError(f'config.{key} is missing: start from configs/default.py and change values, do not remove them')
     for key, choices in CHOICES.items():
         if values[key] not in choices:
-            raise ConfigError(f'config.{key}={values[key]!r} is not one of {", ".join(choices)}{_nearest(values[key], choices)}')
+            raise ConfigError(f'config.{key}={values[key]!r} is not one of {", ".join(choices)}{did_you_mean(values[key], choices)}')
     for key, (low, high) in RANGES.items():
         if not math.isfinite(values[key]) or values[key] < low or (high is not None and values[key] > high):
             bounds = f'from {low} to {high:,}' if high is not None else f'at least {low}'
             raise ConfigError(f'config.{key}={values[key]} is impossible: it must be {bounds}')
     for key, units in UNITS.items():
         parse_duration(key, values[key], units)
+    curve_arguments = schedules.CURVES[config.schedule.name].__kwdefaults__ or {}
+    for key in config.schedule:
+        if f'schedule.{key}' not in reference and key not in curve_arguments:
+            known = [name.split('.')[1] for name in reference if name.startswith('schedule.')] + list(curve_arguments)
+            raise ConfigError(f'config.schedule.{key} does not exist{did_you_mean(key, known)}; {config.schedule.name} has {", ".join(known)}')
     low, high = _crop_area(values['augment.crop_area'])
     if not 0 < low <= high <= 1:
         raise ConfigError(f'config.augment.crop_area={(low, high)} is impossible: two shares of the picture, 0 < low <= high <= 1')
@@ -211,7 +213,7 @@ def make_plan(config, train_examples, eval_examples, num_classes, num_replicas):
     )
     try:
         learning_rate_of(config, plan)(0)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise ConfigError(f'config.schedule: {error}') from error
     return plan
 
@@ -253,12 +255,7 @@ def _get(config, key):
 
 def _unknown(key, reference):
     last = [known for known in reference if known.split('.')[-1] == key.split('.')[-1]]
-    return f'config.{key} does not exist{_nearest(key, reference) or _nearest(key, last, cutoff=0)}; configs/default.py lists every key'
-
-
-def _nearest(word, words, cutoff=0.6):
-    close = difflib.get_close_matches(str(word), list(words), n=1, cutoff=cutoff)
-    return f'; did you mean {close[0]}?' if close else ''
+    return f'config.{key} does not exist{did_you_mean(key, reference) or did_you_mean(key, last, cutoff=0)}; configs/default.py lists every key'
 
 
 def _check_type(key, value, reference):

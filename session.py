@@ -15,8 +15,8 @@ from modeling import models, optimizers, steps
 from outputs.checkpoints import Checkpoints
 from outputs.logbook import read_json
 
-
-# Keys that may differ between the starts of one run: they change where and how fast it goes, not what is computed.
+# Keys that may differ between the starts of one run: they change where and how fast it goes, not what is computed
+# (except that without model.sync_batch_norm each replica has statistics of its own).
 FREE_KEYS = ('dataset.data_dir', 'eval_batch_size', 'jit_compile', 'strategy', 'virtual_devices', 'tpu',
              'steps_per_loop', 'log_every', 'eval_every', 'checkpoint_every', 'keep_checkpoints')
 

@@ -81,14 +81,17 @@ def train(session, logbook, start_step, stop):
     while step < plan.total_steps and stop.signal_number is None:
         until = min(plan.total_steps, step + config.steps_per_loop, *(next_multiple(step, every) for every in plan.intervals))
         began = time.monotonic()
-        window.add(train_loop(iterator, tf.constant(until - step)), began)
+        results = {key: float(value) for key, value in train_loop(iterator, tf.constant(until - step)).items()}  # waits for the devices
+        seconds = time.monotonic() - began
+        require_finite(results['loss'], checkpoints, step, until)  # before anything is saved
+        window.add(results, seconds)
+        checkpoints.train_seconds.assign_add(seconds)
+        checkpoints.input_seconds.assign_add(results['input_seconds'])
         step = until
         logbook.advance(step)
         ended = step == plan.total_steps
         if step % plan.log_every == 0 or ended:
             logbook.write(step, window.metrics(session, step))
-            checkpoints.train_seconds.assign_add(window.seconds)
-            checkpoints.input_seconds.assign_add(window.input_seconds)
             window = Window(step)
         if step % plan.eval_every == 0 or ended:
             metrics = evaluation()
@@ -110,39 +113,35 @@ class Window:
     def __init__(self, first_step):
         self.first_step, self.sums, self.seconds = first_step, collections.Counter(), 0.0
 
-    def add(self, results, began):
-        """Adds what a train loop returned; reading it waits for the devices, so the clock is read after it."""
-        results = {key: float(value) for key, value in results.items()}
-        self.seconds += time.monotonic() - began
-        self.learning_rate = results.pop('learning_rate')
+    def add(self, results, seconds):
+        """Adds what a train loop returned, as floats, and how long it took."""
+        self.seconds += seconds
+        self.learning_rate = results['learning_rate']
         self.sums.update(results)
 
-    @property
-    def input_seconds(self):
-        return self.sums['input_seconds']
-
     def metrics(self, session, step):
-        """The means over the window as a row of metrics.jsonl.
-
-        Raises: RunError when the loss is not a finite number.
-        """
+        """The means over the window as a row of metrics.jsonl."""
         state, num_steps = session.state, step - self.first_step
-        loss = self.sums['loss'] / num_steps
-        if not math.isfinite(loss):
-            saved = session.checkpoints.latest_step()
-            raise RunError(f'the loss is {loss} somewhere in steps {self.first_step:,} to {step:,}: lower config.schedule.peak_lr, lengthen '
-                           f'config.schedule.warmup or set config.grad_clip_norm; ' + (f'step {saved:,} is saved' if saved else 'no step is saved yet'))
         row = {
-            'train/loss': loss,
+            'train/loss': self.sums['loss'] / num_steps,
             'train/accuracy': self.sums['correct'] / (num_steps * session.plan.batch_size),
             'train/learning_rate': self.learning_rate,  # that the last update used
             'train/grad_norm': self.sums['grad_norm'] / num_steps,
             'train/examples_per_second': num_steps * session.plan.batch_size / self.seconds,
-            'train/input_wait_fraction': min(1.0, self.input_seconds / self.seconds),
+            'train/input_wait_fraction': min(1.0, self.sums['input_seconds'] / self.seconds),
         }
         if state.skipped_updates is not None:
             row['train/skipped_updates'] = int(state.skipped_updates.numpy())
         return row
+
+
+def require_finite(loss, checkpoints, first_step, last_step):
+    """Raises RunError when `loss`, the sum over these steps, is not a finite number."""
+    if math.isfinite(loss):
+        return
+    saved = checkpoints.latest_step()
+    raise RunError(f'the loss is {loss} somewhere in steps {first_step:,} to {last_step:,}: lower config.schedule.peak_lr, lengthen config.schedule.warmup '
+                   f'or set config.grad_clip_norm, with a new --workdir; ' + (f'step {saved:,} is saved in this one' if saved else 'no step is saved yet'))
 
 
 def is_finished(config, workdir):

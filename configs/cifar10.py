@@ -4,6 +4,7 @@
 
 Costs      100 epochs x 50,000 pictures at 96 pixels: EfficientNetV2 halves its input five times, so 32 would leave one
            position.
+Reaches    not known.
 Measured   not yet.
 """
 from configs import default

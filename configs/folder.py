@@ -5,7 +5,8 @@
 Classes and counts are found. For few pictures start from pretrained weights instead, with configs/finetune.py.
 
 Costs      50 epochs of what is in DIR/train.
-Measured   on made-up pictures only (tests/test_datasets.py).
+Reaches    depends on the pictures.
+Measured   not yet; a made-up folder is trained on in tests/test_train.py.
 """
 from configs import default
 

@@ -5,7 +5,7 @@
 Costs      350 epochs x 1,281,167 pictures = 448 million. 8 replicas take 512 pictures each per step. On other hardware
            lower batch_size, and peak_lr with it: 0.016 for each 256 pictures.
 Reaches    78.7 % in the paper at 224 pixels, with training sizes that grow from 128 to 192, which this does not do.
-Measured   not yet: it has been run on a made-up ImageNet only (tests/test_imagenet.py).
+Measured   not yet: a made-up ImageNet has been run through it with the tiny model only (tests/test_imagenet.py).
 """
 from configs import default
 
@@ -45,7 +45,7 @@ def get_config():
     config.augment.crop = 'random'
     config.augment.flip = True
     config.augment.rand_augment.num_ops = 2
-    config.augment.rand_augment.factor = 0.5  # magnitude 15 of 30
+    config.augment.rand_augment.factor = 0.5  # Keras draws each strength from 0 to half of its range; the paper has 15 of 30 for all
 
     config.steps_per_loop = 100
     config.log_every = '100 steps'

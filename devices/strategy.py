@@ -6,7 +6,7 @@ import os
 
 import tensorflow as tf
 
-from errors import ConfigError, RunError
+from errors import ConfigError, RunError, one_line
 
 
 def make_strategy(config):
@@ -21,7 +21,7 @@ def make_strategy(config):
     if config.virtual_devices:
         _split_cpu(config.virtual_devices)
     wanted = config.strategy
-    if wanted == 'tpu' or (wanted == 'auto' and _tpu_is_expected()):
+    if wanted == 'tpu' or (wanted == 'auto' and _tpu_is_expected(config.tpu)):
         return _tpu(config.tpu, wanted)
     workers = _workers()
     if wanted == 'multi_worker' or (wanted == 'auto' and workers > 1):
@@ -76,21 +76,25 @@ def _split_cpu(count):
                            f'start a new process') from None
 
 
-def _tpu_is_expected():
-    """A TPU is named by the environment, or its device files and library are there."""
-    named = any(os.environ.get(name) for name in ('TPU_NAME', 'COLAB_TPU_ADDR', 'TPU_ACCELERATOR_TYPE'))
-    attached = glob.glob('/dev/accel[0-9]*') or glob.glob('/dev/vfio/[0-9]*')
-    return bool(named or (attached and importlib.util.find_spec('libtpu')))
+def _tpu_is_expected(name):
+    """A TPU is named by the config or the environment, or one is attached.
+
+    /dev/accel* are a TPU's own device files; /dev/vfio/* are other devices' too, so there its library has to be there.
+    """
+    named = name != 'local' or any(os.environ.get(variable) for variable in ('TPU_NAME', 'COLAB_TPU_ADDR', 'TPU_ACCELERATOR_TYPE'))
+    attached = glob.glob('/dev/accel[0-9]*') or (glob.glob('/dev/vfio/[0-9]*') and importlib.util.find_spec('libtpu'))
+    return bool(named or attached)
 
 
 def _tpu(name, wanted):
+    name = os.environ.get('TPU_NAME', name) if name == 'local' else name
     try:
-        resolver = tf.distribute.cluster_resolver.TPUClusterResolver(tpu=os.environ.get('TPU_NAME', name))
+        resolver = tf.distribute.cluster_resolver.TPUClusterResolver(tpu=name)
         tf.config.experimental_connect_to_cluster(resolver)
         tf.tpu.experimental.initialize_tpu_system(resolver)
         strategy = tf.distribute.TPUStrategy(resolver)
     except Exception as error:  # TensorFlow raises ValueError, NotFoundError, InvalidArgumentError, ... here
-        reason = ' '.join(str(error).split())[:200]
+        reason = one_line(error, 200)
         raise RunError(f'the TPU {name!r} does not start ({type(error).__name__}: {reason}); found {_found()}: '
                        f"install the TPU build with pip install '.[tpu]', end other processes that hold the TPU, "
                        f'or write --config.strategy=one_device') from error
@@ -99,7 +103,8 @@ def _tpu(name, wanted):
 
 def _workers():
     try:
-        return len(json.loads(os.environ.get('TF_CONFIG', '{}')).get('cluster', {}).get('worker', []))
+        cluster = json.loads(os.environ.get('TF_CONFIG', '{}')).get('cluster', {})
+        return len(cluster.get('chief', [])) + len(cluster.get('worker', []))  # a chief is a worker that also writes
     except (ValueError, AttributeError) as error:
         raise RunError(f'the environment variable TF_CONFIG is no JSON of a cluster ({error}): mend it or unset it') from None
 
@@ -108,7 +113,10 @@ def _multi_worker(workers):
     if workers < 1:
         raise RunError("config.strategy='multi_worker' needs the environment variable TF_CONFIG with the addresses of all workers, "
                        f'but it names none; found {_found()}')
-    strategy = tf.distribute.MultiWorkerMirroredStrategy()
+    try:
+        strategy = tf.distribute.MultiWorkerMirroredStrategy()
+    except Exception as error:  # ValueError for a wrong task, an OpError for an address that cannot be used
+        raise RunError(f'the environment variable TF_CONFIG does not work here ({one_line(error)}): mend it or unset it') from error
     return strategy, f'MultiWorkerMirroredStrategy on {workers} workers, {strategy.num_replicas_in_sync} replicas: TF_CONFIG names them'
 
 

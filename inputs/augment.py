@@ -100,7 +100,9 @@ def _image_layers(augment):
 
 
 def _mixers(augment):
-    return [layer(alpha, dtype='float32') for layer, alpha in ((keras.layers.MixUp, augment.mixup), (keras.layers.CutMix, augment.cutmix)) if alpha]
+    mixup = [keras.layers.MixUp(augment.mixup, dtype='float32')] if augment.mixup else []
+    cutmix = [keras.layers.CutMix((augment.cutmix, augment.cutmix), dtype='float32')] if augment.cutmix else []  # as above
+    return mixup + cutmix
 
 
 def _derive_seeds(layers):

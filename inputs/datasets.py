@@ -1,7 +1,6 @@
 """Where examples come from: a TFDS data set, the embedded digits, or a folder of one's own images."""
 import contextlib
 import dataclasses
-import difflib
 import io
 import os
 
@@ -9,7 +8,7 @@ import numpy as np
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
-from errors import ConfigError, RunError
+from errors import ConfigError, RunError, did_you_mean, one_line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,11 +97,10 @@ def _tfds(dataset_config):
     try:
         builder = tfds.builder(name, data_dir=data_dir)
     except tfds.core.DatasetNotFoundError:
-        close = difflib.get_close_matches(name, tfds.list_builders(), n=1, cutoff=0.5)
-        hint = f'did you mean {close[0]!r}?' if close else "see tensorflow.org/datasets/catalog, or use 'digits' or 'folder'"
-        raise ConfigError(f'config.dataset.name={name!r} is no TFDS data set: {hint}') from None
+        hint = did_you_mean(name, tfds.list_builders(), cutoff=0.5) or ": see tensorflow.org/datasets/catalog, or use 'digits' or 'folder'"
+        raise ConfigError(f'config.dataset.name={name!r} is no TFDS data set{hint}') from None
     except (ValueError, AssertionError) as error:
-        raise ConfigError(f"config.dataset.name={name!r} is no TFDS data set ({_one_line(error)[:100]}): write its name, 'digits' or 'folder'") from error
+        raise ConfigError(f"config.dataset.name={name!r} is no TFDS data set ({one_line(error, 100)}): write its name, 'digits' or 'folder'") from error
     if not builder.is_prepared():
         _prepare(builder, data_dir or str(tfds.core.constants.DATA_DIR))
     return builder
@@ -124,14 +122,14 @@ def _prepare(builder, data_dir):
         with contextlib.redirect_stdout(io.StringIO()):
             builder.download_and_prepare(download_config=download)
     except Exception as error:  # of any kind: no network, a damaged archive, no space
-        raise RunError(f'{builder.name} could not be prepared in {builder.data_dir}: {_one_line(error)}') from error
+        raise RunError(f'{builder.name} could not be prepared in {builder.data_dir}: {one_line(error)}') from error
 
 
 def _how_to_get(builder):
     if builder.name == 'imagenet2012':
         return ('Register at https://image-net.org/download-images, put ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar '
                 'there (145 GB; preparing them takes as much again).')
-    return f'TFDS says: {_one_line(builder.MANUAL_DOWNLOAD_INSTRUCTIONS)}.'
+    return f'TFDS says: {one_line(builder.MANUAL_DOWNLOAD_INSTRUCTIONS)}'
 
 
 def _folder(dataset_config):
@@ -158,11 +156,7 @@ def _size(builder, key, dataset_config):
         size = builder.info.splits[split].num_examples
     except (KeyError, ValueError) as error:
         raise ConfigError(f'config.dataset.{key}={split!r} is no split of {builder.name}: it has '
-                          f'{", ".join(builder.info.splits) or "none"} ({_one_line(error)[:120]})') from error
+                          f'{", ".join(builder.info.splits) or "none"} ({one_line(error, 120)})') from error
     if not size:
         raise ConfigError(f'config.dataset.{key}={split!r} of {builder.name} has no examples')
     return size
-
-
-def _one_line(text):
-    return ' '.join(str(text).split()).rstrip('.')[:400]

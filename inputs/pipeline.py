@@ -90,15 +90,16 @@ def _training_picture(config):
     size, rand_augment = config.image_size, augment.rand_augment(config.augment.rand_augment)
 
     def picture(encoded, seed):
+        crop_seed, flip_seed, rand_augment_seed = tf.unstack(tf.random.split(seed, 3))
         if config.augment.crop == 'random':
-            window = augment.random_crop(encoded, seed, config.augment.crop_area)
+            window = augment.random_crop(encoded, crop_seed, config.augment.crop_area)
             image = _to_uint8(tf.image.resize(window, (size, size), antialias=True))
         else:
             image = resize_picture(decode(encoded), size, config.eval_crop)
         if config.augment.flip:
-            image = augment.random_flip(image, seed)
+            image = augment.random_flip(image, flip_seed)
         if rand_augment:
-            image = _to_uint8(rand_augment(tf.cast(image, tf.float32), seed))
+            image = _to_uint8(rand_augment(tf.cast(image, tf.float32), rand_augment_seed))
         return tf.ensure_shape(image, [size, size, 3])
 
     return picture

@@ -1,11 +1,10 @@
 """Keras models by name, with preprocessing inside: pictures in 0..255 go in, logits come out."""
-import difflib
 import sys
 
 import keras
 import tensorflow as tf
 
-from errors import ConfigError, RunError
+from errors import ConfigError, RunError, did_you_mean, one_line
 from modeling.batch_norm import SyncBatchNormalization
 
 DEFAULT_DROP_RATE = 0.2  # what keras.applications builds its residual branches with
@@ -81,13 +80,13 @@ def _tiny(sync_batch_norm):
 def _application(model_config, shape, images):
     constructors = {name for name in dir(keras.applications) if name[0].isupper()}
     if model_config.name not in constructors:
-        close = difflib.get_close_matches(model_config.name, sorted(constructors | {'tiny'}), n=1, cutoff=0.3)
-        raise ConfigError(f'config.model.name={model_config.name!r} is no model of keras.applications; did you mean {close[0] if close else "EfficientNetV2B0"}?')
+        hint = did_you_mean(model_config.name, sorted(constructors | {'tiny'}), cutoff=0.3) or '; take EfficientNetV2B0'
+        raise ConfigError(f'config.model.name={model_config.name!r} is no model of keras.applications{hint}')
     constructor = getattr(keras.applications, model_config.name)
     try:
         plain = constructor(include_top=False, weights=model_config.weights or None, input_shape=shape, pooling='avg')
     except Exception as error:
-        reason = ' '.join(str(error).split())[:300]
+        reason = one_line(error)
         if model_config.weights:
             raise RunError(f'config.model.weights={model_config.weights!r} could not be loaded into {model_config.name}: {reason}') from error
         raise ConfigError(f'{model_config.name} cannot be built for config.image_size={shape[0]}: {reason}') from error

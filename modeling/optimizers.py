@@ -1,11 +1,10 @@
 """Keras' optimizers by name, with their arguments from the config."""
-import difflib
 import inspect
 
 import keras
 
 import schedules
-from errors import ConfigError
+from errors import ConfigError, did_you_mean, one_line
 
 OPTIMIZERS = {
     'sgd': keras.optimizers.SGD,
@@ -25,6 +24,13 @@ SET_ELSEWHERE = {
     'clipnorm': 'config.grad_clip_norm',
     'use_ema': 'config.ema_decay',
     'ema_momentum': 'config.ema_decay',
+    'ema_overwrite_frequency': 'config.ema_decay',
+    'adam_weight_decay': 'config.weight_decay',
+    'loss_scale_factor': "config.precision, whose 'float16' scales the loss",
+}
+UNSUPPORTED = {
+    'clipvalue': 'clips before the gradients of the replicas are summed: use config.grad_clip_norm',
+    'gradient_accumulation_steps': 'makes the schedule count parts of updates: use a smaller config.batch_size',
 }
 
 
@@ -37,8 +43,10 @@ def build_optimizer(config, schedule_arguments, variables):
     Raises: ConfigError for an unknown optimizer or argument.
     """
     arguments = {key: value for key, value in config.optimizer.items() if key != 'name'}
-    optimizer_class = _find(config.optimizer.name)
-    _check(config.optimizer.name, optimizer_class, arguments)
+    check_optimizer(config.optimizer.name, arguments)
+    optimizer_class = OPTIMIZERS[config.optimizer.name]
+    if config.optimizer.name == 'muon':
+        arguments['adam_weight_decay'] = config.weight_decay or None  # what Muon gives to AdamW: all but the dense kernels
     try:
         optimizer = optimizer_class(
             learning_rate=schedules.WarmupDecay(**schedule_arguments),
@@ -46,7 +54,7 @@ def build_optimizer(config, schedule_arguments, variables):
             **arguments,
         )
     except (TypeError, ValueError) as error:
-        raise ConfigError(f'config.optimizer: {" ".join(str(error).split())}') from error
+        raise ConfigError(f'config.optimizer: {one_line(error)}') from error
     if not config.weight_decay:
         optimizer.weight_decay = None  # AdamW takes no None, and 0 would be multiplied out for every variable
     undecayed = [variable for variable in variables if not decays(variable)]
@@ -62,20 +70,19 @@ def decays(variable):
     return len(variable.shape) > 1
 
 
-def _find(name):
+def check_optimizer(name, arguments):
+    """Raises ConfigError for an optimizer or an argument that is not there, or that the config sets elsewhere."""
     if name not in OPTIMIZERS:
-        close = difflib.get_close_matches(name, OPTIMIZERS, n=1)
-        raise ConfigError(f'config.optimizer.name={name!r} is not one of {", ".join(OPTIMIZERS)}' + (f'; did you mean {close[0]}?' if close else ''))
-    return OPTIMIZERS[name]
-
-
-def _check(name, optimizer_class, arguments):
-    known = [key for key in inspect.signature(optimizer_class).parameters if key not in ('name', 'kwargs', *SET_ELSEWHERE)]
+        raise ConfigError(f'config.optimizer.name={name!r} is not one of {", ".join(OPTIMIZERS)}{did_you_mean(name, OPTIMIZERS)}')
+    known = [key for key in inspect.signature(OPTIMIZERS[name]).parameters if key not in ('name', 'kwargs', *SET_ELSEWHERE, *UNSUPPORTED)]
     for key, value in arguments.items():
-        if key in FRACTIONS and not 0 <= value < 1:
-            raise ConfigError(f'config.optimizer.{key}={value} is impossible: it must be from 0 to below 1')
         if key in SET_ELSEWHERE:
             raise ConfigError(f'config.optimizer.{key} is set by {SET_ELSEWHERE[key]}')
+        if key in UNSUPPORTED:
+            raise ConfigError(f'config.optimizer.{key} {UNSUPPORTED[key]}')
         if key not in known:
-            close = difflib.get_close_matches(key, known, n=1)
-            raise ConfigError(f'config.optimizer.{key} is no argument of {name}; ' + (f'did you mean {close[0]}?' if close else f'it has {", ".join(known)}'))
+            raise ConfigError(f'config.optimizer.{key} is no argument of {name}' + (did_you_mean(key, known) or f'; it has {", ".join(known)}'))
+        if not isinstance(value, (bool, int, float)):
+            raise ConfigError(f'config.optimizer.{key}={value!r} must be a number, true or false')
+        if key in FRACTIONS and not 0 <= value < 1:
+            raise ConfigError(f'config.optimizer.{key}={value} is impossible: it must be from 0 to below 1')

@@ -110,6 +110,8 @@ def make_train_step(state, config, *, num_classes, num_replicas, jit_compile):
         with _undone_unless_finite(state, norm):
             optimizer.apply(gradients, trained)
             _update_average(state, config.ema_decay)
+        if state.loss_scale is not None:
+            norm = tf.where(tf.math.is_finite(norm), norm, 0.0)  # a skipped update moved nothing
         results = {'loss': loss, 'correct': correct, 'grad_norm': norm / num_replicas, 'learning_rate': learning_rate / num_replicas}
         return {key: tf.cast(value, tf.float32) for key, value in results.items()}
 
@@ -223,7 +225,11 @@ def make_average_statistics(strategy, state):
         for variable, mean in zip(statistics, means):
             variable.assign(mean)
 
-    return tf.function(lambda: strategy.run(average), autograph=False)
+    @tf.function(autograph=False)
+    def average_statistics():  # a name: TPUStrategy makes a scope of it, and a lambda's is refused
+        strategy.run(average)
+
+    return average_statistics
 
 
 def _sum_over_replicas(strategy, results):

@@ -7,7 +7,7 @@ import os
 
 import tensorflow as tf
 
-from errors import RunError
+from errors import RunError, one_line
 
 
 class Checkpoints:
@@ -62,5 +62,5 @@ class Checkpoints:
             self._checkpoint.restore(manager.latest_checkpoint).assert_existing_objects_matched()
         except (AssertionError, ValueError, tf.errors.OpError) as error:
             raise RunError(f'{manager.latest_checkpoint} does not fit this config or is damaged '
-                           f'({" ".join(str(error).split())[:200]}): take the config it was made with') from error
+                           f'({one_line(error, 200)}): take the config it was made with') from error
         return int(self.step)

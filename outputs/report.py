@@ -25,7 +25,7 @@ def write_report(workdir, summary, description):
     text = f"""# {config['model']['name']} on {config['dataset']['name']}
 
 **{summary['eval/accuracy']:.2%}** of {summary['eval/examples']:,} evaluation examples are right
-({summary['eval/top5']:.2%} among the first five), with the weights after the last of {summary['steps']:,} updates.
+({summary['eval/top5']:.2%} among the first five), with the {'averaged ' if config['ema_decay'] else ''}weights after the last of {summary['steps']:,} updates.
 
 | | |
 | --- | --- |

@@ -67,7 +67,7 @@ def test_a_folder_of_pictures_is_found_with_classes_and_counts(pictures):
 
 
 @pytest.mark.parametrize('values, error, says', [
-    (dict(name='digit'), ConfigError, "did you mean 'digits'"),
+    (dict(name='digit'), ConfigError, 'did you mean digits?'),
     (dict(name='imagenet2021'), ConfigError, 'did you mean'),
     (dict(name='digits', train_split='training'), ConfigError, "'training' is no split of digits: it has"),
     (dict(name='digits', train_split='train[:0]'), ConfigError, 'no examples'),

@@ -32,6 +32,8 @@ def one_line(done, status):
     (['--config', 'configs/nope.py'], 'configs/nope.py: there is no such file'),
     (['--config.batch_size=3'], 'say what to train first'),
     (['--config=configs/digits.py', '--config.schedule=cosine'], 'write --config.schedule.KEY=VALUE'),
+    (['--config=configs/digits.py', '--config.modle.name=tiny'], 'did you mean model'),
+    (['--config=configs/imagenet.py', '--config.optimizer.rho=abc'], "config.optimizer.rho='abc' cannot be read: write a number"),
 ])
 def test_wrong_usage_is_one_line_and_status_2(arguments, says):
     assert says in one_line(call(*arguments), 2)

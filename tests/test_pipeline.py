@@ -130,6 +130,19 @@ def test_a_random_crop_is_a_window_of_the_picture(encode):
     assert 0.18 < min(areas) and max(areas) < 0.62 and np.std(areas) > 0.05
 
 
+def test_the_flip_has_nothing_to_do_with_the_crop(tiny):
+    columns = np.tile(np.arange(240, dtype=np.uint8), (160, 1))[..., None].repeat(3, -1)  # brighter to the right
+    encoded = tf.io.encode_png(columns)
+    tiny.augment.crop, tiny.augment.flip = 'random', True
+    picture = tf.function(pipeline._training_picture(tiny))
+    seeds = [pipeline._seed(0, position) for position in range(400)]
+    rows = np.stack([picture(encoded, seed)[8, :, 0] for seed in seeds]).astype(int)  # [400, 16]
+    flipped = rows[:, 0] > rows[:, -1]
+    widths = np.abs(rows[:, -1] - rows[:, 0])
+    assert 0.42 < flipped.mean() < 0.58
+    assert abs(np.corrcoef(flipped, widths)[0, 1]) < 0.15  # 3 standard deviations of 400 draws
+
+
 def test_mixing_gives_soft_labels_that_sum_to_one(tiny, source):
     tiny.augment.mixup, tiny.augment.cutmix, tiny.train_for = 0.4, 1.0, '4 steps'
     for images, labels in pipeline.training_batches(source, tiny, plan_for(tiny, source), 0, ONE_DEVICE):

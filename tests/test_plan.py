@@ -10,6 +10,8 @@ from hypothesis import given, strategies as st
 import plan
 from configs import default
 from errors import ConfigError
+from inputs import augment
+from modeling import optimizers
 
 NAMES = sorted(os.path.basename(path)[:-3] for path in glob.glob(os.path.join(os.path.dirname(plan.__file__), 'configs', '[a-z]*.py')))
 
@@ -29,13 +31,16 @@ def test_a_shipped_config_is_valid_and_wastes_no_update(name):
     numbers = plan.make_plan(config, train_examples=9_469, eval_examples=3_925, num_classes=10, num_replicas=1)
     assert 0 < plan.learning_rate_of(config, numbers)(0) < config.schedule.peak_lr
     assert plan.learning_rate_of(config, numbers)(numbers.total_steps) == config.schedule.end_lr
+    optimizers.check_optimizer(config.optimizer.name, {key: value for key, value in config.optimizer.items() if key != 'name'})
+    augment.batch_augmentation(config.augment, num_classes=10)
+    augment.rand_augment(config.augment.rand_augment)
 
 
 @pytest.mark.parametrize('name', NAMES)
 def test_a_shipped_config_says_what_it_costs_and_how_it_is_run(name):
     text = importlib.import_module(f'configs.{name}').__doc__
     if name != 'default':
-        for word in ('python main.py', 'Costs', 'Measured'):
+        for word in ('python main.py', 'Costs', 'Reaches', 'Measured'):
             assert word in text
 
 
@@ -91,6 +96,13 @@ def test_a_plan_is_exact_arithmetic(epochs, examples, batch_size, warmup, hold):
     ('augment.crop_area', (0.5, 0.1), 'low <= high'),
     ('augment.crop_area', (0.5,), 'two numbers'),
     ('augment.flip', 1, 'true or false'),
+    ('augment.cutmix', 2.0, 'from 0 to 1'),
+    ('schedule.warmup_steps', 100, 'did you mean warmup?'),
+    ('schedule.peek_lr', 0.1, 'did you mean peak_lr?'),
+    ('schedule.step', 3, '; cosine has end_lr, hold'),
+    ('schedule.warmups', '5%', 'did you mean schedule.warmup?'),
+    ('optimizer.nam', 'sgd', 'did you mean optimizer.name?'),
+    ('optimizer.nested', {'key': 1}, 'does not exist'),
 ])
 def test_an_impossible_value_is_one_line_that_says_what_to_write(key, value, says):
     config = default.get_config().unlock()
@@ -135,5 +147,6 @@ def test_a_batch_that_replicas_cannot_share_is_refused_with_one_that_they_can():
 def test_an_unknown_argument_of_the_curve_is_refused():
     config = default.get_config().unlock()
     config.schedule.powr = 2.0
-    with pytest.raises(ConfigError, match='powr'):
-        plan.make_plan(config, 1_000, 10, 10, 1)
+    config.schedule.name = 'polynomial'
+    with pytest.raises(ConfigError, match='did you mean power'):
+        plan.check_config(config)

@@ -60,6 +60,24 @@ def test_a_broken_tf_config_is_one_line(config, monkeypatch):
         devices.make_strategy(config)
 
 
+@pytest.mark.parametrize('cluster, task', [
+    ({'chief': ['localhost:1'], 'worker': ['localhost:2']}, {}),
+    ({'worker': ['localhost:1', 'localhost:2']}, {'type': 'worker', 'index': 7}),
+])
+def test_a_cluster_in_which_this_worker_has_no_place_is_one_line(config, monkeypatch, cluster, task):
+    monkeypatch.setenv('TF_CONFIG', json.dumps({'cluster': cluster, 'task': task}))
+    with pytest.raises(RunError, match='TF_CONFIG does not work here') as raised:
+        devices.make_strategy(config)
+    assert '\n' not in str(raised.value)
+
+
+def test_a_tpu_that_the_config_names_is_expected_whatever_the_environment_says(config, monkeypatch):
+    config.tpu = 'mine'
+    monkeypatch.setenv('TPU_NAME', 'other')
+    with pytest.raises(RunError, match="the TPU 'mine' does not start"):
+        devices.make_strategy(config)
+
+
 def test_one_worker_alone_needs_no_cluster(config, monkeypatch):
     monkeypatch.setenv('TF_CONFIG', json.dumps({'cluster': {'worker': ['localhost:1']}, 'task': {'type': 'worker', 'index': 0}}))
     assert devices.make_strategy(config)[0].num_replicas_in_sync == 1

@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 
 import numpy as np
@@ -11,6 +12,7 @@ import tensorflow as tf
 import evaluate
 import export
 import train
+from configs import folder
 from errors import ConfigError, RunError
 from outputs.logbook import read_json, read_metrics
 from tests.conftest import tiny_config
@@ -163,6 +165,24 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(finished, tmp_path, monk
             assert ours == pytest.approx(theirs, rel=1e-6)  # the sums were made in loops of another length
 
 
+def test_a_folder_of_ones_own_pictures_is_trained_on_to_the_end(tmp_path):
+    for split, count in (('train', 20), ('test', 5)):
+        for label, name in enumerate(('dark', 'light')):
+            os.makedirs(tmp_path / 'data' / split / name)
+            for index in range(count):
+                grey = np.random.RandomState(index).randint(0, 60, (30 + index, 40, 3)) + 150 * label
+                tf.io.write_file(str(tmp_path / 'data' / split / name / f'{index}.jpg'), tf.io.encode_jpeg(grey.astype(np.uint8)))
+    config = folder.get_config()
+    config.dataset.data_dir = str(tmp_path / 'data')
+    config.model.name, config.model.drop_path, config.image_size = 'tiny', 0.0, 32
+    config.batch_size, config.train_for, config.checkpoint_every = 8, '60 steps', '60 steps'
+    config.schedule.peak_lr, config.schedule.warmup, config.ema_decay = 1e-2, '5 steps', 0.0
+    assert train.run(config, str(tmp_path / 'run')) == 0
+    summary = read_json(str(tmp_path / 'run' / 'summary.json'))
+    assert summary['eval/examples'] == 10 and summary['eval/accuracy'] == summary['export/accuracy'] == 1.0
+    assert (tmp_path / 'run' / 'export' / 'labels.txt').read_text().split() == ['dark', 'light']
+
+
 def test_a_changed_config_is_refused_with_the_difference(finished):
     config, workdir = finished
     config.label_smoothing, smoothing = 0.2, config.label_smoothing
@@ -200,8 +220,9 @@ def test_two_runs_of_one_seed_are_the_same_run_and_another_seed_is_not(finished,
 def test_a_loss_that_is_not_a_number_ends_the_run_with_advice(tiny, tmp_path):
     tiny.optimizer = {'name': 'sgd'}
     tiny.schedule.peak_lr = tiny.schedule.start_lr = 1e30
-    with pytest.raises(RunError, match='the loss is nan somewhere in steps 0 to 5: lower config.schedule.peak_lr'):
+    with pytest.raises(RunError, match='the loss is nan somewhere in steps 0 to 4: lower config.schedule.peak_lr'):
         train.run(tiny, str(tmp_path / 'run'))
+    assert not os.path.exists(tmp_path / 'run' / 'checkpoints')
 
 
 def test_verbs_without_a_checkpoint_say_so(tiny, tmp_path):
@@ -210,12 +231,18 @@ def test_verbs_without_a_checkpoint_say_so(tiny, tmp_path):
             verb.run(tiny, str(tmp_path / 'none'))
 
 
-def test_a_checkpoint_of_another_model_is_named(finished, tiny):
-    tiny.ema_decay = 0.0
-    with pytest.raises(ConfigError, match='holds a run of another config'):
-        tiny.optimizer = {'name': 'sgd', 'momentum': 0.9}
-        tiny.model.name, tiny.image_size = 'MobileNetV2', 32
-        evaluate.run(tiny, finished[1])
+def test_a_checkpoint_of_another_model_or_a_damaged_one_is_named(finished, tmp_path):
+    config, workdir = finished
+    shutil.copytree(os.path.join(workdir, 'checkpoints'), tmp_path / 'checkpoints')  # without config.json, which would say it first
+    config.optimizer, usual = {'name': 'sgd', 'momentum': 0.9}, config.optimizer
+    try:
+        with pytest.raises(RunError, match='step-30 does not fit this config or is damaged'):
+            evaluate.run(config, str(tmp_path))
+    finally:
+        config.optimizer = usual
+    (tmp_path / 'checkpoints' / 'step-30.index').write_bytes(b'damaged')
+    with pytest.raises(RunError, match='step-30 does not fit this config or is damaged'):
+        evaluate.run(config, str(tmp_path))
 
 
 def test_metrics_cut_short_by_a_crash_are_read_up_to_there(tmp_path):
