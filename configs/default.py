@@ -32,7 +32,7 @@ def get_config():
     # Any other key here is an argument of the curve, for example config.schedule.power = 2.0 for 'polynomial'.
 
     config.optimizer = ConfigDict()
-    config.optimizer.name = 'adamw'  # see modeling/optimizers.py
+    config.optimizer.name = 'adamw'  # see modeling/optimizers.py; 'muon' needs Python 3.11 (Keras 3.13)
     # Any other key here is an argument of the Keras optimizer, for example config.optimizer.beta_2 = 0.99.
     config.weight_decay = 0.0  # decoupled, scaled by the rate (Keras' meaning); never on biases and normalisation
     config.l2_regularization = 0.0  # added to the gradient: `l2 * weight`; same mask

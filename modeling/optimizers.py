@@ -16,6 +16,8 @@ OPTIMIZERS = {
     'adafactor': keras.optimizers.Adafactor,
     'muon': keras.optimizers.Muon,
 }
+if tuple(map(int, keras.__version__.split('.')[:2])) < (3, 13):  # all that Python 3.10 gets
+    del OPTIMIZERS['muon']  # fails there: it looks for the path of TensorFlow's own variables, which have none
 FRACTIONS = ('momentum', 'rho', 'beta_1', 'beta_2')
 SET_ELSEWHERE = {
     'learning_rate': 'config.schedule.peak_lr',
