@@ -245,10 +245,16 @@ def _compiled(function, jit_compile, has_collectives):
         return tf.function(function, jit_compile=True, autograph=False)
 
     def clustered(*arguments):
-        # Synchronized batch normalisation sums over replicas inside the model, and a function with jit_compile=True
-        # cannot hold that. Inside this scope TensorFlow compiles what lies between these sums.
-        with tf.xla.experimental.jit_scope():
-            return function(*arguments)
+        # Synchronized batch normalisation sums over replicas inside the model, and a function with jit_compile=True cannot
+        # hold that. TensorFlow compiles what lies between these sums where operations carry this mark. It is what
+        # tf.xla.experimental.jit_scope sets, but that is one state for the threads of all replicas: while they take turns
+        # it spreads to the optimizer. Here the replicas have not come further than their gradients.
+        graph = tf.compat.v1.get_default_graph()
+        first = len(graph.get_operations())
+        results = function(*arguments)
+        for operation in graph.get_operations()[first:]:
+            operation._set_attr('_XlaCompile', tf.compat.v1.AttrValue(b=True))
+        return results
 
     return clustered
 

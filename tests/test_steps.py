@@ -82,6 +82,17 @@ def test_the_first_losses_are_the_same_on_1_2_and_4_devices_with_and_without_xla
     assert expected[0]['loss'] > expected[-1]['loss']
 
 
+def test_xla_gets_forward_and_backward_of_each_replica_and_nothing_of_the_optimizer(still):
+    strategy, state, _ = build(still, 2)
+    loop = steps.make_train_loop(strategy, steps.make_train_step(state, still, num_classes=10, num_replicas=2, jit_compile=True))
+    graph = loop.get_concrete_function(batches(strategy, 2), tf.constant(1)).graph.as_graph_def()
+    nodes = [node for function in graph.library.function for node in function.node_def]
+    marked = {kind: {'_XlaCompile' in node.attr for node in nodes if node.op == kind} for kind in (
+        'Conv2D', 'Conv2DBackpropFilter', 'SoftmaxCrossEntropyWithLogits', 'Cos', 'AssignSubVariableOp', 'IteratorGetNext')}
+    assert marked == {'Conv2D': {True}, 'Conv2DBackpropFilter': {True}, 'SoftmaxCrossEntropyWithLogits': {True},
+                      'Cos': {False}, 'AssignSubVariableOp': {False}, 'IteratorGetNext': {False}}
+
+
 def test_the_gradient_is_clipped_after_it_is_summed(still):
     still.optimizer, still.weight_decay = {'name': 'sgd'}, 0.0
     still.schedule.name, still.schedule.warmup, still.schedule.peak_lr, still.schedule.start_lr = 'constant', '0%', 1.0, 1.0
