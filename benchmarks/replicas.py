@@ -30,7 +30,7 @@ def main():
     if options.case:
         print(json.dumps(first_losses(options.model, options.precision, options.steps, *options.case.split())))
         return
-    losses = {}
+    losses = kept_losses(options)
     for case in options.cases:
         losses[case] = in_own_process(options, case)
         differences = [abs(loss - first) for loss, first in zip(losses[case], losses[options.cases[0]])]
@@ -41,6 +41,15 @@ def main():
         if options.output:
             with open(options.output, 'w') as file:
                 json.dump({'model': options.model, 'precision': options.precision, 'losses': losses}, file, indent=1)
+
+
+def kept_losses(options):
+    """What the output file holds of the same model and precision: cases can be run one at a time, as XLA takes long."""
+    if not options.output or not os.path.exists(options.output):
+        return {}
+    with open(options.output) as file:
+        kept = json.load(file)
+    return kept['losses'] if (kept['model'], kept['precision']) == (options.model, options.precision) else {}
 
 
 def in_own_process(options, case):
