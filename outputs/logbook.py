@@ -55,13 +55,14 @@ class Logbook:
 
     def _show(self, step, metrics):
         names = {'train/loss': 'loss', 'train/learning_rate': 'lr', 'train/examples_per_second': 'img/s', 'eval/accuracy': 'accuracy'}
-        self._bar_text.update({names[name]: f'{value:.4g}' for name, value in metrics.items() if name in names})
+        shown = {names[name]: f'{value:.4g}' for name, value in metrics.items() if name in names}
+        self._bar_text.update(shown)
         self._bar.set_postfix(self._bar_text, refresh=not self._bar.disable)
         if self._bar.disable:  # no terminal: a line for each evaluation and each tenth of the run is enough
             tenth = max(1, self._bar.total // 10)
             if 'eval/accuracy' in metrics or step // tenth > getattr(self, '_shown', 0):
                 self._shown = step // tenth
-                print(f'step {step:,}/{self._bar.total:,}  ' + '  '.join(f'{name} {value}' for name, value in self._bar_text.items()), flush=True)
+                print(f'step {step:,}/{self._bar.total:,}  ' + '  '.join(f'{name} {value}' for name, value in shown.items()), flush=True)
 
 
 def read_metrics(workdir):
