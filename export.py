@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from errors import RunError, one_line
-from inputs import pipeline
+from inputs.pictures import decode, resize_picture
 from modeling import models, steps
 from session import open_session, require_same_config
 
@@ -71,10 +71,10 @@ def _write_saved_model(session, directory):
         return {'logits': logits, 'probabilities': tf.nn.softmax(logits), 'class_index': best, 'label': tf.gather(names, best)}
 
     def classify(images):
-        return answer(pipeline.resize_picture(images, size, share))
+        return answer(resize_picture(images, size, share))
 
     def classify_encoded(encoded):
-        return answer(tf.map_fn(lambda file: pipeline.resize_picture(pipeline.decode(file), size, share), encoded,
+        return answer(tf.map_fn(lambda file: resize_picture(decode(file), size, share), encoded,
                                 fn_output_signature=tf.TensorSpec([size, size, 3], tf.uint8)))
 
     archive = keras.export.ExportArchive()
@@ -123,5 +123,5 @@ def _compare(session, directory):
 
 def _expected_logits(session, files):
     """What evaluation computes for these files, float32 [batch, classes]."""
-    pictures = tf.stack([pipeline.resize_picture(pipeline.decode(file), session.config.image_size, session.config.eval_crop) for file in files])
+    pictures = tf.stack([resize_picture(decode(file), session.config.image_size, session.config.eval_crop) for file in files])
     return steps.make_predict(session.state)(pictures).numpy()

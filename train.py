@@ -16,7 +16,7 @@ import evaluate
 import export
 from devices.environment import describe_environment
 from errors import RunError
-from inputs import pipeline
+from inputs import augment, pipeline
 from modeling import models, steps
 from outputs import plots, report
 from outputs.logbook import Logbook, read_json, read_metrics, write_json
@@ -71,7 +71,7 @@ def train(session, logbook, start_step, stop):
     Returns: the metrics of the last evaluation, or None when a signal stopped the run before.
     """
     config, plan, checkpoints = session.config, session.plan, session.checkpoints
-    train_step = steps.make_train_step(session.state, config, num_classes=plan.num_classes,
+    train_step = steps.make_train_step(session.state, config, augment.on_device(config.augment, plan.num_classes), num_classes=plan.num_classes,
                                        num_replicas=plan.num_replicas, jit_compile=session.jit_compile)
     train_loop = steps.make_train_loop(session.strategy, train_step)
     evaluation = evaluate.make_evaluation(session)

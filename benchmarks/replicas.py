@@ -68,7 +68,7 @@ def first_losses(model, precision, num_steps, devices, jit_compile, order=None):
     import tensorflow as tf
 
     from configs import digits
-    from inputs import pipeline
+    from inputs import augment, pipeline
     from modeling import steps
     from session import open_session
 
@@ -77,13 +77,13 @@ def first_losses(model, precision, num_steps, devices, jit_compile, order=None):
     config.augment = {**config.augment.to_dict(), 'translate': 0.0, 'rotate': 0.0, 'zoom': 0.0}
     config.virtual_devices, config.jit_compile, config.precision = int(devices), jit_compile, precision
     session = open_session(config, '/nonexistent')
-    train_step = steps.make_train_step(session.state, config, num_classes=session.plan.num_classes,
+    train_step = steps.make_train_step(session.state, config, augment.on_device(config.augment, session.plan.num_classes), num_classes=session.plan.num_classes,
                                        num_replicas=session.plan.num_replicas, jit_compile=session.jit_compile)
     batches = pipeline.training_batches(session.source, config, session.plan, 0, session.strategy)
     if order == 'permuted':
         step = tf.function(train_step, autograph=False)
         orders = [tf.random.experimental.stateless_shuffle(tf.range(config.batch_size), seed=[0, index]) for index in range(num_steps)]
-        return [float(step(tf.gather(images, rows), tf.gather(labels, rows))['loss']) for rows, (images, labels) in zip(orders, batches)]
+        return [float(step(tf.gather(images, rows), tf.gather(labels, rows), {})['loss']) for rows, (images, labels, _) in zip(orders, batches)]
     train_loop, batches = steps.make_train_loop(session.strategy, train_step), iter(batches)
     return [float(train_loop(batches, tf.constant(1))['loss']) for _ in range(num_steps)]
 

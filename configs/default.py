@@ -15,7 +15,7 @@ def get_config():
     config.dataset.data_dir = ''  # '': TFDS's own default, $TFDS_DATA_DIR or ~/tensorflow_datasets
     config.dataset.train_split = 'train'  # a TFDS split: 'train', 'train[:90%]', ...; for a folder, a subfolder
     config.dataset.eval_split = 'test'
-    config.dataset.shuffle_buffer = 16_384  # encoded examples: x 110 KB (ImageNet's mean) = 1.8 GB of host memory
+    config.dataset.memory_gib = 4.0  # of host memory for encoded pictures and batches that are read ahead
     config.image_size = 224  # pixels, height and width of what the model sees
 
     config.batch_size = 128  # global: over all replicas of all hosts
@@ -54,10 +54,15 @@ def get_config():
     config.augment.translate = 0.0  # at most this share of the size, both ways
     config.augment.rotate = 0.0  # at most this share of a full turn, both ways
     config.augment.zoom = 0.0  # at most this share, both ways
-    config.augment.rand_augment = ConfigDict({'num_ops': 0, 'factor': 0.5, 'rate': 1.0})  # num_ops=0: off
+    config.augment.policy = ConfigDict()
+    config.augment.policy.name = ''  # '', 'rand_augment' or 'trivial_augment'
+    config.augment.policy.num_ops = 2  # of rand_augment
+    config.augment.policy.magnitude = 10.0  # of rand_augment: 10 is what inputs/augment.py says in RANGES
+    config.augment.policy.rate = 1.0  # probability that a picture is changed at all
+    config.augment.color_jitter = 0.0  # brightness, contrast and saturation: at most this share, both ways
     config.augment.random_erasing = 0.0  # probability
     config.augment.mixup = 0.0  # alpha of Beta(alpha, alpha); 0: off
-    config.augment.cutmix = 0.0  # alpha; with both, each batch takes one of the two by a coin
+    config.augment.cutmix = 0.0  # alpha; with both, each pair takes one of the two by a coin
     config.eval_crop = 1.0  # side of the central square that is evaluated, as share of the shorter side
 
     config.precision = 'auto'  # auto | float32 | bfloat16 | float16 | float64 (to compare runs without rounding)

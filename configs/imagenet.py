@@ -44,8 +44,8 @@ def get_config():
 
     config.augment.crop = 'random'
     config.augment.flip = True
-    config.augment.rand_augment.num_ops = 2
-    config.augment.rand_augment.factor = 0.5  # Keras draws each strength from 0 to half of its range; the paper has 15 of 30 for all
+    config.augment.policy.name = 'rand_augment'
+    config.augment.policy.magnitude = 15.0
 
     config.steps_per_loop = 100
     config.log_every = '100 steps'

@@ -19,5 +19,5 @@ def get_config():
     config.l2_regularization = 0.0
 
     config.model.drop_path = 0.075
-    config.augment.rand_augment.rate = 0.7
+    config.augment.policy.rate = 0.7
     return config

@@ -1,10 +1,61 @@
-"""What makes a training picture differ each time it is seen. Every draw is a function of a seed that is passed in.
+"""What makes a training picture differ each time it is seen.
 
-Crops and flips are drawn for each picture with TensorFlow's stateless operations. What works on a whole batch are
-Keras' own layers, which draw from a `SeedGenerator`; ours hands them seeds derived from the one passed in.
+What changes where a pixel lies is done on the host, picture by picture, while it is uint8: the crop (of a JPEG only the
+crop is decoded), rotations and the like, RandAugment and TrivialAugment. What is arithmetic on whole batches is done on
+the device, inside the compiled step: flips, colours, erasing, mixing. The device draws nothing: its random numbers come
+with the batch, each a function of (seed, epoch, example), so it does not matter how many replicas share a batch.
+
+RandAugment is ours because Keras' layer computes all operations for each picture and keeps one, and draws their strength
+from a range instead of taking the magnitude of the paper.
 """
-import keras
+import math
+
 import tensorflow as tf
+
+from inputs.pictures import decode, resize_picture, to_uint8
+
+LUMA = (0.299, 0.587, 0.114)  # grey from red, green and blue: ITU-R BT.601
+GEOMETRY = ('rotate', 'shear_x', 'shear_y', 'translate_x', 'translate_y')
+# What strength 1 is, of RandAugment at magnitude 10 (Cubuk et al. 2019) and of TrivialAugment's wide space (Müller and
+# Hutter 2021): degrees, slope, share of the picture, change of a factor, bits taken away, share of the range.
+RANGES = {
+    'identity': (0.0, 0.0),
+    'autocontrast': (0.0, 0.0),
+    'equalize': (0.0, 0.0),
+    'rotate': (30.0, 135.0),
+    'shear_x': (0.3, 0.99),
+    'shear_y': (0.3, 0.99),
+    'translate_x': (100 / 331, 32 / 224),
+    'translate_y': (100 / 331, 32 / 224),
+    'color': (0.9, 0.99),
+    'contrast': (0.9, 0.99),
+    'brightness': (0.9, 0.99),
+    'sharpness': (0.9, 0.99),
+    'posterize': (4.0, 6.0),
+    'solarize': (1.0, 1.0),
+}
+
+
+def on_host(settings, size):
+    """A function of an encoded picture, string [], a seed, int64 [2], and the central share that evaluation takes.
+
+    It returns uint8 [size, size, 3]: cropped, resized, and changed as `config.augment` asks for.
+    """
+    moves = settings.translate or settings.rotate or settings.zoom
+
+    def prepare(encoded, seed, central_share):
+        crop_seed, move_seed, policy_seed = tf.unstack(tf.random.split(seed, 3))
+        if settings.crop == 'random':
+            image = to_uint8(tf.image.resize(random_crop(encoded, crop_seed, settings.crop_area), (size, size)))
+        else:
+            image = resize_picture(decode(encoded), size, central_share)
+        if moves:
+            image = _moved(image, move_seed, settings)
+        if settings.policy.name:
+            image = apply_policy(image, policy_seed, settings.policy)
+        return tf.ensure_shape(image, [size, size, 3])
+
+    return prepare
 
 
 def random_crop(encoded, seed, area):
@@ -27,99 +78,191 @@ def random_crop(encoded, seed, area):
         return tf.image.decode_and_crop_jpeg(encoded, tf.concat(window(tf.io.extract_jpeg_shape(encoded)), axis=0), channels=3)
 
     def crop_decoded():
-        image = tf.io.decode_image(encoded, channels=3, expand_animations=False)
+        image = decode(encoded)
         (top, left), (height, width) = map(tf.unstack, window(tf.shape(image)))
         return image[top:top + height, left:left + width]
 
     return tf.ensure_shape(tf.cond(tf.io.is_jpeg(encoded), crop_jpeg, crop_decoded), [None, None, 3])
 
 
-def random_flip(image, seed):
-    """Mirrors a picture [height, width, 3] left-right with probability 1/2."""
-    return tf.image.stateless_random_flip_left_right(image, seed)
+def apply_policy(image, seed, policy):
+    """RandAugment or TrivialAugment of one picture, uint8 [size, size, 3], with probability `policy.rate`.
 
-
-def rand_augment(settings):
-    """Keras' RandAugment (Cubuk et al. 2019) for one picture, applied with probability `settings.rate`.
-
-    Returns: a function of an image float32 [size, size, 3] in 0..255 and a seed int64 [2]; None when it is off.
+    `rand_augment` takes `num_ops` operations of `magnitude` (10 is what RANGES says), `trivial_augment` one of any
+    magnitude of its wide ranges.
     """
-    if not settings.num_ops:
-        return None
-    layer = keras.layers.RandAugment((0, 255), num_ops=settings.num_ops, factor=settings.factor, dtype='float32')
-    seeds = _derive_seeds([layer])
+    wide = policy.name == 'trivial_augment'
+    num_ops = 1 if wide else policy.num_ops
+    names = list(RANGES)
+    chosen = tf.random.stateless_uniform([], tf.random.experimental.stateless_fold_in(seed, 0)) < policy.rate
+    for index in range(num_ops):
+        kind_seed, sign_seed, strength_seed = tf.unstack(tf.random.split(tf.random.experimental.stateless_fold_in(seed, index + 1), 3))
+        kind = tf.random.stateless_uniform([], kind_seed, maxval=len(names), dtype=tf.int32)
+        sign = tf.cast(2 * tf.random.stateless_uniform([], sign_seed, maxval=2, dtype=tf.int32) - 1, tf.float32)
+        strength = tf.random.stateless_uniform([], strength_seed) if wide else policy.magnitude / 10
+        branches = [lambda name=name: apply_operation(name, image, RANGES[name][wide] * strength, sign) for name in names]
+        image = tf.switch_case(tf.where(chosen, kind, 0), branches)  # operation 0 is the identity
+    return image
 
-    def apply(image, seed):
-        seeds.start(seed)
-        chosen = tf.random.stateless_uniform([], tf.random.experimental.stateless_fold_in(seed, 0)) < settings.rate
-        return tf.cond(chosen, lambda: layer(image[None], training=True)[0], lambda: image)
 
-    return apply
+def apply_operation(name, image, amount, sign):
+    """One operation of RANGES on a picture, uint8 [size, size, 3]; `sign` is 1.0 or -1.0 where it has a direction."""
+    size = tf.cast(tf.shape(image)[0], tf.float32)
+    values = tf.cast(image, tf.float32)
+    if name == 'identity':
+        return image
+    if name in GEOMETRY:
+        towards = sign * amount
+        turn = towards * math.pi / 180 if name == 'rotate' else 0.0
+        return affine(image, turn=turn, shear_x=towards if name == 'shear_x' else 0.0, shear_y=towards if name == 'shear_y' else 0.0,
+                      left=towards * size if name == 'translate_x' else 0.0, up=towards * size if name == 'translate_y' else 0.0)
+    if name == 'autocontrast':
+        low, high = tf.reduce_min(values, (0, 1)), tf.reduce_max(values, (0, 1))  # [3]
+        return to_uint8(tf.where(high > low, (values - low) * 255 / tf.maximum(high - low, 1), values))
+    if name == 'equalize':
+        return tf.stack([_equalized(channel) for channel in tf.unstack(image, axis=-1)], axis=-1)
+    if name == 'posterize':
+        step = 2.0 ** tf.floor(tf.convert_to_tensor(amount))
+        return to_uint8(tf.floor(values / step) * step)
+    if name == 'solarize':
+        return tf.where(values >= 256 * (1 - amount), 255 - image, image)
+    plain = {'color': lambda: tf.tensordot(values, LUMA, 1)[..., None],
+             'contrast': lambda: tf.reduce_mean(tf.tensordot(values, LUMA, 1)),
+             'brightness': lambda: 0.0,
+             'sharpness': lambda: _smoothed(values)}[name]()
+    return to_uint8(plain + (1 + sign * amount) * (values - plain))
 
 
-def batch_augmentation(augment, num_classes):
-    """The Keras layers that `config.augment` asks for, as one function.
+def affine(image, turn=0.0, shear_x=0.0, shear_y=0.0, left=0.0, up=0.0, zoom_x=1.0, zoom_y=1.0):
+    """Turns, shears, moves and zooms a picture, uint8 [height, width, 3], about its centre in one bilinear step.
 
-    Returns: a function of images float32 [batch, size, size, 3] in 0..255, labels int64 [batch] and a seed int64 [2],
-        that returns images of the same kind and labels, float32 [batch, num_classes] where mixing made them soft; or
-        None when nothing is asked for.
+    Args: turn in radians, slopes, `left` and `up` in pixels, factors of the zoom; what comes in from outside is black.
     """
-    layers, mixers = _image_layers(augment), _mixers(augment)
-    if not layers and not mixers:
-        return None
-    seeds = _derive_seeds(layers + mixers)
+    height, width = tf.unstack(tf.cast(tf.shape(image)[:2], tf.float32))
+    centre_x, centre_y = (width - 1) / 2, (height - 1) / 2
+    # Where a pixel of the result comes from: turned and sheared, then zoomed, relative to the centre.
+    xx, xy = tf.cos(turn) / zoom_x, (shear_x - tf.sin(turn)) / zoom_x
+    yx, yy = (shear_y + tf.sin(turn)) / zoom_y, tf.cos(turn) / zoom_y
+    transform = tf.stack([xx, xy, centre_x - xx * centre_x - xy * centre_y + left,
+                          yx, yy, centre_y - yx * centre_x - yy * centre_y + up, 0.0, 0.0])
+    moved = tf.raw_ops.ImageProjectiveTransformV3(images=image[None], transforms=transform[None], output_shape=tf.shape(image)[:2],
+                                                  fill_value=0.0, interpolation='BILINEAR', fill_mode='CONSTANT')
+    return tf.ensure_shape(moved[0], image.shape)
 
-    def apply(images, labels, seed):
-        seeds.start(seed)
-        for layer in layers:
-            images = layer(images, training=True)
-        if mixers:
-            labels = tf.one_hot(labels, num_classes)
-            choice = tf.random.stateless_uniform([], tf.random.experimental.stateless_fold_in(seed, 0), maxval=len(mixers), dtype=tf.int32)
-            mixed = [mixer({'images': images, 'labels': labels}, training=True) for mixer in mixers]
-            images = tf.switch_case(choice, [lambda m=m: m['images'] for m in mixed])
-            labels = tf.switch_case(choice, [lambda m=m: m['labels'] for m in mixed])
+
+def draws(settings, seed):
+    """The random numbers that `on_device` needs for one example: a dict of float32 tensors, uniform in [0, 1) or of Beta."""
+    def uniform(index, count):
+        return tf.random.stateless_uniform([count], tf.random.experimental.stateless_fold_in(seed, index))
+
+    drawn = {}
+    if settings.flip:
+        drawn['flip'] = uniform(0, 1)
+    if settings.color_jitter:
+        drawn['jitter'] = uniform(1, 3)
+    if settings.random_erasing:
+        drawn['erase'] = uniform(2, 8)
+    if settings.mixup or settings.cutmix:
+        drawn['mix'] = tf.concat([uniform(3, 3), _beta(seed, 4, settings.mixup), _beta(seed, 6, settings.cutmix)], 0)
+    return drawn
+
+
+def on_device(settings, num_classes):
+    """A function of images uint8 [batch, size, size, 3], labels int64 [batch] and `draws`, each float32 [batch, n].
+
+    It returns images float32 in 0..255 and labels float32 [batch, num_classes]. Mixing takes neighbours: pictures 0 and 1,
+    2 and 3, and so on, so the batch of a replica must be even.
+    """
+    def change(images, labels, drawn):
+        images = tf.cast(images, tf.float32)
+        labels = tf.one_hot(labels, num_classes)
+        if settings.flip:
+            images = tf.where(drawn['flip'][:, :, None, None] < 0.5, images, tf.reverse(images, [2]))
+        if settings.color_jitter:
+            images = jitter(images, 1 + settings.color_jitter * (2 * drawn['jitter'] - 1))
+        if settings.random_erasing:
+            images = erase(images, drawn['erase'], settings.random_erasing)
+        if settings.mixup or settings.cutmix:
+            images, labels = mix(images, labels, drawn['mix'], settings.mixup, settings.cutmix)
         return images, labels
 
-    return apply
+    return change
 
 
-def _image_layers(augment):
-    black = dict(fill_mode='constant', fill_value=0.0, dtype='float32')  # whatever type the model computes in
-    layers = []
-    if augment.translate:
-        layers.append(keras.layers.RandomTranslation(augment.translate, augment.translate, **black))
-    if augment.rotate:
-        layers.append(keras.layers.RandomRotation(augment.rotate, **black))
-    if augment.zoom:
-        layers.append(keras.layers.RandomZoom((-augment.zoom, augment.zoom), (-augment.zoom, augment.zoom), **black))
-    if augment.random_erasing:
-        probability = (augment.random_erasing, augment.random_erasing)  # one number would mean: drawn from 0 to it
-        layers.append(keras.layers.RandomErasing(factor=probability, value_range=(0, 255), dtype='float32'))
-    return layers
+def jitter(images, factors):
+    """Multiplies brightness, contrast and saturation by `factors`, float32 [batch, 3]."""
+    brightness, contrast, saturation = (factor[:, None, None, None] for factor in tf.unstack(factors, axis=1))
+    images = tf.clip_by_value(images * brightness, 0, 255)
+    grey = tf.tensordot(images, LUMA, 1)[..., None]  # [batch, height, width, 1]
+    mean = tf.reduce_mean(grey, (1, 2), keepdims=True)
+    images = tf.clip_by_value(mean + contrast * (images - mean), 0, 255)
+    grey = tf.tensordot(images, LUMA, 1)[..., None]
+    return tf.clip_by_value(grey + saturation * (images - grey), 0, 255)
 
 
-def _mixers(augment):
-    mixup = [keras.layers.MixUp(augment.mixup, dtype='float32')] if augment.mixup else []
-    cutmix = [keras.layers.CutMix((augment.cutmix, augment.cutmix), dtype='float32')] if augment.cutmix else []  # as above
-    return mixup + cutmix
+def erase(images, drawn, probability):
+    """Fills a rectangle with one random colour (Zhong et al. 2020): 2 to 33 % of the picture, aspect 0.3 to 1 / 0.3."""
+    area, aspect = 0.02 + 0.31 * drawn[:, 1], tf.exp(math.log(0.3) * (1 - 2 * drawn[:, 2]))
+    inside = _rectangle(tf.shape(images), tf.minimum(1.0, tf.sqrt(area * aspect)), tf.minimum(1.0, tf.sqrt(area / aspect)), drawn[:, 3], drawn[:, 4])
+    return tf.where(inside & (drawn[:, 0] < probability)[:, None, None, None], 255 * drawn[:, None, None, 5:8], images)
 
 
-def _derive_seeds(layers):
-    seeds = _DerivedSeeds()
-    for layer in layers:
-        for part in layer._flatten_layers():
-            if hasattr(part, 'generator'):
-                part.generator = seeds
-    return seeds
+def mix(images, labels, drawn, mixup, cutmix):
+    """Mixup (Zhang et al. 2018) or CutMix (Yun et al. 2019) of neighbours; with both, each pair takes one by a coin."""
+    drawn = tf.repeat(drawn[::2], 2, axis=0)  # a pair shares its numbers
+    coin, across, down, mixup_share, cutmix_share = tf.unstack(drawn, axis=1)  # [batch]
+    shape = tf.shape(images)
+    other_images = tf.reshape(tf.reverse(tf.reshape(images, [-1, 2, shape[1], shape[2], 3]), [1]), shape)
+    other_labels = tf.reshape(tf.reverse(tf.reshape(labels, [-1, 2, labels.shape[1]]), [1]), tf.shape(labels))
+    blended = mixup_share[:, None, None, None] * images + (1 - mixup_share)[:, None, None, None] * other_images
+    side = tf.sqrt(1 - cutmix_share)
+    inside = _rectangle(shape, side, side, across, down)
+    cut = tf.where(inside, other_images, images)
+    kept = 1 - tf.reduce_mean(tf.cast(inside, tf.float32), (1, 2, 3))  # counted in whole pixels
+    takes_mixup = coin < (0.5 if mixup and cutmix else 1.0 if mixup else 0.0)
+    share = tf.where(takes_mixup, mixup_share, kept)[:, None]
+    return tf.where(takes_mixup[:, None, None, None], blended, cut), share * labels + (1 - share) * other_labels
 
 
-class _DerivedSeeds(keras.random.SeedGenerator):
-    """Gives Keras layers the seeds fold_in(seed, 1), fold_in(seed, 2), ... of one seed, and keeps no state."""
+def _moved(image, seed, settings):
+    """Random translation, rotation and zoom, each at most its share both ways."""
+    by = tf.random.stateless_uniform([5], seed, -1.0, 1.0)
+    height, width = tf.unstack(tf.cast(tf.shape(image)[:2], tf.float32))
+    return affine(image, turn=by[0] * settings.rotate * 2 * math.pi, left=by[1] * settings.translate * width, up=by[2] * settings.translate * height,
+                  zoom_x=1 + by[3] * settings.zoom, zoom_y=1 + by[4] * settings.zoom)
 
-    def start(self, seed):
-        self._seed, self._drawn = seed, 0
 
-    def next(self, ordered=True):
-        self._drawn += 1
-        return tf.random.experimental.stateless_fold_in(self._seed, self._drawn)
+def _rectangle(shape, height, width, down, across):
+    """Whether a pixel lies in a rectangle, bool [batch, height, width, 1]; sides and place are shares, float32 [batch]."""
+    def covers(pixels, side, place):
+        centres = (tf.cast(tf.range(pixels), tf.float32) + 0.5) / tf.cast(pixels, tf.float32)  # [pixels]
+        begin = (place * (1 - side))[:, None]
+        return (centres >= begin) & (centres < begin + side[:, None])  # [batch, pixels]
+
+    return covers(shape[1], height, down)[:, :, None, None] & covers(shape[2], width, across)[:, None, :, None]
+
+
+def _beta(seed, index, alpha):
+    """One draw from Beta(alpha, alpha), float32 [1]: a ratio of Gamma draws; 1 where alpha is 0."""
+    if not alpha:
+        return tf.ones([1])
+    one, other = (tf.random.stateless_gamma([1], tf.random.experimental.stateless_fold_in(seed, index + part), alpha) for part in (0, 1))
+    return tf.where(one + other > 0, one / (one + other), 1.0)
+
+
+def _equalized(channel):
+    """Histogram equalization of uint8 [height, width], as in PIL.ImageOps.equalize."""
+    histogram = tf.math.bincount(tf.cast(channel, tf.int32), minlength=256, maxlength=256)
+    last = tf.reduce_max(tf.where(histogram > 0, tf.range(256), 0))
+    step = (tf.reduce_sum(histogram) - histogram[last]) // 255
+    table = (tf.cumsum(histogram, exclusive=True) + step // 2) // tf.maximum(step, 1)
+    return tf.where(step == 0, channel, tf.cast(tf.gather(tf.clip_by_value(table, 0, 255), tf.cast(channel, tf.int32)), tf.uint8))
+
+
+def _smoothed(values):
+    """PIL's SMOOTH filter, float32 [height, width, 3]; the outermost pixels stay."""
+    kernel = tf.constant([[1.0, 1, 1], [1, 5, 1], [1, 1, 1]]) / 13
+    inner = tf.nn.depthwise_conv2d(values[None], tf.tile(kernel[:, :, None, None], [1, 1, 3, 1]), [1, 1, 1, 1], 'VALID')[0]
+    height, width = tf.unstack(tf.shape(values)[:2])
+    edge = tf.pad(tf.zeros([height - 2, width - 2, 1], tf.bool), [[1, 1], [1, 1], [0, 0]], constant_values=True)
+    return tf.where(edge, values, tf.pad(inner, [[1, 1], [1, 1], [0, 0]]))

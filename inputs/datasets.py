@@ -4,11 +4,14 @@ import dataclasses
 import io
 import os
 
+import psutil
+
 import numpy as np
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
 from errors import ConfigError, RunError, did_you_mean, one_line
+from inputs import reading
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,16 +24,32 @@ class Source:
     num_train: int
     num_eval: int
     class_names: tuple[str, ...]
+    memory_bytes: int  # of host memory for what is read ahead; from the config alone, as the order of examples follows from it
+    _kept: dict = dataclasses.field(default_factory=dict)
+
+    def split(self, name, share=(0, 1)):
+        """A host's share (index, number) of a split, to be read from any place on: see `reading`.
+
+        It is kept in memory, encoded, where a quarter of the budget is enough for it.
+
+        Raises: RunError where the machine has not as much memory free as the budget says.
+        """
+        if (name, share) not in self._kept:
+            if isinstance(self.builder, tfds.folder_dataset.ImageFolder):
+                found = _files(self.builder, name, share)
+            else:
+                found = reading.of_builder(self.builder, name, share)
+            free = psutil.virtual_memory().available
+            if min(self.memory_bytes, found.num_bytes) > free:
+                raise RunError(f'config.dataset.memory_gib={self.memory_bytes / 2**30:.3g}, but only {free / 2**30:.3g} GiB of memory are free: '
+                               f'write --config.dataset.memory_gib={free / 2**31:.2g}')
+            self._kept[name, share] = reading.in_memory(found) if found.num_bytes <= self.memory_bytes // 4 else found
+        return self._kept[name, share]
 
     def examples(self, split):
         """A tf.data.Dataset of (image, label): encoded bytes, string []; int64 []. The order is always the same."""
-        image_key, label_key = self.builder.info.supervised_keys
-        dataset = self.builder.as_dataset(
-            split=split,
-            decoders={image_key: tfds.decode.SkipDecoding()},  # decoded later, after shuffling: 10 x less memory
-            read_config=tfds.ReadConfig(try_autocache=False, skip_prefetch=True),
-        )
-        return dataset.map(lambda example: (example[image_key], example[label_key]))
+        found = self.split(split)
+        return found.read(np.arange(len(found.counts))).map(lambda number, encoded, label: (encoded, label))
 
 
 def load(dataset_config):
@@ -55,6 +74,7 @@ def load(dataset_config):
         num_train=_size(builder, 'train_split', dataset_config),
         num_eval=_size(builder, 'eval_split', dataset_config),
         class_names=tuple(label_feature.names),
+        memory_bytes=int(dataset_config.memory_gib * 2**30),
     )
 
 
@@ -148,6 +168,15 @@ def _folder(dataset_config):
     if unknown:
         raise RunError(f'{os.path.join(root, dataset_config.eval_split)} has classes that {dataset_config.train_split} has not: {", ".join(unknown[:10])}')
     return builder
+
+
+def _files(builder, split, share):
+    examples = builder._split_examples[split]
+    begin, end = reading.share_of(len(examples), share)
+    paths = [example.image_path for example in examples[begin:end]]
+    labels = [builder.info.features['label'].str2int(example.label) for example in examples[begin:end]]
+    return reading.Files(paths=np.array(paths), labels=np.array(labels, np.int64), ids=np.arange(begin, end),
+                         num_bytes=sum(tf.io.gfile.stat(path).length for path in paths))
 
 
 def _size(builder, key, dataset_config):

@@ -62,7 +62,7 @@ def evaluated_weights(state):
     return state.average or [variable.value for variable in weights(state.model)]
 
 
-def make_train_step(state, config, *, num_classes, num_replicas, jit_compile):
+def make_train_step(state, config, augment, *, num_classes, num_replicas, jit_compile):
     """The training step of one replica.
 
     The loss is the mean over the global batch; gradients are summed over the replicas once, then regularised, clipped
@@ -71,11 +71,13 @@ def make_train_step(state, config, *, num_classes, num_replicas, jit_compile):
     Args:
         state: TrainState.
         config: uses batch_size, label_smoothing, l2_regularization, grad_clip_norm, ema_decay.
+        augment: a function of images, labels and draws as they come in, that returns images float32 [batch, size, size, 3]
+            in 0..255 and labels float32 [batch, num_classes]: `inputs.augment.on_device`.
         num_classes, num_replicas: ints.
         jit_compile: whether XLA compiles forward and backward. The sum over replicas stays outside of it: XLA has no
             all-reduce for CPU devices (and none inside a function that each GPU compiles for itself).
 
-    Returns: a function of images uint8 [batch, size, size, 3] and labels int64 [batch] or float32 [batch, num_classes]
+    Returns: a function of images uint8 [batch, size, size, 3], labels int64 [batch] and draws, a dict of float32 [batch, n],
         that updates the state and returns this replica's part of the sums over replicas, float32 []: {'loss', 'correct',
         'grad_norm', 'learning_rate'}, the last being the rate that was used.
     """
@@ -83,10 +85,11 @@ def make_train_step(state, config, *, num_classes, num_replicas, jit_compile):
     trained = model.trainable_variables
     synchronizes = any(getattr(layer, 'synchronized', False) for layer in model._flatten_layers())
 
-    def loss_and_gradients(images, labels):
+    def loss_and_gradients(images, labels, draws):
+        images, targets = augment(images, labels, draws)
         with tf.GradientTape() as tape:
-            logits = model(tf.cast(images, tf.float32), training=True)  # [batch, num_classes], float32 or float64
-            targets = tf.cast(labels, logits.dtype) if labels.dtype.is_floating else tf.one_hot(labels, num_classes, dtype=logits.dtype)
+            logits = model(images, training=True)  # [batch, num_classes], float32 or float64
+            targets = tf.cast(targets, logits.dtype)
             smoothed = targets * (1 - config.label_smoothing) + config.label_smoothing / num_classes
             losses = tf.nn.softmax_cross_entropy_with_logits(smoothed, logits)  # [batch]
             loss = tf.reduce_sum(losses) / config.batch_size
@@ -94,8 +97,8 @@ def make_train_step(state, config, *, num_classes, num_replicas, jit_compile):
         hits = tf.equal(tf.argmax(logits, -1), tf.argmax(targets, -1))
         return loss, tf.reduce_sum(tf.cast(hits, tf.float32)), tape.gradient(scaled, [variable.value for variable in trained])
 
-    def train_step(images, labels):
-        loss, correct, gradients = _compiled(loss_and_gradients, jit_compile, synchronizes and num_replicas > 1)(images, labels)
+    def train_step(images, labels, draws):
+        loss, correct, gradients = _compiled(loss_and_gradients, jit_compile, synchronizes and num_replicas > 1)(images, labels, draws)
         if num_replicas > 1:
             gradients = tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, gradients)
         if state.loss_scale is not None:

@@ -1,5 +1,6 @@
 """Digits, TFDS names and folders of pictures go through one door, and what is not there is named."""
 import os
+import types
 
 import numpy as np
 import pytest
@@ -78,6 +79,13 @@ def test_what_is_not_there_is_one_line(values, error, says):
     with pytest.raises(error) as raised:
         datasets.load(dataset_config(**values))
     assert says in str(raised.value) and '\n' not in str(raised.value)
+
+
+def test_a_budget_that_the_machine_has_not_is_refused_with_one_that_it_has(monkeypatch):
+    source = datasets.load(dataset_config(name='digits', memory_gib=1e-4))
+    monkeypatch.setattr(datasets.psutil, 'virtual_memory', lambda: types.SimpleNamespace(available=50_000))
+    with pytest.raises(RunError, match='memory_gib=0.0001, but only 4.66e-05 GiB of memory are free: write --config.dataset.memory_gib=2.3e-05'):
+        source.split('train')
 
 
 def test_a_folder_without_the_split_says_what_it_should_hold(tmp_path):

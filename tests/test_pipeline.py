@@ -6,10 +6,10 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from ml_collections import ConfigDict
 
 import plan as planning
-from inputs import augment, datasets, pipeline
+from inputs import datasets, pipeline, reading
+from inputs.pictures import decode, resize_picture
 
 ONE_DEVICE = tf.distribute.OneDeviceStrategy('CPU:0')
 
@@ -21,12 +21,24 @@ def source():
     return datasets.load(default.get_config().dataset)
 
 
+@pytest.fixture(params=['memory', 'records', 'long records'])
+def split(request, source, monkeypatch):
+    """The training split of the digits: each example a piece in memory or in a file, or runs of 7 in a file."""
+    monkeypatch.setattr(reading, 'PIECES', 1437 // 7 if request.param == 'long records' else 2000)
+    records = reading.of_builder(source.builder, 'train')
+    return reading.in_memory(records) if request.param == 'memory' else records
+
+
 def plan_for(config, source, num_replicas=1):
     return planning.make_plan(config, source.num_train, source.num_eval, 10, num_replicas)
 
 
 def digest(*tensors):
     return hashlib.sha256(b''.join(np.ascontiguousarray(tensor).tobytes() for tensor in tensors)).hexdigest()
+
+
+def batch_digest(batch):
+    return digest(*tf.nest.flatten(batch))
 
 
 def mirrored(devices):
@@ -36,58 +48,109 @@ def mirrored(devices):
 def global_batches(dataset, strategy):
     """The parts of each replica put together again, as numpy."""
     for parts in dataset:
-        yield tuple(np.concatenate([part.numpy() for part in strategy.experimental_local_results(value)]) for value in parts)
+        yield tuple(np.concatenate([part.numpy() for part in strategy.experimental_local_results(value)]) for value in tf.nest.flatten(parts))
 
 
-def test_every_example_is_seen_exactly_once_in_each_epoch(tiny, source):
-    tiny.train_for, tiny.batch_size = '3 epochs', 100  # 100 does not divide 1,437
-    plan = plan_for(tiny, source)
-    seen = [(int(position), encoded) for position, encoded, _ in pipeline._stream(source, tiny, plan, 0).as_numpy_iterator()]
-    assert [position for position, _ in seen] == list(range(plan.total_steps * 100))
-    once = collections.Counter(encoded for encoded, _ in source.examples('train').as_numpy_iterator())
-    epochs = [[encoded for position, encoded in seen if position // 1437 == epoch] for epoch in range(3)]
-    assert collections.Counter(epochs[0]) == collections.Counter(epochs[1]) == once
-    assert epochs[0] != epochs[1]
-    assert not collections.Counter(epochs[2]) - once  # the last one ends with the last whole batch
+def ids(split, seed, begin, end):
+    """(epoch, id) of examples `begin` to `end`."""
+    return [(int(epoch), int(number)) for epoch, number, _, _ in pipeline.ordered_examples(split, seed, 10**9, begin, end).as_numpy_iterator()]
+
+
+def test_every_example_is_seen_exactly_once_in_each_epoch(split):
+    seen = ids(split, 0, 0, 2 * 1437 + 500)
+    assert [epoch for epoch, _ in seen] == [0] * 1437 + [1] * 1437 + [2] * 500
+    epochs = [[number for epoch, number in seen if epoch == which] for which in range(3)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(1437))
+    assert epochs[0] != epochs[1] and epochs[0] != sorted(epochs[0]) and len(set(epochs[2])) == 500
+    assert ids(split, 1, 0, 1437) != seen[:1437]
+
+
+def test_an_epoch_is_well_mixed(split):
+    """Neighbours in an epoch come from all over the split: on average nearly a third of it lies between them."""
+    order = np.array([number for _, number in ids(split, 0, 0, 1437)])
+    assert np.abs(np.diff(order)).mean() > 0.75 * 1437 / 3
+
+
+def test_a_resumed_stream_goes_on_at_any_position(split):
+    whole = ids(split, 3, 0, 3 * 1437)
+    for begin in [0, 1, 1436, 1437, 1438, *np.random.RandomState(0).randint(0, 3 * 1437 - 50, 20)]:
+        assert ids(split, 3, int(begin), int(begin) + 50) == whole[begin:begin + 50]
+
+
+def test_a_resumed_stream_reads_at_most_two_percent_of_an_epoch_again(split):
+    whole = ids(split, 0, 0, 3 * 1437)
+    read = []
+
+    def note(number):
+        read.append(int(number))
+        return number
+
+    class Watched:
+        counts, num_bytes = split.counts, split.num_bytes
+
+        def read(self, pieces):
+            return split.read(pieces).map(lambda number, *example: (tf.ensure_shape(tf.py_function(note, [number], tf.int64), []), *example))
+
+    for begin in np.random.RandomState(1).randint(0, 3 * 1437 - 1, 20):
+        read.clear()
+        next(iter(pipeline.ordered_examples(Watched(), 0, 10**9, int(begin), int(begin) + 1)))
+        done = {number for _, number in whole[begin // 1437 * 1437:begin]}  # in this epoch, before the stop
+        assert whole[begin][1] in read and len(done & set(read)) <= 0.02 * 1437
 
 
 def test_a_resumed_run_gets_the_batch_that_would_have_come(tiny, source):
-    tiny.train_for, tiny.augment.flip, tiny.augment.random_erasing = '2 epochs', True, 0.5
+    tiny.train_for, tiny.augment.flip, tiny.augment.random_erasing, tiny.augment.mixup = '2 epochs', True, 0.5, 0.2
     plan = plan_for(tiny, source)
-    batches = [digest(*batch) for batch in pipeline.training_batches(source, tiny, plan, 0, ONE_DEVICE)]
+    batches = [batch_digest(batch) for batch in pipeline.training_batches(source, tiny, plan, 0, ONE_DEVICE)]
     assert len(batches) == plan.total_steps == len(set(batches))
     for step in (1, 43, 44, 45, 46, plan.total_steps - 1):  # 44.9 steps are an epoch
-        assert digest(*next(iter(pipeline.training_batches(source, tiny, plan, step, ONE_DEVICE)))) == batches[step]
+        assert batch_digest(next(iter(pipeline.training_batches(source, tiny, plan, step, ONE_DEVICE)))) == batches[step]
 
 
-def test_another_seed_is_another_order(still, source):
-    plan = plan_for(still, source)
-    first = [label.numpy() for _, label in pipeline.training_batches(source, still, plan, 0, ONE_DEVICE)]
-    still.seed = 1
-    second = [label.numpy() for _, label in pipeline.training_batches(source, still, plan, 0, ONE_DEVICE)]
-    assert not np.array_equal(first, second)
+@pytest.mark.parametrize('parallel_calls', [1, 2, 8])
+def test_batches_do_not_depend_on_the_parallelism(tiny, source, parallel_calls, monkeypatch):
+    tiny.train_for, tiny.augment.policy.name = '6 steps', 'rand_augment'
+    expected = [batch_digest(batch) for batch in pipeline.training_batches(source, tiny, plan_for(tiny, source), 0, ONE_DEVICE)]
+    monkeypatch.setattr(pipeline, 'AUTOTUNE', parallel_calls)
+    assert [batch_digest(batch) for batch in pipeline.training_batches(source, tiny, plan_for(tiny, source), 0, ONE_DEVICE)] == expected
 
 
 @pytest.mark.parametrize('devices', [2, 4])
-def test_replicas_share_the_global_batch_of_one_device(still, source, devices):
-    still.train_for = '4 steps'
-    alone = list(global_batches(pipeline.training_batches(source, still, plan_for(still, source), 0, ONE_DEVICE), ONE_DEVICE))
+def test_replicas_share_the_global_batch_of_one_device(tiny, source, devices):
+    tiny.train_for, tiny.augment.cutmix = '4 steps', 1.0
+    alone = list(global_batches(pipeline.training_batches(source, tiny, plan_for(tiny, source), 0, ONE_DEVICE), ONE_DEVICE))
     strategy = mirrored(devices)
-    shared = list(global_batches(pipeline.training_batches(source, still, plan_for(still, source, devices), 0, strategy), strategy))
+    shared = list(global_batches(pipeline.training_batches(source, tiny, plan_for(tiny, source, devices), 0, strategy), strategy))
     assert len(alone) == len(shared) == 4
-    for (images, labels), (images_shared, labels_shared) in zip(alone, shared):
-        np.testing.assert_array_equal(images, images_shared)
-        np.testing.assert_array_equal(labels, labels_shared)
+    for values, values_shared in zip(alone, shared):
+        for value, value_shared in zip(values, values_shared):
+            np.testing.assert_array_equal(value, value_shared)
 
 
-def test_hosts_share_the_global_batch_of_one_host(still, source):
-    plan = plan_for(still, source)
-    stream = pipeline._stream(source, still, plan, 0)
-    shares = [list(pipeline._share_of_host(stream, 32, tf.distribute.InputContext(num_input_pipelines=2, input_pipeline_id=host))
-                   .batch(16).as_numpy_iterator()) for host in range(2)]
-    for whole, *parts in zip(stream.batch(32).as_numpy_iterator(), *shares):
-        for index, values in enumerate(whole):
-            np.testing.assert_array_equal(values, np.concatenate([part[index] for part in parts]))
+@pytest.mark.parametrize('hosts', [2, 3, 8])
+def test_hosts_read_shares_that_together_are_the_split(source, hosts):
+    """One file, more hosts than files."""
+    parts = [reading.of_builder(source.builder, 'train', (host, hosts)) for host in range(hosts)]
+    sizes = [int(part.counts.sum()) for part in parts]
+    assert max(sizes) - min(sizes) <= 1
+    read = [number for part in parts for number in sorted(int(number) for number, *_ in part.read(np.arange(len(part.counts))).as_numpy_iterator())]
+    assert read == list(range(1437))
+
+
+def test_a_piece_is_what_tfds_reads(split, source):
+    expected = collections.Counter((example['label'], example['image']) for example in source.builder.as_dataset(
+        split='train', decoders={'image': datasets.tfds.decode.SkipDecoding()}).as_numpy_iterator())
+    assert collections.Counter((label, encoded) for _, encoded, label in split.read(np.arange(len(split.counts))).as_numpy_iterator()) == expected
+
+
+def test_a_part_of_a_split_is_read_from_inside_its_file(source):
+    part = reading.of_builder(source.builder, 'train[100:200]+train[700:705]')
+    expected = sorted(example['id'] for example in source.builder.as_dataset(split='train[100:200]+train[700:705]').as_numpy_iterator())
+    by_encoded = {example['image']: example['id'] for example in source.builder.as_dataset(
+        split='train', decoders={'image': datasets.tfds.decode.SkipDecoding()}).as_numpy_iterator()}
+    read = list(part.read(np.arange(len(part.counts))).as_numpy_iterator())
+    assert sorted(number for number, *_ in read) == list(range(105))
+    assert sorted(by_encoded[encoded] for _, encoded, _ in read) == expected
 
 
 @pytest.mark.parametrize('devices', [1, 2, 4])
@@ -100,77 +163,22 @@ def test_evaluation_reads_every_example_exactly_once(still, source, devices, eva
     batches = list(global_batches(dataset, strategy))
     assert len(batches) == num_steps
     images, labels, mask = (np.concatenate(parts) for parts in zip(*batches))
-    expected = [(digest(pipeline.resize_picture(pipeline.decode(encoded), 16)), label) for encoded, label in source.examples('test')]
-    assert [(digest(image), label) for image, label, is_example in zip(images, labels, mask) if is_example] == expected
+    expected = collections.Counter((digest(resize_picture(decode(encoded), 16)), int(label)) for encoded, label in source.examples('test'))
+    assert collections.Counter((digest(image), int(label)) for image, label, is_example in zip(images, labels, mask) if is_example) == expected
     assert set(mask) <= {0.0, 1.0} and mask.sum() == 360
-
-
-def test_evaluation_takes_the_central_square():
-    picture = np.zeros((40, 100, 3), np.uint8)
-    picture[:, 30:70] = 200
-    np.testing.assert_array_equal(pipeline.resize_picture(picture, 8), np.full((8, 8, 3), 200))
-    np.testing.assert_array_equal(pipeline.resize_picture(picture[None].astype(np.float32), 8, 0.5), np.full((1, 8, 8, 3), 200))
-
-
-def test_resizing_down_averages_instead_of_skipping():
-    stripes = np.tile(np.array([[0], [240]], np.uint8), (64, 128))[..., None].repeat(3, -1)
-    np.testing.assert_allclose(pipeline.resize_picture(stripes, 16).numpy()[1:-1], 120, atol=2)
-
-
-@pytest.mark.parametrize('encode', [tf.io.encode_jpeg, tf.io.encode_png])
-def test_a_random_crop_is_a_window_of_the_picture(encode):
-    rows, columns = np.mgrid[:80, :120].astype(np.uint8)
-    encoded = encode(np.stack([rows * 2, columns * 2, rows * 0], -1))
-    areas = []
-    for seed in range(30):
-        window = augment.random_crop(encoded, tf.constant([0, seed], tf.int64), (0.2, 0.6)).numpy().astype(int)
-        height, width = window.shape[:2]
-        np.testing.assert_allclose(np.diff(window[2:-2, width // 2, 0]).mean(), 2, atol=0.5)  # neither turned nor scaled
-        areas.append(height * width / (80 * 120))
-    assert 0.18 < min(areas) and max(areas) < 0.62 and np.std(areas) > 0.05
-
-
-def test_the_flip_has_nothing_to_do_with_the_crop(tiny):
-    columns = np.tile(np.arange(240, dtype=np.uint8), (160, 1))[..., None].repeat(3, -1)  # brighter to the right
-    encoded = tf.io.encode_png(columns)
-    tiny.augment.crop, tiny.augment.flip = 'random', True
-    picture = tf.function(pipeline._training_picture(tiny))
-    seeds = [pipeline._seed(0, position) for position in range(400)]
-    rows = np.stack([picture(encoded, seed)[8, :, 0] for seed in seeds]).astype(int)  # [400, 16]
-    flipped = rows[:, 0] > rows[:, -1]
-    widths = np.abs(rows[:, -1] - rows[:, 0])
-    assert 0.42 < flipped.mean() < 0.58
-    assert abs(np.corrcoef(flipped, widths)[0, 1]) < 0.15  # 3 standard deviations of 400 draws
-
-
-def test_mixing_gives_soft_labels_that_sum_to_one(tiny, source):
-    tiny.augment.mixup, tiny.augment.cutmix, tiny.train_for = 0.4, 1.0, '4 steps'
-    for images, labels in pipeline.training_batches(source, tiny, plan_for(tiny, source), 0, ONE_DEVICE):
-        assert images.dtype == tf.uint8 and labels.shape == (32, 10)
-        np.testing.assert_allclose(labels.numpy().sum(-1), 1, atol=1e-5)
-        assert (labels.numpy().max(-1) < 0.999).any()
-
-
-def test_rand_augment_changes_the_chosen_share_of_pictures():
-    picture = tf.image.resize(tf.random.stateless_uniform([6, 6, 3], [1, 2]), (24, 24)) * 255
-    for rate, low, high in ((0.0, 0, 0), (0.5, 4, 16), (1.0, 16, 20)):
-        apply = tf.function(augment.rand_augment(ConfigDict({'num_ops': 2, 'factor': 0.8, 'rate': rate})))
-        changed = sum(bool(np.abs(apply(picture, tf.constant([3, seed], tf.int64)) - picture).max() > 1) for seed in range(20))
-        assert low <= changed <= high
 
 
 def test_without_augmentation_the_training_picture_is_the_evaluation_picture(still, source):
     still.train_for = '2 steps'
-    plan = plan_for(still, source)
-    images, labels = next(iter(pipeline.training_batches(source, still, plan, 0, ONE_DEVICE)))
-    encoded = [example for _, example, _ in pipeline._stream(source, still, plan, 0).take(32).as_numpy_iterator()]
-    np.testing.assert_array_equal(images, tf.stack([pipeline.resize_picture(pipeline.decode(file), 16) for file in encoded]))
+    images, labels, draws = next(iter(pipeline.training_batches(source, still, plan_for(still, source), 0, ONE_DEVICE)))
+    examples = pipeline.ordered_examples(source.split('train'), still.seed, 10**9, 0, 32).as_numpy_iterator()
+    np.testing.assert_array_equal(images, tf.stack([resize_picture(decode(encoded), 16) for _, _, encoded, _ in examples]))
+    assert draws == {} and images.dtype == tf.uint8
 
 
 @pytest.mark.parametrize('policy', ['mixed_bfloat16', 'mixed_float16'])
-def test_augmentation_does_not_depend_on_the_type_the_model_computes_in(tiny, source, policy):
-    tiny.augment.rand_augment.num_ops, tiny.augment.mixup, tiny.augment.cutmix, tiny.augment.random_erasing = 1, 0.2, 1.0, 0.5
-    tiny.train_for = '2 steps'
-    expected = [digest(*batch) for batch in pipeline.training_batches(source, tiny, plan_for(tiny, source), 0, ONE_DEVICE)]
+def test_batches_do_not_depend_on_the_type_the_model_computes_in(tiny, source, policy):
+    tiny.augment.policy.name, tiny.augment.mixup, tiny.train_for = 'rand_augment', 0.2, '2 steps'
+    expected = [batch_digest(batch) for batch in pipeline.training_batches(source, tiny, plan_for(tiny, source), 0, ONE_DEVICE)]
     keras.config.set_dtype_policy(policy)
-    assert [digest(*batch) for batch in pipeline.training_batches(source, tiny, plan_for(tiny, source), 0, ONE_DEVICE)] == expected
+    assert [batch_digest(batch) for batch in pipeline.training_batches(source, tiny, plan_for(tiny, source), 0, ONE_DEVICE)] == expected

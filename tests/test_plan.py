@@ -5,6 +5,7 @@ import os
 from fractions import Fraction
 
 import pytest
+import tensorflow as tf
 from hypothesis import given, strategies as st
 
 import plan
@@ -32,8 +33,8 @@ def test_a_shipped_config_is_valid_and_wastes_no_update(name):
     assert 0 < plan.learning_rate_of(config, numbers)(0) < config.schedule.peak_lr
     assert plan.learning_rate_of(config, numbers)(numbers.total_steps) == config.schedule.end_lr
     optimizers.check_optimizer(config.optimizer.name, {key: value for key, value in config.optimizer.items() if key != 'name'})
-    augment.batch_augmentation(config.augment, num_classes=10)
-    augment.rand_augment(config.augment.rand_augment)
+    drawn = {name: value[None] for name, value in augment.draws(config.augment, tf.constant([0, 1], tf.int64)).items()}
+    assert augment.on_device(config.augment, 10)(tf.zeros([1, 8, 8, 3], tf.uint8), tf.constant([3]), drawn)[1].shape == (1, 10)
 
 
 @pytest.mark.parametrize('name', NAMES)
@@ -96,7 +97,8 @@ def test_a_plan_is_exact_arithmetic(epochs, examples, batch_size, warmup, hold):
     ('augment.crop_area', (0.5, 0.1), 'low <= high'),
     ('augment.crop_area', (0.5,), 'two numbers'),
     ('augment.flip', 1, 'true or false'),
-    ('augment.cutmix', 2.0, 'from 0 to 1'),
+    ('augment.cutmix', -1.0, 'at least 0'),
+    ('augment.policy.name', 'randaugment', 'did you mean rand_augment'),
     ('schedule.warmup_steps', 100, 'did you mean warmup?'),
     ('schedule.peek_lr', 0.1, 'did you mean peak_lr?'),
     ('schedule.step', 3, '; cosine has end_lr, hold'),

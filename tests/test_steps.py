@@ -6,10 +6,12 @@ import tensorflow as tf
 
 import plan as planning
 import session as sessions
-from inputs import pipeline
+from configs import default
+from inputs import augment
 from modeling import models, optimizers, steps
 
 RANDOM = np.random.RandomState(0)
+UNCHANGED = augment.on_device(default.get_config().augment, 10)
 IMAGES, LABELS = RANDOM.randint(0, 256, (32, 16, 16, 3)).astype(np.uint8), RANDOM.randint(0, 10, 32)
 
 
@@ -32,14 +34,14 @@ def batches(strategy, devices, images=IMAGES, labels=LABELS):
     """An endless iterator over one global batch."""
     size = len(images) // devices
     return iter(strategy.distribute_datasets_from_function(
-        lambda context: tf.data.Dataset.from_tensor_slices((images, labels)).batch(size).repeat()))
+        lambda context: tf.data.Dataset.from_tensor_slices((images, labels)).map(lambda image, label: (image, label, {})).batch(size).repeat()))
 
 
 def run(config, num_steps, devices=1, jit_compile=False, dtype_policy='float32', **data):
     """(results of each step, state) after `num_steps` updates."""
     strategy, state, plan = build(config, devices, dtype_policy)
     loop = steps.make_train_loop(strategy, steps.make_train_step(
-        state, config, num_classes=10, num_replicas=devices, jit_compile=jit_compile))
+        state, config, UNCHANGED, num_classes=10, num_replicas=devices, jit_compile=jit_compile))
     iterator = batches(strategy, devices, **data)
     return [{key: float(value) for key, value in loop(iterator, tf.constant(1)).items()} for _ in range(num_steps)], state
 
@@ -84,7 +86,7 @@ def test_the_first_losses_are_the_same_on_1_2_and_4_devices_with_and_without_xla
 
 def test_xla_gets_forward_and_backward_of_each_replica_and_nothing_of_the_optimizer(still):
     strategy, state, _ = build(still, 2)
-    loop = steps.make_train_loop(strategy, steps.make_train_step(state, still, num_classes=10, num_replicas=2, jit_compile=True))
+    loop = steps.make_train_loop(strategy, steps.make_train_step(state, still, UNCHANGED, num_classes=10, num_replicas=2, jit_compile=True))
     graph = loop.get_concrete_function(batches(strategy, 2), tf.constant(1)).graph.as_graph_def()
     nodes = [node for function in graph.library.function for node in function.node_def]
     marked = {kind: {'_XlaCompile' in node.attr for node in nodes if node.op == kind} for kind in (
@@ -123,7 +125,7 @@ def test_the_average_follows_its_formula_and_is_what_evaluation_uses(still):
     still.ema_decay = 0.9
     strategy, state, _ = build(still)
     expected = [variable.numpy() for variable in models.weights(state.model)]
-    loop = steps.make_train_loop(strategy, steps.make_train_step(state, still, num_classes=10, num_replicas=1, jit_compile=False))
+    loop = steps.make_train_loop(strategy, steps.make_train_step(state, still, UNCHANGED, num_classes=10, num_replicas=1, jit_compile=False))
     iterator = batches(strategy, 1)
     for update in range(1, 6):
         loop(iterator, tf.constant(1))
@@ -147,7 +149,7 @@ def test_float16_skips_an_update_that_is_not_finite_and_halves_its_scale(still, 
     strategy, state, _ = build(still, devices, 'mixed_float16')
     state.loss_scale.assign(1e38)  # overflows
     before = [variable.numpy() for variable in (*state.model.trainable_variables, *state.optimizer.variables)]
-    loop = steps.make_train_loop(strategy, steps.make_train_step(state, still, num_classes=10, num_replicas=devices, jit_compile=False))
+    loop = steps.make_train_loop(strategy, steps.make_train_step(state, still, UNCHANGED, num_classes=10, num_replicas=devices, jit_compile=False))
     assert float(loop(batches(strategy, devices), tf.constant(1))['grad_norm']) == 0  # and not inf, which no JSON can say
     assert state.skipped_updates.numpy() == 1 and state.loss_scale.numpy() == pytest.approx(0.5e38)
     for variable, value in zip((*state.model.trainable_variables, *state.optimizer.variables), before):
@@ -164,7 +166,7 @@ def test_float16_gradients_are_those_of_float32(still):
 def test_several_steps_in_one_call_are_the_same_steps(still):
     one_by_one, expected = run(still, 6)
     strategy, state, _ = build(still)
-    loop = steps.make_train_loop(strategy, steps.make_train_step(state, still, num_classes=10, num_replicas=1, jit_compile=False))
+    loop = steps.make_train_loop(strategy, steps.make_train_step(state, still, UNCHANGED, num_classes=10, num_replicas=1, jit_compile=False))
     iterator = batches(strategy, 1)
     together = [loop(iterator, tf.constant(count)) for count in (4, 2)]
     assert loop.experimental_get_tracing_count() == 1
@@ -183,7 +185,7 @@ def test_the_rate_of_each_update_is_the_scheduled_one(still):
 def test_unsynchronized_statistics_drift_apart_and_are_averaged(still):
     still.model.sync_batch_norm, still.ema_decay = False, 0.0
     strategy, state, _ = build(still, 2)
-    loop = steps.make_train_loop(strategy, steps.make_train_step(state, still, num_classes=10, num_replicas=2, jit_compile=True))
+    loop = steps.make_train_loop(strategy, steps.make_train_step(state, still, UNCHANGED, num_classes=10, num_replicas=2, jit_compile=True))
     images = np.concatenate([IMAGES[:16] // 8, IMAGES[16:]])  # dark pictures for the first replica
     loop(batches(strategy, 2, images=images), tf.constant(3))
     statistic = next(variable.value for variable in state.model.non_trainable_variables if 'moving_variance' in variable.path)

@@ -12,6 +12,7 @@ from tensorflow.python.tpu import tpu_system_metadata
 
 import plan as planning
 import session
+from inputs import augment
 from modeling import steps
 
 REPLICAS = 8
@@ -55,12 +56,14 @@ def operations(function):
 
 def test_the_training_step_adds_up_over_the_cores(still, strategy):
     still.grad_clip_norm = 1.0
+    still.augment.flip, still.augment.color_jitter, still.augment.random_erasing, still.augment.mixup, still.augment.cutmix = True, 0.4, 0.25, 0.2, 1.0
     state = build(still, strategy)
-    train_step = steps.make_train_step(state, still, num_classes=10, num_replicas=REPLICAS, jit_compile=False)
+    train_step = steps.make_train_step(state, still, augment.on_device(still.augment, 10), num_classes=10, num_replicas=REPLICAS, jit_compile=False)
 
     @tf.function(autograph=False)
     def step():
-        return steps._sum_over_replicas(strategy, strategy.run(train_step, args=(tf.zeros((4, 16, 16, 3), tf.uint8), tf.zeros((4,), tf.int64))))
+        drawn = {name: tf.stack([value] * 4) for name, value in augment.draws(still.augment, tf.constant([0, 1], tf.int64)).items()}
+        return steps._sum_over_replicas(strategy, strategy.run(train_step, args=(tf.zeros((4, 16, 16, 3), tf.uint8), tf.zeros((4,), tf.int64), drawn)))
 
     found = operations(step)
     assert found['TPUReplicateMetadata'] == 1

@@ -1,0 +1,29 @@
+"""What evaluation and the exported model do with a picture: decode, take the central square, resize."""
+import tensorflow as tf
+
+
+def decode(encoded):
+    """A JPEG, PNG, GIF (first frame) or BMP file, string [], to uint8 [height, width, 3]."""
+    return tf.ensure_shape(tf.io.decode_image(encoded, channels=3, expand_animations=False), [None, None, 3])
+
+
+def resize_picture(images, size, central_share=1.0):
+    """The central square of pictures, resized.
+
+    Args:
+        images: uint8 or float in 0..255, [..., height, width, 3].
+        size: pixels of the result.
+        central_share: side of the square as share of the shorter side.
+
+    Returns: uint8 [..., size, size, 3].
+    """
+    height, width = tf.unstack(tf.shape(images)[-3:-1])
+    side = tf.maximum(1, tf.cast(tf.round(central_share * tf.cast(tf.minimum(height, width), tf.float32)), tf.int32))
+    top, left = (height - side) // 2, (width - side) // 2
+    square = images[..., top:top + side, left:left + side, :]
+    return to_uint8(tf.image.resize(square, (size, size), antialias=True))
+
+
+def to_uint8(images):
+    """Rounds numbers in 0..255 to whole ones; what lies outside is clipped."""
+    return images if images.dtype == tf.uint8 else tf.cast(tf.round(tf.clip_by_value(images, 0, 255)), tf.uint8)

@@ -1,0 +1,165 @@
+"""Reads encoded examples of a split from any place on: what makes an exact resume cheap.
+
+A split is a list of pieces. A piece is a run of neighbouring records of a TFRecord file, one file of a folder, or one
+example that is kept in memory. The order of an epoch is an order of pieces; only a window of them is ever shuffled
+record by record, so a resumed run reads again at most the window that it stopped in.
+"""
+import concurrent.futures
+import dataclasses
+import re
+import struct
+
+import numpy as np
+import tensorflow as tf
+import tensorflow_datasets as tfds
+
+from errors import RunError
+
+PIECES = 1000  # per epoch, at least, where there are as many examples
+RECORD_OVERHEAD = 16  # bytes around each record of a TFRecord file: length, two checksums
+
+
+@dataclasses.dataclass(frozen=True)
+class Records:
+    """Pieces of TFRecord files that TFDS prepared.
+
+    Attributes:
+        counts: int64 [pieces], examples in each.
+        first_ids: int64 [pieces], the number in the split of the first example of each.
+        filenames: string [pieces].
+        offsets: int64 [pieces], where in its file each begins, in bytes.
+        features: of the data set; parse a record.
+        keys: names of the image and of the label among the features.
+        num_bytes: of all encoded examples, about.
+    """
+
+    counts: np.ndarray
+    first_ids: np.ndarray
+    filenames: np.ndarray
+    offsets: np.ndarray
+    features: tfds.features.FeaturesDict
+    keys: tuple[str, str]
+    num_bytes: int
+
+    def read(self, pieces):
+        """A tf.data.Dataset of (id int64 [], encoded string [], label int64 []) of `pieces`, int64 [n], in an order of its own."""
+        image_key, label_key = self.keys
+        filenames, offsets, counts, first_ids = map(tf.constant, (self.filenames, self.offsets, self.counts, self.first_ids))
+
+        def piece(index):
+            # The class tf.data.TFRecordDataset does not offer what its operation can: to begin inside of a file.
+            variant = tf.raw_ops.TFRecordDatasetV2(filenames=filenames[index][None], compression_type='', buffer_size=256 * 1024,
+                                                   byte_offsets=offsets[index][None])
+            records = tf.data.experimental.from_variant(variant, tf.TensorSpec([], tf.string))
+            return records.take(counts[index]).enumerate(first_ids[index])
+
+        def parse(number, record):
+            example = self.features.deserialize_example(record, decoders={image_key: tfds.decode.SkipDecoding()})
+            return number, example[image_key], example[label_key]
+
+        dataset = tf.data.Dataset.from_tensor_slices(pieces)
+        return dataset.interleave(piece, cycle_length=4, num_parallel_calls=4, deterministic=True).map(parse)
+
+
+@dataclasses.dataclass(frozen=True)
+class Files:
+    """Picture files: each is a piece. Attributes: paths string [examples], labels and ids int64 [examples]."""
+
+    paths: np.ndarray
+    labels: np.ndarray
+    ids: np.ndarray
+    num_bytes: int
+
+    @property
+    def counts(self):
+        return np.ones(len(self.paths), np.int64)
+
+    def read(self, pieces):
+        """See `Records.read`; in the order of `pieces`."""
+        paths, labels, ids = map(tf.constant, (self.paths, self.labels, self.ids))
+        return tf.data.Dataset.from_tensor_slices(pieces).map(
+            lambda index: (ids[index], tf.io.read_file(paths[index]), labels[index]), tf.data.AUTOTUNE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Encoded examples that are kept in memory: each is a piece. Attributes as in `Files`, with encoded string [examples]."""
+
+    encoded: tf.Tensor
+    labels: tf.Tensor
+    ids: tf.Tensor
+    num_bytes: int
+
+    @property
+    def counts(self):
+        return np.ones(len(self.labels), np.int64)
+
+    def read(self, pieces):
+        """See `Records.read`; in the order of `pieces`."""
+        return tf.data.Dataset.from_tensor_slices(pieces).map(
+            lambda index: (self.ids[index], self.encoded[index], self.labels[index]))
+
+
+def of_builder(builder, split, share=(0, 1)):
+    """`Records` of a prepared TFDS split.
+
+    Args:
+        builder: prepared as TFRecord files.
+        split: a TFDS split, such as 'train[:90%]'.
+        share: (index, number) of a host: which of how many even shares, as `tfds.even_splits` cuts them.
+
+    Raises: RunError if it is prepared in another format.
+    """
+    if builder.info.file_format != tfds.core.FileFormat.TFRECORD:
+        raise RunError(f'{builder.name} in {builder.data_dir} is prepared as {builder.info.file_format.value}: prepare it as tfrecord, '
+                       'or point config.dataset.data_dir at a folder where it is')
+    info = builder.info.splits[split]
+    begin, end = share_of(info.num_examples, share)
+    whole = builder.info.splits[re.split(r'[\[+]', split)[0]]
+    whole_bytes = whole.num_bytes or sum(tf.io.gfile.stat(path).length for path in whole.filepaths)  # some data sets do not say
+    longest = max(1, info.num_examples // PIECES)
+    runs, first_id = [], 0  # (filename, records to skip, records to take, id of the first)
+    for file in info.file_instructions:
+        low, high = max(begin, first_id), min(end, first_id + file.take)
+        if low < high:
+            runs.append((file.filename, file.skip + low - first_id, high - low, low, file.examples_in_shard))
+        first_id += file.take
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        pieces = [piece for found in pool.map(lambda run: _pieces_of_run(*run, longest), runs) for piece in found]
+    filenames, offsets, counts, first_ids = map(np.array, zip(*pieces))
+    return Records(counts=counts.astype(np.int64), first_ids=first_ids.astype(np.int64), filenames=filenames, offsets=offsets.astype(np.int64),
+                   features=builder.info.features, keys=builder.info.supervised_keys,
+                   num_bytes=int(whole_bytes / whole.num_examples * (end - begin)))
+
+
+def in_memory(split):
+    """`Memory` with all examples of a split."""
+    columns = next(iter(split.read(np.arange(len(split.counts))).batch(int(split.counts.sum()))))
+    ids, encoded, labels = (tf.gather(column, tf.argsort(columns[0])) for column in columns)
+    return Memory(encoded=encoded, labels=labels, ids=ids, num_bytes=split.num_bytes)
+
+
+def share_of(num_examples, share):
+    """(begin, end) of share (index, number): the shares differ by one example at most."""
+    index, number = share
+    return num_examples * index // number, num_examples * (index + 1) // number
+
+
+def _pieces_of_run(filename, skip, take, first_id, examples_in_file, longest):
+    """(filename, offset, count, first id) of the pieces of one run of records; only a run that is cut needs its offsets."""
+    if skip == 0 and take <= max(longest, 1) * 2:
+        return [(filename, 0, take, first_id)]
+    starts = record_offsets(filename, skip + take)
+    return [(filename, starts[skip + done], min(longest, take - done), first_id + done) for done in range(0, take, longest)]
+
+
+def record_offsets(filename, count):
+    """Where each of the first `count` records of a TFRecord file begins, in bytes; reads their lengths only."""
+    offsets, offset = [], 0
+    with tf.io.gfile.GFile(filename, 'rb') as file:
+        for _ in range(count):
+            offsets.append(offset)
+            file.seek(offset)
+            length, = struct.unpack('<Q', file.read(8))
+            offset += length + RECORD_OVERHEAD
+    return offsets
