@@ -179,6 +179,10 @@ def make_plan(config, train_examples, eval_examples, num_classes, num_replicas):
         raise ConfigError(f'config.batch_size={config.batch_size} cannot be split evenly over {num_replicas} replicas: '
                           f'write --config.batch_size={best}')
 
+    if (config.augment.mixup or config.augment.cutmix) and config.batch_size // num_replicas % 2:
+        raise ConfigError(f'config.batch_size={config.batch_size} gives each of {num_replicas} replicas an odd share, and mixup and cutmix '
+                          f'mix pairs: write --config.batch_size={config.batch_size + num_replicas}')
+
     def steps(key, total=None, least=0):
         amount, unit = parse_duration(key, _get(config, key), UNITS[key])
         if unit == '%':

@@ -146,6 +146,15 @@ def test_a_batch_that_replicas_cannot_share_is_refused_with_one_that_they_can():
         plan.make_plan(config, 1_000, 10, 10, num_replicas=8)
 
 
+def test_a_batch_that_cannot_be_mixed_in_pairs_is_refused_with_one_that_can():
+    config = default.get_config()
+    config.batch_size, config.augment.mixup = 36, 0.2
+    with pytest.raises(ConfigError, match='--config.batch_size=40'):
+        plan.make_plan(config, 1_000, 10, 10, num_replicas=4)
+    config.batch_size = 40
+    assert plan.make_plan(config, 1_000, 10, 10, num_replicas=4).total_steps > 0
+
+
 def test_an_unknown_argument_of_the_curve_is_refused():
     config = default.get_config().unlock()
     config.schedule.powr = 2.0
