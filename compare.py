@@ -3,7 +3,7 @@ import argparse
 import os
 import sys
 
-from errors import RunError, UserError
+from errors import RunError, UserError, one_line
 from outputs.logbook import read_json, read_metrics
 
 COLUMNS = {  # title: (file, key, format)
@@ -36,6 +36,9 @@ def main(arguments):
     except UserError as error:
         print(f'error: {error}', file=sys.stderr)
         return error.exit_status
+    except (OSError, ValueError) as error:  # of drawing
+        print(f'error: --output={options.output}: {one_line(error)}', file=sys.stderr)
+        return 2
     return 0
 
 
@@ -59,7 +62,9 @@ def table(runs):
 def _cell(config, rows, source, key, style):
     if source == 'config':
         for part in key.split('/'):
-            config = config[part]
+            config = config.get(part)
+            if config is None:
+                return '-'
         return style.format(config)
     values = [row[key] for row in rows if key in row]
     if not values:

@@ -67,8 +67,10 @@ def open_session(config, workdir):
 def require_same_config(config, workdir, free_keys=FREE_KEYS):
     """Raises ConfigError, with the differences, if `workdir` holds a run of another config; `free_keys` may differ."""
     path = os.path.join(workdir, 'config.json')
-    if not os.path.exists(path):
+    if not os.path.exists(path) or not os.path.isdir(os.path.join(workdir, 'checkpoints')):  # a start that failed keeps nothing
         return
+    if config.dataset.name == 'folder' and free_keys is FREE_KEYS:
+        free_keys = [key for key in free_keys if key != 'dataset.data_dir']  # of a folder it is what the pictures are
     before, now = planning.flatten(read_json(path)), planning.flatten(json.loads(config.to_json()))
     changed = [f'{key} was {before.get(key)!r}, is {now.get(key)!r}' for key in sorted(before.keys() | now.keys())
                if before.get(key) != now.get(key) and key not in free_keys]

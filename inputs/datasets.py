@@ -165,8 +165,12 @@ def _folder(dataset_config):
             raise RunError(f'{os.path.join(root, split)} has no class folders with images (.jpg, .jpeg, .png): expected {layout}')
     classes = [set(tf.io.gfile.listdir(os.path.join(root, split))) for split in (dataset_config.train_split, dataset_config.eval_split)]
     unknown = sorted(name.rstrip('/') for name in classes[1] - classes[0] if tf.io.gfile.isdir(os.path.join(root, dataset_config.eval_split, name)))
+    seen = {example.label for example in builder._split_examples[dataset_config.train_split]}
+    unseen = sorted(name for name in builder.info.features['label'].names if name not in seen or name.startswith('.'))
     if unknown:
         raise RunError(f'{os.path.join(root, dataset_config.eval_split)} has classes that {dataset_config.train_split} has not: {", ".join(unknown[:10])}')
+    if unseen:
+        raise RunError(f'{root} has folders that are no classes with training pictures: {", ".join(unseen[:10])}: fill them, or take them away')
     return builder
 
 

@@ -100,6 +100,13 @@ def test_a_class_that_training_never_sees_is_named(pictures):
         datasets.load(dataset_config(name='folder', data_dir=pictures))
 
 
+def test_a_folder_that_is_no_class_is_named(pictures):
+    os.makedirs(os.path.join(pictures, 'train', 'empty'))
+    write_picture(os.path.join(pictures, 'train', '.ipynb_checkpoints', '0.jpg'))
+    with pytest.raises(RunError, match='no classes with training pictures: .ipynb_checkpoints, empty: fill them, or take them away'):
+        datasets.load(dataset_config(name='folder', data_dir=pictures))
+
+
 def test_a_folder_with_one_class_is_refused(tmp_path):
     for split in ('train', 'test'):
         write_picture(str(tmp_path / split / 'cat' / '0.jpg'))

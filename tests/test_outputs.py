@@ -77,3 +77,10 @@ def test_runs_with_and_without_warmup_stand_side_by_side(tmp_path, capsys):
 def test_what_is_no_run_is_one_line(arguments, capsys):
     assert compare.main(arguments) == 1
     assert capsys.readouterr().err == f'error: {arguments[0]} is no run: it has no config.json\n'
+
+
+@pytest.mark.parametrize('output', ['curves.xyz', 'no/such\0folder/curves.png'])
+def test_curves_that_cannot_be_drawn_are_one_line(tmp_path, output, capsys):
+    write_run(tmp_path / 'with', [{'step': 50, 'eval/accuracy': 0.91}])
+    assert compare.main([str(tmp_path / 'with'), f'--output={tmp_path}/{output}']) == 2
+    assert capsys.readouterr().err.startswith(f'error: --output={tmp_path}/')

@@ -181,6 +181,10 @@ def test_a_folder_of_ones_own_pictures_is_trained_on_to_the_end(tmp_path):
     summary = read_json(str(tmp_path / 'run' / 'summary.json'))
     assert summary['eval/examples'] == 10 and summary['eval/accuracy'] == summary['export/accuracy'] == 1.0
     assert (tmp_path / 'run' / 'export' / 'labels.txt').read_text().split() == ['dark', 'light']
+    config.unlock()
+    config.dataset.data_dir = str(tmp_path / 'other')
+    with pytest.raises(ConfigError, match='holds a run of another config .dataset.data_dir was'):
+        train.run(config, str(tmp_path / 'run'))
 
 
 def test_a_changed_config_is_refused_with_the_difference(finished):
@@ -223,6 +227,8 @@ def test_a_loss_that_is_not_a_number_ends_the_run_with_advice(tiny, tmp_path):
     with pytest.raises(RunError, match='the loss is nan somewhere in steps 0 to 4: lower config.schedule.peak_lr'):
         train.run(tiny, str(tmp_path / 'run'))
     assert not os.path.exists(tmp_path / 'run' / 'checkpoints')
+    tiny.schedule.peak_lr = tiny.schedule.start_lr = 1e-3  # nothing was trained there, so nothing is in the way
+    assert train.run(tiny, str(tmp_path / 'run')) == 0
 
 
 def test_verbs_without_a_checkpoint_say_so(tiny, tmp_path):
