@@ -179,8 +179,8 @@ def _files(builder, split, share):
     begin, end = reading.share_of(len(examples), share)
     paths = [example.image_path for example in examples[begin:end]]
     labels = [builder.info.features['label'].str2int(example.label) for example in examples[begin:end]]
-    return reading.Files(paths=np.array(paths), labels=np.array(labels, np.int64), ids=np.arange(begin, end),
-                         num_bytes=sum(tf.io.gfile.stat(path).length for path in paths))
+    return reading.Singles(stored=tf.constant(paths), labels=tf.constant(labels, tf.int64), ids=tf.range(begin, end, dtype=tf.int64),
+                           load=tf.io.read_file, num_bytes=sum(tf.io.gfile.stat(path).length for path in paths))
 
 
 def _size(builder, key, dataset_config):

@@ -8,6 +8,7 @@ import concurrent.futures
 import dataclasses
 import re
 import struct
+from collections.abc import Callable
 
 import numpy as np
 import tensorflow as tf
@@ -62,33 +63,21 @@ class Records:
 
 
 @dataclasses.dataclass(frozen=True)
-class Files:
-    """Picture files: each is a piece. Attributes: paths string [examples], labels and ids int64 [examples]."""
+class Singles:
+    """Examples that can be had one by one, from memory or from picture files: each is a piece.
 
-    paths: np.ndarray
-    labels: np.ndarray
-    ids: np.ndarray
-    num_bytes: int
+    Attributes:
+        stored: string [examples], what `load` makes encoded pictures of: themselves, or the paths of files.
+        labels, ids: int64 [examples].
+        num_bytes: of all encoded examples.
+        load: `tf.identity` or `tf.io.read_file`.
+    """
 
-    @property
-    def counts(self):
-        return np.ones(len(self.paths), np.int64)
-
-    def read(self, pieces):
-        """See `Records.read`; in the order of `pieces`."""
-        paths, labels, ids = map(tf.constant, (self.paths, self.labels, self.ids))
-        return tf.data.Dataset.from_tensor_slices(pieces).map(
-            lambda index: (ids[index], tf.io.read_file(paths[index]), labels[index]), tf.data.AUTOTUNE)
-
-
-@dataclasses.dataclass(frozen=True)
-class Memory:
-    """Encoded examples that are kept in memory: each is a piece. Attributes as in `Files`, with encoded string [examples]."""
-
-    encoded: tf.Tensor
+    stored: tf.Tensor
     labels: tf.Tensor
     ids: tf.Tensor
     num_bytes: int
+    load: Callable
 
     @property
     def counts(self):
@@ -97,7 +86,7 @@ class Memory:
     def read(self, pieces):
         """See `Records.read`; in the order of `pieces`."""
         return tf.data.Dataset.from_tensor_slices(pieces).map(
-            lambda index: (self.ids[index], self.encoded[index], self.labels[index]))
+            lambda index: (self.ids[index], self.load(self.stored[index]), self.labels[index]), tf.data.AUTOTUNE)
 
 
 def of_builder(builder, split, share=(0, 1)):
@@ -122,7 +111,7 @@ def of_builder(builder, split, share=(0, 1)):
     for file in info.file_instructions:
         low, high = max(begin, first_id), min(end, first_id + file.take)
         if low < high:
-            runs.append((file.filename, file.skip + low - first_id, high - low, low, file.examples_in_shard))
+            runs.append((file.filename, file.skip + low - first_id, high - low, low))
         first_id += file.take
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
         pieces = [piece for found in pool.map(lambda run: _pieces_of_run(*run, longest), runs) for piece in found]
@@ -133,10 +122,10 @@ def of_builder(builder, split, share=(0, 1)):
 
 
 def in_memory(split):
-    """`Memory` with all examples of a split."""
+    """`Singles` of all examples of a split, kept in memory."""
     columns = next(iter(split.read(np.arange(len(split.counts))).batch(int(split.counts.sum()))))
     ids, encoded, labels = (tf.gather(column, tf.argsort(columns[0])) for column in columns)
-    return Memory(encoded=encoded, labels=labels, ids=ids, num_bytes=split.num_bytes)
+    return Singles(stored=encoded, labels=labels, ids=ids, num_bytes=split.num_bytes, load=tf.identity)
 
 
 def share_of(num_examples, share):
@@ -145,9 +134,9 @@ def share_of(num_examples, share):
     return num_examples * index // number, num_examples * (index + 1) // number
 
 
-def _pieces_of_run(filename, skip, take, first_id, examples_in_file, longest):
+def _pieces_of_run(filename, skip, take, first_id, longest):
     """(filename, offset, count, first id) of the pieces of one run of records; only a run that is cut needs its offsets."""
-    if skip == 0 and take <= max(longest, 1) * 2:
+    if skip == 0 and take <= 2 * longest:
         return [(filename, 0, take, first_id)]
     starts = record_offsets(filename, skip + take)
     return [(filename, starts[skip + done], min(longest, take - done), first_id + done) for done in range(0, take, longest)]
