@@ -23,10 +23,10 @@ CHOICES = {
 # Inclusive bounds. None: no bound on that side.
 RANGES = {
     'seed': (0, 2**31 - 1),
-    'dataset.memory_gib': (0.001, None),
+    'dataset.memory_gib': (0.001, 2**20),
     'image_size': (8, 4096),
-    'batch_size': (1, None),
-    'eval_batch_size': (1, None),
+    'batch_size': (1, 2**24),
+    'eval_batch_size': (1, 2**24),
     'schedule.peak_lr': (0, None),
     'schedule.start_lr': (0, None),
     'schedule.end_lr': (0, None),
@@ -49,7 +49,7 @@ RANGES = {
     'augment.cutmix': (0, None),
     'eval_crop': (0.05, 1),
     'virtual_devices': (0, 64),
-    'steps_per_loop': (1, None),
+    'steps_per_loop': (1, 2**31 - 1),
     'keep_checkpoints': (1, None),
 }
 UNITS = {
@@ -60,6 +60,7 @@ UNITS = {
     'eval_every': ('epochs', 'steps', 'examples', '%'),
     'checkpoint_every': ('epochs', 'steps', 'examples', '%', 'minutes'),
 }
+MOST_STEPS = 2**31 - 1  # a loop's steps are counted in 32 bits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +150,7 @@ def parse_duration(key, text, units):
     """'90 epochs' -> (Fraction(90), 'epochs'); raises ConfigError for anything that is not a number and one of `units`."""
     match = re.fullmatch(r'\s*((?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9][0-9_]*)(?:\.[0-9]+)?)\s*(%|[A-Za-z]+)\s*', text)
     spelled = {unit[:-1]: unit for unit in units if unit.endswith('s')} | {unit: unit for unit in units}
-    if match is None or match[2].lower() not in spelled:
+    if match is None or len(match[1]) > 20 or match[2].lower() not in spelled:
         number = re.match(r'\s*([0-9][0-9_,.]*)', text)
         example = number[1].rstrip('.,_') if number else '10'
         examples = [f"'{example}{'' if unit == '%' else ' '}{unit}'" for unit in units]
@@ -159,6 +160,8 @@ def parse_duration(key, text, units):
         raise ConfigError(f'config.{key}={text!r} is more than the whole run: write at most 100%')
     if unit in ('steps', 'examples') and amount.denominator != 1:
         raise ConfigError(f'config.{key}={text!r} is impossible: {unit} come as whole numbers')
+    if key.endswith('_every') and not amount:
+        raise ConfigError(f'config.{key}={text!r} is impossible: write at least 1 step, or 100% for once, at the end')
     return amount, unit
 
 
@@ -196,6 +199,8 @@ def make_plan(config, train_examples, eval_examples, num_classes, num_replicas):
     if total_steps < 1:
         raise ConfigError(f'config.train_for={config.train_for!r} is less than one step of {config.batch_size} examples: '
                           f'train longer or lower config.batch_size')
+    if total_steps > MOST_STEPS:
+        raise ConfigError(f'config.train_for={config.train_for!r} is {float(total_steps):.3g} steps: at most {MOST_STEPS:,} can be counted')
     warmup_steps, hold_steps = steps('schedule.warmup', total_steps), steps('schedule.hold', total_steps)
     if warmup_steps + hold_steps > total_steps:
         raise ConfigError(f'config.schedule.warmup and hold take {warmup_steps:,} + {hold_steps:,} steps, but the run has '

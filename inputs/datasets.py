@@ -65,6 +65,8 @@ def load(dataset_config):
     label_feature = builder.info.features[supervised[1]] if image_feature else None
     if not isinstance(image_feature, tfds.features.Image) or not isinstance(label_feature, tfds.features.ClassLabel):
         raise ConfigError(f'config.dataset.name={dataset_config.name!r} is no image classification data set: it needs one image and one class label')
+    if dataset_config.name != 'folder' and not builder.is_prepared():
+        _prepare(builder, os.path.expanduser(dataset_config.data_dir) or str(tfds.core.constants.DATA_DIR))
     if label_feature.num_classes < 2:
         raise RunError(f'{dataset_config.name} in {builder.data_dir} has {label_feature.num_classes} class; a classifier needs at least two')
     return Source(
@@ -115,15 +117,12 @@ class Digits(tfds.core.GeneratorBasedBuilder):
 def _tfds(dataset_config):
     name, data_dir = dataset_config.name, os.path.expanduser(dataset_config.data_dir) or None
     try:
-        builder = tfds.builder(name, data_dir=data_dir)
+        return tfds.builder(name, data_dir=data_dir)
     except tfds.core.DatasetNotFoundError:
         hint = did_you_mean(name, tfds.list_builders(), cutoff=0.5) or ": see tensorflow.org/datasets/catalog, or use 'digits' or 'folder'"
         raise ConfigError(f'config.dataset.name={name!r} is no TFDS data set{hint}') from None
     except (ValueError, AssertionError) as error:
         raise ConfigError(f"config.dataset.name={name!r} is no TFDS data set ({one_line(error, 100)}): write its name, 'digits' or 'folder'") from error
-    if not builder.is_prepared():
-        _prepare(builder, data_dir or str(tfds.core.constants.DATA_DIR))
-    return builder
 
 
 def _prepare(builder, data_dir):

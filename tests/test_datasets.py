@@ -72,6 +72,7 @@ def test_a_folder_of_pictures_is_found_with_classes_and_counts(pictures):
     (dict(name='imagenet2021'), ConfigError, 'did you mean'),
     (dict(name='digits', train_split='training'), ConfigError, "'training' is no split of digits: it has"),
     (dict(name='digits', train_split='train[:0]'), ConfigError, 'no examples'),
+    (dict(name='coco/2017'), ConfigError, 'is no image classification data set'),  # before it is downloaded
     (dict(name='folder'), ConfigError, 'needs --config.dataset.data_dir=DIR'),
     (dict(name='folder', data_dir='/no/such/folder'), RunError, 'is no folder'),
 ])
