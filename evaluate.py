@@ -10,11 +10,13 @@ from modeling import steps
 from outputs.logbook import write_json
 from session import FREE_KEYS, open_session, require_same_config
 
+ANY_DATA = ('dataset.name', 'dataset.train_split', 'dataset.eval_split', 'eval_crop')  # another test set, such as imagenet_v2
+
 
 def run(config, workdir, which='last'):
     """Evaluates the last or the best checkpoint in `workdir`; prints the numbers and writes evaluation.json."""
-    require_same_config(config, workdir, (*FREE_KEYS, 'dataset.name', 'dataset.eval_split', 'eval_crop'))
-    session = open_session(config, workdir)
+    require_same_config(config, workdir, (*FREE_KEYS, *ANY_DATA))
+    session = open_session(config, workdir, trains=False)
     step = session.checkpoints.restore(which)
     metrics = make_evaluation(session)()
     write_json(os.path.join(workdir, 'evaluation.json'), {'checkpoint': which, 'step': step, **metrics})

@@ -25,7 +25,7 @@ READER = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'outputs', 're
 def run(config, workdir, which='last'):
     """Exports the last or the best checkpoint of `workdir` into `workdir`/export, and checks it."""
     require_same_config(config, workdir)
-    session = open_session(config, workdir)
+    session = open_session(config, workdir, trains=False)
     session.checkpoints.restore(which)
     exported = write(session, os.path.join(workdir, 'export'))
     print(json.dumps(exported))

@@ -22,12 +22,13 @@ from configs import default  # noqa: E402
 from errors import ConfigError, UserError, did_you_mean, one_line  # noqa: E402
 
 FLAGS = flags.FLAGS
-# Not locked: further keys of config.schedule and config.optimizer are arguments. plan.check_config finds unknown keys.
+# Not locked: further keys of config.schedule and config.optimizer are arguments. settings.check_config finds unknown keys.
 config_flags.DEFINE_config_file('config', None, 'Config file, such as configs/digits.py; --config.KEY=VALUE changes a key.',
                                 lock_config=False, accept_new_attributes=True)
 flags.DEFINE_string('workdir', None, 'Folder of the run; runs/NAME for configs/NAME.py by default.')
-flags.DEFINE_enum('mode', 'train', ['train', 'evaluate', 'export'], 'What to do.')
+flags.DEFINE_enum('mode', 'train', ['train', 'evaluate', 'export', 'preview'], 'What to do.')
 flags.DEFINE_enum('checkpoint', 'last', ['last', 'best'], 'Which checkpoint to evaluate or export.')
+flags.DEFINE_integer('step', None, 'Which update to preview; by default the first, and of a progressive run the first of each stage.')
 
 
 def main(arguments):
@@ -37,11 +38,11 @@ def main(arguments):
         config = parse(arguments)
         if FLAGS.verbosity < 1:
             import_tensorflow_quietly()
-        importlib.import_module('plan').check_config(config)
+        importlib.import_module('settings').check_config(config)
         workdir = FLAGS.workdir or os.path.join('runs', config_name())
         if FLAGS.mode == 'train':
             return importlib.import_module('train').run(config, workdir)
-        importlib.import_module(FLAGS.mode).run(config, workdir, FLAGS.checkpoint)
+        importlib.import_module(FLAGS.mode).run(config, workdir, FLAGS.step if FLAGS.mode == 'preview' else FLAGS.checkpoint)
         return 0
     except KeyboardInterrupt as interrupted:
         print('stopped; the same command goes on from the last checkpoint, if there is one', file=sys.stderr)

@@ -9,15 +9,16 @@ import tensorflow as tf
 
 import plan as planning
 from devices import strategy as devices
-from errors import ConfigError
+from errors import ConfigError, RunError
 from inputs import datasets
 from modeling import models, optimizers, steps
 from outputs.checkpoints import Checkpoints
 from outputs.logbook import read_json
+from settings import flatten
 
 # Keys that may differ between the starts of one run: they change where and how fast it goes, not what is computed
 # (except that without model.sync_batch_norm each replica has statistics of its own).
-FREE_KEYS = ('dataset.data_dir', 'eval_batch_size', 'jit_compile', 'strategy', 'virtual_devices', 'tpu',
+FREE_KEYS = ('dataset.data_dir', 'dataset.service', 'dataset.max_broken', 'eval_batch_size', 'jit_compile', 'strategy', 'virtual_devices', 'tpu',
              'steps_per_loop', 'log_every', 'eval_every', 'checkpoint_every', 'keep_checkpoints')
 
 
@@ -43,8 +44,10 @@ class Session:
                 f'compute   {self.dtype_policy}, jit_compile {"on" if self.jit_compile else "off"}\n{self.plan.describe()}')
 
 
-def open_session(config, workdir):
+def open_session(config, workdir, trains=True):
     """Builds what a checked config describes, in the order of the data's way.
+
+    Without `trains` there is no optimizer, and the data set needs no training split.
 
     Raises: ConfigError, RunError: see the functions called here.
     """
@@ -52,8 +55,9 @@ def open_session(config, workdir):
     kind = devices.device_kind(strategy)
     dtype_policy = devices.resolve_precision(config.precision, kind)
     jit_compile = devices.resolve_jit_compile(config.jit_compile, kind)
-    source = datasets.load(config.dataset)
-    plan = planning.make_plan(config, source.num_train, source.num_eval, len(source.class_names), strategy.num_replicas_in_sync)
+    source = datasets.load(config.dataset, needs_training=trains)
+    require_same_classes(source.class_names, workdir)
+    plan = planning.make_plan(config, source.num_train if trains else 0, source.num_eval, len(source.class_names), strategy.num_replicas_in_sync)
     random.seed(config.seed)  # Keras draws the seeds of its initializers from it; all else is seeded where it is drawn
     keras.config.set_dtype_policy(dtype_policy)
     with strategy.scope():
@@ -71,16 +75,28 @@ def require_same_config(config, workdir, free_keys=FREE_KEYS):
         return
     if config.dataset.name == 'folder' and free_keys is FREE_KEYS:
         free_keys = [key for key in free_keys if key != 'dataset.data_dir']  # of a folder it is what the pictures are
-    before, now = planning.flatten(read_json(path)), planning.flatten(json.loads(config.to_json()))
+    before, now = flatten(read_json(path)), flatten(json.loads(config.to_json()))
     changed = [f'{key} was {before.get(key)!r}, is {now.get(key)!r}' for key in sorted(before.keys() | now.keys())
                if before.get(key) != now.get(key) and key not in free_keys]
     if changed:
         raise ConfigError(f'{workdir} holds a run of another config ({"; ".join(changed)}): use that config, or give this one its own --workdir')
 
 
+def require_same_classes(class_names, workdir):
+    """Raises RunError if the run in `workdir` knows other classes, or in another order: its answers would be misread."""
+    path = os.path.join(workdir, 'environment.json')
+    known = read_json(path).get('class_names') if os.path.exists(path) and os.path.isdir(os.path.join(workdir, 'checkpoints')) else None
+    if known and list(class_names) != known:
+        first = next((f'{old!r} is now {new!r}' for old, new in zip(known, class_names) if old != new), 'the first of them are the same')
+        raise RunError(f'the run in {workdir} has {len(known)} classes and this data set {len(class_names)}, which differ ({first}): '
+                       'take the data it was trained on, or give these a --workdir of their own')
+
+
 def build_state(config, plan, dtype_policy):
-    """Model, optimizer and what else training changes; call it in the strategy's scope."""
+    """Model, optimizer if the plan has updates, and what else training changes; call it in the strategy's scope."""
     model = models.build_model(config, plan.num_classes)
+    if not plan.total_steps:
+        return steps.TrainState.create(model, None, config.ema_decay, scale_loss=False)
     optimizer = optimizers.build_optimizer(config, planning.schedule_arguments(config, plan), model.trainable_variables)
     models.derive_dropout_seeds(model, config.seed, optimizer.iterations)
     return steps.TrainState.create(model, optimizer, config.ema_decay, scale_loss=dtype_policy == 'mixed_float16')

@@ -14,13 +14,13 @@ import tensorflow as tf
 
 import evaluate
 import export
+import plan as planning
 from devices.environment import describe_environment
 from errors import RunError
 from inputs import augment, pipeline
 from modeling import models, steps
 from outputs import plots, report
 from outputs.logbook import Logbook, read_json, read_metrics, write_json
-from plan import learning_rate_of
 from session import open_session, require_same_config
 
 @dataclasses.dataclass
@@ -53,13 +53,11 @@ def run(config, workdir):
 
     exported = export.write(session, os.path.join(workdir, 'export'))
     rows = read_metrics(workdir)
-    planned_steps = range(0, session.plan.total_steps + 1, max(1, session.plan.total_steps // 2000))
-    planned = learning_rate_of(config, session.plan)(list(planned_steps))
-    plots.plot_learning_rate(os.path.join(workdir, 'plots', 'learning_rate.png'), planned_steps, planned, rows,
+    plots.plot_learning_rate(os.path.join(workdir, 'plots', 'learning_rate.png'), *planning.planned_rates(config, session.plan), rows,
                              session.plan.warmup_steps, session.plan.hold_steps)
     plots.plot_curves(os.path.join(workdir, 'plots', 'curves.png'), {os.path.basename(workdir): rows})
     summary = summarize(session, metrics, rows, exported, resumed_from)
-    report.write_report(workdir, summary, session.describe())
+    report.write_report(workdir, summary, session.describe(), session.source.notes)
     write_json(os.path.join(workdir, 'summary.json'), summary)  # the last file: it says that all is done
     print(f'{summary["eval/accuracy"]:.2%} of {summary["eval/examples"]:,} evaluation examples; report in {os.path.join(workdir, "report.md")}')
     return 0
@@ -71,15 +69,15 @@ def train(session, logbook, start_step, stop):
     Returns: the metrics of the last evaluation, or None when a signal stopped the run before.
     """
     config, plan, checkpoints = session.config, session.plan, session.checkpoints
-    train_step = steps.make_train_step(session.state, config, augment.on_device(config.augment, plan.num_classes), num_classes=plan.num_classes,
-                                       num_replicas=plan.num_replicas, jit_compile=session.jit_compile)
-    train_loop = steps.make_train_loop(session.strategy, train_step)
     evaluation = evaluate.make_evaluation(session)
-    iterator = iter(pipeline.training_batches(session.source, config, plan, start_step, session.strategy))
+    stages = [stage for stage in planning.stages(config, plan) if stage[0] > start_step]
 
-    step, metrics, window, saved_at = start_step, None, Window(start_step), time.monotonic()
+    step, stage_end, metrics, window, saved_at = start_step, start_step, None, Window(start_step), time.monotonic()
     while step < plan.total_steps and stop.signal_number is None:
-        until = min(plan.total_steps, step + config.steps_per_loop, *(next_multiple(step, every) for every in plan.intervals))
+        if step == stage_end:
+            stage_end, stage_config = stages.pop(0)
+            train_loop, iterator = begin_stage(session, stage_config, step, stage_end)
+        until = min(stage_end, step + config.steps_per_loop, *(next_multiple(step, every) for every in plan.intervals))
         began = time.monotonic()
         results = {key: float(value) for key, value in train_loop(iterator, tf.constant(until - step)).items()}  # waits for the devices
         seconds = time.monotonic() - began
@@ -105,6 +103,16 @@ def train(session, logbook, start_step, stop):
         return None
     stop.signal_number = None  # it came after the last update: what is left is short, and done
     return metrics or evaluation()
+
+
+def begin_stage(session, config, first_step, end_step):
+    """The training loop, not traced yet, and the batches of steps `first_step` to `end_step` under the config of a stage."""
+    plan = session.plan
+    models.set_dropout(session.state.model, config.model.dropout)
+    train_step = steps.make_train_step(session.state, config, augment.on_device(config.augment, plan.num_classes), num_classes=plan.num_classes,
+                                       num_replicas=plan.num_replicas, jit_compile=session.jit_compile)
+    batches = pipeline.training_batches(session.source, config, plan, first_step, end_step, session.strategy)
+    return steps.make_train_loop(session.strategy, train_step), iter(batches)
 
 
 class Window:
@@ -169,7 +177,7 @@ def record_start(session, workdir, start_step):
     os.makedirs(workdir, exist_ok=True)
     write_json(os.path.join(workdir, 'config.json'), json.loads(session.config.to_json()))
     write_json(path, {**describe_environment(), 'strategy': session.strategy_reason, 'replicas': session.plan.num_replicas,
-                      'dtype_policy': session.dtype_policy, 'jit_compile': session.jit_compile, 'resumed_from': resumed_from})
+                      'dtype_policy': session.dtype_policy, 'jit_compile': session.jit_compile, 'resumed_from': resumed_from, 'class_names': list(session.source.class_names)})
     return resumed_from
 
 

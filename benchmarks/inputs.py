@@ -54,21 +54,21 @@ def main():
             json.dump({'cpu_cores': os.cpu_count(), 'mean_bytes': round(mean_bytes), 'rounds': options.rounds, 'streams': report}, file, indent=1)
 
 
-def write_pictures(folder):
+def write_pictures(folder, count=PICTURES):
     """FOLDER/train/CLASS/*.jpg and one test picture for each class; returns their mean size in bytes."""
     from PIL import Image
     from sklearn.datasets import load_sample_images
 
     photographs = [Image.fromarray(photograph) for photograph in load_sample_images().images]
     random, sizes = np.random.RandomState(0), []
-    for index in range(PICTURES + 2):
+    for index in range(count + 2):
         photograph = photographs[index % 2]
         width = random.randint(400, photograph.height * 4 // 3)
         height = width * 3 // 4
         left, top = random.randint(photograph.width - width + 1), random.randint(photograph.height - height + 1)
         buffer = io.BytesIO()
         photograph.crop((left, top, left + width, top + height)).resize((500, 375), Image.LANCZOS).save(buffer, 'JPEG', quality=95)
-        path = os.path.join(folder, 'train' if index < PICTURES else 'test', f'class{index % 2}', f'{index}.jpg')
+        path = os.path.join(folder, 'train' if index < count else 'test', f'class{index % 2}', f'{index}.jpg')
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with open(path, 'wb') as file:
             file.write(buffer.getvalue())
@@ -103,7 +103,7 @@ def ours(folder):
     config.train_for, config.augment.crop_area = '100_000 epochs', (0.08, 1.0)
     source = datasets.load(config.dataset)
     plan = planning.make_plan(config, source.num_train, source.num_eval, len(source.class_names), 1)
-    for images, *_ in pipeline.training_batches(source, config, plan, 0, tf.distribute.OneDeviceStrategy('CPU:0')):
+    for images, *_ in pipeline.training_batches(source, config, plan, 0, plan.total_steps, tf.distribute.OneDeviceStrategy('CPU:0')):
         yield len(images)
 
 

@@ -79,7 +79,7 @@ def first_losses(model, precision, num_steps, devices, jit_compile, order=None):
     session = open_session(config, '/nonexistent')
     train_step = steps.make_train_step(session.state, config, augment.on_device(config.augment, session.plan.num_classes), num_classes=session.plan.num_classes,
                                        num_replicas=session.plan.num_replicas, jit_compile=session.jit_compile)
-    batches = pipeline.training_batches(session.source, config, session.plan, 0, session.strategy)
+    batches = pipeline.training_batches(session.source, config, session.plan, 0, session.plan.total_steps, session.strategy)
     if order == 'permuted':
         step = tf.function(train_step, autograph=False)
         orders = [tf.random.experimental.stateless_shuffle(tf.range(config.batch_size), seed=[0, index]) for index in range(num_steps)]

@@ -11,11 +11,15 @@ def get_config():
     config.seed = 0
 
     config.dataset = ConfigDict()
-    config.dataset.name = 'digits'  # a TFDS name, 'digits' (embedded), or 'folder' (data_dir/SPLIT/CLASS/*.jpg)
+    config.dataset.name = 'digits'  # a TFDS name, 'digits' (embedded), or 'folder' (see inputs/folder.py)
     config.dataset.data_dir = ''  # '': TFDS's own default, $TFDS_DATA_DIR or ~/tensorflow_datasets
     config.dataset.train_split = 'train'  # a TFDS split: 'train', 'train[:90%]', ...; for a folder, a subfolder
     config.dataset.eval_split = 'test'
+    config.dataset.eval_share = 0.2  # of a folder without such a subfolder: so much of each class is held out
+    config.dataset.split_seed = 0  # which pictures that is: not config.seed, so runs of several seeds compare
+    config.dataset.max_broken = 0.01  # of a folder: a larger share of files that cannot be used ends the run
     config.dataset.memory_gib = 4.0  # of host memory for encoded pictures and batches that are read ahead
+    config.dataset.service = ''  # 'HOST:PORT,HOST:PORT' of tf.data services that prepare the training pictures: see inputs/service.py
     config.image_size = 224  # pixels, height and width of what the model sees
 
     config.batch_size = 128  # global: over all replicas of all hosts
@@ -54,6 +58,7 @@ def get_config():
     config.augment.translate = 0.0  # at most this share of the size, both ways
     config.augment.rotate = 0.0  # at most this share of a full turn, both ways
     config.augment.zoom = 0.0  # at most this share, both ways
+    config.augment.repeats = 1  # > 1: each example so often in its batch; an epoch then shows fewer of them, not more pictures
     config.augment.policy = ConfigDict()
     config.augment.policy.name = ''  # '', 'rand_augment' or 'trivial_augment'
     config.augment.policy.num_ops = 2  # of rand_augment
@@ -64,6 +69,11 @@ def get_config():
     config.augment.mixup = 0.0  # alpha of Beta(alpha, alpha); 0: off
     config.augment.cutmix = 0.0  # alpha; with both, each pair takes one of the two by a coin
     config.eval_crop = 1.0  # side of the central square that is evaluated, as share of the shorter side
+
+    config.progressive = ConfigDict()
+    config.progressive.stages = 1  # > 1: picture size and augmentation grow in so many equal parts of the run
+    config.progressive.image_size = 128  # of the first stage; of the last it is config.image_size
+    config.progressive.strength = 0.33  # of the first stage: share of dropout, policy.magnitude, color_jitter, mixup and cutmix
 
     config.precision = 'auto'  # auto | float32 | bfloat16 | float16 | float64 (to compare runs without rounding)
     config.jit_compile = 'auto'  # auto | true | false: XLA for forward and backward

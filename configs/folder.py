@@ -1,12 +1,16 @@
-"""One's own pictures: DIR/train/CLASS/*.jpg and DIR/test/CLASS/*.jpg (.jpeg and .png as well).
+"""One's own pictures, in a folder for each class: DIR/CLASS/*.jpg, or DIR/train/CLASS/*.jpg and DIR/test/CLASS/*.jpg.
 
     python main.py --config=configs/folder.py --config.dataset.data_dir=DIR
 
-Classes and counts are found. For few pictures start from pretrained weights instead, with configs/finetune.py.
+Classes and counts are found. Without DIR/test a fifth of each class is held out to evaluate; which pictures that is,
+config.dataset.split_seed says. JPEG, PNG, GIF (first frame), BMP, WebP, TIFF and what else Pillow reads, of any colours
+and turned as their cameras say; what is transparent becomes white. Files that are broken are skipped and named in report.md;
+more than config.dataset.max_broken of them end the run. For few pictures start from pretrained weights instead, with
+configs/finetune.py.
 
-Costs      50 epochs of what is in DIR/train.
+Costs      50 epochs of what is to be trained on; the first start decodes each picture once more.
 Reaches    depends on the pictures.
-Measured   not yet; a made-up folder is trained on in tests/test_train.py.
+Measured   not yet; made-up folders are trained on in tests/test_train.py and tests/test_folder.py.
 """
 from configs import default
 

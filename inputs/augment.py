@@ -15,6 +15,7 @@ import tensorflow as tf
 from inputs.pictures import decode, resize_picture, to_uint8
 
 LUMA = (0.299, 0.587, 0.114)  # grey from red, green and blue: ITU-R BT.601
+SEEDS = 8  # of each example: `seed + (0, n)` for n below
 GEOMETRY = ('rotate', 'shear_x', 'shear_y', 'translate_x', 'translate_y')
 # What strength 1 is, of RandAugment at magnitude 10 (Cubuk et al. 2019) and of TrivialAugment's wide space (Müller and
 # Hutter 2021): degrees, slope, share of the picture, change of a factor, bits taken away, share of the range.
@@ -44,15 +45,15 @@ def on_host(settings, size):
     moves = settings.translate or settings.rotate or settings.zoom
 
     def prepare(encoded, seed, central_share):
-        crop_seed, move_seed, policy_seed = tf.unstack(tf.random.split(seed, 3))
         if settings.crop == 'random':
-            image = to_uint8(tf.image.resize(random_crop(encoded, crop_seed, settings.crop_area), (size, size)))
+            image = tf.image.resize(random_crop(encoded, seed, settings.crop_area), (size, size))  # stays in 0..255
+            image = tf.cast(image + 0.5, tf.uint8)
         else:
             image = resize_picture(decode(encoded), size, central_share)
         if moves:
-            image = _moved(image, move_seed, settings)
+            image = _moved(image, seed + (0, 1), settings)
         if settings.policy.name:
-            image = apply_policy(image, policy_seed, settings.policy)
+            image = apply_policy(image, seed + (0, 2), settings.policy)
         return tf.ensure_shape(image, [size, size, 3])
 
     return prepare
@@ -94,12 +95,12 @@ def apply_policy(image, seed, policy):
     wide = policy.name == 'trivial_augment'
     num_ops = 1 if wide else policy.num_ops
     names = list(RANGES)
-    chosen = tf.random.stateless_uniform([], tf.random.experimental.stateless_fold_in(seed, 0)) < policy.rate
+    drawn = tf.random.stateless_uniform([1 + 3 * num_ops], seed)
+    chosen = drawn[0] < policy.rate
     for index in range(num_ops):
-        kind_seed, sign_seed, strength_seed = tf.unstack(tf.random.split(tf.random.experimental.stateless_fold_in(seed, index + 1), 3))
-        kind = tf.random.stateless_uniform([], kind_seed, maxval=len(names), dtype=tf.int32)
-        sign = tf.cast(2 * tf.random.stateless_uniform([], sign_seed, maxval=2, dtype=tf.int32) - 1, tf.float32)
-        strength = tf.random.stateless_uniform([], strength_seed) if wide else policy.magnitude / 10
+        kind = tf.cast(drawn[3 * index + 1] * len(names), tf.int32)
+        sign = tf.where(drawn[3 * index + 2] < 0.5, 1.0, -1.0)
+        strength = drawn[3 * index + 3] if wide else policy.magnitude / 10
         branches = [lambda name=name: apply_operation(name, image, RANGES[name][wide] * strength, sign) for name in names]
         image = tf.switch_case(tf.where(chosen, kind, 0), branches)  # operation 0 is the identity
     return image
@@ -152,18 +153,16 @@ def affine(image, turn=0.0, shear_x=0.0, shear_y=0.0, left=0.0, up=0.0, zoom_x=1
 
 def draws(settings, seed):
     """The random numbers that `on_device` needs for one example: a dict of float32 tensors, uniform in [0, 1) or of Beta."""
-    def uniform(index, count):
-        return tf.random.stateless_uniform([count], tf.random.experimental.stateless_fold_in(seed, index))
-
+    flip, jitter, erase, mix = tf.split(tf.random.stateless_uniform([15], seed + (0, 3)), [1, 3, 8, 3])
     drawn = {}
     if settings.flip:
-        drawn['flip'] = uniform(0, 1)
+        drawn['flip'] = flip
     if settings.color_jitter:
-        drawn['jitter'] = uniform(1, 3)
+        drawn['jitter'] = jitter
     if settings.random_erasing:
-        drawn['erase'] = uniform(2, 8)
+        drawn['erase'] = erase
     if settings.mixup or settings.cutmix:
-        drawn['mix'] = tf.concat([uniform(3, 3), _beta(seed, 4, settings.mixup), _beta(seed, 6, settings.cutmix)], 0)
+        drawn['mix'] = tf.concat([mix, _beta(seed + (0, 4), settings.mixup), _beta(seed + (0, 6), settings.cutmix)], 0)
     return drawn
 
 
@@ -242,11 +241,11 @@ def _rectangle(shape, height, width, down, across):
     return covers(shape[1], height, down)[:, :, None, None] & covers(shape[2], width, across)[:, None, :, None]
 
 
-def _beta(seed, index, alpha):
-    """One draw from Beta(alpha, alpha), float32 [1]: a ratio of Gamma draws; 1 where alpha is 0."""
+def _beta(seed, alpha):
+    """One draw from Beta(alpha, alpha), float32 [1]: a ratio of two Gamma draws; 1 where alpha is 0."""
     if not alpha:
         return tf.ones([1])
-    one, other = (tf.random.stateless_gamma([1], tf.random.experimental.stateless_fold_in(seed, index + part), alpha) for part in (0, 1))
+    one, other = (tf.random.stateless_gamma([1], seed + (0, part), alpha) for part in (0, 1))
     return tf.where(one + other > 0, one / (one + other), 1.0)
 
 

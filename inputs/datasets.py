@@ -1,8 +1,10 @@
 """Where examples come from: a TFDS data set, the embedded digits, or a folder of one's own images."""
 import contextlib
 import dataclasses
+import functools
 import io
 import os
+from collections.abc import Callable
 
 import psutil
 
@@ -11,40 +13,42 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 
 from errors import ConfigError, RunError, did_you_mean, one_line
-from inputs import reading
+from inputs import folder, reading
+
+MOST_NAMED = 50  # broken files in the report
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
     """A prepared data set: its splits, its sizes and its class names."""
 
-    builder: tfds.core.DatasetBuilder
+    name: str
+    class_names: tuple[str, ...]
     train_split: str
     eval_split: str
-    num_train: int
+    num_train: int  # 0 where there is nothing to train on, and nothing was to be
     num_eval: int
-    class_names: tuple[str, ...]
     memory_bytes: int  # of host memory for what is read ahead; from the config alone, as the order of examples follows from it
+    find: Callable  # (split, share) -> the examples of a host's share (index, number), as `reading.Records` or `reading.Singles`
+    notes: tuple[str, ...] = ()  # what the user may not expect, for the report
     _kept: dict = dataclasses.field(default_factory=dict)
 
-    def split(self, name, share=(0, 1)):
+    def split(self, name, share=(0, 1), in_memory=True):
         """A host's share (index, number) of a split, to be read from any place on: see `reading`.
 
-        It is kept in memory, encoded, where a quarter of the budget is enough for it.
+        Where it may be `in_memory`, and a quarter of the budget is enough for it, it is kept there, encoded.
 
         Raises: RunError where the machine has not as much memory free as the budget says.
         """
-        if (name, share) not in self._kept:
-            if isinstance(self.builder, tfds.folder_dataset.ImageFolder):
-                found = _files(self.builder, name, share)
-            else:
-                found = reading.of_builder(self.builder, name, share)
+        if (name, share, in_memory) not in self._kept:
+            found = self.find(name, share)
             free = psutil.virtual_memory().available
             if min(self.memory_bytes, found.num_bytes) > free:
                 raise RunError(f'config.dataset.memory_gib={self.memory_bytes / 2**30:.3g}, but only {free / 2**30:.3g} GiB of memory are free: '
                                f'write --config.dataset.memory_gib={free / 2**31:.2g}')
-            self._kept[name, share] = reading.in_memory(found) if found.num_bytes <= self.memory_bytes // 4 else found
-        return self._kept[name, share]
+            fits = in_memory and found.num_bytes <= self.memory_bytes // 4
+            self._kept[name, share, in_memory] = reading.in_memory(found) if fits else found
+        return self._kept[name, share, in_memory]
 
     def examples(self, split):
         """A tf.data.Dataset of (image, label): encoded bytes, string []; int64 []. The order is always the same."""
@@ -52,32 +56,18 @@ class Source:
         return found.read(np.arange(len(found.counts))).map(lambda number, encoded, label: (encoded, label))
 
 
-def load(dataset_config):
+def load(dataset_config, needs_training=True):
     """Finds the data set of `config.dataset`, and prepares it if that has not been done on this machine.
+
+    Args:
+        dataset_config: `config.dataset`.
+        needs_training: False where `dataset.train_split` may be missing, because its examples are not needed.
 
     Raises:
         ConfigError: there is no such data set or split.
         RunError: the data are not there and cannot be got without the user, or preparing them failed.
     """
-    builder = _folder(dataset_config) if dataset_config.name == 'folder' else _tfds(dataset_config)
-    supervised = builder.info.supervised_keys
-    image_feature = builder.info.features[supervised[0]] if supervised and len(supervised) == 2 else None
-    label_feature = builder.info.features[supervised[1]] if image_feature else None
-    if not isinstance(image_feature, tfds.features.Image) or not isinstance(label_feature, tfds.features.ClassLabel):
-        raise ConfigError(f'config.dataset.name={dataset_config.name!r} is no image classification data set: it needs one image and one class label')
-    if dataset_config.name != 'folder' and not builder.is_prepared():
-        _prepare(builder, os.path.expanduser(dataset_config.data_dir) or str(tfds.core.constants.DATA_DIR))
-    if label_feature.num_classes < 2:
-        raise RunError(f'{dataset_config.name} in {builder.data_dir} has {label_feature.num_classes} class; a classifier needs at least two')
-    return Source(
-        builder=builder,
-        train_split=dataset_config.train_split,
-        eval_split=dataset_config.eval_split,
-        num_train=_size(builder, 'train_split', dataset_config),
-        num_eval=_size(builder, 'eval_split', dataset_config),
-        class_names=tuple(label_feature.names),
-        memory_bytes=int(dataset_config.memory_gib * 2**30),
-    )
+    return (_folder if dataset_config.name == 'folder' else _tfds)(dataset_config, needs_training)
 
 
 class Digits(tfds.core.GeneratorBasedBuilder):
@@ -114,7 +104,31 @@ class Digits(tfds.core.GeneratorBasedBuilder):
             yield int(row), {'image': pixels[..., None], 'label': int(digits.target[row]), 'id': int(row)}
 
 
-def _tfds(dataset_config):
+def _tfds(dataset_config, needs_training):
+    builder = _builder(dataset_config)
+    supervised = builder.info.supervised_keys
+    image_feature = builder.info.features[supervised[0]] if supervised and len(supervised) == 2 else None
+    label_feature = builder.info.features[supervised[1]] if image_feature else None
+    if not isinstance(image_feature, tfds.features.Image) or not isinstance(label_feature, tfds.features.ClassLabel):
+        raise ConfigError(f'config.dataset.name={dataset_config.name!r} is no image classification data set: '
+                          'it needs one image and one class label')
+    if not builder.is_prepared():
+        _prepare(builder, os.path.expanduser(dataset_config.data_dir) or str(tfds.core.constants.DATA_DIR))
+    if label_feature.num_classes < 2:
+        raise RunError(f'{dataset_config.name} in {builder.data_dir} has {label_feature.num_classes} class; a classifier needs at least two')
+    return Source(
+        name=dataset_config.name,
+        class_names=tuple(label_feature.names),
+        train_split=dataset_config.train_split,
+        eval_split=dataset_config.eval_split,
+        num_train=_size(builder, 'train_split', dataset_config, needed=needs_training),
+        num_eval=_size(builder, 'eval_split', dataset_config, needed=True),
+        memory_bytes=int(dataset_config.memory_gib * 2**30),
+        find=functools.partial(reading.of_builder, builder),
+    )
+
+
+def _builder(dataset_config):
     name, data_dir = dataset_config.name, os.path.expanduser(dataset_config.data_dir) or None
     try:
         return tfds.builder(name, data_dir=data_dir)
@@ -151,44 +165,42 @@ def _how_to_get(builder):
     return f'TFDS says: {one_line(builder.MANUAL_DOWNLOAD_INSTRUCTIONS)}'
 
 
-def _folder(dataset_config):
-    root = os.path.expanduser(dataset_config.data_dir)
-    layout = f'{root or "DIR"}/{dataset_config.train_split}/CLASS/*.jpg and {root or "DIR"}/{dataset_config.eval_split}/CLASS/*.jpg'
-    if not root:
-        raise ConfigError(f"config.dataset.name='folder' needs --config.dataset.data_dir=DIR with {layout}")
-    if not tf.io.gfile.isdir(root):
-        raise RunError(f'config.dataset.data_dir={root} is no folder: it should hold {layout}')
-    builder = tfds.folder_dataset.ImageFolder(root)
-    for split in (dataset_config.train_split, dataset_config.eval_split):
-        if split not in builder.info.splits or not builder.info.splits[split].num_examples:
-            raise RunError(f'{os.path.join(root, split)} has no class folders with images (.jpg, .jpeg, .png): expected {layout}')
-    classes = [set(tf.io.gfile.listdir(os.path.join(root, split))) for split in (dataset_config.train_split, dataset_config.eval_split)]
-    unknown = sorted(name.rstrip('/') for name in classes[1] - classes[0] if tf.io.gfile.isdir(os.path.join(root, dataset_config.eval_split, name)))
-    seen = {example.label for example in builder._split_examples[dataset_config.train_split]}
-    unseen = sorted(name for name in builder.info.features['label'].names if name not in seen or name.startswith('.'))
-    if unknown:
-        raise RunError(f'{os.path.join(root, dataset_config.eval_split)} has classes that {dataset_config.train_split} has not: {", ".join(unknown[:10])}')
-    if unseen:
-        raise RunError(f'{root} has folders that are no classes with training pictures: {", ".join(unseen[:10])}: fill them, or take them away')
-    return builder
+def _folder(dataset_config, needs_training):
+    found = folder.find(dataset_config, needs_training)
+    for note in found.notes:
+        print(f'note      {note}', flush=True)
+    named = [f'  {folder.shown(path)}: {reason}' for path, reason in found.broken[:MOST_NAMED]]
+    more = [f'  and {len(found.broken) - MOST_NAMED:,} more'] if len(found.broken) > MOST_NAMED else []
+    return Source(
+        name=dataset_config.name,
+        class_names=found.class_names,
+        train_split=dataset_config.train_split,
+        eval_split=dataset_config.eval_split,
+        num_train=len(found.splits.get(dataset_config.train_split, ())),
+        num_eval=len(found.splits[dataset_config.eval_split]),
+        memory_bytes=int(dataset_config.memory_gib * 2**30),
+        find=lambda split, share: _singles(found.splits[split], share),
+        notes=(*found.notes, *named, *more),
+    )
 
 
-def _files(builder, split, share):
-    examples = builder._split_examples[split]
-    begin, end = reading.share_of(len(examples), share)
-    paths = [example.image_path for example in examples[begin:end]]
-    labels = [builder.info.features['label'].str2int(example.label) for example in examples[begin:end]]
-    return reading.Singles(stored=tf.constant(paths), labels=tf.constant(labels, tf.int64), ids=tf.range(begin, end, dtype=tf.int64),
-                           load=tf.io.read_file, num_bytes=sum(tf.io.gfile.stat(path).length for path in paths))
+def _singles(pictures, share):
+    begin, end = reading.share_of(len(pictures), share)
+    paths, labels, sizes = zip(*pictures[begin:end])
+    return reading.Singles(stored=tf.constant([os.fsencode(path) for path in paths]), labels=tf.constant(labels, tf.int64),
+                           ids=tf.range(begin, end, dtype=tf.int64), load=tf.io.read_file, num_bytes=sum(sizes))
 
 
-def _size(builder, key, dataset_config):
+def _size(builder, key, dataset_config, needed):
+    """Examples in the split that `config.dataset` names under `key`; 0 where it has none and needs none."""
     split = dataset_config[key]
     try:
         size = builder.info.splits[split].num_examples
     except (KeyError, ValueError) as error:
+        if not needed:
+            return 0
         raise ConfigError(f'config.dataset.{key}={split!r} is no split of {builder.name}: it has '
                           f'{", ".join(builder.info.splits) or "none"} ({one_line(error, 120)})') from error
-    if not size:
+    if not size and needed:
         raise ConfigError(f'config.dataset.{key}={split!r} of {builder.name} has no examples')
     return size

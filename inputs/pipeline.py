@@ -9,32 +9,39 @@ import math
 import numpy as np
 import tensorflow as tf
 
-from inputs import augment
+from inputs import augment, service
 from inputs.pictures import decode, resize_picture
 
 AUTOTUNE = tf.data.AUTOTUNE
 MOST_READ_AGAIN = 0.02  # of an epoch, after a resume: what is shuffled at a time
 
 
-def training_batches(source, config, plan, start_step, strategy):
-    """The batches from update `start_step` to the last.
+def training_batches(source, config, plan, begin_step, end_step, strategy):
+    """The batches of updates `begin_step` to `end_step`.
+
+    Args:
+        source: datasets.Source.
+        config: of these updates: `image_size` and `augment` differ between the stages of a progressive run.
+        plan: planning.Plan.
+        strategy: tf.distribute.Strategy.
 
     Returns: a distributed dataset of (images, labels, draws) per replica: uint8 [batch, size, size, 3], int64 [batch], and
         the dict of random numbers that `augment.on_device` takes, float32 [batch, ...].
     """
-    prepare = augment.on_host(config.augment, config.image_size)
+    prepare, repeats = augment.on_host(config.augment, config.image_size), config.augment.repeats
 
-    def picture(epoch, number, encoded, label):
-        seed = tf.random.experimental.stateless_fold_in(_pair(config.seed, epoch), number)
-        picture_seed, draws_seed = tf.unstack(tf.random.split(seed, 2))
-        return prepare(encoded, picture_seed, config.eval_crop), label, augment.draws(config.augment, draws_seed)
+    def picture(repeat, epoch, number, encoded, label):
+        seed = tf.stack([config.seed * 2**31 + epoch, (number * repeats + repeat) * augment.SEEDS])
+        return prepare(encoded, seed, config.eval_crop), label, augment.draws(config.augment, seed)
 
     def on_host(context):
-        split = source.split(source.train_split, _share(context))
-        batch_size = plan.batch_size // context.num_input_pipelines
-        stream = ordered_examples(split, config.seed, source.memory_bytes // 4, start_step * batch_size, plan.total_steps * batch_size)
-        batches = stream.map(picture, AUTOTUNE).batch(plan.batch_size // plan.num_replicas, drop_remainder=True, num_parallel_calls=AUTOTUNE)
-        return batches.prefetch(AUTOTUNE).with_options(_options(source))
+        split = source.split(source.train_split, _share(context), in_memory=not config.dataset.service)
+        distinct = plan.batch_size // context.num_input_pipelines // repeats  # examples of a batch, on this host
+        examples = ordered_examples(split, config.seed, source.memory_bytes // 4, begin_step * distinct)
+        examples = repeated(examples, plan.batch_size // plan.num_replicas, repeats)
+        batches = service.prepare(examples, picture, plan.batch_size // plan.num_replicas, config.dataset.service, AUTOTUNE)
+        replicas = plan.num_replicas // context.num_input_pipelines
+        return batches.take((end_step - begin_step) * replicas).prefetch(AUTOTUNE).with_options(_options(source))
 
     return strategy.distribute_datasets_from_function(on_host)
 
@@ -64,8 +71,8 @@ def evaluation_batches(source, config, plan, strategy):
     return strategy.distribute_datasets_from_function(on_host), steps[0]
 
 
-def ordered_examples(split, seed, window_bytes, begin, end):
-    """Examples `begin` to `end` of the endless stream of training examples.
+def ordered_examples(split, seed, window_bytes, begin):
+    """The endless stream of training examples from example `begin` on.
 
     An epoch is a random order of the split's pieces. Where a piece has several examples, as many pieces as fit into
     `window_bytes`, but no more than 2 % of the epoch, are shuffled together.
@@ -97,8 +104,23 @@ def ordered_examples(split, seed, window_bytes, begin, end):
         return chosen.map(lambda number, encoded, label: (epoch, number, encoded, label))
 
     # While one window is used up the next one is read.
-    stream = tf.data.Dataset.range(first, math.ceil(end / num_examples) * num_windows).interleave(examples, cycle_length=1, num_parallel_calls=1)
-    return stream.skip(0 if longest == 1 else in_window).take(end - begin)
+    stream = tf.data.Dataset.range(first, 2**62).interleave(examples, cycle_length=1, num_parallel_calls=1)
+    return stream.skip(0 if longest == 1 else in_window)
+
+
+def repeated(examples, batch_size, repeats):
+    """Examples with the number of the repetition before them, each `repeats` times in its batch (Hoffer et al. 2020).
+
+    A batch holds its distinct examples once, then all of them again, so neighbours differ.
+    """
+    if repeats == 1:
+        return examples.map(lambda *example: (tf.constant(0, tf.int64), *example))
+
+    def tile(*columns):
+        number = tf.repeat(tf.range(repeats, dtype=tf.int64), batch_size // repeats)
+        return number, *(tf.tile(column, [repeats]) for column in columns)
+
+    return examples.batch(batch_size // repeats, drop_remainder=True).map(tile).unbatch()
 
 
 def _share(context):

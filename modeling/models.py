@@ -14,17 +14,18 @@ def build_model(config, num_classes):
     """The network of `config.model`, ending in global average pooling, dropout and a linear head.
 
     Args:
-        config: the whole config: `model.*` and `image_size` are used.
+        config: the whole config: `model.*`, `image_size` and `progressive.stages` are used.
         num_classes: width of the head.
 
     Returns: a keras.Model, [batch, size, size, 3] in 0..255 -> logits [batch, num_classes], float32 (float64 under that
-        policy).
+        policy). With `progressive.stages` it takes any size.
 
     Raises:
         ConfigError: no such model, or one that cannot be built so.
         RunError: its pretrained weights cannot be had.
     """
-    shape = (config.image_size, config.image_size, 3)
+    size = config.image_size if config.progressive.stages == 1 else None
+    shape = (size, size, 3)
     images = keras.Input(shape, name='images')
     if config.model.name == 'tiny':
         if config.model.weights or config.model.drop_path:
@@ -37,6 +38,11 @@ def build_model(config, num_classes):
     head_dtype = 'float64' if policy.compute_dtype == 'float64' else 'float32'  # never a half: the loss is computed from it
     logits = keras.layers.Dense(num_classes, dtype=head_dtype, name='predictions')(dropped)
     return keras.Model(images, logits, name=config.model.name)
+
+
+def set_dropout(model, rate):
+    """Changes the dropout before the head, for steps that are traced from now on."""
+    model.get_layer('top_dropout').rate = rate
 
 
 def derive_dropout_seeds(model, seed, updates):
@@ -89,7 +95,7 @@ def _application(model_config, shape, images):
         reason = one_line(error)
         if model_config.weights:
             raise RunError(f'config.model.weights={model_config.weights!r} could not be loaded into {model_config.name}: {reason}') from error
-        raise ConfigError(f'{model_config.name} cannot be built for config.image_size={shape[0]}: {reason}') from error
+        raise ConfigError(f"{model_config.name} cannot be built for config.image_size={shape[0] or 'any'}: {reason}") from error
     features = keras.Model.from_config(_changed(plain.get_config(), model_config))
     if model_config.weights:
         for variable, value in zip(weights(features), weights(plain), strict=True):

@@ -20,14 +20,14 @@ class TrainState:
 
     Attributes:
         model: keras.Model, pictures -> logits.
-        optimizer: Keras optimizer, built.
+        optimizer: Keras optimizer, built; None where nothing is trained.
         average: float variables, one for each of `weights(model)`, or empty without EMA.
         loss_scale: float32 [] and finite_updates: int64 [], or None: dynamic loss scaling of float16.
         skipped_updates: int64 [], updates left out because of a gradient that is not finite (float16 only).
     """
 
     model: keras.Model
-    optimizer: keras.optimizers.Optimizer
+    optimizer: keras.optimizers.Optimizer | None
     average: list
     loss_scale: tf.Variable | None
     finite_updates: tf.Variable | None
@@ -46,9 +46,10 @@ class TrainState:
         """All of it, by name, in an order that depends on the config only: what a checkpoint holds."""
         parts = {
             'model': [variable.value for variable in weights(self.model)],
-            'optimizer': [variable.value for variable in self.optimizer.variables],
             'average': list(self.average),
         }
+        if self.optimizer is not None:
+            parts['optimizer'] = [variable.value for variable in self.optimizer.variables]
         if self.loss_scale is not None:
             parts['loss_scale'] = [self.loss_scale, self.finite_updates, self.skipped_updates]
         return parts

@@ -1,5 +1,6 @@
 """The pictures of a run, and of several runs side by side."""
 import os
+import textwrap
 
 import matplotlib
 
@@ -28,6 +29,26 @@ def plot_learning_rate(path, planned_steps, planned, rows, warmup_steps, hold_st
     axes.set(xlabel='update', ylabel='learning rate', title='Learning rate', ylim=(0, None))
     axes.ticklabel_format(axis='y', style='sci', scilimits=(-2, 3))
     axes.legend()
+    _save(figure, path)
+
+
+def plot_batch(path, images, captions, title):
+    """Pictures of a batch in rows of eight.
+
+    Args:
+        path: where the PNG goes.
+        images: float [n, size, size, 3] in 0..255.
+        captions: n texts.
+        title: above all.
+    """
+    rows = -(-len(images) // 8)
+    figure, grid = plt.subplots(rows, 8, figsize=(14, 0.7 + 1.95 * rows), layout='constrained', squeeze=False)
+    for axes in grid.flat:
+        axes.axis('off')
+    for axes, image, text in zip(grid.flat, images, captions):
+        axes.imshow(image.clip(0, 255).round().astype('uint8'), interpolation='nearest')
+        axes.set_title(textwrap.fill(textwrap.shorten(text.replace('$', r'\$'), 60, placeholder=' ...'), 26), fontsize=7)
+    figure.suptitle(title)
     _save(figure, path)
 
 

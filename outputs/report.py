@@ -6,13 +6,14 @@ from outputs.logbook import read_json
 INPUT_BOUND = 0.2  # from this share of the time spent waiting for batches on, the input is what limits
 
 
-def write_report(workdir, summary, description):
+def write_report(workdir, summary, description, notes=()):
     """Writes report.md into `workdir`.
 
     Args:
         workdir: the folder of the run, with config.json, environment.json and plots/.
         summary: the content of summary.json.
         description: lines of text about strategy, precision and plan.
+        notes: lines of text about the data that the user may not expect, such as broken files that were skipped.
     """
     config, environment = (read_json(os.path.join(workdir, name)) for name in ('config.json', 'environment.json'))
     waiting = summary['input_wait_fraction']
@@ -21,6 +22,7 @@ def write_report(workdir, summary, description):
     packages = ', '.join(f'{name} {version}' for name, version in environment['packages'].items())
     commit = environment['git_commit'] or 'unknown'
     changed = f' with {len(environment["git_changed_files"])} changed files' if environment['git_changed_files'] else ''
+    about_data = '\n'.join(('## What to know about the data', '', '```', *notes, '```', '', '')) if notes else ''
     resumed = ', '.join(f'{step:,}' for step in summary['resumed_from']) or 'never'
     text = f"""# {config['model']['name']} on {config['dataset']['name']}
 
@@ -52,7 +54,7 @@ def write_report(workdir, summary, description):
 
 config.json has every value of the config.
 
-## On what
+{about_data}## On what
 
 - {environment['platform']}, {environment['cpu_cores']} CPU cores
 - {', '.join(environment['devices'])}

@@ -13,7 +13,7 @@ UPRIGHT = 1.0
 
 
 def seeds(count):
-    return [tf.constant([7, index], tf.int64) for index in range(count)]
+    return [tf.constant([7, index * augment.SEEDS], tf.int64) for index in range(count)]
 
 
 @pytest.mark.parametrize('name, amount, reference', [

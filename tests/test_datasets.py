@@ -25,6 +25,11 @@ def write_picture(path, size=(20, 30), value=100):
     tf.io.write_file(path, tf.io.encode_png(picture) if path.endswith('.png') else tf.io.encode_jpeg(picture))
 
 
+def write_text(path):
+    with open(path, 'w') as file:
+        file.write('no picture')
+
+
 @pytest.fixture
 def pictures(tmp_path):
     for split, count in (('train', 6), ('test', 3)):
@@ -39,7 +44,7 @@ def test_digits_are_all_of_scikit_learns_in_two_fixed_splits():
     assert (source.num_train, source.num_eval, source.class_names) == (1437, 360, tuple('0123456789'))
     digits, seen = load_digits(), []
     for split in ('train', 'test'):
-        for example in source.builder.as_dataset(split=split).as_numpy_iterator():
+        for example in datasets.tfds.builder('digits').as_dataset(split=split).as_numpy_iterator():
             row = example['id']
             seen.append(row)
             assert example['label'] == digits.target[row]
@@ -89,30 +94,42 @@ def test_a_budget_that_the_machine_has_not_is_refused_with_one_that_it_has(monke
         source.split('train')
 
 
-def test_a_folder_without_the_split_says_what_it_should_hold(tmp_path):
-    write_picture(str(tmp_path / 'train' / 'cat' / '0.jpg'))
-    with pytest.raises(RunError, match='test has no class folders with images'):
-        datasets.load(dataset_config(name='folder', data_dir=str(tmp_path)))
+def test_a_folder_without_the_split_holds_out_a_part_and_says_so(pictures, capsys):
+    source = datasets.load(dataset_config(name='folder', data_dir=os.path.join(pictures, 'train'), eval_share=0.5))
+    assert source.num_train + source.num_eval == 12 and source.num_eval in (2, 4, 6)  # the same picture twice stays on one side
+    assert 'held out as test' in source.notes[0] and f'note      {source.notes[0]}\n' in capsys.readouterr().out
 
 
-def test_a_class_that_training_never_sees_is_named(pictures):
-    write_picture(os.path.join(pictures, 'test', 'bird', '0.jpg'))
-    with pytest.raises(RunError, match='has classes that train has not: bird'):
-        datasets.load(dataset_config(name='folder', data_dir=pictures))
+def test_a_broken_file_is_named_for_the_report(pictures):
+    write_text(os.path.join(pictures, 'train', 'cat', 'page.jpg'))
+    source = datasets.load(dataset_config(name='folder', data_dir=pictures))
+    assert (source.num_train, source.num_eval) == (12, 6)
+    assert any(note.startswith('1 of 19 files are broken') for note in source.notes) and source.notes[-1].startswith('  train/cat/page.jpg: no picture')
+    for number in range(60):
+        write_text(os.path.join(pictures, 'train', 'cat', f'page{number}.jpg'))
+    notes = datasets.load(dataset_config(name='folder', data_dir=pictures, max_broken=0.9)).notes
+    assert sum(': no picture' in note for note in notes) == 50 and notes[-1] == '  and 11 more'
 
 
-def test_a_folder_that_is_no_class_is_named(pictures):
-    os.makedirs(os.path.join(pictures, 'train', 'empty'))
-    write_picture(os.path.join(pictures, 'train', '.ipynb_checkpoints', '0.jpg'))
-    with pytest.raises(RunError, match='no classes with training pictures: .ipynb_checkpoints, empty: fill them, or take them away'):
-        datasets.load(dataset_config(name='folder', data_dir=pictures))
+def test_a_data_set_without_training_examples_can_be_evaluated():
+    for train_split in ('training', 'train[:0]'):
+        config = dataset_config(name='digits', train_split=train_split)
+        source = datasets.load(config, needs_training=False)
+        assert (source.num_train, source.num_eval) == (0, 360) and len(list(source.examples('test'))) == 360
+        with pytest.raises(ConfigError):
+            datasets.load(config)
+    with pytest.raises(ConfigError, match="'nothing' is no split of digits"):
+        datasets.load(dataset_config(name='digits', eval_split='nothing'), needs_training=False)
 
 
-def test_a_folder_with_one_class_is_refused(tmp_path):
-    for split in ('train', 'test'):
-        write_picture(str(tmp_path / split / 'cat' / '0.jpg'))
-    with pytest.raises(RunError, match='has 1 class'):
-        datasets.load(dataset_config(name='folder', data_dir=str(tmp_path)))
+@pytest.mark.parametrize('hosts', [1, 2, 5])
+def test_hosts_read_even_shares_of_a_folder_that_are_all_of_it(pictures, hosts):
+    source = datasets.load(dataset_config(name='folder', data_dir=pictures))
+    parts = [source.split('train', (host, hosts)) for host in range(hosts)]
+    assert [number for part in parts for number in part.ids.numpy()] == list(range(12))
+    assert max(len(part.ids) for part in parts) - min(len(part.ids) for part in parts) <= 1
+    read = [(encoded, label) for part in parts for _, encoded, label in part.read(np.arange(len(part.counts))).as_numpy_iterator()]
+    assert read == list(source.examples('train').as_numpy_iterator())
 
 
 def test_imagenet_that_is_missing_says_where_it_was_sought_and_how_to_get_it(tmp_path):

@@ -4,10 +4,14 @@ import os
 import tarfile
 
 import numpy as np
+import pytest
 import tensorflow as tf
+import tensorflow_datasets as tfds
 
+import evaluate
 import train
 from configs import imagenet
+from errors import ConfigError, RunError
 from inputs import datasets
 from outputs.logbook import read_json
 
@@ -42,16 +46,37 @@ def write_archives(folder):
             add(archive, f'ILSVRC2012_val_{number:08d}.JPEG', picture(1000 + number))
 
 
-def test_a_small_imagenet_is_prepared_trained_and_evaluated(tmp_path):
-    write_archives(str(tmp_path / 'data' / 'downloads' / 'manual'))
+def small_config(tmp_path):
     config = imagenet.get_config()
     config.dataset.data_dir = str(tmp_path / 'data')
     config.model.name, config.model.drop_path, config.image_size = 'tiny', 0.0, 64
     config.batch_size, config.eval_batch_size, config.train_for = 16, 8, '6 steps'
     config.schedule.warmup, config.log_every, config.eval_every = '2 steps', '2 steps', '6 steps'
+    return config
+
+
+def test_a_small_imagenet_is_prepared_trained_and_evaluated_and_so_is_a_test_set_without_training_split(tmp_path, monkeypatch):
+    write_archives(str(tmp_path / 'data' / 'downloads' / 'manual'))
+    config = small_config(tmp_path)
     source = datasets.load(config.dataset)
     assert (source.num_train, source.num_eval) == (len(SYNSETS) * PICTURES_PER_CLASS, VALIDATION_PICTURES)
     assert len(source.class_names) == 1000 and source.class_names[:4] == SYNSETS
     assert train.run(config, str(tmp_path / 'run')) == 0
     summary = read_json(str(tmp_path / 'run' / 'summary.json'))
     assert summary['eval/examples'] == VALIDATION_PICTURES and summary['examples_seen'] == 96
+
+    config.dataset.name, config.dataset.eval_split = 'imagenet_v2', 'test'
+    for class_index in ('0', '2', '999'):
+        for name in ('a.jpeg', 'b.jpeg'):
+            path = tmp_path / 'downloaded' / 'imagenetv2-matched-frequency-format-val' / class_index / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(picture(len(name) + int(class_index)))
+    monkeypatch.setattr(tfds.download.DownloadManager, 'download_and_extract', lambda self, url: str(tmp_path / 'downloaded'))
+    metrics = evaluate.run(config, str(tmp_path / 'run'))
+    assert metrics['eval/examples'] == 6 and np.isfinite(metrics['eval/loss'])
+    with pytest.raises(ConfigError, match="'train' is no split of imagenet_v2"):
+        train.run(config, str(tmp_path / 'other'))
+
+    config.dataset.name, config.dataset.eval_split = 'digits', 'test'
+    with pytest.raises(RunError, match="has 1000 classes and this data set 10, which differ .'n01440764' is now '0'."):
+        evaluate.run(config, str(tmp_path / 'run'))

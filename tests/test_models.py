@@ -38,6 +38,17 @@ def test_efficientnetv2b0_answers_as_keras_own_does():
     assert rates == pytest.approx(dropouts(theirs)) and rates[-1] == 0.2 and rates[0] < 0.02 < rates[-2] < 0.2
 
 
+def test_a_progressive_model_is_the_same_network_at_any_size():
+    any_size = config_for('EfficientNetV2B0', image_size=64)
+    any_size.progressive.stages = 2
+    progressive, fixed = models.build_model(any_size, 10), models.build_model(config_for('EfficientNetV2B0', image_size=32), 10)
+    for ours, theirs in zip(models.weights(progressive), models.weights(fixed), strict=True):
+        ours.assign(theirs)
+    images = np.random.RandomState(0).randint(0, 256, (2, 32, 32, 3)).astype('float32')
+    np.testing.assert_array_equal(progressive(images, training=False), fixed(images, training=False))
+    assert progressive(np.repeat(np.repeat(images, 2, 1), 2, 2), training=False).shape == (2, 10)
+
+
 def test_drop_path_grows_to_what_the_config_says():
     rates = dropouts(models.build_model(config_for('EfficientNetV2B0', drop_path=0.1, dropout=0.4), 10))
     assert rates[:-1] == sorted(rates[:-1]) and 0.09 < rates[-2] < 0.1 and rates[-1] == 0.4

@@ -6,6 +6,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+import tensorflow_datasets as tfds
 
 import plan as planning
 from inputs import datasets, pipeline, reading
@@ -25,12 +26,17 @@ def source():
 def split(request, source, monkeypatch):
     """The training split of the digits: each example a piece in memory or in a file, or runs of 7 in a file."""
     monkeypatch.setattr(reading, 'PIECES', 1437 // 7 if request.param == 'long records' else 2000)
-    records = reading.of_builder(source.builder, 'train')
+    records = source.find('train')
     return reading.in_memory(records) if request.param == 'memory' else records
 
 
 def plan_for(config, source, num_replicas=1):
     return planning.make_plan(config, source.num_train, source.num_eval, 10, num_replicas)
+
+
+def training_batches(config, source, strategy=ONE_DEVICE, begin=0):
+    plan = plan_for(config, source, strategy.num_replicas_in_sync)
+    return pipeline.training_batches(source, config, plan, begin, plan.total_steps, strategy)
 
 
 def digest(*tensors):
@@ -53,7 +59,7 @@ def global_batches(dataset, strategy):
 
 def ids(split, seed, begin, end):
     """(epoch, id) of examples `begin` to `end`."""
-    return [(int(epoch), int(number)) for epoch, number, _, _ in pipeline.ordered_examples(split, seed, 10**9, begin, end).as_numpy_iterator()]
+    return [(int(epoch), int(number)) for epoch, number, _, _ in pipeline.ordered_examples(split, seed, 10**9, begin).take(end - begin).as_numpy_iterator()]
 
 
 def test_every_example_is_seen_exactly_once_in_each_epoch(split):
@@ -93,7 +99,7 @@ def test_a_resumed_stream_reads_at_most_two_percent_of_an_epoch_again(split):
 
     for begin in np.random.RandomState(1).randint(0, 3 * 1437 - 1, 20):
         read.clear()
-        next(iter(pipeline.ordered_examples(Watched(), 0, 10**9, int(begin), int(begin) + 1)))
+        next(iter(pipeline.ordered_examples(Watched(), 0, 10**9, int(begin))))
         done = {number for _, number in whole[begin // 1437 * 1437:begin]}  # in this epoch, before the stop
         assert whole[begin][1] in read and len(done & set(read)) <= 0.02 * 1437
 
@@ -101,26 +107,42 @@ def test_a_resumed_stream_reads_at_most_two_percent_of_an_epoch_again(split):
 def test_a_resumed_run_gets_the_batch_that_would_have_come(tiny, source):
     tiny.train_for, tiny.augment.flip, tiny.augment.random_erasing, tiny.augment.mixup = '2 epochs', True, 0.5, 0.2
     plan = plan_for(tiny, source)
-    batches = [batch_digest(batch) for batch in pipeline.training_batches(source, tiny, plan, 0, ONE_DEVICE)]
+    batches = [batch_digest(batch) for batch in training_batches(tiny, source)]
     assert len(batches) == plan.total_steps == len(set(batches))
     for step in (1, 43, 44, 45, 46, plan.total_steps - 1):  # 44.9 steps are an epoch
-        assert batch_digest(next(iter(pipeline.training_batches(source, tiny, plan, step, ONE_DEVICE)))) == batches[step]
+        assert batch_digest(next(iter(training_batches(tiny, source, begin=step)))) == batches[step]
+
+
+def test_repeated_examples_differ_within_their_batch_and_all_come_equally_often(tiny, source):
+    tiny.augment.repeats, tiny.batch_size, tiny.train_for = 3, 48, '60 steps'  # 2 epochs and 6 examples
+    split = source.split('train')
+    seen = [(int(repeat), int(epoch), int(number)) for repeat, epoch, number, *_ in
+            pipeline.repeated(pipeline.ordered_examples(split, 0, 10**9, 0), 48, 3).take(3 * 1437 // 48 * 48).as_numpy_iterator()]
+    for begin in range(0, len(seen), 48):
+        batch = seen[begin:begin + 48]
+        assert len({number for *_, number in batch}) == 16 and len(set(batch)) == 48
+        assert all(batch[place][2] != batch[place + 1][2] for place in range(47))  # neighbours are mixed
+    assert len(set(seen)) == len(seen)
+    batches = [batch_digest(batch) for batch in training_batches(tiny, source)]
+    assert batch_digest(next(iter(training_batches(tiny, source, begin=41)))) == batches[41]
+    images = next(iter(training_batches(tiny, source)))[0].numpy()
+    assert len({digest(image) for image in images}) == 48
 
 
 @pytest.mark.parametrize('parallel_calls', [1, 2, 8])
 def test_batches_do_not_depend_on_the_parallelism(tiny, source, parallel_calls, monkeypatch):
     tiny.train_for, tiny.augment.policy.name = '6 steps', 'rand_augment'
-    expected = [batch_digest(batch) for batch in pipeline.training_batches(source, tiny, plan_for(tiny, source), 0, ONE_DEVICE)]
+    expected = [batch_digest(batch) for batch in training_batches(tiny, source)]
     monkeypatch.setattr(pipeline, 'AUTOTUNE', parallel_calls)
-    assert [batch_digest(batch) for batch in pipeline.training_batches(source, tiny, plan_for(tiny, source), 0, ONE_DEVICE)] == expected
+    assert [batch_digest(batch) for batch in training_batches(tiny, source)] == expected
 
 
 @pytest.mark.parametrize('devices', [2, 4])
 def test_replicas_share_the_global_batch_of_one_device(tiny, source, devices):
     tiny.train_for, tiny.augment.cutmix = '4 steps', 1.0
-    alone = list(global_batches(pipeline.training_batches(source, tiny, plan_for(tiny, source), 0, ONE_DEVICE), ONE_DEVICE))
+    alone = list(global_batches(training_batches(tiny, source), ONE_DEVICE))
     strategy = mirrored(devices)
-    shared = list(global_batches(pipeline.training_batches(source, tiny, plan_for(tiny, source, devices), 0, strategy), strategy))
+    shared = list(global_batches(training_batches(tiny, source, strategy), strategy))
     assert len(alone) == len(shared) == 4
     for values, values_shared in zip(alone, shared):
         for value, value_shared in zip(values, values_shared):
@@ -130,7 +152,7 @@ def test_replicas_share_the_global_batch_of_one_device(tiny, source, devices):
 @pytest.mark.parametrize('hosts', [2, 3, 8])
 def test_hosts_read_shares_that_together_are_the_split(source, hosts):
     """One file, more hosts than files."""
-    parts = [reading.of_builder(source.builder, 'train', (host, hosts)) for host in range(hosts)]
+    parts = [source.find('train', (host, hosts)) for host in range(hosts)]
     sizes = [int(part.counts.sum()) for part in parts]
     assert max(sizes) - min(sizes) <= 1
     read = [number for part in parts for number in sorted(int(number) for number, *_ in part.read(np.arange(len(part.counts))).as_numpy_iterator())]
@@ -138,16 +160,16 @@ def test_hosts_read_shares_that_together_are_the_split(source, hosts):
 
 
 def test_a_piece_is_what_tfds_reads(split, source):
-    expected = collections.Counter((example['label'], example['image']) for example in source.builder.as_dataset(
-        split='train', decoders={'image': datasets.tfds.decode.SkipDecoding()}).as_numpy_iterator())
+    expected = collections.Counter((example['label'], example['image']) for example in tfds.builder('digits').as_dataset(
+        split='train', decoders={'image': tfds.decode.SkipDecoding()}).as_numpy_iterator())
     assert collections.Counter((label, encoded) for _, encoded, label in split.read(np.arange(len(split.counts))).as_numpy_iterator()) == expected
 
 
 def test_a_part_of_a_split_is_read_from_inside_its_file(source):
-    part = reading.of_builder(source.builder, 'train[100:200]+train[700:705]')
-    expected = sorted(example['id'] for example in source.builder.as_dataset(split='train[100:200]+train[700:705]').as_numpy_iterator())
-    by_encoded = {example['image']: example['id'] for example in source.builder.as_dataset(
-        split='train', decoders={'image': datasets.tfds.decode.SkipDecoding()}).as_numpy_iterator()}
+    part = source.find('train[100:200]+train[700:705]')
+    expected = sorted(example['id'] for example in tfds.builder('digits').as_dataset(split='train[100:200]+train[700:705]').as_numpy_iterator())
+    by_encoded = {example['image']: example['id'] for example in tfds.builder('digits').as_dataset(
+        split='train', decoders={'image': tfds.decode.SkipDecoding()}).as_numpy_iterator()}
     read = list(part.read(np.arange(len(part.counts))).as_numpy_iterator())
     assert sorted(number for number, *_ in read) == list(range(105))
     assert sorted(by_encoded[encoded] for _, encoded, _ in read) == expected
@@ -170,8 +192,8 @@ def test_evaluation_reads_every_example_exactly_once(still, source, devices, eva
 
 def test_without_augmentation_the_training_picture_is_the_evaluation_picture(still, source):
     still.train_for = '2 steps'
-    images, labels, draws = next(iter(pipeline.training_batches(source, still, plan_for(still, source), 0, ONE_DEVICE)))
-    examples = pipeline.ordered_examples(source.split('train'), still.seed, 10**9, 0, 32).as_numpy_iterator()
+    images, labels, draws = next(iter(training_batches(still, source)))
+    examples = pipeline.ordered_examples(source.split('train'), still.seed, 10**9, 0).take(32).as_numpy_iterator()
     np.testing.assert_array_equal(images, tf.stack([resize_picture(decode(encoded), 16) for _, _, encoded, _ in examples]))
     assert draws == {} and images.dtype == tf.uint8
 
@@ -179,6 +201,6 @@ def test_without_augmentation_the_training_picture_is_the_evaluation_picture(sti
 @pytest.mark.parametrize('policy', ['mixed_bfloat16', 'mixed_float16'])
 def test_batches_do_not_depend_on_the_type_the_model_computes_in(tiny, source, policy):
     tiny.augment.policy.name, tiny.augment.mixup, tiny.train_for = 'rand_augment', 0.2, '2 steps'
-    expected = [batch_digest(batch) for batch in pipeline.training_batches(source, tiny, plan_for(tiny, source), 0, ONE_DEVICE)]
+    expected = [batch_digest(batch) for batch in training_batches(tiny, source)]
     keras.config.set_dtype_policy(policy)
-    assert [batch_digest(batch) for batch in pipeline.training_batches(source, tiny, plan_for(tiny, source), 0, ONE_DEVICE)] == expected
+    assert [batch_digest(batch) for batch in training_batches(tiny, source)] == expected

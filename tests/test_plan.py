@@ -4,11 +4,13 @@ import importlib
 import os
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import tensorflow as tf
 from hypothesis import given, strategies as st
 
 import plan
+import settings
 from configs import default
 from errors import ConfigError
 from inputs import augment
@@ -28,7 +30,7 @@ def test_all_configs_of_the_readme_are_there():
 @pytest.mark.parametrize('name', NAMES)
 def test_a_shipped_config_is_valid_and_wastes_no_update(name):
     config = shipped(name)
-    plan.check_config(config)
+    settings.check_config(config)
     numbers = plan.make_plan(config, train_examples=9_469, eval_examples=3_925, num_classes=10, num_replicas=1)
     assert 0 < plan.learning_rate_of(config, numbers)(0) < config.schedule.peak_lr
     assert plan.learning_rate_of(config, numbers)(numbers.total_steps) == config.schedule.end_lr
@@ -116,7 +118,7 @@ def test_an_impossible_value_is_one_line_that_says_what_to_write(key, value, say
     with config.ignore_type():
         (config[section] if section else config)[name] = value
     with pytest.raises(ConfigError, match=says.replace('?', r'\?')) as error:
-        plan.check_config(config)
+        settings.check_config(config)
     assert key in str(error.value) and '\n' not in str(error.value)
 
 
@@ -126,7 +128,7 @@ def test_an_unknown_key_suggests_the_nearest(key, suggestion):
     section, _, name = key.rpartition('.')
     (config[section] if section else config)[name] = 3
     with pytest.raises(ConfigError, match=f'config.{key} does not exist; did you mean {suggestion}'):
-        plan.check_config(config)
+        settings.check_config(config)
 
 
 def test_a_schedule_longer_than_the_run_is_refused():
@@ -164,4 +166,38 @@ def test_an_unknown_argument_of_the_curve_is_refused():
     config.schedule.powr = 2.0
     config.schedule.name = 'polynomial'
     with pytest.raises(ConfigError, match='did you mean power'):
-        plan.check_config(config)
+        settings.check_config(config)
+
+
+def test_a_progressive_run_grows_in_equal_stages_to_the_config():
+    config = default.get_config()
+    config.train_for, config.image_size, config.augment.mixup = '1_000 steps', 224, 0.4
+    config.progressive.stages, config.progressive.image_size, config.progressive.strength = 4, 128, 0.25
+    numbers = plan.make_plan(config, 10_000, 10, 10, 1)
+    ends, stages = zip(*plan.stages(config, numbers))
+    assert ends == (250, 500, 750, 1000)
+    assert [stage.image_size for stage in stages] == [128, 160, 192, 224]
+    np.testing.assert_allclose([stage.augment.mixup for stage in stages], [0.1, 0.2, 0.3, 0.4])
+    np.testing.assert_allclose([stage.model.dropout for stage in stages], [0.05, 0.1, 0.15, 0.2])
+    np.testing.assert_allclose([stage.augment.policy.magnitude for stage in stages], [2.5, 5, 7.5, 10])
+    assert stages[-1].to_json() == config.to_json() and config.augment.mixup == 0.4
+
+
+def test_one_stage_is_the_config_itself():
+    config = default.get_config()
+    (end, stage), = plan.stages(config, plan.make_plan(config, 10_000, 10, 10, 1))
+    assert (end, stage.to_json()) == (781, config.to_json())
+
+
+@pytest.mark.parametrize('values, says', [
+    ({'progressive.image_size': 256}, 'pictures grow'),
+    ({'train_for': '2 steps'}, 'more than the 2 steps'),
+    ({'augment.repeats': 3}, '--config.batch_size=126'),
+])
+def test_stages_and_repeats_that_cannot_be_are_refused(values, says):
+    config = default.get_config()
+    config.progressive.stages = 3
+    config.update_from_flattened_dict(values)
+    with pytest.raises(ConfigError, match=says):
+        settings.check_config(config)
+        plan.make_plan(config, 10_000, 10, 10, 1)

@@ -165,6 +165,31 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(finished, tmp_path, monk
             assert ours == pytest.approx(theirs, rel=1e-6)  # the sums were made in loops of another length
 
 
+def test_a_progressive_run_is_traced_once_for_each_size_and_goes_on_after_a_stop(tiny, tmp_path, monkeypatch):
+    tiny.image_size, tiny.progressive.stages, tiny.progressive.image_size, tiny.augment.mixup = 96, 3, 32, 0.2
+    sizes, original = [], train.steps.make_train_step
+
+    def watched(*arguments, **options):
+        train_step = original(*arguments, **options)
+
+        def traced(images, labels, draws):
+            sizes.append(images.shape[1])
+            return train_step(images, labels, draws)
+
+        return traced
+
+    monkeypatch.setattr(train.steps, 'make_train_step', watched)
+    assert train.run(tiny, str(tmp_path / 'whole')) == 0
+    assert sizes == [32, 64, 96]
+    with monkeypatch.context() as patch:
+        stop_at(patch, 14)
+        tiny.steps_per_loop = 1
+        assert train.run(tiny, str(tmp_path / 'stopped')) == 143
+    assert train.run(tiny, str(tmp_path / 'stopped')) == 0
+    whole, stopped = (read_json(str(tmp_path / name / 'summary.json')) for name in ('whole', 'stopped'))
+    assert whole['weights_sha256'] == stopped['weights_sha256'] and stopped['resumed_from'] == [14]
+
+
 def test_a_folder_of_ones_own_pictures_is_trained_on_to_the_end(tmp_path):
     for split, count in (('train', 20), ('test', 5)):
         for label, name in enumerate(('dark', 'light')):
@@ -240,12 +265,12 @@ def test_verbs_without_a_checkpoint_say_so(tiny, tmp_path):
 def test_a_checkpoint_of_another_model_or_a_damaged_one_is_named(finished, tmp_path):
     config, workdir = finished
     shutil.copytree(os.path.join(workdir, 'checkpoints'), tmp_path / 'checkpoints')  # without config.json, which would say it first
-    config.optimizer, usual = {'name': 'sgd', 'momentum': 0.9}, config.optimizer
+    config.image_size, config.model.name = 32, 'MobileNetV2'
     try:
         with pytest.raises(RunError, match='step-30 does not fit this config or is damaged'):
             evaluate.run(config, str(tmp_path))
     finally:
-        config.optimizer = usual
+        config.image_size, config.model.name = 16, 'tiny'
     (tmp_path / 'checkpoints' / 'step-30.index').write_bytes(b'damaged')
     with pytest.raises(RunError, match='step-30 does not fit this config or is damaged'):
         evaluate.run(config, str(tmp_path))

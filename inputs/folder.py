@@ -1,0 +1,280 @@
+"""A folder of one's own pictures: its classes, which of its files can be used, and which of them are for evaluation.
+
+    DIR/train/CLASS/**  and  DIR/test/CLASS/**    the two splits as they are
+    DIR/train/CLASS/**  or   DIR/CLASS/**         a share of each class is held out for evaluation
+
+What a file is good for, `picture_files` says. Nothing is written into the user's folder.
+"""
+import collections
+import dataclasses
+import hashlib
+import math
+import os
+import unicodedata
+from typing import NamedTuple
+
+import tensorflow as tf
+
+from errors import ConfigError, RunError, did_you_mean, one_line
+from inputs import picture_files
+from inputs.picture_files import shown
+
+USUAL = ('train', 'training', 'val', 'valid', 'validation', 'dev', 'test', 'testing', 'eval', 'evaluation')  # names of splits
+NOT_OURS = ('__MACOSX', '@eaDir')  # what a Mac's archive and a network disk leave behind
+NAMED = 10  # names in one line
+SORT = 'put the pictures of each class into a folder of its own'
+
+
+class Picture(NamedTuple):
+    """A file that `tf.io.decode_image` reads right, and the place of its class among the class names."""
+
+    path: str
+    label: int
+    num_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Folder:
+    """What was found.
+
+    Attributes:
+        class_names: sorted.
+        splits: {name of a split: its pictures, in an order that is always the same and mixes the classes}.
+        broken: (path below data_dir, reason) of each file that cannot be used.
+        notes: what the user may not expect, a line each.
+    """
+
+    class_names: tuple[str, ...]
+    splits: dict[str, list[Picture]]
+    broken: tuple[tuple[str, str], ...]
+    notes: tuple[str, ...]
+
+
+class _File(NamedTuple):
+    split: str
+    class_name: str
+    path: str  # below data_dir
+    verdict: picture_files.Verdict | None = None
+
+
+def find(dataset_config, needs_training=True):
+    """Finds classes and pictures in `dataset.data_dir`, and examines the files that are new or changed.
+
+    Args:
+        dataset_config: `config.dataset`.
+        needs_training: False where pictures to evaluate are enough.
+
+    Raises:
+        ConfigError: no folder is named, or a split that no folder can have.
+        RunError: there are no classes of pictures, too many files are broken, or something cannot be read or written.
+    """
+    root, train_split, eval_split = os.path.expanduser(dataset_config.data_dir), dataset_config.train_split, dataset_config.eval_split
+    _check_config(root, train_split, eval_split)
+    try:
+        bases, notes = _layout(root, train_split, eval_split, needs_training)
+        files = [file for split, base in bases.items() for file in _files(root, split, base)]
+        class_names = _class_names(bases, files)
+    except (OSError, tf.errors.OpError) as error:
+        raise RunError(f'{shown(root)} cannot be read: {shown(one_line(error))}') from error
+
+    verdicts = picture_files.examine(root, sorted(file.path for file in files))
+    broken = tuple((path, verdict.broken) for path, verdict in verdicts.items() if verdict.broken)
+    notes += _check_broken(root, broken, len(verdicts), dataset_config.max_broken)
+    files = [file._replace(verdict=verdicts[file.path]) for file in files if not verdicts[file.path].broken]
+    if eval_split not in bases:
+        files = _hold_out(files, eval_split, dataset_config.eval_share, dataset_config.split_seed)
+        notes.append(f'{dataset_config.eval_share:.3g} of each class in {shown(bases[train_split])} is held out as {eval_split}; '
+                     f'config.dataset.split_seed={dataset_config.split_seed} says which pictures')
+    _check_enough(root, bases, files, class_names, eval_split)
+    notes += _notes_on_pictures(files, class_names, eval_split)
+
+    splits = {split: [] for split in (*bases, eval_split)}
+    for file in sorted(files, key=lambda file: (file.verdict.digest, file.path)):  # as good as shuffled: any part has all classes
+        path = file.verdict.copy or os.path.join(root, file.path)
+        splits[file.split].append(Picture(path, class_names.index(file.class_name), file.verdict.num_bytes))
+    return Folder(class_names, splits, broken, tuple(notes))
+
+
+def _check_config(root, train_split, eval_split):
+    def expected(place):
+        return f'{place}/{train_split}/CLASS/*.jpg and {place}/{eval_split}/CLASS/*.jpg, or {place}/CLASS/*.jpg'
+
+    for key, split in (('train_split', train_split), ('eval_split', eval_split)):
+        if split in ('', '.', '..') or set(split) & set('[]+%:/\\') or shown(split) != split:
+            raise ConfigError(f"config.dataset.{key}={split!r} is no split of a folder, which is a subfolder: write its name, as in 'train'; "
+                              'for a part of the pictures leave the subfolder out, and config.dataset.eval_share of each class is evaluated')
+    if not root:
+        raise ConfigError("config.dataset.name='folder' needs --config.dataset.data_dir=DIR with " + expected('DIR'))
+    if os.path.isfile(root):
+        raise RunError(f'config.dataset.data_dir={shown(root)} is a file: unpack it, and name the folder with {expected("DIR")}')
+    if not (tf.io.gfile.isdir if '://' in root else os.path.isdir)(root):
+        raise RunError(f'config.dataset.data_dir={shown(root)} is no folder: it should hold {expected(shown(root))}')
+
+
+def _layout(root, train_split, eval_split, needs_training):
+    """({split: folder of its class folders}, notes); without `eval_split` where it is to be held out of the other."""
+    folders, _ = _entries(root)
+    like_splits = [name for name in folders if name in (train_split, eval_split) or name.casefold() in USUAL]
+    subfolders = {name: _entries(os.path.join(root, name))[0] for name in like_splits}
+    splits = [name for name in subfolders if subfolders[name]]  # 'train' may be a class, too: of pictures of trains
+    if eval_split in splits and (train_split in splits or not needs_training):
+        bases = {split: os.path.join(root, split) for split in (train_split, eval_split) if split in splits}
+    elif train_split in splits:
+        others = [name for name in splits if name != train_split]
+        if eval_split in subfolders:
+            raise RunError(f'{shown(root)}/{eval_split} has no class folders: sort its pictures into them, '
+                           f'or write --config.dataset.eval_split=held_out to hold out a part of {train_split}')
+        if others:
+            raise RunError(f'{shown(root)} has no {eval_split}, but {_named(others)}: write --config.dataset.eval_split={others[0]}')
+        bases = {train_split: os.path.join(root, train_split)}
+    elif splits:
+        train_like = next((name for name in splits if name.casefold().startswith('train')), 'NAME')
+        eval_like = next((name for name in splits if name != train_like), 'held_out')
+        raise RunError(f'{shown(root)} has no {train_split} with class folders, but {_named(splits)}: '
+                       f'write --config.dataset.train_split={train_like} --config.dataset.eval_split={eval_like}')
+    elif folders and len(subfolders) == len(folders):
+        raise RunError(f'{shown(root)} has {_named(folders)}, but no class folders in them: {SORT}')
+    elif len(folders) == 1 and _entries(os.path.join(root, folders[0]))[0]:
+        inner = os.path.join(shown(root), shown(folders[0]))
+        raise RunError(f'{shown(root)} has one folder alone, which has folders itself: write --config.dataset.data_dir={inner}')
+    else:
+        bases = {train_split: root}
+
+    unused = [name for name in folders if root not in bases.values() and name not in bases]
+    notes = [f'not used: {_named(unused)} in {shown(root)}'] if unused else []
+    for base in bases.values():
+        loose = sum(_is_picture(name) for name in _entries(base)[1])
+        if loose:
+            notes.append(f'not used: {loose:,} pictures that lie in {shown(base)} itself, in no class folder')
+    return bases, notes
+
+
+def _class_names(bases, files):
+    """The names of the class folders, sorted. Raises RunError where they are no classes to train on."""
+    (split, base), *others = bases.items()
+    names, loose = _entries(base)
+    if len(names) < 2:
+        held = f'one class folder, {shown(names[0])}' if names else f'{len(loose):,} files, but no class folder'
+        raise RunError(f'{shown(base)} has {held}; a classifier needs at least two: {SORT}')
+    odd = [name for name in names if shown(name) != name]
+    if odd:
+        raise RunError(f'{shown(base)} has class folders whose names cannot be written as one line of text: {_named(odd)}; rename them')
+    alike = collections.defaultdict(list)
+    for name in names:
+        alike[unicodedata.normalize('NFC', name.strip()).casefold()].append(name)
+    for same in alike.values():
+        if len(same) > 1:
+            raise RunError(f'{shown(base)} has class folders that one takes for the same: {", ".join(map(repr, same))}; merge or rename them')
+    filled = {file.class_name for file in files if file.split == split}
+    empty = [f'{name} ({_content(base, name)})' for name in names if name not in filled]
+    if empty:
+        raise RunError(f'{shown(base)} has class folders without pictures: {_named(empty)}; fill them, or take them away')
+    for other, other_base in others:
+        unknown = [name for name in _entries(other_base)[0] if name not in names]
+        if unknown:
+            raise RunError(f'{shown(other_base)} has classes that {split} has not: {_named(unknown)}{did_you_mean(unknown[0], names)}')
+    return tuple(names)
+
+
+def _check_broken(root, broken, num_files, max_broken):
+    """Notes on the broken files. Raises RunError if they are too many; one alone is not, unless none may be."""
+    if not broken:
+        return []
+    if len(broken) > (max(1, max_broken * num_files) if max_broken else 0):
+        share = math.ceil(100 * len(broken) / num_files) / 100
+        allow = f', or write --config.dataset.max_broken={share}' if share < 1 else ''
+        some = '; '.join(f'{shown(path)}: {reason}' for path, reason in broken[:NAMED]) + ('; ...' if len(broken) > NAMED else '')
+        raise RunError(f'{len(broken):,} of {num_files:,} files in {shown(root)} are broken '
+                       f'({len(broken) / num_files:.2%}, allowed are {max_broken:.2%}): {some}. '
+                       f'All of them are listed in {picture_files.list_of_broken(root)}: replace or remove them{allow}')
+    return [f'{len(broken):,} of {num_files:,} files are broken and skipped; all of them are in {picture_files.list_of_broken(root)}']
+
+
+def _hold_out(files, eval_split, share, seed):
+    """The files, with `share` of each class in `eval_split`: at least one picture, and at least one is left.
+
+    What decides is the content: the same picture twice stays together, and it does not matter what a file is called or lies beside.
+    """
+    digests = collections.defaultdict(set)
+    for file in files:
+        digests[file.class_name].add(file.verdict.digest)
+    held_out = set()
+    for name, found in digests.items():
+        order = sorted(found, key=lambda digest: hashlib.sha256(f'{seed} {digest}'.encode()).digest())
+        held_out |= {(name, digest) for digest in order[:min(max(1, round(share * len(order))), len(order) - 1)]}
+    return [file._replace(split=eval_split) if (file.class_name, file.verdict.digest) in held_out else file for file in files]
+
+
+def _check_enough(root, bases, files, class_names, eval_split):
+    """Raises RunError if a class, or the evaluation, is left without pictures."""
+    split, base = next(iter(bases.items()))
+    spoilt = set(class_names) - {file.class_name for file in files if file.split == split}
+    if spoilt:
+        raise RunError(f'{shown(base)} has classes of broken files alone: {_named(spoilt)}; see {picture_files.list_of_broken(root)}')
+    if not any(file.split == eval_split for file in files):
+        advice = 'fill its class folders' if eval_split in bases else 'a class of one picture needs it for training; add some'
+        raise RunError(f'{shown(bases.get(eval_split, root))} has no picture to evaluate: {advice}')
+
+
+def _notes_on_pictures(files, class_names, eval_split):
+    """Classes that are not evaluated, and pictures that are in two places by their content."""
+    notes, twins = [], collections.defaultdict(list)
+    missing = set(class_names) - {file.class_name for file in files if file.split == eval_split}
+    if missing:
+        notes.append(f'no picture to evaluate of {_named(missing)}')
+    for file in files:
+        twins[file.verdict.digest].append(file)
+    both = [same for same in twins.values() if len({file.split for file in same}) > 1]
+    leaked = [file.path for same in both for file in same if file.split == eval_split]
+    if leaked:
+        notes.append(f'{len(leaked):,} evaluation pictures are training pictures as well, byte for byte, such as {shown(leaked[0])}: '
+                     'they make the accuracy look better than it is')
+    torn = [same for same in twins.values() if len({file.class_name for file in same}) > 1]
+    if torn:
+        notes.append(f'{len(torn):,} pictures are in more than one class, byte for byte, such as {_named(file.path for file in torn[0])}')
+    return notes
+
+
+def _files(root, split, base):
+    """Yields the files below each class folder that may be pictures."""
+    for name in _entries(base)[0]:
+        for folder, _, names in _walk(os.path.join(base, name), base, root):
+            below = os.path.relpath(folder, root)
+            yield from (_File(split, name, os.path.join(below, file)) for file in names if _is_picture(file))
+
+
+def _content(base, name):
+    """What a class folder without pictures holds, in words."""
+    endings = collections.Counter(os.path.splitext(file)[1].lower() or 'without ending' for *_, names in _walk(os.path.join(base, name), base)
+                                  for file in names)
+    return ', '.join(f'{count:,} {ending}' for ending, count in endings.most_common(3)) or 'empty'
+
+
+def _is_picture(name):
+    return name.lower().endswith(picture_files.SUFFIXES)
+
+
+def _entries(folder):
+    """(folders, files): sorted names of what is in a folder."""
+    _, folders, files = next(_walk(folder))
+    return folders, files
+
+
+def _walk(folder, *above):
+    """Like os.walk on any file system, sorted, without what is hidden; links lead to no place twice, nor to those `above`."""
+    def fail(error):
+        raise error
+
+    entered = {os.path.realpath(place) for place in above}
+    walk = tf.io.gfile.walk(folder, onerror=fail) if '://' in folder else os.walk(folder, onerror=fail, followlinks=True)
+    for here, folders, files in walk:
+        new = os.path.realpath(here) not in entered
+        entered.add(os.path.realpath(here))
+        folders[:] = sorted(name.rstrip('/') for name in folders if not name.startswith('.') and name.rstrip('/') not in NOT_OURS) if new else []
+        if new:
+            yield here, folders, sorted(name for name in files if not name.startswith('.'))
+
+
+def _named(names):
+    names = sorted(names)
+    return ', '.join(map(shown, names[:NAMED])) + (f' and {len(names) - NAMED:,} more' if len(names) > NAMED else '')

@@ -1,0 +1,76 @@
+"""Training pictures prepared by other machines: tf.data service, in the order and with the bytes of the local pipeline.
+
+    python -m inputs.service --port=5050                                        on each machine that helps
+    python main.py ... --config.dataset.service=MACHINE1:5050,MACHINE2:5050     on the one that trains
+
+Of n services each decodes every n-th batch. All of them read the encoded examples, from the same paths as here. Anyone who
+reaches the port can use it, as tf.data service knows no passwords: keep it inside of a private network.
+"""
+import argparse
+import socket
+
+import tensorflow as tf
+
+from errors import RunError
+
+
+def prepare(examples, picture, batch_size, addresses, parallel_calls):
+    """Batches of `picture(*example)`, made here, or by tf.data services.
+
+    Args:
+        examples: an endless tf.data.Dataset, the same each time it is read.
+        picture: a function of an example that can be serialized.
+        batch_size: of each batch.
+        addresses: 'HOST:PORT,HOST:PORT' of dispatchers, or '' for here. One that has several workers can be named as often.
+        parallel_calls: of `picture`.
+
+    Returns: an endless tf.data.Dataset.
+
+    Raises: RunError: nothing answers at an address.
+    """
+    def batches(chosen):
+        return chosen.map(picture, parallel_calls).batch(batch_size, drop_remainder=True, num_parallel_calls=parallel_calls)
+
+    if not addresses:
+        return batches(examples)
+    addresses = addresses.split(',')
+
+    def every_nth(index):
+        own = examples.enumerate().filter(lambda number, example: number // batch_size % len(addresses) == index)
+        return batches(own.map(lambda number, example: example))
+
+    def remote(index, address):
+        _require_dispatcher(address)
+        distribute = tf.data.experimental.service.distribute(tf.data.experimental.service.ShardingPolicy.DYNAMIC, f'grpc://{address}')
+        # What is handed out is one split, so a single worker takes it whole and the order stays.
+        return tf.data.Dataset.range(1).flat_map(lambda _: every_nth(index)).apply(distribute).prefetch(2)
+
+    streams = [remote(index, address.strip()) for index, address in enumerate(addresses)]
+    return tf.data.Dataset.choose_from_datasets(streams, tf.data.Dataset.range(len(streams)).repeat())
+
+
+def _require_dispatcher(address):
+    host, _, port = address.rpartition(':')
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except (OSError, ValueError) as error:
+        raise RunError(f'nothing answers at {address!r} of config.dataset.service ({error}): write HOST:PORT of a service that was started '
+                       'with python -m inputs.service') from error
+
+
+def main():
+    parser = argparse.ArgumentParser(description='A tf.data service of a dispatcher and its workers, until it is stopped.')
+    parser.add_argument('--port', type=int, default=0, help='of the dispatcher; 0: any that is free')
+    parser.add_argument('--host', default='localhost', help='the name under which the others reach this machine')
+    parser.add_argument('--workers', type=int, default=1)
+    options = parser.parse_args()
+    api = tf.data.experimental.service
+    dispatcher = api.DispatchServer(api.DispatcherConfig(port=options.port))
+    _, _, port = dispatcher.target.rpartition(':')
+    workers = [api.WorkerServer(api.WorkerConfig(f'localhost:{port}', worker_address=f'{options.host}:%port%')) for _ in range(options.workers)]
+    print(f'serves at {options.host}:{port} with {len(workers)} workers', flush=True)
+    dispatcher.join()
+
+
+if __name__ == '__main__':
+    main()

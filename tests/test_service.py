@@ -1,0 +1,73 @@
+"""Pictures prepared by a tf.data service are those of the local pipeline, in the same order."""
+import os
+import re
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import plan as planning
+from errors import RunError
+from inputs import datasets, pipeline, service
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+@pytest.fixture
+def start():
+    """Starts a server in a process of its own, as a user would; returns what it says when it is ready."""
+    running = []
+
+    def start(*arguments):
+        process = subprocess.Popen([sys.executable, '-m', 'inputs.service', *arguments], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        running.append(process)
+        return process.stdout.readline().strip()
+
+    yield start
+    for process in running:
+        process.kill()
+        process.wait()
+
+
+def batches_of(config, begin=0, strategy=tf.distribute.OneDeviceStrategy('CPU:0')):
+    source = datasets.load(config.dataset)
+    plan = planning.make_plan(config, source.num_train, source.num_eval, 10, strategy.num_replicas_in_sync)
+    dataset = pipeline.training_batches(source, config, plan, begin, plan.total_steps, strategy)
+    return [[part.numpy() for value in tf.nest.flatten(batch) for part in strategy.experimental_local_results(value)] for batch in dataset]
+
+
+def assert_equal(batches, expected):
+    assert len(batches) == len(expected)
+    for batch, expected_batch in zip(batches, expected):
+        for part, expected_part in zip(batch, expected_batch, strict=True):
+            np.testing.assert_array_equal(part, expected_part)
+
+
+@pytest.mark.parametrize('dispatchers, workers', [(1, 2), (2, 1)])
+def test_two_workers_give_what_the_local_pipeline_gives_also_after_a_resume(tiny, start, dispatchers, workers):
+    tiny.train_for, tiny.augment.flip, tiny.augment.mixup, tiny.augment.policy.name = '47 steps', True, 0.2, 'rand_augment'  # more than an epoch
+    expected = batches_of(tiny)
+    addresses = [re.fullmatch(f'serves at (localhost:[0-9]+) with {workers} workers', start(f'--workers={workers}'))[1] for _ in range(dispatchers)]
+    tiny.dataset.service = ','.join(addresses * workers)
+    assert_equal(batches_of(tiny), expected)
+    assert_equal(batches_of(tiny, begin=33), expected[33:])
+
+
+def test_replicas_share_what_a_service_prepares(tiny, start):
+    two = tf.distribute.MirroredStrategy(['CPU:0', 'CPU:1'], tf.distribute.ReductionToOneDevice())
+    expected = batches_of(tiny, strategy=two)
+    tiny.dataset.service = start().split()[2]
+    assert_equal(batches_of(tiny, strategy=two), expected)
+
+
+@pytest.mark.parametrize('address', ['localhost', 'localhost:port', 'localhost:{free}'])
+def test_an_address_where_nothing_answers_is_one_line(tiny, address):
+    with socket.socket() as taken:
+        taken.bind(('localhost', 0))
+        tiny.dataset.service = address.format(free=taken.getsockname()[1])
+        with pytest.raises(RunError, match=re.escape(tiny.dataset.service)) as error:
+            service.prepare(None, None, 1, tiny.dataset.service, 1)
+    assert '\n' not in str(error.value)
