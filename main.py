@@ -71,7 +71,9 @@ def failure(error):
     if errors and isinstance(error, errors.ResourceExhaustedError):
         return f'out of memory: lower config.batch_size, config.eval_batch_size or config.image_size ({text[:200]})', 1
     if errors and isinstance(error, errors.OpError):
-        return f'TensorFlow stopped with {type(error).__name__}: {text[:300]} (a picture that cannot be decoded?); --verbosity=1 shows where', 1
+        text = re.sub(r'\{\{.*?\}\}', '', text)  # names of its own
+        hint = ' (a picture that cannot be decoded?)' if 'ecode' in text else ''
+        return f'TensorFlow stopped with {type(error).__name__}: {text[:300]}{hint}; --verbosity=1 shows where', 1
     return None, 1
 
 

@@ -159,6 +159,12 @@ def stages(config, plan):
     return parts
 
 
+def describe_stages(config, plan):
+    """The stages of a progressive run as a line of text; '' for one without."""
+    parts = stages(config, plan)
+    return 'stages    ' + ', '.join(f'{stage.image_size} pixels to step {end:,}' for end, stage in parts) if len(parts) > 1 else ''
+
+
 def schedule_arguments(config, plan):
     """The arguments of `schedules.learning_rate` and `schedules.WarmupDecay` for this run."""
     named = ('name', 'peak_lr', 'start_lr', 'end_lr', 'warmup', 'hold')

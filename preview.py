@@ -18,7 +18,7 @@ def run(config, workdir, step=None):
     strategy, _ = devices.make_strategy(config)
     source = datasets.load(config.dataset)
     plan = planning.make_plan(config, source.num_train, source.num_eval, len(source.class_names), strategy.num_replicas_in_sync)
-    print(plan.describe(), flush=True)
+    print(plan.describe(), planning.describe_stages(config, plan), sep='\n', flush=True)
     if step is not None and not 0 <= step < plan.total_steps:
         raise ConfigError(f'--step={step} is no update of this run: it has 0 to {plan.total_steps - 1:,}')
     folder = os.path.join(workdir, 'preview')

@@ -33,6 +33,7 @@ class Session:
     dtype_policy: str
     jit_compile: bool
     source: datasets.Source
+    data_changes: tuple[str, ...]  # since the run began, a line each
     plan: planning.Plan
     state: steps.TrainState
     checkpoints: Checkpoints
@@ -40,8 +41,9 @@ class Session:
 
     def describe(self):
         """What was chosen and what the durations came to, as a few lines of text."""
-        return (f'strategy  {self.strategy_reason}\n'
-                f'compute   {self.dtype_policy}, jit_compile {"on" if self.jit_compile else "off"}\n{self.plan.describe()}')
+        lines = [f'strategy  {self.strategy_reason}', f'compute   {self.dtype_policy}, jit_compile {"on" if self.jit_compile else "off"}',
+                 self.plan.describe(), planning.describe_stages(self.config, self.plan), *(f'note      {change}' for change in self.data_changes)]
+        return '\n'.join(filter(None, lines))
 
 
 def open_session(config, workdir, trains=True):
@@ -56,8 +58,9 @@ def open_session(config, workdir, trains=True):
     dtype_policy = devices.resolve_precision(config.precision, kind)
     jit_compile = devices.resolve_jit_compile(config.jit_compile, kind)
     source = datasets.load(config.dataset, needs_training=trains)
-    require_same_classes(source.class_names, workdir)
-    plan = planning.make_plan(config, source.num_train if trains else 0, source.num_eval, len(source.class_names), strategy.num_replicas_in_sync)
+    train_examples, data_changes = compare_data(source, workdir, trains)
+    train_examples = (train_examples or source.num_train) if trains else 0
+    plan = planning.make_plan(config, train_examples, source.num_eval, len(source.class_names), strategy.num_replicas_in_sync)
     random.seed(config.seed)  # Keras draws the seeds of its initializers from it; all else is seeded where it is drawn
     keras.config.set_dtype_policy(dtype_policy)
     with strategy.scope():
@@ -65,7 +68,7 @@ def open_session(config, workdir, trains=True):
     checkpoints = Checkpoints(os.path.join(workdir, 'checkpoints'), state.variables(), config.keep_checkpoints)
     local_statistics = plan.num_replicas > 1 and not config.model.sync_batch_norm
     synchronize = steps.make_average_statistics(strategy, state) if local_statistics else lambda: None
-    return Session(config, strategy, reason, kind, dtype_policy, jit_compile, source, plan, state, checkpoints, synchronize)
+    return Session(config, strategy, reason, kind, dtype_policy, jit_compile, source, data_changes, plan, state, checkpoints, synchronize)
 
 
 def require_same_config(config, workdir, free_keys=FREE_KEYS):
@@ -82,14 +85,27 @@ def require_same_config(config, workdir, free_keys=FREE_KEYS):
         raise ConfigError(f'{workdir} holds a run of another config ({"; ".join(changed)}): use that config, or give this one its own --workdir')
 
 
-def require_same_classes(class_names, workdir):
-    """Raises RunError if the run in `workdir` knows other classes, or in another order: its answers would be misread."""
+def compare_data(source, workdir, trains):
+    """What the run in `workdir` was begun with, beside the data as they are now.
+
+    Returns: (training examples that its durations count, or None for a new run; lines about data that have changed since).
+
+    Raises: RunError if it knows other classes, or in another order: its answers would be misread.
+    """
     path = os.path.join(workdir, 'environment.json')
-    known = read_json(path).get('class_names') if os.path.exists(path) and os.path.isdir(os.path.join(workdir, 'checkpoints')) else None
-    if known and list(class_names) != known:
-        first = next((f'{old!r} is now {new!r}' for old, new in zip(known, class_names) if old != new), 'the first of them are the same')
-        raise RunError(f'the run in {workdir} has {len(known)} classes and this data set {len(class_names)}, which differ ({first}): '
+    if not os.path.exists(path) or not os.path.isdir(os.path.join(workdir, 'checkpoints')):
+        return None, ()
+    begun = read_json(path)
+    known = begun.get('class_names', list(source.class_names))
+    if list(source.class_names) != known:
+        first = next((f'{old!r} is now {new!r}' for old, new in zip(known, source.class_names) if old != new), 'the first of them are the same')
+        raise RunError(f'the run in {workdir} has {len(known)} classes and this data set {len(source.class_names)}, which differ ({first}): '
                        'take the data it was trained on, or give these a --workdir of their own')
+    examples, changes = begun.get('train_examples'), tuple(begun.get('data_changes', ()))
+    if trains and source.identity != begun.get('training_data', source.identity):
+        changes += (f'the training pictures have changed during the run, which began with {examples:,}: now there are {source.num_train:,}. '
+                    'The schedule stays, the order is another',)
+    return examples, changes
 
 
 def build_state(config, plan, dtype_policy):

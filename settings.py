@@ -86,7 +86,7 @@ def check_config(config):
             raise ConfigError(f'config.{key} is missing: start from configs/default.py and change values, do not remove them')
     for key, choices in CHOICES.items():
         if values[key] not in choices:
-            raise ConfigError(f'config.{key}={values[key]!r} is not one of {", ".join(choices)}{did_you_mean(values[key], choices)}')
+            raise ConfigError(f'config.{key}={values[key]!r} is not one of {", ".join(map(repr, choices))}{did_you_mean(values[key], choices)}')
     for key, (low, high) in RANGES.items():
         if not math.isfinite(values[key]) or values[key] < low or (high is not None and values[key] > high):
             bounds = f'from {low} to {high:,}' if high is not None else f'at least {low}'
@@ -101,6 +101,10 @@ def check_config(config):
     low, high = _crop_area(values['augment.crop_area'])
     if values['progressive.stages'] > 1 and values['progressive.image_size'] > values['image_size']:
         raise ConfigError(f"config.progressive.image_size={values['progressive.image_size']} is larger than config.image_size={values['image_size']}: pictures grow")
+    if not re.fullmatch(r'([^,:\s]+:[0-9]+(,[^,:\s]+:[0-9]+)*)?', values['dataset.service']):
+        raise ConfigError(f"config.dataset.service={values['dataset.service']!r} is no address: write HOST:PORT, and a comma between several")
+    if values['progressive.stages'] > 1 and values['progressive.image_size'] % 32:
+        raise ConfigError(f"config.progressive.image_size={values['progressive.image_size']} is impossible: the sizes of stages are multiples of 32")
     if not 0 < low <= high <= 1:
         raise ConfigError(f'config.augment.crop_area={(low, high)} is impossible: two shares of the picture, 0 < low <= high <= 1')
     config.lock()

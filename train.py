@@ -17,7 +17,7 @@ import export
 import plan as planning
 from devices.environment import describe_environment
 from errors import RunError
-from inputs import augment, pipeline
+from inputs import augment, pipeline, service
 from modeling import models, steps
 from outputs import plots, report
 from outputs.logbook import Logbook, read_json, read_metrics, write_json
@@ -44,8 +44,14 @@ def run(config, workdir):
     start_step = resume(session)
     resumed_from = record_start(session, workdir, start_step)
     logbook = Logbook(workdir, start_step, session.plan.total_steps)
-    with stop_on_signal() as stop, contextlib.closing(logbook):
-        metrics = train(session, logbook, start_step, stop)
+    with stop_on_signal() as stop, service.watch(config.dataset.service), contextlib.closing(logbook):
+        try:
+            metrics = train(session, logbook, start_step, stop)
+        except tf.errors.OpError as error:
+            damage = session.source.damage()
+            if damage:
+                raise RunError(f'pictures cannot be read any more: {damage}. The same command leaves them out and continues at the last checkpoint') from error
+            raise
     if stop.signal_number is not None:
         name = signal.Signals(stop.signal_number).name
         print(f'{name}: stopped at step {session.checkpoints.latest_step():,}, saved; the same command continues', flush=True)
@@ -57,7 +63,7 @@ def run(config, workdir):
                              session.plan.warmup_steps, session.plan.hold_steps)
     plots.plot_curves(os.path.join(workdir, 'plots', 'curves.png'), {os.path.basename(workdir): rows})
     summary = summarize(session, metrics, rows, exported, resumed_from)
-    report.write_report(workdir, summary, session.describe(), session.source.notes)
+    report.write_report(workdir, summary, session.describe(), (*session.source.notes, *session.data_changes))
     write_json(os.path.join(workdir, 'summary.json'), summary)  # the last file: it says that all is done
     print(f'{summary["eval/accuracy"]:.2%} of {summary["eval/examples"]:,} evaluation examples; report in {os.path.join(workdir, "report.md")}')
     return 0
@@ -177,7 +183,9 @@ def record_start(session, workdir, start_step):
     os.makedirs(workdir, exist_ok=True)
     write_json(os.path.join(workdir, 'config.json'), json.loads(session.config.to_json()))
     write_json(path, {**describe_environment(), 'strategy': session.strategy_reason, 'replicas': session.plan.num_replicas,
-                      'dtype_policy': session.dtype_policy, 'jit_compile': session.jit_compile, 'resumed_from': resumed_from, 'class_names': list(session.source.class_names)})
+                      'dtype_policy': session.dtype_policy, 'jit_compile': session.jit_compile, 'resumed_from': resumed_from,
+                      'class_names': list(session.source.class_names), 'train_examples': session.plan.train_examples,
+                      'training_data': session.source.identity, 'data_changes': session.data_changes})
     return resumed_from
 
 

@@ -2,6 +2,7 @@
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import io
 import os
 from collections.abc import Callable
@@ -30,7 +31,9 @@ class Source:
     num_eval: int
     memory_bytes: int  # of host memory for what is read ahead; from the config alone, as the order of examples follows from it
     find: Callable  # (split, share) -> the examples of a host's share (index, number), as `reading.Records` or `reading.Singles`
+    identity: str  # says which training examples these are: another text, other examples
     notes: tuple[str, ...] = ()  # what the user may not expect, for the report
+    damage: Callable = str  # () -> text that names the files that have changed for the worse since, or ''
     _kept: dict = dataclasses.field(default_factory=dict)
 
     def split(self, name, share=(0, 1), in_memory=True):
@@ -125,6 +128,7 @@ def _tfds(dataset_config, needs_training):
         num_eval=_size(builder, 'eval_split', dataset_config, needed=True),
         memory_bytes=int(dataset_config.memory_gib * 2**30),
         find=functools.partial(reading.of_builder, builder),
+        identity=f'{builder.info.full_name} {dataset_config.train_split}',
     )
 
 
@@ -180,13 +184,25 @@ def _folder(dataset_config, needs_training):
         num_eval=len(found.splits[dataset_config.eval_split]),
         memory_bytes=int(dataset_config.memory_gib * 2**30),
         find=lambda split, share: _singles(found.splits[split], share),
+        identity=hashlib.sha256(repr([(picture.digest, picture.label) for picture in found.splits.get(dataset_config.train_split, ())]).encode()).hexdigest(),
         notes=(*found.notes, *named, *more),
+        damage=functools.partial(_damage, found, dataset_config, needs_training),
     )
+
+
+def _damage(before, dataset_config, needs_training):
+    gone = [picture.path for pictures in before.splits.values() for picture in pictures if not tf.io.gfile.exists(os.fsencode(picture.path))]
+    try:
+        broken = [f'{folder.shown(path)} ({reason})' for path, reason in folder.find(dataset_config, needs_training).broken if (path, reason) not in before.broken]
+    except (ConfigError, RunError) as error:
+        return str(error)
+    named = [f'{folder.shown(path)} (it has gone)' for path in gone] + broken
+    return ', '.join(named[:folder.NAMED]) + (f' and {len(named) - folder.NAMED:,} more' if len(named) > folder.NAMED else '')
 
 
 def _singles(pictures, share):
     begin, end = reading.share_of(len(pictures), share)
-    paths, labels, sizes = zip(*pictures[begin:end])
+    paths, labels, sizes, _ = zip(*pictures[begin:end])
     return reading.Singles(stored=tf.constant([os.fsencode(path) for path in paths]), labels=tf.constant(labels, tf.int64),
                            ids=tf.range(begin, end, dtype=tf.int64), load=tf.io.read_file, num_bytes=sum(sizes))
 

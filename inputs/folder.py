@@ -31,6 +31,7 @@ class Picture(NamedTuple):
     path: str
     label: int
     num_bytes: int
+    digest: str  # of the original
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +92,7 @@ def find(dataset_config, needs_training=True):
     splits = {split: [] for split in (*bases, eval_split)}
     for file in sorted(files, key=lambda file: (file.verdict.digest, file.path)):  # as good as shuffled: any part has all classes
         path = file.verdict.copy or os.path.join(root, file.path)
-        splits[file.split].append(Picture(path, class_names.index(file.class_name), file.verdict.num_bytes))
+        splits[file.split].append(Picture(path, class_names.index(file.class_name), file.verdict.num_bytes, file.verdict.digest))
     return Folder(class_names, splits, broken, tuple(notes))
 
 
@@ -142,6 +143,10 @@ def _layout(root, train_split, eval_split, needs_training):
 
     unused = [name for name in folders if root not in bases.values() and name not in bases]
     notes = [f'not used: {_named(unused)} in {shown(root)}'] if unused else []
+    others = collections.Counter(os.path.splitext(name)[1].lower() or 'without ending' for base in bases.values() for class_name in _entries(base)[0]
+                                 for *_, names in _walk(os.path.join(base, class_name), base, root) for name in names if not _is_picture(name))
+    if others:
+        notes.append('not used, as their names do not end like a picture\'s: ' + ', '.join(f'{count:,} {ending}' for ending, count in others.most_common(NAMED)))
     for base in bases.values():
         loose = sum(_is_picture(name) for name in _entries(base)[1])
         if loose:

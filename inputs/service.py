@@ -7,11 +7,18 @@ Of n services each decodes every n-th batch. All of them read the encoded exampl
 reaches the port can use it, as tf.data service knows no passwords: keep it inside of a private network.
 """
 import argparse
+import contextlib
+import os
 import socket
+import sys
+import threading
+import time
 
 import tensorflow as tf
 
 from errors import RunError
+
+PATIENCE = 60  # seconds
 
 
 def prepare(examples, picture, batch_size, addresses, parallel_calls):
@@ -45,15 +52,44 @@ def prepare(examples, picture, batch_size, addresses, parallel_calls):
         # What is handed out is one split, so a single worker takes it whole and the order stays.
         return tf.data.Dataset.range(1).flat_map(lambda _: every_nth(index)).apply(distribute).prefetch(2)
 
-    streams = [remote(index, address.strip()) for index, address in enumerate(addresses)]
+    streams = [remote(index, address) for index, address in enumerate(addresses)]
     return tf.data.Dataset.choose_from_datasets(streams, tf.data.Dataset.range(len(streams)).repeat())
+
+
+@contextlib.contextmanager
+def watch(addresses):
+    """Ends this process with one line when a service has not answered for `PATIENCE` seconds: tf.data itself would wait for an hour.
+
+    What waits is TensorFlow's, in the main thread, so neither an exception nor a signal would be noticed there.
+    """
+    ended = threading.Event()
+
+    def ask():
+        answered = dict.fromkeys(addresses.split(','), time.monotonic())
+        while not ended.wait(PATIENCE / 6):
+            for address, last in answered.items():
+                try:
+                    _require_dispatcher(address)
+                    answered[address] = time.monotonic()
+                except RunError as error:
+                    if time.monotonic() - last > PATIENCE and not ended.is_set():
+                        print(f'error: {error}; it has been silent for {PATIENCE} s. The same command continues at the last checkpoint',
+                              file=sys.stderr, flush=True)
+                        os._exit(1)
+
+    if addresses:
+        threading.Thread(target=ask, daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
 
 
 def _require_dispatcher(address):
     host, _, port = address.rpartition(':')
     try:
         socket.create_connection((host, int(port)), timeout=10).close()
-    except (OSError, ValueError) as error:
+    except (OSError, OverflowError) as error:  # a port above 65535
         raise RunError(f'nothing answers at {address!r} of config.dataset.service ({error}): write HOST:PORT of a service that was started '
                        'with python -m inputs.service') from error
 
@@ -62,13 +98,13 @@ def main():
     parser = argparse.ArgumentParser(description='A tf.data service of a dispatcher and its workers, until it is stopped.')
     parser.add_argument('--port', type=int, default=0, help='of the dispatcher; 0: any that is free')
     parser.add_argument('--host', default='localhost', help='the name under which the others reach this machine')
-    parser.add_argument('--workers', type=int, default=1)
+    parser.add_argument('--workers', type=int, default=1, help='how many streams it can serve at a time')
     options = parser.parse_args()
     api = tf.data.experimental.service
     dispatcher = api.DispatchServer(api.DispatcherConfig(port=options.port))
     _, _, port = dispatcher.target.rpartition(':')
     workers = [api.WorkerServer(api.WorkerConfig(f'localhost:{port}', worker_address=f'{options.host}:%port%')) for _ in range(options.workers)]
-    print(f'serves at {options.host}:{port} with {len(workers)} workers', flush=True)
+    print(f'serves at {options.host}:{port} with {len(workers)} worker{"s" * (len(workers) > 1)}', flush=True)
     dispatcher.join()
 
 

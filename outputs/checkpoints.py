@@ -59,7 +59,9 @@ class Checkpoints:
         if not manager.latest_checkpoint:
             raise RunError(f'there is no {which} checkpoint in {manager.directory}: train first')
         try:
-            self._checkpoint.restore(manager.latest_checkpoint).assert_existing_objects_matched()
+            found = self._checkpoint.restore(manager.latest_checkpoint)
+            found.assert_existing_objects_matched()
+            found.expect_partial()  # without a word about an optimizer that evaluation has no use for
         except (AssertionError, ValueError, tf.errors.OpError) as error:
             raise RunError(f'{manager.latest_checkpoint} does not fit this config or is damaged '
                            f'({one_line(error, 200)}): take the config it was made with') from error

@@ -191,6 +191,8 @@ def test_one_stage_is_the_config_itself():
 
 @pytest.mark.parametrize('values, says', [
     ({'progressive.image_size': 256}, 'pictures grow'),
+    ({'progressive.image_size': 50}, 'multiples of 32'),
+    ({'dataset.service': 'machine'}, 'write HOST:PORT'),
     ({'train_for': '2 steps'}, 'more than the 2 steps'),
     ({'augment.repeats': 3}, '--config.batch_size=126'),
 ])

@@ -4,6 +4,7 @@ import re
 import socket
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ def start():
         running.append(process)
         return process.stdout.readline().strip()
 
+    start.running = running
     yield start
     for process in running:
         process.kill()
@@ -50,7 +52,7 @@ def assert_equal(batches, expected):
 def test_two_workers_give_what_the_local_pipeline_gives_also_after_a_resume(tiny, start, dispatchers, workers):
     tiny.train_for, tiny.augment.flip, tiny.augment.mixup, tiny.augment.policy.name = '47 steps', True, 0.2, 'rand_augment'  # more than an epoch
     expected = batches_of(tiny)
-    addresses = [re.fullmatch(f'serves at (localhost:[0-9]+) with {workers} workers', start(f'--workers={workers}'))[1] for _ in range(dispatchers)]
+    addresses = [re.fullmatch(f'serves at (localhost:[0-9]+) with {workers} workers?', start(f'--workers={workers}'))[1] for _ in range(dispatchers)]
     tiny.dataset.service = ','.join(addresses * workers)
     assert_equal(batches_of(tiny), expected)
     assert_equal(batches_of(tiny, begin=33), expected[33:])
@@ -63,7 +65,7 @@ def test_replicas_share_what_a_service_prepares(tiny, start):
     assert_equal(batches_of(tiny, strategy=two), expected)
 
 
-@pytest.mark.parametrize('address', ['localhost', 'localhost:port', 'localhost:{free}'])
+@pytest.mark.parametrize('address', ['localhost:99999', 'localhost:{free}'])
 def test_an_address_where_nothing_answers_is_one_line(tiny, address):
     with socket.socket() as taken:
         taken.bind(('localhost', 0))
@@ -71,3 +73,20 @@ def test_an_address_where_nothing_answers_is_one_line(tiny, address):
         with pytest.raises(RunError, match=re.escape(tiny.dataset.service)) as error:
             service.prepare(None, None, 1, tiny.dataset.service, 1)
     assert '\n' not in str(error.value)
+
+
+def test_a_service_that_dies_ends_the_run_with_its_name(tmp_path, start):
+    address = start().split()[2]
+    environment = {**os.environ, 'PYTHONPATH': ROOT}
+    script = 'import sys, main; from inputs import service; service.PATIENCE = 3; sys.exit(main.main(sys.argv))'
+    run = subprocess.Popen([sys.executable, '-c', script, '--config=configs/digits.py', '--config.model.name=tiny', '--config.image_size=16',
+                            '--config.train_for=1000000 steps', '--config.log_every=5 steps', '--config.eval_every=100%', f'--workdir={tmp_path}/run',
+                            f'--config.dataset.service={address}'], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        while run.poll() is None and not os.path.exists(tmp_path / 'run' / 'metrics.jsonl'):
+            time.sleep(0.1)
+        start.running[0].kill()
+        _, said = run.communicate(timeout=120)
+    finally:
+        run.kill()
+    assert run.returncode == 1 and said.count('error: ') == 1 and f'nothing answers at {address!r}' in said and 'Traceback' not in said

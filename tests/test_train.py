@@ -190,7 +190,9 @@ def test_a_progressive_run_is_traced_once_for_each_size_and_goes_on_after_a_stop
     assert whole['weights_sha256'] == stopped['weights_sha256'] and stopped['resumed_from'] == [14]
 
 
-def test_a_folder_of_ones_own_pictures_is_trained_on_to_the_end(tmp_path):
+@pytest.fixture
+def grey_pictures(tmp_path):
+    """A folder of dark and light pictures, and a config that trains on it for 60 steps of 8 examples."""
     for split, count in (('train', 20), ('test', 5)):
         for label, name in enumerate(('dark', 'light')):
             os.makedirs(tmp_path / 'data' / split / name)
@@ -202,6 +204,11 @@ def test_a_folder_of_ones_own_pictures_is_trained_on_to_the_end(tmp_path):
     config.model.name, config.model.drop_path, config.image_size = 'tiny', 0.0, 32
     config.batch_size, config.train_for, config.checkpoint_every = 8, '60 steps', '60 steps'
     config.schedule.peak_lr, config.schedule.warmup, config.ema_decay = 1e-2, '5 steps', 0.0
+    return tmp_path / 'data', config
+
+
+def test_a_folder_of_ones_own_pictures_is_trained_on_to_the_end(grey_pictures, tmp_path):
+    _, config = grey_pictures
     assert train.run(config, str(tmp_path / 'run')) == 0
     summary = read_json(str(tmp_path / 'run' / 'summary.json'))
     assert summary['eval/examples'] == 10 and summary['eval/accuracy'] == summary['export/accuracy'] == 1.0
@@ -210,6 +217,43 @@ def test_a_folder_of_ones_own_pictures_is_trained_on_to_the_end(tmp_path):
     config.dataset.data_dir = str(tmp_path / 'other')
     with pytest.raises(ConfigError, match='holds a run of another config .dataset.data_dir was'):
         train.run(config, str(tmp_path / 'run'))
+
+
+def test_pictures_that_go_under_a_stopped_run_are_noted_and_the_schedule_stays(grey_pictures, tmp_path, monkeypatch, capsys):
+    data, config = grey_pictures
+    config.train_for, config.steps_per_loop, config.log_every = '12 epochs', 1, '20 steps'  # 60 steps of 40 pictures
+    with monkeypatch.context() as patch:
+        stop_at(patch, 20)
+        assert train.run(config, str(tmp_path / 'run')) == 143
+    for index in range(4):
+        os.remove(data / 'train' / 'dark' / f'{index}.jpg')
+    capsys.readouterr()
+    assert train.run(config, str(tmp_path / 'run')) == 0
+    changed = 'the training pictures have changed during the run, which began with 40: now there are 36'
+    assert f'note      {changed}' in capsys.readouterr().out and changed in (tmp_path / 'run' / 'report.md').read_text()
+    assert read_json(str(tmp_path / 'run' / 'summary.json'))['steps'] == 60
+
+
+@pytest.mark.parametrize('harm, says', [(lambda path: os.remove(path), 'it has gone'), (lambda path: path.write_bytes(b'no picture'), 'train/light/7.jpg')])
+def test_a_picture_that_is_spoilt_while_it_is_in_use_is_named(grey_pictures, tmp_path, monkeypatch, harm, says):
+    data, config = grey_pictures
+    config.train_for, config.steps_per_loop, config.dataset.memory_gib = '5000 steps', 1, 0.001  # not kept in memory
+    config.dataset.max_broken = 0.1
+    for name in ('dark', 'light'):
+        for index in range(20):
+            path = data / 'train' / name / f'{index}.jpg'
+            path.write_bytes(path.read_bytes() + bytes(8000))  # behind the picture
+    original = train.Logbook.advance
+
+    def advance(self, now):
+        original(self, now)
+        if now == 10:
+            harm(data / 'train' / 'light' / '7.jpg')
+
+    monkeypatch.setattr(train.Logbook, 'advance', advance)
+    with pytest.raises(RunError, match='pictures cannot be read any more: .*light/7.jpg.*leaves them out') as error:
+        train.run(config, str(tmp_path / 'run'))
+    assert says in str(error.value) and '\n' not in str(error.value)
 
 
 def test_a_changed_config_is_refused_with_the_difference(finished):
