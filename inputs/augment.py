@@ -5,8 +5,9 @@ crop is decoded), rotations and the like, RandAugment and TrivialAugment. What i
 the device, inside the compiled step: flips, colours, erasing, mixing. The device draws nothing: its random numbers come
 with the batch, each a function of (seed, epoch, example), so it does not matter how many replicas share a batch.
 
-RandAugment is ours because Keras' layer computes all operations for each picture and keeps one, and draws their strength
-from a range instead of taking the magnitude of the paper.
+All of it is ours and not Keras' layers. Those draw from a state that is the same on each replica and in no checkpoint, so
+neither order nor resume could be exact; that rules out MixUp, CutMix and RandomFlip too, which are as fast as these. RandAugment there computes
+all operations for each picture and keeps one (benchmarks/augmentation.py measures them side by side).
 """
 import math
 
@@ -213,14 +214,17 @@ def mix(images, labels, drawn, mixup, cutmix):
     shape = tf.shape(images)
     other_images = tf.reshape(tf.reverse(tf.reshape(images, [-1, 2, shape[1], shape[2], 3]), [1]), shape)
     other_labels = tf.reshape(tf.reverse(tf.reshape(labels, [-1, 2, labels.shape[1]]), [1]), tf.shape(labels))
-    blended = mixup_share[:, None, None, None] * images + (1 - mixup_share)[:, None, None, None] * other_images
-    side = tf.sqrt(1 - cutmix_share)
-    inside = _rectangle(shape, side, side, across, down)
-    cut = tf.where(inside, other_images, images)
-    kept = 1 - tf.reduce_mean(tf.cast(inside, tf.float32), (1, 2, 3))  # counted in whole pixels
     takes_mixup = coin < (0.5 if mixup and cutmix else 1.0 if mixup else 0.0)
-    share = tf.where(takes_mixup, mixup_share, kept)[:, None]
-    return tf.where(takes_mixup[:, None, None, None], blended, cut), share * labels + (1 - share) * other_labels
+    if mixup:
+        blended = other_images + mixup_share[:, None, None, None] * (images - other_images)
+    if cutmix:
+        side = tf.sqrt(1 - cutmix_share)
+        inside = _rectangle(shape, side, side, across, down)
+        cut = tf.where(inside, other_images, images)
+        kept = 1 - tf.reduce_mean(tf.cast(inside, tf.float32), (1, 2, 3))  # counted in whole pixels
+    mixed = tf.where(takes_mixup[:, None, None, None], blended, cut) if mixup and cutmix else blended if mixup else cut
+    share = (tf.where(takes_mixup, mixup_share, kept) if mixup and cutmix else mixup_share if mixup else kept)[:, None]
+    return mixed, share * labels + (1 - share) * other_labels
 
 
 def _moved(image, seed, settings):
