@@ -81,9 +81,12 @@ def make_plan(config, train_examples, eval_examples, num_classes, num_replicas):
         raise ConfigError(f'config.batch_size={config.batch_size} cannot be split evenly over {num_replicas} replicas: '
                           f'write --config.batch_size={best}')
 
+    if config.batch_size // num_replicas % config.accumulate_steps:
+        raise ConfigError(f'config.accumulate_steps={config.accumulate_steps} does not divide the {config.batch_size // num_replicas} examples of a '
+                          f'replica: write --config.batch_size={_rounded_up(config.batch_size, num_replicas * config.accumulate_steps)}')
     if config.batch_size // num_replicas % config.augment.repeats:
         raise ConfigError(f'config.augment.repeats={config.augment.repeats} does not divide the {config.batch_size // num_replicas} examples of a '
-                          f'replica: write --config.batch_size={num_replicas * config.augment.repeats * max(1, config.batch_size // num_replicas // config.augment.repeats)}')
+                          f'replica: write --config.batch_size={_rounded_up(config.batch_size, num_replicas * config.augment.repeats)}')
     if (config.augment.mixup or config.augment.cutmix) and config.batch_size // num_replicas % 2:
         raise ConfigError(f'config.batch_size={config.batch_size} gives each of {num_replicas} replicas an odd share, and mixup and cutmix '
                           f'mix pairs: write --config.batch_size={config.batch_size + num_replicas}')
@@ -190,6 +193,10 @@ def planned_rates(config, plan, most=2000):
     """About `most` steps, evenly from the first to the last, and the learning rate at each: two lists."""
     chosen = list(range(0, plan.total_steps + 1, max(1, plan.total_steps // most)))
     return chosen, learning_rate_of(config, plan)(chosen)
+
+
+def _rounded_up(number, multiple):
+    return math.ceil(number / multiple) * multiple
 
 
 def _get(config, key):

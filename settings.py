@@ -27,6 +27,7 @@ RANGES = {
     'dataset.memory_gib': (0.001, 2**20),
     'image_size': (8, 4096),
     'batch_size': (1, 2**24),
+    'accumulate_steps': (1, 2**16),
     'eval_batch_size': (1, 2**24),
     'schedule.peak_lr': (0, None),
     'schedule.start_lr': (0, None),

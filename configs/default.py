@@ -23,6 +23,7 @@ def get_config():
     config.image_size = 224  # pixels, height and width of what the model sees
 
     config.batch_size = 128  # global: over all replicas of all hosts
+    config.accumulate_steps = 1  # > 1: in so many parts, one after the other, for less memory; batch normalisation sees a part
     config.eval_batch_size = 128
     config.train_for = '10 epochs'
 

@@ -1,5 +1,7 @@
 """Keras models by name, with preprocessing inside: pictures in 0..255 go in, logits come out."""
+import contextlib
 import sys
+import threading
 
 import keras
 import tensorflow as tf
@@ -7,6 +9,7 @@ import tensorflow as tf
 from errors import ConfigError, RunError, did_you_mean, one_line
 from modeling.batch_norm import SyncBatchNormalization
 
+_traced = threading.local()  # the micro-batch that this thread traces; each replica is traced by a thread of its own
 DEFAULT_DROP_RATE = 0.2  # what keras.applications builds its residual branches with
 
 
@@ -46,7 +49,7 @@ def set_dropout(model, rate):
 
 
 def derive_dropout_seeds(model, seed, updates):
-    """Makes every mask a function of (seed, layer, update, replica) instead of a state that all replicas share.
+    """Makes every mask a function of (seed, layer, update, micro-batch, replica) instead of a state that all replicas share.
 
     Keras' `SeedGenerator` holds the same state on each replica, so that masks would repeat across them, and it is not
     part of a `tf.train.Checkpoint`, so that a resumed run would draw other masks.
@@ -60,10 +63,22 @@ def derive_dropout_seeds(model, seed, updates):
     for index, layer in enumerate(layers):
         def next_seed(ordered=True, key=(seed * 1_000_003 + index) % 2**31):
             context = tf.distribute.get_replica_context()
-            draw = tf.cast(updates, tf.int32) * context.num_replicas_in_sync + tf.cast(context.replica_id_in_sync_group, tf.int32)
+            index, count = getattr(_traced, 'micro_batch', (0, 1))
+            draw = tf.cast(updates, tf.int32) * count + index
+            draw = draw * context.num_replicas_in_sync + tf.cast(context.replica_id_in_sync_group, tf.int32)
             return tf.stack([tf.constant(key, tf.int32), draw])
 
         layer.seed_generator.next = next_seed
+
+
+@contextlib.contextmanager
+def micro_batch(index, count):
+    """What is traced inside is the micro-batch `index` of `count`: it draws masks of its own."""
+    _traced.micro_batch = index, count
+    try:
+        yield
+    finally:
+        _traced.micro_batch = 0, 1
 
 
 def weights(model):

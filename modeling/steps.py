@@ -7,7 +7,7 @@ import dataclasses
 import keras
 import tensorflow as tf
 
-from modeling.models import weights
+from modeling.models import micro_batch, weights
 from modeling.optimizers import decays
 
 LOSS_SCALE_START = 2.0**15  # float16's largest number is 65,504
@@ -66,12 +66,12 @@ def evaluated_weights(state):
 def make_train_step(state, config, augment, *, num_classes, num_replicas, jit_compile):
     """The training step of one replica.
 
-    The loss is the mean over the global batch; gradients are summed over the replicas once, then regularised, clipped
-    by their global norm, and applied.
+    The loss is the mean over the global batch; gradients are summed over the micro-batches, then over the replicas, once,
+    then regularised, clipped by their global norm, and applied. Batch normalisation sees a micro-batch at a time.
 
     Args:
         state: TrainState.
-        config: uses batch_size, label_smoothing, l2_regularization, grad_clip_norm, ema_decay.
+        config: uses batch_size, accumulate_steps, label_smoothing, l2_regularization, grad_clip_norm, ema_decay.
         augment: a function of images, labels and draws as they come in, that returns images float32 [batch, size, size, 3]
             in 0..255 and labels float32 [batch, num_classes]: `inputs.augment.on_device`.
         num_classes, num_replicas: ints.
@@ -83,11 +83,20 @@ def make_train_step(state, config, augment, *, num_classes, num_replicas, jit_co
         'grad_norm', 'learning_rate'}, the last being the rate that was used.
     """
     model, optimizer = state.model, state.optimizer
-    trained = model.trainable_variables
+    trained, accumulate = model.trainable_variables, config.accumulate_steps
     synchronizes = any(getattr(layer, 'synchronized', False) for layer in model._flatten_layers())
 
     def loss_and_gradients(images, labels, draws):
         images, targets = augment(images, labels, draws)
+        sums = ()
+        for index in range(accumulate):  # in turn, so that one micro-batch's activations are gone before the next
+            with tf.control_dependencies(tf.nest.flatten(sums)), micro_batch(index, accumulate):
+                # Every n-th example: whatever the number of replicas, a micro-batch of all of them is the same.
+                part = of_micro_batch(tf.identity(images[index::accumulate]), targets[index::accumulate])
+                sums = tf.nest.map_structure(tf.add, sums, part) if sums else part
+        return sums
+
+    def of_micro_batch(images, targets):
         with tf.GradientTape() as tape:
             logits = model(images, training=True)  # [batch, num_classes], float32 or float64
             targets = tf.cast(targets, logits.dtype)

@@ -194,9 +194,10 @@ def test_one_stage_is_the_config_itself():
     ({'progressive.image_size': 50}, 'multiples of 32'),
     ({'dataset.service': 'machine'}, 'write HOST:PORT'),
     ({'train_for': '2 steps'}, 'more than the 2 steps'),
-    ({'augment.repeats': 3}, '--config.batch_size=126'),
+    ({'augment.repeats': 3}, '--config.batch_size=129'),
+    ({'accumulate_steps': 3}, '--config.batch_size=129'),
 ])
-def test_stages_and_repeats_that_cannot_be_are_refused(values, says):
+def test_stages_and_parts_of_batches_that_cannot_be_are_refused(values, says):
     config = default.get_config()
     config.progressive.stages = 3
     config.update_from_flattened_dict(values)

@@ -84,6 +84,49 @@ def test_the_first_losses_are_the_same_on_1_2_and_4_devices_with_and_without_xla
     assert expected[0]['loss'] > expected[-1]['loss']
 
 
+@pytest.fixture
+def without_batch_norm(monkeypatch):
+    """The tiny model with statistics of each example, which do not depend on what else is in a batch."""
+    monkeypatch.setattr(models, 'SyncBatchNormalization', lambda momentum: keras.layers.LayerNormalization())
+
+
+@pytest.mark.parametrize('jit_compile', [False, True])
+@pytest.mark.parametrize('devices', [1, 2])
+def test_an_update_from_micro_batches_is_that_of_the_whole_batch(still, without_batch_norm, devices, jit_compile):
+    still.grad_clip_norm, still.ema_decay = 0.5, 0.9
+    expected, whole = run(still, 5)
+    still.accumulate_steps = 4
+    results, state = run(still, 5, devices, jit_compile)
+    for key in ('loss', 'correct', 'grad_norm', 'learning_rate'):
+        np.testing.assert_allclose([result[key] for result in results], [result[key] for result in expected], rtol=2e-5, err_msg=key)
+    for ours, theirs in zip(state.variables()['model'] + state.average, whole.variables()['model'] + whole.average, strict=True):
+        np.testing.assert_allclose(ours.numpy(), theirs.numpy(), rtol=1e-3, atol=1e-4)
+    assert state.optimizer.iterations.numpy() == 5
+
+
+@pytest.mark.parametrize('devices', [2, 4])
+def test_micro_batches_have_the_same_statistics_on_any_number_of_devices(still, devices):
+    still.accumulate_steps = 4
+    (expected, alone), (results, shared) = run(still, 8), run(still, 8, devices)
+    np.testing.assert_allclose([result['loss'] for result in results], [result['loss'] for result in expected], rtol=1e-4)
+    for ours, theirs in zip(models.weights(shared.model), models.weights(alone.model)):
+        np.testing.assert_allclose(ours.numpy(), theirs.numpy(), rtol=1e-3, atol=2e-4)
+
+
+def test_micro_batches_drop_differently(still, monkeypatch):
+    """All examples are the same: only the masks of dropout can make the losses of two micro-batches differ."""
+    still.model.dropout, still.accumulate_steps = 0.5, 2
+    seen, original = [], tf.nn.softmax_cross_entropy_with_logits
+
+    def watched(labels, logits):
+        tf.py_function(lambda value: seen.append(value.numpy()), [logits], [])
+        return original(labels, logits)
+
+    monkeypatch.setattr(tf.nn, 'softmax_cross_entropy_with_logits', watched)
+    run(still, 2, images=np.repeat(IMAGES[:1], 32, 0))
+    assert len(seen) == 4 and len({logits.tobytes() for logits in seen}) == 4
+
+
 def test_xla_gets_forward_and_backward_of_each_replica_and_nothing_of_the_optimizer(still):
     strategy, state, _ = build(still, 2)
     loop = steps.make_train_loop(strategy, steps.make_train_step(state, still, UNCHANGED, num_classes=10, num_replicas=2, jit_compile=True))
