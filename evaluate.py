@@ -19,8 +19,9 @@ def run(config, workdir, which='last'):
     session = open_session(config, workdir, trains=False)
     step = session.checkpoints.restore(which)
     metrics = make_evaluation(session)()
-    write_json(os.path.join(workdir, 'evaluation.json'), {'checkpoint': which, 'step': step, **metrics})
-    print(json.dumps({'checkpoint': which, 'step': step, **metrics}))
+    if session.is_chief:
+        write_json(os.path.join(workdir, 'evaluation.json'), {'checkpoint': which, 'step': step, **metrics})
+        print(json.dumps({'checkpoint': which, 'step': step, **metrics}))
     return metrics
 
 

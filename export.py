@@ -27,6 +27,8 @@ def run(config, workdir, which='last'):
     require_same_config(config, workdir)
     session = open_session(config, workdir, trains=False)
     session.checkpoints.restore(which)
+    if not session.is_chief:
+        return None
     exported = write(session, os.path.join(workdir, 'export'))
     print(json.dumps(exported))
     return exported
@@ -44,7 +46,6 @@ def write(session, directory):
 
     Raises: RunError if its answers differ from the model's; what was at `directory` before stays then.
     """
-    session.synchronize()
     partial = directory + '.part'
     shutil.rmtree(partial, ignore_errors=True)
     os.makedirs(partial)

@@ -38,6 +38,8 @@ class Session:
     state: steps.TrainState
     checkpoints: Checkpoints
     synchronize: object  # call it before reading the variables: makes unsynchronized statistics the same on all replicas
+    is_chief: bool  # whether this process writes; of several workers one does
+    agree: object  # sums of numbers over all workers: see devices.make_agreement
 
     def describe(self):
         """What was chosen and what the durations came to, as a few lines of text."""
@@ -57,7 +59,12 @@ def open_session(config, workdir, trains=True):
     kind = devices.device_kind(strategy)
     dtype_policy = devices.resolve_precision(config.precision, kind)
     jit_compile = devices.resolve_jit_compile(config.jit_compile, kind)
+    is_chief, agree = devices.is_chief(strategy), devices.make_agreement(strategy)
+    if not is_chief:
+        agree([1])  # the chief prepares the data first: on a disk that they share it is there then
     source = datasets.load(config.dataset, needs_training=trains)
+    if is_chief:
+        agree([1])
     train_examples, data_changes = compare_data(source, workdir, trains)
     train_examples = (train_examples or source.num_train) if trains else 0
     plan = planning.make_plan(config, train_examples, source.num_eval, len(source.class_names), strategy.num_replicas_in_sync)
@@ -65,10 +72,11 @@ def open_session(config, workdir, trains=True):
     keras.config.set_dtype_policy(dtype_policy)
     with strategy.scope():
         state = build_state(config, plan, dtype_policy)
-    checkpoints = Checkpoints(os.path.join(workdir, 'checkpoints'), state.variables(), config.keep_checkpoints)
+    checkpoints = Checkpoints(os.path.join(workdir, 'checkpoints'), state.variables(), config.keep_checkpoints, writes=is_chief)
     local_statistics = plan.num_replicas > 1 and not config.model.sync_batch_norm
     synchronize = steps.make_average_statistics(strategy, state) if local_statistics else lambda: None
-    return Session(config, strategy, reason, kind, dtype_policy, jit_compile, source, data_changes, plan, state, checkpoints, synchronize)
+    return Session(config, strategy, reason, kind, dtype_policy, jit_compile, source, data_changes, plan, state, checkpoints, synchronize,
+                   is_chief, agree)
 
 
 def require_same_config(config, workdir, free_keys=FREE_KEYS):

@@ -3,11 +3,13 @@ import collections
 import contextlib
 import dataclasses
 import hashlib
+import io
 import json
 import math
 import os
 import signal
 import statistics
+import tempfile
 import time
 
 import tensorflow as tf
@@ -39,34 +41,56 @@ def run(config, workdir):
         print(f'{workdir} is finished: see {os.path.join(workdir, "report.md")}')
         return 0
     session = open_session(config, workdir)
-    print(session.describe(), flush=True)
+    if session.is_chief:
+        return lead(session, workdir)
+    with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(io.StringIO()):  # one worker writes and speaks for all
+        return follow(session, scratch)
 
+
+def lead(session, workdir):
+    """The run as the only process, or as the one of several workers that writes; returns the exit status."""
+    print(session.describe(), flush=True)
     start_step = resume(session)
     resumed_from = record_start(session, workdir, start_step)
-    logbook = Logbook(workdir, start_step, session.plan.total_steps)
-    with stop_on_signal() as stop, service.watch(config.dataset.service), contextlib.closing(logbook):
-        try:
-            metrics = train(session, logbook, start_step, stop)
-        except tf.errors.OpError as error:
-            damage = session.source.damage()
-            if damage:
-                raise RunError(f'pictures cannot be read any more: {damage}. The same command leaves them out and continues at the last checkpoint') from error
-            raise
-    if stop.signal_number is not None:
-        name = signal.Signals(stop.signal_number).name
+    metrics, signal_number = train_until_stopped(session, workdir, start_step)
+    if signal_number is not None:
+        name = signal.Signals(signal_number).name
         print(f'{name}: stopped at step {session.checkpoints.latest_step():,}, saved; the same command continues', flush=True)
-        return 0 if stop.signal_number == signal.SIGINT else 128 + stop.signal_number
+        return 0 if signal_number == signal.SIGINT else 128 + signal_number
 
     exported = export.write(session, os.path.join(workdir, 'export'))
     rows = read_metrics(workdir)
-    plots.plot_learning_rate(os.path.join(workdir, 'plots', 'learning_rate.png'), *planning.planned_rates(config, session.plan), rows,
+    plots.plot_learning_rate(os.path.join(workdir, 'plots', 'learning_rate.png'), *planning.planned_rates(session.config, session.plan), rows,
                              session.plan.warmup_steps, session.plan.hold_steps)
     plots.plot_curves(os.path.join(workdir, 'plots', 'curves.png'), {os.path.basename(workdir): rows})
     summary = summarize(session, metrics, rows, exported, resumed_from)
     report.write_report(workdir, summary, session.describe(), (*session.source.notes, *session.data_changes))
     write_json(os.path.join(workdir, 'summary.json'), summary)  # the last file: it says that all is done
     print(f'{summary["eval/accuracy"]:.2%} of {summary["eval/examples"]:,} evaluation examples; report in {os.path.join(workdir, "report.md")}')
+    session.agree([1])  # the others may go
     return 0
+
+
+def follow(session, scratch):
+    """The run as one of several workers that does not write, except into a folder of its own; returns the exit status."""
+    _, signal_number = train_until_stopped(session, scratch, resume(session))
+    if signal_number is not None:
+        return 0 if signal_number == signal.SIGINT else 128 + signal_number
+    session.agree([1])  # waits for the report: a worker that leaves takes the connection with it
+    return 0
+
+
+def train_until_stopped(session, workdir, start_step):
+    """`train` with a logbook in `workdir`; returns (metrics of the last evaluation, signal that stopped it before or None)."""
+    logbook = Logbook(workdir, start_step, session.plan.total_steps)
+    with stop_on_signal() as stop, service.watch(session.config.dataset.service), contextlib.closing(logbook):
+        try:
+            return train(session, logbook, start_step, stop), stop.signal_number
+        except tf.errors.OpError as error:
+            damage = session.source.damage()
+            if damage:
+                raise RunError(f'pictures cannot be read any more: {damage}. The same command leaves them out and continues at the last checkpoint') from error
+            raise
 
 
 def train(session, logbook, start_step, stop):
@@ -101,7 +125,8 @@ def train(session, logbook, start_step, stop):
             metrics = evaluation()
             logbook.write(step, metrics)
             checkpoints.save_if_best(step, metrics['eval/accuracy'])
-        if is_due(plan, step, saved_at) or ended or stop.signal_number is not None:
+        due = agree_on(session, stop, is_due(plan, step, saved_at))
+        if due or ended or stop.signal_number is not None:
             session.synchronize()
             checkpoints.save(step)
             saved_at = time.monotonic()
@@ -166,7 +191,11 @@ def is_finished(config, workdir):
 
 def resume(session):
     """Restores the last checkpoint if there is one; returns the step to go on from."""
-    if session.checkpoints.latest_step() is None:
+    saved = session.checkpoints.latest_step() or 0
+    everywhere, workers = session.agree([saved, 1])
+    if everywhere != saved * workers:
+        raise RunError(f'this worker found step {saved:,} in its workdir, and others another one: all workers need one --workdir, on a disk that they share')
+    if not saved:
         return 0
     step = session.checkpoints.restore()
     print(f'resumes   at step {step:,}', flush=True)
@@ -235,6 +264,14 @@ def is_due(plan, step, saved_at):
     if plan.checkpoint_every:
         return step % plan.checkpoint_every == 0
     return step % plan.log_every == 0 and time.monotonic() - saved_at > plan.checkpoint_seconds
+
+
+def agree_on(session, stop, due):
+    """Tells all workers of a signal that one got, and of a checkpoint that is due by one's clock; returns whether one is due."""
+    signals = (signal.SIGINT, signal.SIGTERM)
+    *asked, due = session.agree([*(stop.signal_number == number for number in signals), due])
+    stop.signal_number = next((number for number, votes in zip(signals, asked) if votes), None)
+    return due > 0
 
 
 def next_multiple(step, every):

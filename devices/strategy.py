@@ -46,6 +46,32 @@ def device_kind(strategy):
     return 'GPU' if any('GPU' in device for device in strategy.extended.worker_devices) else 'CPU'
 
 
+def is_chief(strategy):
+    """Whether this process is the one of several workers that writes: the chief, or without one worker 0."""
+    if not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
+        return True
+    resolver = strategy.cluster_resolver
+    first = 'chief' if 'chief' in resolver.cluster_spec().jobs else 'worker'
+    return (resolver.task_type, resolver.task_id) == (first, 0)
+
+
+def make_agreement(strategy):
+    """What several workers do together they must decide together: a function of numbers, float [n], to their sums over the workers.
+
+    With one process it returns the numbers themselves.
+    """
+    if not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
+        return lambda numbers: [float(number) for number in numbers]
+    local_replicas = strategy.num_replicas_in_sync // strategy.extended._num_workers
+
+    @tf.function(autograph=False)
+    def total(numbers):
+        sums = strategy.run(lambda: tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, tf.identity(numbers)))
+        return strategy.experimental_local_results(sums)[0] / local_replicas
+
+    return lambda numbers: total(tf.constant(numbers, tf.float64)).numpy().tolist()
+
+
 def resolve_precision(precision, kind):
     """The Keras dtype policy for `config.precision`: 'float32', 'float64', 'mixed_bfloat16' or 'mixed_float16'."""
     if precision == 'auto':

@@ -17,9 +17,11 @@ class Checkpoints:
         directory: the folder; made when something is saved.
         variables: {part: [tf.Variable]}, see `TrainState.variables`.
         keep: how many of the last checkpoints stay.
+        writes: whether this process saves; of several workers one does.
     """
 
-    def __init__(self, directory, variables, keep):
+    def __init__(self, directory, variables, keep, writes=True):
+        self._writes = writes
         self.best_accuracy = tf.Variable(-1.0, dtype=tf.float64, trainable=False)
         self.train_seconds = tf.Variable(0.0, dtype=tf.float64, trainable=False)
         self.input_seconds = tf.Variable(0.0, dtype=tf.float64, trainable=False)
@@ -33,7 +35,7 @@ class Checkpoints:
     def save(self, step):
         """Saves everything after `step` updates, unless that is there already."""
         self.step.assign(step)
-        if self.latest_step() != step:
+        if self._writes and self.latest_step() != step:
             self._last.save(checkpoint_number=step)
 
     def save_if_best(self, step, accuracy):
@@ -42,7 +44,8 @@ class Checkpoints:
             return False
         self.best_accuracy.assign(accuracy)
         self.step.assign(step)
-        self._best.save(checkpoint_number=step)
+        if self._writes:
+            self._best.save(checkpoint_number=step)
         return True
 
     def latest_step(self):

@@ -1,0 +1,89 @@
+"""Several processes on this machine train as one: the same weights, one set of files, and they stop and fail together."""
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from outputs.logbook import read_json, read_metrics
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+ARGUMENTS = ('--config=configs/digits.py', '--config.model.name=tiny', '--config.image_size=16', '--config.batch_size=32', '--config.train_for=30 steps',
+             '--config.schedule.warmup=3 steps', '--config.log_every=5 steps', '--config.eval_every=10 steps', '--config.checkpoint_every=10 steps',
+             '--config.steps_per_loop=2', '--config.model.sync_batch_norm=false')
+
+
+def free_ports(count):
+    sockets = [socket.create_server(('localhost', 0)) for _ in range(count)]
+    ports = [server.getsockname()[1] for server in sockets]
+    for server in sockets:
+        server.close()
+    return ports
+
+
+def start(arguments, workers=2):
+    """Starts the same command in several processes, each with its TF_CONFIG, as a launcher on several machines would."""
+    addresses = [f'localhost:{port}' for port in free_ports(workers)]
+    processes = []
+    for index in range(workers):
+        cluster = json.dumps({'cluster': {'worker': addresses}, 'task': {'type': 'worker', 'index': index}})
+        # GRPC_FAIL_FAST: a worker that has gone is an error for the others, not something to wait for.
+        environment = {**os.environ, 'TF_CONFIG': cluster, 'GRPC_FAIL_FAST': 'use_caller'}
+        processes.append(subprocess.Popen([sys.executable, os.path.join(ROOT, 'main.py'), *arguments], env=environment, cwd=ROOT,
+                                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    return processes
+
+
+def finish(processes, timeout=300):
+    """[(exit status, standard output, standard error)] of all; kills what is left."""
+    try:
+        ended = [process.communicate(timeout=timeout) for process in processes]
+        return [(process.returncode, *said) for process, said in zip(processes, ended)]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+    workdir = str(tmp_path_factory.mktemp('workers') / 'run')
+    return workdir, finish(start([*ARGUMENTS, f'--workdir={workdir}']))
+
+
+def test_one_worker_writes_and_speaks_for_all(finished):
+    workdir, ended = finished
+    assert [status for status, *_ in ended] == [0, 0], ended
+    assert 'MultiWorkerMirroredStrategy on 2 workers, 2 replicas' in ended[0][1] and ended[1][1] == ''
+    assert [row['step'] for row in read_metrics(workdir)] == [5, 10, 15, 20, 25, 30]
+    summary = read_json(os.path.join(workdir, 'summary.json'))
+    assert summary['eval/examples'] == 360 and summary['steps'] == 30 and summary['export/accuracy'] == summary['eval/accuracy']
+    assert sorted(os.listdir(workdir)) == ['checkpoints', 'config.json', 'environment.json', 'export', 'metrics.jsonl', 'plots', 'report.md',
+                                           'summary.json', 'tensorboard']
+
+
+def test_a_signal_to_any_worker_stops_all_and_the_same_command_goes_on(finished, tmp_path):
+    workdir = str(tmp_path / 'run')
+    processes = start([*ARGUMENTS, '--config.train_for=20000 steps', '--config.schedule.warmup=3 steps', f'--workdir={workdir}'])
+    deadline = time.monotonic() + 200
+    while not read_metrics(workdir) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    processes[1].send_signal(signal.SIGTERM)
+    ended = finish(processes)
+    assert [status for status, *_ in ended] == [143, 143], ended
+    stopped = int(ended[0][1].split('stopped at step ')[1].split(',')[0])
+    assert os.path.exists(os.path.join(workdir, 'checkpoints', f'step-{stopped}.index'))
+
+
+def test_the_evaluation_of_several_workers_is_that_of_one(finished):
+    workdir, _ = finished
+    expected = read_json(os.path.join(workdir, 'summary.json'))['eval/accuracy']
+    ended = finish(start([*ARGUMENTS, f'--workdir={workdir}', '--mode=evaluate']))
+    assert [status for status, *_ in ended] == [0, 0], ended
+    assert json.loads(ended[0][1].splitlines()[-1])['eval/accuracy'] == expected
+    alone = subprocess.run([sys.executable, os.path.join(ROOT, 'main.py'), *ARGUMENTS, f'--workdir={workdir}', '--mode=evaluate'],
+                           cwd=ROOT, capture_output=True, text=True)
+    assert json.loads(alone.stdout.splitlines()[-1])['eval/accuracy'] == expected
