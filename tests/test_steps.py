@@ -84,6 +84,24 @@ def test_the_first_losses_are_the_same_on_1_2_and_4_devices_with_and_without_xla
     assert expected[0]['loss'] > expected[-1]['loss']
 
 
+@pytest.mark.parametrize('devices, jit_compile', [(1, False), (1, True), (2, False), (2, True), (4, False)])
+def test_the_gradient_is_that_of_plain_keras_in_float64(still, devices, jit_compile):
+    still.optimizer, still.weight_decay, still.ema_decay = {'name': 'sgd'}, 0.0, 0.0
+    still.schedule.name, still.schedule.warmup, still.schedule.peak_lr, still.schedule.start_lr = 'constant', '0%', 1.0, 1.0
+    still.model.sync_batch_norm = False
+    _, plain, _ = build(still, dtype_policy='float64')  # Keras' own layers
+    model, before = plain.model, [variable.numpy() for variable in plain.model.trainable_variables]
+    with tf.GradientTape() as tape:
+        loss_of = keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=still.label_smoothing)
+        loss = loss_of(keras.utils.to_categorical(LABELS, 10).astype('float64'), model(IMAGES.astype('float64'), training=True))
+    expected = tape.gradient(loss, [variable.value for variable in model.trainable_variables])
+    still.model.sync_batch_norm = True
+    results, state = run(still, 1, devices, jit_compile, dtype_policy='float64')
+    assert results[0]['loss'] == pytest.approx(float(loss), rel=1e-6)  # it is reported in float32
+    for variable, start, gradient in zip(state.model.trainable_variables, before, expected, strict=True):
+        np.testing.assert_allclose(start - variable.numpy(), gradient, rtol=1e-7, atol=1e-12)  # rate 1: the step is the gradient
+
+
 @pytest.fixture
 def without_batch_norm(monkeypatch):
     """The tiny model with statistics of each example, which do not depend on what else is in a batch."""
