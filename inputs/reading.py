@@ -89,13 +89,14 @@ class Singles:
             lambda index: (self.ids[index], self.load(self.stored[index]), self.labels[index]), tf.data.AUTOTUNE)
 
 
-def of_builder(builder, split, share=(0, 1)):
+def of_builder(builder, split, share=(0, 1), singly=False):
     """`Records` of a prepared TFDS split.
 
     Args:
         builder: prepared as TFRecord files.
         split: a TFDS split, such as 'train[:90%]'.
         share: (index, number) of a host: which of how many even shares, as `tfds.even_splits` cuts them.
+        singly: whether each example is a piece, so that their order is that of examples in memory.
 
     Raises: RunError if it is prepared in another format.
     """
@@ -106,7 +107,7 @@ def of_builder(builder, split, share=(0, 1)):
     begin, end = share_of(info.num_examples, share)
     whole = builder.info.splits[re.split(r'[\[+]', split)[0]]
     whole_bytes = whole.num_bytes or sum(tf.io.gfile.stat(path).length for path in whole.filepaths)  # some data sets do not say
-    longest = max(1, info.num_examples // PIECES)
+    longest = 1 if singly else max(1, info.num_examples // PIECES)
     runs, first_id = [], 0  # (filename, records to skip, records to take, id of the first)
     for file in info.file_instructions:
         low, high = max(begin, first_id), min(end, first_id + file.take)
@@ -136,7 +137,7 @@ def share_of(num_examples, share):
 
 def _pieces_of_run(filename, skip, take, first_id, longest):
     """(filename, offset, count, first id) of the pieces of one run of records; only a run that is cut needs its offsets."""
-    if skip == 0 and take <= 2 * longest:
+    if skip == 0 and take <= (2 * longest if longest > 1 else 1):
         return [(filename, 0, take, first_id)]
     starts = record_offsets(filename, skip + take)
     return [(filename, starts[skip + done], min(longest, take - done), first_id + done) for done in range(0, take, longest)]

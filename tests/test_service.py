@@ -12,7 +12,7 @@ import tensorflow as tf
 
 import plan as planning
 from errors import RunError
-from inputs import datasets, pipeline, service
+from inputs import datasets, pipeline, reading, service
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -49,8 +49,9 @@ def assert_equal(batches, expected):
 
 
 @pytest.mark.parametrize('dispatchers, workers', [(1, 2), (2, 1)])
-def test_two_workers_give_what_the_local_pipeline_gives_also_after_a_resume(tiny, start, dispatchers, workers):
+def test_two_workers_give_what_the_local_pipeline_gives_also_after_a_resume(tiny, start, monkeypatch, dispatchers, workers):
     tiny.train_for, tiny.augment.flip, tiny.augment.mixup, tiny.augment.policy.name = '47 steps', True, 0.2, 'rand_augment'  # more than an epoch
+    monkeypatch.setattr(reading, 'PIECES', 100)  # runs of 14 examples in a file, of which the local pipeline keeps each in memory
     expected = batches_of(tiny)
     addresses = [re.fullmatch(f'serves at (localhost:[0-9]+) with {workers} workers?', start(f'--workers={workers}'))[1] for _ in range(dispatchers)]
     tiny.dataset.service = ','.join(addresses * workers)

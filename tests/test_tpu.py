@@ -3,6 +3,9 @@
 Nothing can be computed so, but what Python, Keras or TensorFlow refuse under TPUStrategy they refuse while tracing.
 """
 import collections
+import glob
+import importlib
+import os
 
 import keras
 import pytest
@@ -16,32 +19,37 @@ from inputs import augment
 from modeling import steps
 
 REPLICAS = 8
+CONFIGS = sorted(os.path.basename(path)[:-3] for path in glob.glob(os.path.join(os.path.dirname(__file__), '..', 'configs', '[a-z]*.py')))
 HOST = '/job:localhost/replica:0/task:0/device:'
 Device = collections.namedtuple('Device', 'name device_type')
 
 
 class MadeUpTpu(cluster_resolver.SimpleClusterResolver):
-    """Reports one host with `REPLICAS` cores."""
+    """Reports one host with so many cores."""
+
+    def __init__(self, replicas):
+        super().__init__(tf.train.ClusterSpec({}))
+        self.replicas = replicas
 
     def get_tpu_system_metadata(self):
-        cores = [Device(f'{HOST}TPU:{index}', 'TPU') for index in range(REPLICAS)]
-        return tpu_system_metadata.TPUSystemMetadata(num_cores=REPLICAS, num_hosts=1, num_of_cores_per_host=REPLICAS, topology=None,
+        cores = [Device(f'{HOST}TPU:{index}', 'TPU') for index in range(self.replicas)]
+        return tpu_system_metadata.TPUSystemMetadata(num_cores=self.replicas, num_hosts=1, num_of_cores_per_host=self.replicas, topology=None,
                                                      devices=[Device(f'{HOST}CPU:0', 'CPU'), *cores])
 
 
 @pytest.fixture
-def strategy(monkeypatch):
+def strategy(monkeypatch, request):
     monkeypatch.setenv('TPU_SKIP_MDS_QUERY', '1')
     placement = tf.config.get_soft_device_placement()
     tf.config.set_soft_device_placement(True)
-    strategy = tf.distribute.TPUStrategy(MadeUpTpu(tf.train.ClusterSpec({})))
+    strategy = tf.distribute.TPUStrategy(MadeUpTpu(getattr(request, 'param', REPLICAS)))
     strategy._enable_packed_variable_in_eager_mode = False  # packing needs the devices
     yield strategy
     tf.config.set_soft_device_placement(placement)
 
 
 def build(config, strategy):
-    plan = planning.make_plan(config, 1437, 360, 10, REPLICAS)
+    plan = planning.make_plan(config, 100_000, 360, 10, strategy.num_replicas_in_sync)
     keras.config.set_dtype_policy('mixed_bfloat16')
     with strategy.scope():
         return session.build_state(config, plan, 'mixed_bfloat16')
@@ -82,3 +90,39 @@ def test_the_evaluation_step_and_the_mean_of_statistics_are_a_graph(still, strat
 
     assert operations(step)['TPUReplicateMetadata'] == 1
     assert operations(steps.make_average_statistics(strategy, state))['CrossReplicaSum'] > 0
+
+
+@pytest.mark.parametrize('strategy, name', [(REPLICAS, name) for name in CONFIGS] + [(1, 'digits'), (32, 'imagenet')], indirect=['strategy'])
+def test_the_steps_of_every_config_are_fit_for_a_tpu(strategy, name):
+    config = importlib.import_module(f'configs.{name}').get_config()
+    config.model.weights = ''  # nothing is downloaded
+    if name != 'imagenet_strong':  # the largest one with the real model, as a trace of it takes half a minute
+        config.model.name, config.model.drop_path = 'tiny', 0.0
+    config.train_for, config.schedule.warmup, config.schedule.hold = '1000 steps', '10 steps', '0%'
+    config.batch_size, config.image_size = 4 * strategy.num_replicas_in_sync, min(config.image_size, 64)
+    replicas, size = strategy.num_replicas_in_sync, config.image_size
+    state = build(config, strategy)
+    change = augment.on_device(config.augment, 10)
+    train_step = steps.make_train_step(state, config, change, num_classes=10, num_replicas=replicas, jit_compile=False)
+    eval_step = steps.make_eval_step(state, num_classes=10)
+
+    @tf.function(autograph=False)
+    def both():
+        drawn = {key: tf.stack([value] * 4) for key, value in augment.draws(config.augment, tf.constant([0, 8], tf.int64)).items()}
+        images, labels = tf.zeros((4, size, size, 3), tf.uint8), tf.zeros((4,), tf.int64)
+        return (steps._sum_over_replicas(strategy, strategy.run(train_step, args=(images, labels, drawn))),
+                steps._sum_over_replicas(strategy, strategy.run(eval_step, args=(images, labels, tf.zeros((4,))))))
+
+    graph = both.get_concrete_function().graph
+    on_cores = [op for op in graph.get_operations() if '_tpu_replicate' in op.node_def.attr]
+    assert len(on_cores) > 500
+    of_functions = [node for function in graph.as_graph_def().library.function for node in function.node_def]
+    assert not [node.name for node in of_functions if 'CrossReplicaSum' in node.op]  # none in a conditional or a loop
+    assert not [op.name for op in on_cores if op.type in ('PyFunc', 'EagerPyFunc', 'IteratorGetNext', 'PlaceholderWithDefault', 'StringFormat', 'PrintV2', 'Where')]
+    assert not [node.name for node in (*of_functions, *(op.node_def for op in graph.get_operations())) if '_XlaMustCompile' in node.attr and node.attr['_XlaMustCompile'].b]
+    unknown = [op.name for op in on_cores for output in op.outputs if output.dtype.is_floating and not output.shape.is_fully_defined()]
+    assert not unknown
+    sums = sum(op.type == 'CrossReplicaSum' for op in on_cores)
+    normalisations = sum(getattr(layer, 'synchronized', False) for layer in state.model._flatten_layers())
+    assert sums <= len(state.model.trainable_variables) + 2 * normalisations  # each gradient once, each statistic once each way
+    assert sums == 0 if replicas == 1 else sums >= 2 * normalisations + 1
