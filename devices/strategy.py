@@ -139,6 +139,7 @@ def _multi_worker(workers):
     if workers < 1:
         raise RunError("config.strategy='multi_worker' needs the environment variable TF_CONFIG with the addresses of all workers, "
                        f'but it names none; found {_found()}')
+    os.environ.setdefault('GRPC_FAIL_FAST', 'use_caller')  # a worker that has gone is an error for the others, not something to wait for
     try:
         strategy = tf.distribute.MultiWorkerMirroredStrategy()
     except Exception as error:  # ValueError for a wrong task, an OpError for an address that cannot be used

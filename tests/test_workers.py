@@ -31,8 +31,7 @@ def start(arguments, workers=2):
     processes = []
     for index in range(workers):
         cluster = json.dumps({'cluster': {'worker': addresses}, 'task': {'type': 'worker', 'index': index}})
-        # GRPC_FAIL_FAST: a worker that has gone is an error for the others, not something to wait for.
-        environment = {**os.environ, 'TF_CONFIG': cluster, 'GRPC_FAIL_FAST': 'use_caller'}
+        environment = {**os.environ, 'TF_CONFIG': cluster}
         processes.append(subprocess.Popen([sys.executable, os.path.join(ROOT, 'main.py'), *arguments], env=environment, cwd=ROOT,
                                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
     return processes
@@ -76,6 +75,17 @@ def test_a_signal_to_any_worker_stops_all_and_the_same_command_goes_on(finished,
     assert [status for status, *_ in ended] == [143, 143], ended
     stopped = int(ended[0][1].split('stopped at step ')[1].split(',')[0])
     assert os.path.exists(os.path.join(workdir, 'checkpoints', f'step-{stopped}.index'))
+
+
+def test_a_worker_that_is_killed_ends_the_others_with_its_name(tmp_path):
+    workdir = str(tmp_path / 'run')
+    processes = start([*ARGUMENTS, '--config.train_for=20000 steps', '--config.schedule.warmup=3 steps', f'--workdir={workdir}'])
+    deadline = time.monotonic() + 200
+    while not read_metrics(workdir) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    processes[1].kill()
+    (status, _, said), _ = finish(processes, timeout=60)
+    assert status == 1 and 'error: worker 1 does not answer any more: start all workers again' in said and 'Traceback' not in said
 
 
 def test_the_evaluation_of_several_workers_is_that_of_one(finished):
