@@ -27,8 +27,9 @@ from session import open_session, require_same_config
 
 @dataclasses.dataclass
 class Stop:
-    """The signal that asked the run to stop, if one did."""
+    """The signal that asked this process to stop, if one did, and the one that all workers agreed to stop for."""
 
+    asked: int | None = None
     signal_number: int | None = None
 
 
@@ -246,7 +247,7 @@ def stop_on_signal():
     stop, usual = Stop(), {}
 
     def ask(signal_number, frame):
-        stop.signal_number = signal_number
+        stop.asked = signal_number
         signal.signal(signal_number, usual[signal_number])
         print(f'\n{signal.Signals(signal_number).name}: finishing the loop, then saving', flush=True)
 
@@ -267,9 +268,12 @@ def is_due(plan, step, saved_at):
 
 
 def agree_on(session, stop, due):
-    """Tells all workers of a signal that one got, and of a checkpoint that is due by one's clock; returns whether one is due."""
+    """Tells all workers of a signal that one got, and of a checkpoint that is due by one's clock; returns whether one is due.
+
+    A signal that comes in the meantime is told after the next loop.
+    """
     signals = (signal.SIGINT, signal.SIGTERM)
-    *asked, due = session.agree([*(stop.signal_number == number for number in signals), due])
+    *asked, due = session.agree([*(stop.asked == number for number in signals), due])
     stop.signal_number = next((number for number, votes in zip(signals, asked) if votes), None)
     return due > 0
 
