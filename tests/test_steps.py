@@ -92,7 +92,7 @@ def test_the_gradient_is_that_of_plain_keras_in_float64(still, devices, jit_comp
     _, plain, _ = build(still, dtype_policy='float64')  # Keras' own layers
     model, before = plain.model, [variable.numpy() for variable in plain.model.trainable_variables]
     with tf.GradientTape() as tape:
-        loss_of = keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=still.label_smoothing)
+        loss_of = keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=still.label_smoothing, dtype='float64')
         loss = loss_of(keras.utils.to_categorical(LABELS, 10).astype('float64'), model(IMAGES.astype('float64'), training=True))
     expected = tape.gradient(loss, [variable.value for variable in model.trainable_variables])
     still.model.sync_batch_norm = True
