@@ -47,7 +47,7 @@ def plot_batch(path, images, captions, title):
         axes.axis('off')
     for axes, image, text in zip(grid.flat, images, captions):
         axes.imshow(image.clip(0, 255).round().astype('uint8'), interpolation='nearest')
-        axes.set_title(textwrap.fill(textwrap.shorten(text.replace('$', r'\$'), 60, placeholder=' ...'), 26), fontsize=7)
+        axes.set_title(textwrap.fill(text[:78], 26), fontsize=7, parse_math=False)  # three lines; a name may hold a $
     figure.suptitle(title)
     _save(figure, path)
 

@@ -109,8 +109,8 @@ def test_a_resumed_run_gets_the_batch_that_would_have_come(tiny, source):
     plan = plan_for(tiny, source)
     batches = [batch_digest(batch) for batch in training_batches(tiny, source)]
     assert len(batches) == plan.total_steps == len(set(batches))
-    for step in (1, 43, 44, 45, 46, plan.total_steps - 1):  # 44.9 steps are an epoch
-        assert batch_digest(next(iter(training_batches(tiny, source, begin=step)))) == batches[step]
+    for step in (44, 45, plan.total_steps - 1, *np.random.RandomState(0).permutation(plan.total_steps)[:20]):  # 44.9 steps are an epoch
+        assert batch_digest(next(iter(training_batches(tiny, source, begin=int(step))))) == batches[step]
 
 
 def test_repeated_examples_differ_within_their_batch_and_all_come_equally_often(tiny, source):
