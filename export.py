@@ -40,7 +40,8 @@ def write(session, directory):
     Its signatures take pictures of any size, which are cropped and resized as in evaluation:
     `classify` (and serving_default) uint8 [batch, height, width, 3]; `classify_float` float32 in 0..255, the same shape;
     `classify_encoded` JPEG or PNG files, string [batch]. Each returns `logits` and `probabilities`, float32
-    [batch, classes], `class_index`, int64 [batch], and `label`, string [batch]. `label_names` returns all labels.
+    [batch, classes], `class_index`, int64 [batch], and `label`, string [batch]. `label_names` returns all labels, and
+    `logits` is the bare model, float32 [batch, image_size, image_size, 3] in 0..255 -> [batch, classes], which can teach another.
 
     Returns: {'export/examples', 'export/accuracy', 'export/max_difference'}, of the exported model.
 
@@ -83,6 +84,7 @@ def _write_saved_model(session, directory):
     archive.add_endpoint('classify', classify, [tf.TensorSpec([None, None, None, 3], tf.uint8, name='images')])
     archive.add_endpoint('classify_float', classify, [tf.TensorSpec([None, None, None, 3], tf.float32, name='images')])
     archive.add_endpoint('classify_encoded', classify_encoded, [tf.TensorSpec([None], tf.string, name='encoded')])
+    archive.add_endpoint('logits', lambda images: model(images, training=False), [tf.TensorSpec([None, *model.input_shape[1:]], tf.float32, name='images')])
     archive.add_endpoint('label_names', lambda: names, [])
     archive.write_out(directory, verbose=False)
 

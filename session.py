@@ -1,6 +1,7 @@
 """What `train`, `evaluate` and `export` have in common: from a config to strategy, data, plan and state."""
 import dataclasses
 import json
+import math
 import os
 import random
 
@@ -8,10 +9,11 @@ import keras
 import tensorflow as tf
 
 import plan as planning
+from configs import default
 from devices import strategy as devices
 from errors import ConfigError, RunError
 from inputs import datasets
-from modeling import models, optimizers, steps
+from modeling import models, optimizers, steps, transfer
 from outputs.checkpoints import Checkpoints
 from outputs.logbook import read_json
 from settings import flatten
@@ -40,12 +42,27 @@ class Session:
     synchronize: object  # call it before reading the variables: makes unsynchronized statistics the same on all replicas
     is_chief: bool  # whether this process writes; of several workers one does
     agree: object  # sums of numbers over all workers: see devices.make_agreement
+    loaded: str  # what was taken from config.model.weights, in words; '' for random weights
+    teacher: object  # see transfer.make_teacher
 
     def describe(self):
         """What was chosen and what the durations came to, as a few lines of text."""
         lines = [f'strategy  {self.strategy_reason}', f'compute   {self.dtype_policy}, jit_compile {"on" if self.jit_compile else "off"}',
-                 self.plan.describe(), planning.describe_stages(self.config, self.plan), *(f'note      {change}' for change in self.data_changes)]
+                 self.plan.describe(), planning.describe_stages(self.config, self.plan), *self._describe_transfer(),
+                 *(f'note      {change}' for change in self.data_changes)]
         return '\n'.join(filter(None, lines))
+
+    def _describe_transfer(self):
+        config, model = self.config, self.state.model
+        if self.loaded:
+            yield f'weights   {self.loaded}'
+        if config.model.freeze:
+            trained, all_weights = (sum(math.prod(variable.shape) for variable in variables) for variables in (model.trainable_variables, models.weights(model)))
+            yield f'frozen    up to {config.model.freeze}: {trained:,} of {all_weights:,} numbers are trained'
+        if config.model.layer_decay < 1:
+            yield f'rates     x 1 at the head, down to x {min(models.rate_factors(model, config.model.layer_decay)):.3g} at the first block'
+        if self.teacher:
+            yield f'teacher   {config.distill.teacher}, {config.distill.alpha:.0%} of the loss at temperature {config.distill.temperature:g}'
 
 
 def open_session(config, workdir, trains=True):
@@ -71,12 +88,15 @@ def open_session(config, workdir, trains=True):
     random.seed(config.seed)  # Keras draws the seeds of its initializers from it; all else is seeded where it is drawn
     keras.config.set_dtype_policy(dtype_policy)
     with strategy.scope():
-        state = build_state(config, plan, dtype_policy)
+        model = models.build_model(config, plan.num_classes)
+        loaded = load_weights(model, config, workdir, source.class_names) if trains else ''
+        state = build_state(model, config, plan, dtype_policy)
+        teacher = transfer.make_teacher(config, source.class_names) if trains else None
     checkpoints = Checkpoints(os.path.join(workdir, 'checkpoints'), state.variables(), config.keep_checkpoints, writes=is_chief)
     local_statistics = plan.num_replicas > 1 and not config.model.sync_batch_norm
     synchronize = steps.make_average_statistics(strategy, state) if local_statistics else lambda: None
     return Session(config, strategy, reason, kind, dtype_policy, jit_compile, source, data_changes, plan, state, checkpoints, synchronize,
-                   is_chief, agree)
+                   is_chief, agree, loaded, teacher)
 
 
 def require_same_config(config, workdir, free_keys=FREE_KEYS):
@@ -86,7 +106,8 @@ def require_same_config(config, workdir, free_keys=FREE_KEYS):
         return
     if config.dataset.name == 'folder' and free_keys is FREE_KEYS:
         free_keys = [key for key in free_keys if key != 'dataset.data_dir']  # of a folder it is what the pictures are
-    before, now = flatten(read_json(path)), flatten(json.loads(config.to_json()))
+    before, now, reference = (flatten(values) for values in (read_json(path), json.loads(config.to_json()), json.loads(default.get_config().to_json())))
+    before = reference | before  # a key that is newer than the run had its default then
     changed = [f'{key} was {before.get(key)!r}, is {now.get(key)!r}' for key in sorted(before.keys() | now.keys())
                if before.get(key) != now.get(key) and key not in free_keys]
     if changed:
@@ -116,9 +137,20 @@ def compare_data(source, workdir, trains):
     return examples, changes
 
 
-def build_state(config, plan, dtype_policy):
-    """Model, optimizer if the plan has updates, and what else training changes; call it in the strategy's scope."""
-    model = models.build_model(config, plan.num_classes)
+def load_weights(model, config, workdir, class_names):
+    """What `config.model.weights` names goes into the model of a new run; returns what was loaded, in words.
+
+    A run that goes on takes its own, and repeats what it said at its start.
+    """
+    if not config.model.weights:
+        return ''
+    if tf.train.latest_checkpoint(os.path.join(workdir, 'checkpoints')):
+        return read_json(os.path.join(workdir, 'environment.json')).get('weights', '')
+    return transfer.load_weights(model, config, class_names)
+
+
+def build_state(model, config, plan, dtype_policy):
+    """The model with an optimizer, if the plan has updates, and what else training changes; call it in the strategy's scope."""
     if not plan.total_steps:
         return steps.TrainState.create(model, None, config.ema_decay, scale_loss=False)
     optimizer = optimizers.build_optimizer(config, planning.schedule_arguments(config, plan), model.trainable_variables)

@@ -142,7 +142,7 @@ def begin_stage(session, config, first_step, end_step):
     plan = session.plan
     models.set_dropout(session.state.model, config.model.dropout)
     train_step = steps.make_train_step(session.state, config, augment.on_device(config.augment, plan.num_classes), num_classes=plan.num_classes,
-                                       num_replicas=plan.num_replicas, jit_compile=session.jit_compile)
+                                       num_replicas=plan.num_replicas, jit_compile=session.jit_compile, teacher=session.teacher)
     batches = pipeline.training_batches(session.source, config, plan, first_step, end_step, session.strategy)
     return steps.make_train_loop(session.strategy, train_step), iter(batches)
 
@@ -213,7 +213,7 @@ def record_start(session, workdir, start_step):
     os.makedirs(workdir, exist_ok=True)
     write_json(os.path.join(workdir, 'config.json'), json.loads(session.config.to_json()))
     write_json(path, {**describe_environment(), 'strategy': session.strategy_reason, 'replicas': session.plan.num_replicas,
-                      'dtype_policy': session.dtype_policy, 'jit_compile': session.jit_compile, 'resumed_from': resumed_from,
+                      'dtype_policy': session.dtype_policy, 'jit_compile': session.jit_compile, 'weights': session.loaded, 'resumed_from': resumed_from,
                       'class_names': list(session.source.class_names), 'train_examples': session.plan.train_examples,
                       'training_data': session.source.identity, 'data_changes': session.data_changes})
     return resumed_from

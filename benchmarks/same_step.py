@@ -63,7 +63,7 @@ def ten_updates(config, strategy, jit_compile, dtype_policy):
     plan = planning.make_plan(config, 1437, 360, 10, replicas)
     sessions.random.seed(0)
     with strategy.scope():
-        state = sessions.build_state(config, plan, dtype_policy)
+        state = sessions.build_state(models.build_model(config, 10), config, plan, dtype_policy)
     unchanged = augment.on_device(config.augment, 10)
     loop = steps.make_train_loop(strategy, steps.make_train_step(state, config, unchanged, num_classes=10, num_replicas=replicas, jit_compile=jit_compile))
     random = np.random.RandomState(0)

@@ -47,10 +47,18 @@ def get_config():
 
     config.model = ConfigDict()
     config.model.name = 'EfficientNetV2B0'  # a name of keras.applications, or 'tiny'
-    config.model.weights = ''  # '': random; 'imagenet': keras.applications' weights, with a new head
+    config.model.weights = ''  # '': random; 'imagenet': keras.applications', with a new head; or a run, checkpoint or SavedModel of yours
+    config.model.freeze = ''  # 'backbone': only the head is trained; or up to where it is not: a layer or a block, such as 'block4'
+    config.model.layer_decay = 1.0  # < 1: the rate of a block is this times that of the block after it; the head's is the schedule's
     config.model.dropout = 0.2  # before the head
     config.model.drop_path = 0.0  # of the last residual block; grows linearly from 0 at the first
     config.model.sync_batch_norm = True  # statistics over the global batch: the same run on any number of replicas
+
+    config.distill = ConfigDict()
+    config.distill.teacher = ''  # a run or SavedModel that knows the same classes, or on ImageNet a name of keras.applications
+    config.distill.weights = 'imagenet'  # of a teacher of keras.applications; or a file of its weights
+    config.distill.alpha = 0.5  # share of the loss that the teacher makes; 1: labels count for nothing
+    config.distill.temperature = 1.0  # above 1: the teacher's small probabilities count for more
 
     config.augment = ConfigDict()
     config.augment.crop = 'center'  # 'center': as evaluation does; 'random': random resized crop

@@ -1,46 +1,57 @@
 """Keras models by name, with preprocessing inside: pictures in 0..255 go in, logits come out."""
 import contextlib
+import re
 import sys
 import threading
 
 import keras
 import tensorflow as tf
 
-from errors import ConfigError, RunError, did_you_mean, one_line
+from errors import ConfigError, did_you_mean, one_line
 from modeling.batch_norm import SyncBatchNormalization
 
 _traced = threading.local()  # the micro-batch that this thread traces; each replica is traced by a thread of its own
+BLOCK = r'.*?(block|expanded_conv)_?[0-9]+[a-z]?(?![0-9])'  # how the names of a block's layers begin: block2a_..., conv2_block1_...
 DEFAULT_DROP_RATE = 0.2  # what keras.applications builds its residual branches with
 
 
 def build_model(config, num_classes):
-    """The network of `config.model`, ending in global average pooling, dropout and a linear head.
+    """The network of `config.model` with random weights, ending in global average pooling, dropout and a linear head.
+
+    What `model.freeze` names is not trained, and always computes as in evaluation.
 
     Args:
         config: the whole config: `model.*`, `image_size` and `progressive.stages` are used.
         num_classes: width of the head.
 
     Returns: a keras.Model, [batch, size, size, 3] in 0..255 -> logits [batch, num_classes], float32 (float64 under that
-        policy). With `progressive.stages` it takes any size.
+        policy). With `progressive.stages` it takes any size. `weights` ends with the kernel and the bias of the head.
 
-    Raises:
-        ConfigError: no such model, or one that cannot be built so.
-        RunError: its pretrained weights cannot be had.
+    Raises: ConfigError: no such model or layer, or one that cannot be built so.
     """
-    size = config.image_size if config.progressive.stages == 1 else None
-    shape = (size, size, 3)
+    shape = input_shape(config)
     images = keras.Input(shape, name='images')
     if config.model.name == 'tiny':
-        if config.model.weights or config.model.drop_path:
-            raise ConfigError("config.model.name='tiny' has no pretrained weights and no drop-path: leave model.weights and model.drop_path at '' and 0")
-        features = _tiny(config.model.sync_batch_norm)(images)
+        if config.model.drop_path:
+            raise ConfigError("config.model.name='tiny' has no drop-path: leave model.drop_path at 0")
+        backbone = _tiny(config.model.sync_batch_norm)
+        features = backbone(images)
     else:
-        features = _application(config.model, shape, images)
+        backbone, preprocess = _application(config.model, shape)
+        features = backbone(preprocess(images))
+    if config.model.freeze:
+        _freeze(backbone, config.model.freeze)
     dropped = keras.layers.Dropout(config.model.dropout, name='top_dropout')(features)
     policy = keras.config.dtype_policy()
     head_dtype = 'float64' if policy.compute_dtype == 'float64' else 'float32'  # never a half: the loss is computed from it
     logits = keras.layers.Dense(num_classes, dtype=head_dtype, name='predictions')(dropped)
     return keras.Model(images, logits, name=config.model.name)
+
+
+def input_shape(config):
+    """[height, width, channels] of a model's input, None for any size."""
+    size = config.image_size if config.progressive.stages == 1 else None
+    return size, size, 3
 
 
 def set_dropout(model, rate):
@@ -86,38 +97,80 @@ def weights(model):
     return [variable for variable in model.variables if variable.dtype in ('float16', 'bfloat16', 'float32', 'float64')]
 
 
+def rate_factors(model, decay):
+    """What the rate of each trained variable is multiplied by: layer-wise decay (Clark et al., ELECTRA, 2020; Bao et al., BEiT, 2021).
+
+    The head has 1, and each block `decay` times what the block after it has. Blocks are what the names of the layers say,
+    as block2a_expand_conv does; what comes before the first of them is one more, and so is what comes after the last.
+
+    Returns: floats, one for each of `model.trainable_variables`.
+    """
+    backbone = _backbone(model)
+    block_of = {variable.path: block for layer, block in zip(backbone.layers, _blocks(backbone)) for variable in layer.weights}
+    blocks = list(dict.fromkeys(block_of.values()))
+    return [decay ** (len(blocks) - blocks.index(block_of[variable.path])) if variable.path in block_of else 1.0
+            for variable in model.trainable_variables]
+
+
+def _backbone(model):
+    """What comes before dropout and head, a keras.Model."""
+    return next(layer for layer in model.layers if isinstance(layer, keras.Model))
+
+
+def _blocks(backbone):
+    """The block of each layer: 'block2a', say; 'stem' before the first and 'top' after the last."""
+    named = [re.match(BLOCK, layer.name, re.IGNORECASE) for layer in backbone.layers]
+    last = max((index for index, match in enumerate(named) if match), default=-1)
+    blocks = []
+    for index, match in enumerate(named):
+        blocks.append(match[0] if match else 'top' if index > last else blocks[-1] if blocks else 'stem')
+    return blocks
+
+
+def _freeze(backbone, last):
+    """Freezes the layers of `backbone` up to the last one that `last` names, or begins the name of; 'backbone' names all."""
+    names = [layer.name for layer in backbone.layers]
+    named = [index for index, name in enumerate(names) if last == 'backbone' or re.match(re.escape(last) + '(?![0-9])', name)]
+    if not named:
+        blocks = list(dict.fromkeys(_blocks(backbone)))
+        raise ConfigError(f"config.model.freeze={last!r} is no layer of this model: write 'backbone', or up to where, one of {', '.join(blocks)}"
+                          + did_you_mean(last, names))
+    for layer in backbone.layers[:named[-1] + 1]:
+        layer.trainable = False  # of batch normalisation Keras then uses the statistics, and leaves them
+        if isinstance(layer, keras.layers.Dropout):
+            layer.rate = 0.0
+
+
 def _tiny(sync_batch_norm):
     batch_norm = SyncBatchNormalization if sync_batch_norm else keras.layers.BatchNormalization
     layers = [keras.layers.Rescaling(1 / 127.5, offset=-1)]
-    for filters in (16, 32):
+    for block, filters in enumerate((16, 32), 1):
         layers += [
-            keras.layers.Conv2D(filters, 3, strides=2, padding='same', use_bias=False),
-            batch_norm(momentum=0.9),
-            keras.layers.ReLU(),
+            keras.layers.Conv2D(filters, 3, strides=2, padding='same', use_bias=False, name=f'block{block}_conv'),
+            batch_norm(momentum=0.9, name=f'block{block}_bn'),
+            keras.layers.ReLU(name=f'block{block}_relu'),
         ]
     return keras.Sequential([*layers, keras.layers.GlobalAveragePooling2D()], name='features')
 
 
-def _application(model_config, shape, images):
+def application(name, key='config.model.name'):
+    """(constructor, preprocessing of its family) of a model of keras.applications. Raises ConfigError, which says `key`, for an unknown one."""
     constructors = {name for name in dir(keras.applications) if name[0].isupper()}
-    if model_config.name not in constructors:
-        hint = did_you_mean(model_config.name, sorted(constructors | {'tiny'}), cutoff=0.3) or '; take EfficientNetV2B0'
-        raise ConfigError(f'config.model.name={model_config.name!r} is no model of keras.applications{hint}')
-    constructor = getattr(keras.applications, model_config.name)
+    if name not in constructors:
+        hint = did_you_mean(name, sorted(constructors | {'tiny'}), cutoff=0.3) or '; take EfficientNetV2B0'
+        raise ConfigError(f'{key}={name!r} is no model of keras.applications{hint}')
+    constructor = getattr(keras.applications, name)
+    return constructor, sys.modules[constructor.__module__].preprocess_input  # where preprocessing is part of the model it changes nothing
+
+
+def _application(model_config, shape):
+    """(backbone as the config asks for it, preprocessing)."""
+    constructor, preprocess = application(model_config.name)
     try:
-        plain = constructor(include_top=False, weights=model_config.weights or None, input_shape=shape, pooling='avg')
+        plain = constructor(include_top=False, weights=None, input_shape=shape, pooling='avg')
     except Exception as error:
-        reason = one_line(error)
-        if model_config.weights:
-            raise RunError(f'config.model.weights={model_config.weights!r} could not be loaded into {model_config.name}: {reason}') from error
-        raise ConfigError(f"{model_config.name} cannot be built for config.image_size={shape[0] or 'any'}: {reason}") from error
-    features = keras.Model.from_config(_changed(plain.get_config(), model_config))
-    if model_config.weights:
-        for variable, value in zip(weights(features), weights(plain), strict=True):
-            variable.assign(value)
-    # The module of each family knows its own preprocessing; where that is part of the model it changes nothing.
-    preprocess = sys.modules[constructor.__module__].preprocess_input
-    return features(preprocess(images))
+        raise ConfigError(f"{model_config.name} cannot be built for config.image_size={shape[0] or 'any'}: {one_line(error)}") from error
+    return keras.Model.from_config(_changed(plain.get_config(), model_config)), preprocess
 
 
 def _changed(model, model_config):

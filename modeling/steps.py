@@ -7,7 +7,7 @@ import dataclasses
 import keras
 import tensorflow as tf
 
-from modeling.models import micro_batch, weights
+from modeling.models import micro_batch, rate_factors, weights
 from modeling.optimizers import decays
 
 LOSS_SCALE_START = 2.0**15  # float16's largest number is 65,504
@@ -63,20 +63,25 @@ def evaluated_weights(state):
     return state.average or [variable.value for variable in weights(state.model)]
 
 
-def make_train_step(state, config, augment, *, num_classes, num_replicas, jit_compile):
+def make_train_step(state, config, augment, *, num_classes, num_replicas, jit_compile, teacher=None):
     """The training step of one replica.
 
     The loss is the mean over the global batch; gradients are summed over the micro-batches, then over the replicas, once,
     then regularised, clipped by their global norm, and applied. Batch normalisation sees a micro-batch at a time.
 
+    With a teacher the loss is (1 - alpha) x cross-entropy + alpha x T^2 x KL(teacher, model), of probabilities at temperature T
+    (Hinton et al. 2015); it is shown the very pictures that the model sees (Beyer et al. 2022).
+
     Args:
         state: TrainState.
-        config: uses batch_size, accumulate_steps, label_smoothing, l2_regularization, grad_clip_norm, ema_decay.
+        config: uses batch_size, accumulate_steps, label_smoothing, l2_regularization, grad_clip_norm, ema_decay,
+            model.layer_decay and distill.
         augment: a function of images, labels and draws as they come in, that returns images float32 [batch, size, size, 3]
             in 0..255 and labels float32 [batch, num_classes]: `inputs.augment.on_device`.
         num_classes, num_replicas: ints.
         jit_compile: whether XLA compiles forward and backward. The sum over replicas stays outside of it: XLA has no
             all-reduce for CPU devices (and none inside a function that each GPU compiles for itself).
+        teacher: None, or a function from such images to logits float32 [batch, num_classes]: `transfer.make_teacher`.
 
     Returns: a function of images uint8 [batch, size, size, 3], labels int64 [batch] and draws, a dict of float32 [batch, n],
         that updates the state and returns this replica's part of the sums over replicas, float32 []: {'loss', 'correct',
@@ -85,6 +90,7 @@ def make_train_step(state, config, augment, *, num_classes, num_replicas, jit_co
     model, optimizer = state.model, state.optimizer
     trained, accumulate = model.trainable_variables, config.accumulate_steps
     synchronizes = any(getattr(layer, 'synchronized', False) for layer in model._flatten_layers())
+    slowed = [(variable.value, factor) for variable, factor in zip(trained, rate_factors(model, config.model.layer_decay)) if factor != 1]
 
     def loss_and_gradients(images, labels, draws):
         images, targets = augment(images, labels, draws)
@@ -97,11 +103,14 @@ def make_train_step(state, config, augment, *, num_classes, num_replicas, jit_co
         return sums
 
     def of_micro_batch(images, targets):
+        taught = teacher(images) if teacher else None
         with tf.GradientTape() as tape:
             logits = model(images, training=True)  # [batch, num_classes], float32 or float64
             targets = tf.cast(targets, logits.dtype)
             smoothed = targets * (1 - config.label_smoothing) + config.label_smoothing / num_classes
             losses = tf.nn.softmax_cross_entropy_with_logits(smoothed, logits)  # [batch]
+            if teacher:
+                losses = (1 - config.distill.alpha) * losses + config.distill.alpha * _distance(tf.cast(taught, logits.dtype), logits, config.distill.temperature)
             loss = tf.reduce_sum(losses) / config.batch_size
             scaled = loss if state.loss_scale is None else loss * state.loss_scale
         hits = tf.equal(tf.argmax(logits, -1), tf.argmax(targets, -1))
@@ -121,7 +130,9 @@ def make_train_step(state, config, augment, *, num_classes, num_replicas, jit_co
             gradients, _ = tf.clip_by_global_norm(gradients, config.grad_clip_norm, use_norm=norm)
         learning_rate = tf.cast(optimizer.learning_rate, tf.float32)  # before the update counts itself
         with _undone_unless_finite(state, norm):
+            before = [tf.identity(variable) for variable, _ in slowed]
             optimizer.apply(gradients, trained)
+            _assign([variable for variable, _ in slowed], [old + factor * (variable - old) for (variable, factor), old in zip(slowed, before)])
             _update_average(state, config.ema_decay)
         if state.loss_scale is not None:
             norm = tf.where(tf.math.is_finite(norm), norm, 0.0)  # a skipped update moved nothing
@@ -292,14 +303,30 @@ class _undone_unless_finite:
         if state.loss_scale is None or error[0] is not None:
             return
         finite = tf.math.is_finite(self.norm)
-        for variable, before in zip(self.changed, self.before):
-            variable.assign(tf.where(finite, variable, before))
+        _assign(self.changed, [tf.where(finite, variable, before) for variable, before in zip(self.changed, self.before)])
         streak = tf.where(finite, state.finite_updates + 1, 0)
         grows = streak >= LOSS_SCALE_WINDOW
         factor = tf.where(finite, tf.where(grows, 2.0, 1.0), 0.5)
         state.loss_scale.assign(tf.maximum(state.loss_scale * factor, 1.0))
         state.finite_updates.assign(tf.where(grows, tf.constant(0, tf.int64), streak))
         state.skipped_updates.assign_add(tf.cast(~finite, tf.int64))
+
+
+def _distance(taught, logits, temperature):
+    """T^2 x KL(softmax(taught / T), softmax(logits / T)), [batch]. T^2 keeps the gradient as large as that of the labels."""
+    wanted = tf.nn.softmax(taught / temperature)
+    missing = tf.nn.softmax_cross_entropy_with_logits(wanted, logits / temperature)
+    return temperature**2 * (missing - tf.nn.softmax_cross_entropy_with_logits(wanted, taught / temperature))
+
+
+def _assign(variables, values):
+    """Assigns what every replica has computed alike. Keras' variables would take the mean over the replicas: one more sum for each."""
+    def in_each(strategy, values):
+        for variable, value in zip(variables, values):
+            strategy.extended.update(variable, lambda own, new: own.assign(new), args=(value,))
+
+    if variables:
+        tf.distribute.get_replica_context().merge_call(in_each, args=(values,))
 
 
 def _update_average(state, decay):

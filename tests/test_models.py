@@ -5,7 +5,7 @@ import pytest
 import tensorflow as tf
 
 from configs import default
-from errors import ConfigError, RunError
+from errors import ConfigError
 from modeling import models
 
 
@@ -101,21 +101,10 @@ def test_dropout_masks_differ_between_layers_updates_and_replicas_and_come_back(
     (config_for('preprocess_input'), ConfigError, 'is no model of keras.applications'),
     (config_for('ResNet50', drop_path=0.1), ConfigError, 'ResNet50 has no residual branches that drop'),
     (config_for('EfficientNetV2B0', image_size=16), ConfigError, 'config.image_size=16'),
-    (config_for('MobileNetV2', weights='/no/such/file.h5'), RunError, '/no/such/file.h5'),
-    (config_for('tiny', weights='imagenet'), ConfigError, 'no pretrained weights'),
+    (config_for('tiny', drop_path=0.1), ConfigError, 'no drop-path'),
+    (config_for('tiny', freeze='block3'), ConfigError, "'block3' is no layer of this model: write 'backbone', or up to where, one of stem, block1, block2"),
 ])
 def test_a_model_that_cannot_be_had_is_one_line(config, error, says):
     with pytest.raises(error) as raised:
         models.build_model(config, 10)
     assert says in str(raised.value) and '\n' not in str(raised.value)
-
-
-def test_pretrained_weights_are_kept_and_the_head_is_new(tmp_path):
-    theirs = keras.applications.MobileNetV2(include_top=False, weights=None, input_shape=(32, 32, 3), pooling='avg')
-    path = str(tmp_path / 'backbone.weights.h5')
-    theirs.save_weights(path)
-    model = models.build_model(config_for('MobileNetV2', weights=path), 7)
-    backbone = next(layer for layer in model.layers if isinstance(layer, keras.Model))
-    for ours, original in zip(backbone.get_weights(), theirs.get_weights()):
-        np.testing.assert_array_equal(ours, original)
-    assert model.output_shape == (None, 7)

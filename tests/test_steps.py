@@ -27,7 +27,7 @@ def build(config, devices=1, dtype_policy='float32'):
     keras.config.set_dtype_policy(dtype_policy)
     with strategy.scope():
         sessions.random.seed(config.seed)
-        return strategy, sessions.build_state(config, plan, dtype_policy), plan
+        return strategy, sessions.build_state(models.build_model(config, 10), config, plan, dtype_policy), plan
 
 
 def batches(strategy, devices, images=IMAGES, labels=LABELS):

@@ -16,7 +16,7 @@ from tensorflow.python.tpu import tpu_system_metadata
 import plan as planning
 import session
 from inputs import augment
-from modeling import steps
+from modeling import models, steps
 
 REPLICAS = 8
 CONFIGS = sorted(os.path.basename(path)[:-3] for path in glob.glob(os.path.join(os.path.dirname(__file__), '..', 'configs', '[a-z]*.py')))
@@ -52,7 +52,7 @@ def build(config, strategy):
     plan = planning.make_plan(config, 100_000, 360, 10, strategy.num_replicas_in_sync)
     keras.config.set_dtype_policy('mixed_bfloat16')
     with strategy.scope():
-        return session.build_state(config, plan, 'mixed_bfloat16')
+        return session.build_state(models.build_model(config, 10), config, plan, 'mixed_bfloat16')
 
 
 def operations(function):

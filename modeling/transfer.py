@@ -1,0 +1,182 @@
+"""Where knowledge comes from that is not in the data: weights that a model begins with, and a teacher that it learns from."""
+import inspect
+import json
+import os
+import re
+
+import tensorflow as tf
+
+from errors import ConfigError, RunError, one_line
+from modeling.models import application, input_shape, weights
+
+KERAS_FILES = ('.h5', '.keras')  # of the weights of a model of keras.applications without its head
+IMAGENET_CLASSES = 1000
+SAVED_VARIABLES = '/variables/variables'  # where a SavedModel has its checkpoint
+
+
+def load_weights(model, config, class_names):
+    """Gives a new model the weights that `config.model.weights` names, as far as they fit. Reads numbers, runs no code.
+
+    Args:
+        model: what `build_model` returned.
+        config: `model.name` and `model.weights` are used. The latter is 'imagenet' or a file of Keras weights, which
+            keras.applications reads into the backbone; or a run of one's own: its folder, one of its checkpoints, or its
+            SavedModel. Of a run with averages these are taken. The head is taken too if its classes are `class_names`.
+        class_names: list of str, in the order of the head.
+
+    Returns: a line that says what was loaded and what was not.
+
+    Raises: RunError for weights that are not there or of another model.
+    """
+    source, wanted = config.model.weights, weights(model)
+    if source == 'imagenet' or source.endswith(KERAS_FILES):
+        path, loaded, has_head = source, _of_keras(config), False
+    else:
+        path = _checkpoint_in(source)
+        loaded = _numbered_weights(path, source)
+        _require_same_network(wanted, loaded, path, config.model.name)
+        has_head = loaded[-1].shape == wanted[-1].shape and _class_names_beside(path) in (None, list(class_names))
+        loaded = loaded if has_head else loaded[:-2]
+    for variable, value in zip(wanted, loaded):
+        variable.assign(value)
+    kernel = wanted[-2]
+    head = 'the head too' if has_head else f'not the head, which is new: {kernel.shape[0]:,} features to {kernel.shape[1]:,} classes'
+    return f'{len(loaded)} of {len(wanted)} variables ({sum(value.size for value in loaded):,} numbers) from {re.sub(SAVED_VARIABLES + "$", "", path)}; {head}'
+
+
+def make_teacher(config, class_names):
+    """The teacher of `config.distill`. Call it in the strategy's scope.
+
+    Returns: a function from images float32 [batch, size, size, 3] in 0..255 to logits float32 [batch, classes], for the inside
+        of a step; None when the config names none.
+
+    Raises:
+        ConfigError: no such model, or it knows another number of classes.
+        RunError: its weights or its SavedModel cannot be had, or are of other classes.
+    """
+    name = config.distill.teacher
+    if not name:
+        return None
+    is_folder = os.sep in name or tf.io.gfile.isdir(name)
+    predict, size = (_saved_teacher(name, class_names) if is_folder else _application_teacher(config.distill, len(class_names)))
+
+    def teacher(images):
+        if size and images.shape[1:3] != size:
+            images = tf.image.resize(images, size)
+        answers = tf.cast(predict(images), tf.float32)  # [batch, classes]
+        # Whether they are probabilities shows in the numbers. Their logarithms are logits, up to a constant that softmax ignores.
+        are_probabilities = tf.reduce_all(answers >= 0) & tf.reduce_all(tf.abs(tf.reduce_sum(answers, -1) - 1) < 1e-2)
+        return tf.stop_gradient(tf.where(are_probabilities, tf.math.log(tf.maximum(answers, 1e-20)), answers))
+
+    return teacher
+
+
+def _of_keras(config):
+    """The weights of a backbone, as arrays, from keras.applications or from a file of Keras weights."""
+    if config.model.name == 'tiny':
+        raise ConfigError("config.model.name='tiny' has no pretrained weights: leave config.model.weights at '', or name a run of your own")
+    constructor, _ = application(config.model.name)
+    try:
+        plain = constructor(include_top=False, weights=config.model.weights, input_shape=input_shape(config), pooling='avg')
+    except Exception as error:
+        raise RunError(f'config.model.weights={config.model.weights!r} could not be loaded into {config.model.name}: {one_line(error)}') from error
+    return [variable.numpy() for variable in weights(plain)]
+
+
+def _checkpoint_in(source):
+    """The TensorFlow checkpoint that `source` names or holds: a run's last one, that of a folder of checkpoints, a SavedModel's."""
+    if tf.io.gfile.exists(os.path.join(source, 'saved_model.pb')):
+        return source.rstrip('/') + SAVED_VARIABLES
+    for folder in (os.path.join(source, 'checkpoints'), source):
+        if tf.io.gfile.isdir(folder) and tf.train.latest_checkpoint(folder):
+            return tf.train.latest_checkpoint(folder)
+    if tf.io.gfile.exists(re.sub(r'(\.index)?$', '.index', source, count=1)):
+        return re.sub(r'\.index$', '', source)
+    raise RunError(f"config.model.weights={source!r} is not there: write 'imagenet', a file that ends in .weights.h5, or the folder of a run, "
+                   'of one of its checkpoints, such as runs/NAME/checkpoints/best, or of its SavedModel')
+
+
+def _numbered_weights(path, source):
+    """Arrays in the order of `weights(model)`. Checkpoints and SavedModels of ours both number them, so no names of Keras' matter."""
+    try:
+        reader = tf.train.load_checkpoint(path)
+        kinds = reader.get_variable_to_dtype_map()
+        for part in ('average', 'model', 'variables'):  # the last is Keras' word in a SavedModel
+            numbered = {int(key.split('/')[1]): key for key, kind in kinds.items()
+                        if re.fullmatch(part + r'/[0-9]+/\.ATTRIBUTES/VARIABLE_VALUE', key) and kind.is_floating}
+            if numbered:
+                return [reader.get_tensor(numbered[number]) for number in sorted(numbered)]
+    except (tf.errors.OpError, ValueError, RuntimeError) as error:
+        raise RunError(f'config.model.weights={source!r} is damaged ({one_line(error, 200)}): take another checkpoint') from error
+    raise RunError(f'config.model.weights={source!r} was not written by this program: it has no numbered list of weights')
+
+
+def _require_same_network(wanted, loaded, path, name):
+    """Raises RunError unless all but the head have the same shapes."""
+    differing = [f'{variable.path} is {tuple(variable.shape)} here and {value.shape} there'
+                 for variable, value in zip(wanted[:-2], loaded) if variable.shape != value.shape]
+    if len(wanted) != len(loaded) or differing:
+        raise RunError(f'{path} is of another network than config.model.name={name!r}: it has {len(loaded)} variables, and this one {len(wanted)}'
+                       + (f'; {differing[0]}' if differing else '') + ': take the model.name it was trained with')
+
+
+def _class_names_beside(path):
+    """What the classes of a checkpoint are called, a list, or None: runs and SavedModels say it in a file above it."""
+    folder = path
+    for _ in range(3):  # of a run: checkpoints/best/step-500
+        folder = os.path.dirname(folder)
+        if tf.io.gfile.exists(os.path.join(folder, 'labels.txt')):
+            return _read(os.path.join(folder, 'labels.txt')).splitlines()
+        if tf.io.gfile.exists(os.path.join(folder, 'environment.json')):
+            return json.loads(_read(os.path.join(folder, 'environment.json'))).get('class_names')
+    return None
+
+
+def _read(path):
+    with tf.io.gfile.GFile(path) as file:
+        return file.read()
+
+
+def _application_teacher(distill, num_classes):
+    """(function from images to answers, (height, width) it wants) of a model of keras.applications with its head."""
+    constructor, preprocess = application(distill.teacher, 'config.distill.teacher')
+    if distill.weights != 'imagenet' and not distill.weights.endswith(KERAS_FILES):
+        raise ConfigError(f"config.distill.weights={distill.weights!r} is no source of weights: write 'imagenet', or a file that ends in .weights.h5")
+    classes = IMAGENET_CLASSES if distill.weights == 'imagenet' else num_classes
+    if classes != num_classes:
+        raise ConfigError(f"config.distill.teacher={distill.teacher!r} knows ImageNet's {classes:,} classes, and this data set has {num_classes:,}: "
+                          'train a teacher on it first, with config.model.name, and give its run here')
+    linear = {'classifier_activation': None} if 'classifier_activation' in inspect.signature(constructor).parameters else {}
+    try:
+        model = constructor(weights=distill.weights, classes=classes, **linear)
+    except Exception as error:
+        raise RunError(f'config.distill.weights={distill.weights!r} could not be loaded into {distill.teacher}: {one_line(error)}') from error
+    model.trainable = False
+    return lambda images: model(preprocess(images), training=False), model.input_shape[1:3]
+
+
+def _saved_teacher(source, class_names):
+    """(function from images to answers, (height, width) it wants or None) of a SavedModel, or of the one of a run."""
+    path = next((path for path in (os.path.join(source, 'export'), source) if tf.io.gfile.exists(os.path.join(path, 'saved_model.pb'))), None)
+    if path is None:
+        raise RunError(f'config.distill.teacher={source!r} is neither a SavedModel nor a run that has exported one: train the teacher first')
+    labels = os.path.join(path, 'labels.txt')
+    if tf.io.gfile.exists(labels) and _read(labels).splitlines() != list(class_names):
+        raise RunError(f'{path} knows other classes than this data set, or in another order: train the teacher on the same data')
+    try:
+        loaded = tf.saved_model.load(path)
+        signature = loaded.signatures['logits' if 'logits' in loaded.signatures else 'serving_default']
+        (name, wanted), = signature.structured_input_signature[1].items()
+        outputs = signature.structured_outputs
+        output = 'logits' if 'logits' in outputs else next(iter(outputs)) if len(outputs) == 1 else None
+        height, width, channels = wanted.shape[1:]
+    except (KeyError, ValueError, tf.errors.OpError, OSError) as error:
+        raise RunError(f'{path} cannot teach ({one_line(error, 200)}): its signature serving_default must take one batch of pictures') from error
+    if output is None or channels != 3 or outputs[output].shape[-1] not in (None, len(class_names)):
+        raise RunError(f'{path} cannot teach: it must answer [batch, height, width, 3] with one [batch, {len(class_names)}], and gives '
+                       + ', '.join(f'{key} {tuple(value.shape)}' for key, value in outputs.items()))
+
+    def predict(images, keep=loaded):  # a signature does not keep its variables alive
+        return signature(**{name: tf.cast(tf.round(images) if wanted.dtype.is_integer else images, wanted.dtype)})[output]
+
+    return predict, (height, width) if height and width else None
