@@ -1,14 +1,18 @@
 # make train   trains configs/digits.py into runs/digits; again: does nothing that is done already
 # make test    runs the whole test suite
+# make test-tpu    traces the loops of every config for a TPU that is not there, with both TPU builds of TensorFlow
 #
-# Both create .venv from the pinned versions first. PYTHON chooses the interpreter (3.10 to 3.13), ACCELERATOR one of
+# The first two create .venv from the pinned versions first. PYTHON chooses the interpreter (3.10 to 3.13), ACCELERATOR one of
 # cpu, gpu and tpu: without it, gpu where nvidia-smi finds one, else cpu.
 
 PYTHON ?= python3
 ACCELERATOR ?= $(shell if nvidia-smi -L >/dev/null 2>&1; then echo gpu; else echo cpu; fi)
 INSTALL = .venv/bin/python -m pip install --quiet --disable-pip-version-check -c requirements/$(ACCELERATOR).txt
 
-.PHONY: train test
+# Environments of test-tpu, outside of the repository so that a clean checkout finds them again.
+TPU_VENVS ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/warmstart
+
+.PHONY: train test test-tpu
 
 train: .venv/train-$(ACCELERATOR)
 	.venv/bin/python main.py --config=configs/digits.py --workdir=runs/digits
@@ -27,4 +31,14 @@ test: .venv/test-$(ACCELERATOR)
 
 .venv/test-$(ACCELERATOR): .venv/train-$(ACCELERATOR)
 	$(INSTALL) '.[$(ACCELERATOR),test]'
+	@touch $@
+
+test-tpu: $(TPU_VENVS)/tpu/installed $(TPU_VENVS)/tpu220/installed
+	TPU_SKIP_MDS_QUERY=1 TRACE=all $(TPU_VENVS)/tpu/bin/python -m pytest tests/test_tpu.py
+	TPU_SKIP_MDS_QUERY=1 TRACE=all $(TPU_VENVS)/tpu220/bin/python -m pytest tests/test_tpu.py
+
+$(TPU_VENVS)/%/installed: pyproject.toml requirements/%.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)) and "both TPU builds are there for Python 3.11 and 3.12 only, and $(PYTHON) is %d.%d: name another, as in make test-tpu PYTHON=python3.11" % sys.version_info[:2])'
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -c requirements/$*.txt '.[$*,test]'
 	@touch $@

@@ -49,6 +49,7 @@ def test_ci_takes_a_run_without_tests_for_a_failure(tmp_path):
     script = open(os.path.join(ROOT, '.ci', 'run')).read()
     (tmp_path / '.ci').mkdir()
     (tmp_path / '.ci' / 'run').write_text(script)
-    for recipe, succeeds in (('echo "3 passed in 1s"', True), ('echo "no tests ran in 1s"', False), ('echo "3 passed"; false', False), ('echo "0 passed"', False)):
-        (tmp_path / 'Makefile').write_text(f'test:\n\t@{recipe}\n')
-        assert (subprocess.run(['bash', '.ci/run'], cwd=tmp_path, capture_output=True).returncode == 0) == succeeds, recipe
+    passes, fails = 'echo "3 passed in 1s"', ('echo "no tests ran in 1s"', 'echo "3 passed"; false', 'echo "0 passed"')
+    for recipes, succeeds in [((passes, passes), True), *(((recipe, passes), False) for recipe in fails), *(((passes, recipe), False) for recipe in fails)]:
+        (tmp_path / 'Makefile').write_text('test:\n\t@{}\ntest-tpu:\n\t@{}\n'.format(*recipes))
+        assert (subprocess.run(['bash', '.ci/run'], cwd=tmp_path, capture_output=True).returncode == 0) == succeeds, recipes

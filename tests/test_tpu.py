@@ -15,12 +15,13 @@ from tensorflow.python.tpu import tpu_system_metadata
 
 import plan as planning
 import session
-from inputs import augment
+from inputs import augment, datasets, pipeline
 from modeling import models, steps
 
 REPLICAS = 8
 CONFIGS = sorted(os.path.basename(path)[:-3] for path in glob.glob(os.path.join(os.path.dirname(__file__), '..', 'configs', '[a-z]*.py')))
 HOST = '/job:localhost/replica:0/task:0/device:'
+HOST_ONLY = ('PyFunc', 'EagerPyFunc', 'IteratorGetNext', 'StringFormat', 'PrintV2', 'Where', 'Timestamp', 'DecodeJpeg', 'DecodeImage')
 Device = collections.namedtuple('Device', 'name device_type')
 
 
@@ -92,37 +93,65 @@ def test_the_evaluation_step_and_the_mean_of_statistics_are_a_graph(still, strat
     assert operations(steps.make_average_statistics(strategy, state))['CrossReplicaSum'] > 0
 
 
-@pytest.mark.parametrize('strategy, name', [(REPLICAS, name) for name in CONFIGS] + [(1, 'digits'), (32, 'imagenet')], indirect=['strategy'])
-def test_the_steps_of_every_config_are_fit_for_a_tpu(strategy, name):
-    config = importlib.import_module(f'configs.{name}').get_config()
-    config.model.weights = ''  # nothing is downloaded
-    if name != 'imagenet_strong':  # the largest one with the real model, as a trace of it takes half a minute
-        config.model.name, config.model.drop_path = 'tiny', 0.0
+def whole(config):
+    """A shipped config as it is, but for what has to be downloaded."""
+    config.dataset = {**config.dataset, 'name': 'digits', 'train_split': 'train', 'eval_split': 'test'}
+    config.model.weights = ''
     config.train_for, config.schedule.warmup, config.schedule.hold = '1000 steps', '10 steps', '0%'
-    config.batch_size, config.image_size = 4 * strategy.num_replicas_in_sync, min(config.image_size, 64)
-    replicas, size = strategy.num_replicas_in_sync, config.image_size
-    state = build(config, strategy)
-    change = augment.on_device(config.augment, 10)
-    train_step = steps.make_train_step(state, config, change, num_classes=10, num_replicas=replicas, jit_compile=False)
-    eval_step = steps.make_eval_step(state, num_classes=10)
+    config.image_size = min(config.image_size, 64)
+    return config
 
-    @tf.function(autograph=False)
-    def both():
-        drawn = {key: tf.stack([value] * 4) for key, value in augment.draws(config.augment, tf.constant([0, 8], tf.int64)).items()}
-        images, labels = tf.zeros((4, size, size, 3), tf.uint8), tf.zeros((4,), tf.int64)
-        return (steps._sum_over_replicas(strategy, strategy.run(train_step, args=(images, labels, drawn))),
-                steps._sum_over_replicas(strategy, strategy.run(eval_step, args=(images, labels, tf.zeros((4,))))))
 
-    graph = both.get_concrete_function().graph
-    on_cores = [op for op in graph.get_operations() if '_tpu_replicate' in op.node_def.attr]
-    assert len(on_cores) > 500
-    of_functions = [node for function in graph.as_graph_def().library.function for node in function.node_def]
-    assert not [node.name for node in of_functions if 'CrossReplicaSum' in node.op]  # none in a conditional or a loop
-    assert not [op.name for op in on_cores if op.type in ('PyFunc', 'EagerPyFunc', 'IteratorGetNext', 'PlaceholderWithDefault', 'StringFormat', 'PrintV2', 'Where')]
-    assert not [node.name for node in (*of_functions, *(op.node_def for op in graph.get_operations())) if '_XlaMustCompile' in node.attr and node.attr['_XlaMustCompile'].b]
-    unknown = [op.name for op in on_cores for output in op.outputs if output.dtype.is_floating and not output.shape.is_fully_defined()]
-    assert not unknown
-    sums = sum(op.type == 'CrossReplicaSum' for op in on_cores)
+def small(config):
+    """The same with the tiny model."""
+    config.model.name, config.model.drop_path = 'tiny', 0.0
+    return whole(config)
+
+
+# `make test-tpu` has all of them, which takes minutes: half of one for each trace of the real model.
+ALL = [(replicas, small, name) for replicas in (1, 32) for name in CONFIGS] + [(REPLICAS, whole, name) for name in CONFIGS]
+SOME = [(1, small, 'digits'), (32, small, 'imagenet'), (REPLICAS, whole, 'imagenet_strong')]
+
+
+@pytest.mark.parametrize('strategy, change, name', [(REPLICAS, small, name) for name in CONFIGS] + (ALL if os.environ.get('TRACE') == 'all' else SOME),
+                         indirect=['strategy'])
+def test_the_loops_of_every_config_are_fit_for_a_tpu(strategy, change, name):
+    config = change(importlib.import_module(f'configs.{name}').get_config())
+    replicas = strategy.num_replicas_in_sync
+    config.batch_size = config.eval_batch_size = 4 * replicas
+    source, state = datasets.load(config.dataset), build(config, strategy)
+    plan = planning.make_plan(config, source.num_train, source.num_eval, 10, replicas)
+    train_step = steps.make_train_step(state, config, augment.on_device(config.augment, 10), num_classes=10, num_replicas=replicas, jit_compile=False)
+    batches = pipeline.training_batches(source, config, plan, 0, plan.total_steps, strategy)
+    sums = checked_sums(steps.make_train_loop, strategy, train_step, batches)
     normalisations = sum(getattr(layer, 'synchronized', False) for layer in state.model._flatten_layers())
     assert sums <= len(state.model.trainable_variables) + 2 * normalisations  # each gradient once, each statistic once each way
     assert sums == 0 if replicas == 1 else sums >= 2 * normalisations + 1
+
+    evaluated, _ = pipeline.evaluation_batches(source, config, plan, strategy)
+    assert checked_sums(steps.make_eval_loop, strategy, steps.make_eval_step(state, num_classes=10), evaluated) == 0
+
+
+def checked_sums(make_loop, strategy, step, batches):
+    """Traces a loop of steps over batches, checks what runs on the cores, and counts its sums over them."""
+    bodies = []
+
+    def watched(*batch):
+        bodies.append(tf.compat.v1.get_default_graph())
+        return step(*batch)
+
+    graph = make_loop(strategy, watched).get_concrete_function(iter(batches), tf.constant(4)).graph
+    (body,) = bodies
+    assert [op.type for op in graph.get_operations()].count('While') == 1  # all steps are one call from the host
+    functions = {function.signature.name: function for function in graph.as_graph_def().library.function}
+    (name,) = [name for name, function in functions.items() if any(node.op == 'TPUReplicateMetadata' for node in function.node_def)]
+    del functions[name]  # that is the body
+    on_cores = [op for op in body.get_operations() if '_tpu_replicate' in op.node_def.attr]
+    assert len(on_cores) > 100
+    called = [node for function in functions.values() for node in function.node_def]
+    assert not [node.name for node in called if 'CrossReplicaSum' in node.op]  # none in a conditional or a loop
+    assert not [node.name for node in (*called, *(op.node_def for op in body.get_operations())) if node.attr['_XlaMustCompile'].b]
+    assert not [node.name for node in (*called, *(op.node_def for op in on_cores)) if node.op in HOST_ONLY]
+    assert not [op.name for op in on_cores for output in op.outputs if output.dtype == tf.string]
+    assert not [op.name for op in on_cores for output in op.outputs if output.dtype.is_numpy_compatible and not output.shape.is_fully_defined()]
+    return sum(op.type == 'CrossReplicaSum' for op in on_cores)
