@@ -141,7 +141,7 @@ def compare(names, features, places=PLACES, jit=(False, True)):
 
 def micro_batches(name, feature):
     """The largest difference of a weight between one micro-batch and four, without batch normalisation and without bfloat16."""
-    usual, models.SyncBatchNormalization = models.SyncBatchNormalization, lambda momentum: keras.layers.LayerNormalization()
+    usual, models.SyncBatchNormalization = models.SyncBatchNormalization, lambda momentum, name: keras.layers.LayerNormalization(name=name)
     try:
         (_, one), (_, four) = (ten_updates(config_for(name, feature, count), strategy_at('1'), False, policy_of(name, 'clip')) for count in (1, 4))
     finally:

@@ -105,7 +105,7 @@ def test_the_gradient_is_that_of_plain_keras_in_float64(still, devices, jit_comp
 @pytest.fixture
 def without_batch_norm(monkeypatch):
     """The tiny model with statistics of each example, which do not depend on what else is in a batch."""
-    monkeypatch.setattr(models, 'SyncBatchNormalization', lambda momentum: keras.layers.LayerNormalization())
+    monkeypatch.setattr(models, 'SyncBatchNormalization', lambda momentum, name: keras.layers.LayerNormalization(name=name))
 
 
 @pytest.mark.parametrize('jit_compile', [False, True])
