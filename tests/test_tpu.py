@@ -16,7 +16,8 @@ from tensorflow.python.tpu import tpu_system_metadata
 import plan as planning
 import session
 from inputs import augment, datasets, pipeline
-from modeling import models, steps
+from modeling import models, optimizers, steps, transfer
+from tests.test_transfer import write_foreign_teacher
 
 REPLICAS = 8
 CONFIGS = sorted(os.path.basename(path)[:-3] for path in glob.glob(os.path.join(os.path.dirname(__file__), '..', 'configs', '[a-z]*.py')))
@@ -130,6 +131,21 @@ def test_the_loops_of_every_config_are_fit_for_a_tpu(strategy, change, name):
 
     evaluated, _ = pipeline.evaluation_batches(source, config, plan, strategy)
     assert checked_sums(steps.make_eval_loop, strategy, steps.make_eval_step(state, num_classes=10), evaluated) == 0
+
+
+@pytest.mark.parametrize('name', optimizers.OPTIMIZERS)
+def test_everything_at_once_is_fit_for_a_tpu_with_every_optimizer(tiny, strategy, name, tmp_path):
+    write_foreign_teacher(str(tmp_path / 'teacher'))
+    tiny.distill.teacher, tiny.model.freeze, tiny.model.layer_decay, tiny.accumulate_steps = str(tmp_path / 'teacher'), 'block1', 0.8, 2
+    tiny.optimizer, tiny.weight_decay, tiny.grad_clip_norm, tiny.ema_decay, tiny.model.dropout = {'name': name}, 0.1, 1.0, 0.99, 0.2
+    source, state = datasets.load(tiny.dataset), build(tiny, strategy)
+    plan = planning.make_plan(tiny, source.num_train, source.num_eval, 10, REPLICAS)
+    with strategy.scope():
+        teacher = transfer.make_teacher(tiny, source.class_names)
+    train_step = steps.make_train_step(state, tiny, augment.on_device(tiny.augment, 10), num_classes=10, num_replicas=REPLICAS, jit_compile=False, teacher=teacher)
+    batches = pipeline.training_batches(source, tiny, plan, 0, plan.total_steps, strategy)
+    # Each gradient once, and each micro-batch's statistics of the one normalisation that is not frozen, both ways.
+    assert checked_sums(steps.make_train_loop, strategy, train_step, batches) <= len(state.model.trainable_variables) + 2 * 2
 
 
 def checked_sums(make_loop, strategy, step, batches):
