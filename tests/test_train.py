@@ -15,6 +15,7 @@ import train
 from configs import folder
 from errors import ConfigError, RunError
 from outputs.logbook import read_json, read_metrics
+from session import open_session
 from tests.conftest import tiny_config
 
 FILES = ('config.json', 'environment.json', 'metrics.jsonl', 'tensorboard', 'checkpoints', 'checkpoints/best', 'plots/learning_rate.png',
@@ -163,6 +164,27 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(finished, tmp_path, monk
     if step % 5 == 0:
         for ours, theirs in zip(without_times(workdir), without_times(reference), strict=True):
             assert ours == pytest.approx(theirs, rel=1e-6)  # the sums were made in loops of another length
+
+
+@pytest.mark.parametrize('virtual_devices', [0, 2])
+def test_the_host_calls_once_for_each_loop_and_nothing_is_traced_again(tiny, tmp_path, monkeypatch, virtual_devices):
+    tiny.virtual_devices, tiny.steps_per_loop, tiny.log_every, tiny.eval_every = virtual_devices, 7, '10 steps', '15 steps'
+    made = {'make_train_loop': [], 'make_eval_loop': []}
+    for name in made:
+        def make(*arguments, name=name, original=getattr(train.steps, name)):
+            loop, calls = original(*arguments), []
+            made[name].append((loop, calls))
+            return lambda iterator, num_steps: calls.append(int(num_steps)) or loop(iterator, num_steps)
+
+        monkeypatch.setattr(train.steps, name, make)
+    session = open_session(tiny, str(tmp_path))
+    logbook = train.Logbook(str(tmp_path), 0, session.plan.total_steps)
+    assert train.train(session, logbook, 0, train.Stop())['eval/examples'] == 360
+    logbook.close()
+    ((train_loop, train_calls),), ((eval_loop, eval_calls),) = made.values()
+    assert train_calls == [7, 3, 5, 5, 7, 3]  # loops of 7, cut where the host logs or evaluates
+    assert eval_calls == [3, 3]  # 360 examples in batches of 128
+    assert train_loop.experimental_get_tracing_count() == eval_loop.experimental_get_tracing_count() == 1
 
 
 def test_a_progressive_run_is_traced_once_for_each_size_and_goes_on_after_a_stop(tiny, tmp_path, monkeypatch):
