@@ -58,7 +58,8 @@ class Session:
             yield f'weights   {self.loaded}'
         if config.model.freeze:
             trained, all_weights = (sum(math.prod(variable.shape) for variable in variables) for variables in (model.trainable_variables, models.weights(model)))
-            yield f'frozen    up to {config.model.freeze}: {trained:,} of {all_weights:,} numbers are trained'
+            frozen = 'the backbone' if config.model.freeze == 'backbone' else f'all up to {config.model.freeze}'
+            yield f'frozen    {frozen}: {trained:,} of {all_weights:,} numbers are trained'
         if config.model.layer_decay < 1:
             yield f'rates     x 1 at the head, down to x {min(models.rate_factors(model, config.model.layer_decay)):.3g} at the first block'
         if self.teacher:

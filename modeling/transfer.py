@@ -61,7 +61,7 @@ def make_teacher(config, class_names):
     predict, size = (_saved_teacher(name, class_names) if is_folder else _application_teacher(config.distill, len(class_names)))
 
     def teacher(images):
-        if size and images.shape[1:3] != size:
+        if None not in size and images.shape[1:3] != size:
             images = tf.image.resize(images, size)
         answers = tf.cast(predict(images), tf.float32)  # [batch, classes]
         # Whether they are probabilities shows in the numbers. Their logarithms are logits, up to a constant that softmax ignores.
@@ -138,7 +138,7 @@ def _read(path):
 
 
 def _application_teacher(distill, num_classes):
-    """(function from images to answers, (height, width) it wants) of a model of keras.applications with its head."""
+    """(function from images to answers, (height, width) it wants or (None, None)) of a model of keras.applications with its head."""
     constructor, preprocess = application(distill.teacher, 'config.distill.teacher')
     if distill.weights != 'imagenet' and not distill.weights.endswith(KERAS_FILES):
         raise ConfigError(f"config.distill.weights={distill.weights!r} is no source of weights: write 'imagenet', or a file that ends in .weights.h5")
@@ -156,7 +156,7 @@ def _application_teacher(distill, num_classes):
 
 
 def _saved_teacher(source, class_names):
-    """(function from images to answers, (height, width) it wants or None) of a SavedModel, or of the one of a run."""
+    """(function from images to answers, (height, width) it wants or (None, None)) of a SavedModel, or of the one of a run."""
     path = next((path for path in (os.path.join(source, 'export'), source) if tf.io.gfile.exists(os.path.join(path, 'saved_model.pb'))), None)
     if path is None:
         raise RunError(f'config.distill.teacher={source!r} is neither a SavedModel nor a run that has exported one: train the teacher first')
@@ -179,4 +179,4 @@ def _saved_teacher(source, class_names):
     def predict(images, keep=loaded):  # a signature does not keep its variables alive
         return signature(**{name: tf.cast(tf.round(images) if wanted.dtype.is_integer else images, wanted.dtype)})[output]
 
-    return predict, (height, width) if height and width else None
+    return predict, (height, width)

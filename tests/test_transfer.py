@@ -265,14 +265,15 @@ def test_a_saved_model_of_somebody_else_can_teach(still, tmp_path):
     np.testing.assert_allclose(tf.nn.softmax(teacher(tf.cast(IMAGES, tf.float32))), module.serve(resized)['probabilities'], rtol=1e-4)
 
 
-def test_a_model_of_keras_applications_can_teach(still, tmp_path):
-    theirs = keras.applications.MobileNetV2(weights=None, classes=10, classifier_activation=None)
-    still.distill.teacher, still.distill.weights = 'MobileNetV2', str(tmp_path / 'teacher.weights.h5')
+@pytest.mark.parametrize('name, module, size', [('MobileNetV2', keras.applications.mobilenet_v2, 224), ('MobileNetV3Small', keras.applications.mobilenet_v3, 64)])  # of any size
+def test_a_model_of_keras_applications_can_teach(still, tmp_path, name, module, size):
+    theirs = getattr(keras.applications, name)(weights=None, classes=10, classifier_activation=None)
+    still.distill.teacher, still.distill.weights = name, str(tmp_path / 'teacher.weights.h5')
     theirs.save_weights(still.distill.weights)
     teacher = transfer.make_teacher(still, NAMES)
-    resized = tf.image.resize(IMAGES[:4].astype('float32'), (224, 224))
-    expected = theirs(keras.applications.mobilenet_v2.preprocess_input(resized.numpy()), training=False)
-    np.testing.assert_allclose(teacher(tf.cast(IMAGES[:4], tf.float32)), expected, rtol=1e-3, atol=1e-4)
+    images = IMAGES[:4].repeat(4, 1).repeat(4, 2).astype('float32')
+    expected = theirs(module.preprocess_input(tf.image.resize(images, (size, size)).numpy()), training=False)
+    np.testing.assert_allclose(teacher(tf.constant(images)), expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize('teacher, weights, names, says', [
@@ -301,7 +302,7 @@ def test_a_taught_run_is_trained_and_exported_as_any_other(digits_run, tiny, tmp
     workdir = str(tmp_path / 'run')
     assert train.run(tiny, workdir) == 0
     said = capsys.readouterr().out
-    assert 'frozen    up to block1: 5,002 of 5,562 numbers are trained' in said
+    assert 'frozen    all up to block1: 5,002 of 5,562 numbers are trained' in said
     assert 'rates     x 1 at the head, down to x 0.5 at the first block' in said and f'teacher   {digits_run}, 50% of the loss at temperature 1' in said
     summary = read_json(f'{workdir}/summary.json')
     assert summary['export/accuracy'] == summary['eval/accuracy']
