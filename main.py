@@ -70,7 +70,7 @@ def failure(error):
     errors = sys.modules['tensorflow'].errors if 'tensorflow' in sys.modules else None
     if errors and isinstance(error, errors.ResourceExhaustedError):
         return f'out of memory: lower config.batch_size, config.eval_batch_size or config.image_size ({text[:200]})', 1
-    lost = re.search(r'remote target /job:(\w+)/replica:[0-9]+/task:([0-9]+)', str(error))
+    lost = re.search(r'(?:remote target|stopped sending heartbeats\):)\s+/job:(\w+)/replica:[0-9]+/task:([0-9]+)', str(error))
     if errors and isinstance(error, errors.UnavailableError) and lost:
         return f'{lost[1]} {lost[2]} does not answer any more: start all workers again, and they continue at the last checkpoint', 1
     if errors and isinstance(error, errors.OpError):

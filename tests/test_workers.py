@@ -9,7 +9,9 @@ import time
 
 import pytest
 
+import main
 from outputs.logbook import read_json, read_metrics
+from tests.test_transfer import write_foreign_teacher
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 ARGUMENTS = ('--config=configs/digits.py', '--config.model.name=tiny', '--config.image_size=16', '--config.batch_size=32', '--config.train_for=30 steps',
@@ -49,12 +51,16 @@ def finish(processes, timeout=300):
 
 @pytest.fixture(scope='module')
 def finished(tmp_path_factory):
-    workdir = str(tmp_path_factory.mktemp('workers') / 'run')
-    return workdir, finish(start([*ARGUMENTS, f'--workdir={workdir}']))
+    """A run of two workers with a frozen block and a teacher: (its arguments, its folder, how it ended)."""
+    folder = tmp_path_factory.mktemp('workers')
+    write_foreign_teacher(str(folder / 'teacher'))
+    workdir = str(folder / 'run')
+    arguments = [*ARGUMENTS, f'--workdir={workdir}', f'--config.distill.teacher={folder}/teacher', '--config.model.freeze=block1', '--config.model.layer_decay=0.5']
+    return arguments, workdir, finish(start(arguments))
 
 
 def test_one_worker_writes_and_speaks_for_all(finished):
-    workdir, ended = finished
+    _, workdir, ended = finished
     assert [status for status, *_ in ended] == [0, 0], ended
     assert 'MultiWorkerMirroredStrategy on 2 workers, 2 replicas' in ended[0][1] and ended[1][1] == ''
     assert [row['step'] for row in read_metrics(workdir)] == [5, 10, 15, 20, 25, 30]
@@ -64,7 +70,7 @@ def test_one_worker_writes_and_speaks_for_all(finished):
                                            'summary.json', 'tensorboard']
 
 
-def test_a_signal_to_any_worker_stops_all_and_the_same_command_goes_on(finished, tmp_path):
+def test_a_signal_to_any_worker_stops_all_and_the_same_command_goes_on(tmp_path):
     workdir = str(tmp_path / 'run')
     processes = start([*ARGUMENTS, '--config.train_for=20000 steps', '--config.schedule.warmup=3 steps', f'--workdir={workdir}'])
     deadline = time.monotonic() + 200
@@ -89,11 +95,21 @@ def test_a_worker_that_is_killed_ends_the_others_with_its_name(tmp_path):
 
 
 def test_the_evaluation_of_several_workers_is_that_of_one(finished):
-    workdir, _ = finished
+    arguments, workdir, _ = finished
     expected = read_json(os.path.join(workdir, 'summary.json'))['eval/accuracy']
-    ended = finish(start([*ARGUMENTS, f'--workdir={workdir}', '--mode=evaluate']))
+    ended = finish(start([*arguments, '--mode=evaluate']))
     assert [status for status, *_ in ended] == [0, 0], ended
     assert json.loads(ended[0][1].splitlines()[-1])['eval/accuracy'] == expected
-    alone = subprocess.run([sys.executable, os.path.join(ROOT, 'main.py'), *ARGUMENTS, f'--workdir={workdir}', '--mode=evaluate'],
+    alone = subprocess.run([sys.executable, os.path.join(ROOT, 'main.py'), *arguments, '--mode=evaluate'],
                            cwd=ROOT, capture_output=True, text=True)
     assert json.loads(alone.stdout.splitlines()[-1])['eval/accuracy'] == expected
+
+
+@pytest.mark.parametrize('said', [
+    'Collective ops is aborted by: connection refused. Additional GRPC error information from remote target /job:worker/replica:0/task:1 while calling',
+    'The following tasks are unhealthy (stopped sending heartbeats):\n/job:worker/replica:0/task:1\nThe tasks have crashed.',
+])
+def test_both_ways_in_which_tensorflow_says_that_a_worker_has_gone_are_understood(said):
+    import tensorflow as tf  # here: the workers of this file are processes of their own
+    line, status = main.failure(tf.errors.UnavailableError(None, None, f'Graph execution error: {said}'))
+    assert line.startswith('worker 1 does not answer any more') and status == 1
