@@ -335,6 +335,9 @@ def _update_average(state, decay):
         return
     updates = tf.cast(state.optimizer.iterations, tf.float32)
     decay = tf.minimum(decay, (1 + updates) / (10 + updates))
+    frozen = {variable.path for layer in state.model._flatten_layers() if not layer.trainable for variable in layer.variables}
     for average, variable in zip(state.average, weights(state.model)):
+        if variable.path in frozen:  # the average of a constant would drift by its rounding
+            continue
         share = tf.cast(decay, average.dtype)
         average.assign(average * share + variable.value * (1 - share))
