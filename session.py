@@ -43,7 +43,8 @@ class Session:
     is_chief: bool  # whether this process writes; of several workers one does
     agree: object  # sums of numbers over all workers: see devices.make_agreement
     loaded: str  # what was taken from config.model.weights, in words; '' for random weights
-    teacher: object  # see transfer.make_teacher
+    teacher: object  # a function, or None: see transfer.make_teacher
+    teacher_name: str
 
     def describe(self):
         """What was chosen and what the durations came to, as a few lines of text."""
@@ -61,9 +62,9 @@ class Session:
             frozen = 'the backbone' if config.model.freeze == 'backbone' else f'all up to {config.model.freeze}'
             yield f'frozen    {frozen}: {trained:,} of {all_weights:,} numbers are trained'
         if config.model.layer_decay < 1:
-            yield f'rates     x 1 at the head, down to x {min(models.rate_factors(model, config.model.layer_decay)):.3g} at the first block'
+            yield f'rates     x 1 at the head, down to x {min(models.rate_factors(model, config.model.layer_decay)):.3g} at the first layers that are trained'
         if self.teacher:
-            yield f'teacher   {config.distill.teacher}, {config.distill.alpha:.0%} of the loss at temperature {config.distill.temperature:g}'
+            yield f'teacher   {self.teacher_name}; {config.distill.alpha:.0%} of the loss, temperature {config.distill.temperature:g}'
 
 
 def open_session(config, workdir, trains=True):
@@ -92,12 +93,12 @@ def open_session(config, workdir, trains=True):
         model = models.build_model(config, plan.num_classes)
         loaded = load_weights(model, config, workdir, source.class_names) if trains else ''
         state = build_state(model, config, plan, dtype_policy)
-        teacher = transfer.make_teacher(config, source.class_names) if trains else None
+        teacher, teacher_name = transfer.make_teacher(config, source.class_names) if trains else (None, '')
     checkpoints = Checkpoints(os.path.join(workdir, 'checkpoints'), state.variables(), config.keep_checkpoints, writes=is_chief)
     local_statistics = plan.num_replicas > 1 and not config.model.sync_batch_norm
     synchronize = steps.make_average_statistics(strategy, state) if local_statistics else lambda: None
     return Session(config, strategy, reason, kind, dtype_policy, jit_compile, source, data_changes, plan, state, checkpoints, synchronize,
-                   is_chief, agree, loaded, teacher)
+                   is_chief, agree, loaded, teacher, teacher_name)
 
 
 def require_same_config(config, workdir, free_keys=FREE_KEYS):

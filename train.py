@@ -112,7 +112,7 @@ def train(session, logbook, start_step, stop):
         began = time.monotonic()
         results = {key: float(value) for key, value in train_loop(iterator, tf.constant(until - step)).items()}  # waits for the devices
         seconds = time.monotonic() - began
-        require_finite(results['loss'], checkpoints, step, until)  # before anything is saved
+        require_finite(results['loss'], session, step, until)  # before anything is saved
         window.add(results, seconds)
         checkpoints.train_seconds.assign_add(seconds)
         checkpoints.input_seconds.assign_add(results['input_seconds'])
@@ -175,13 +175,15 @@ class Window:
         return row
 
 
-def require_finite(loss, checkpoints, first_step, last_step):
+def require_finite(loss, session, first_step, last_step):
     """Raises RunError when `loss`, the sum over these steps, is not a finite number."""
     if math.isfinite(loss):
         return
-    saved = checkpoints.latest_step()
-    raise RunError(f'the loss is {loss} somewhere in steps {first_step:,} to {last_step:,}: lower config.schedule.peak_lr, lengthen config.schedule.warmup '
-                   f'or set config.grad_clip_norm, with a new --workdir; ' + (f'step {saved:,} is saved in this one' if saved else 'no step is saved yet'))
+    saved = session.checkpoints.latest_step()
+    teacher = f'see whether the answers of the teacher {session.teacher_name} are numbers, ' if session.teacher else ''
+    raise RunError(f'the loss is {loss} somewhere in steps {first_step:,} to {last_step:,}: {teacher}lower config.schedule.peak_lr, lengthen '
+                   'config.schedule.warmup or set config.grad_clip_norm, with a new --workdir; '
+                   + (f'step {saved:,} is saved in this one' if saved else 'no step is saved yet'))
 
 
 def is_finished(config, workdir):

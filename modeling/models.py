@@ -129,11 +129,10 @@ def _blocks(backbone):
 
 def _freeze(backbone, last):
     """Freezes the layers of `backbone` up to the last one that `last` names, or begins the name of; 'backbone' names all."""
-    names = [layer.name for layer in backbone.layers]
-    named = [index for index, name in enumerate(names) if last == 'backbone' or re.match(re.escape(last) + '(?![0-9])', name)]
+    names, blocks = [layer.name for layer in backbone.layers], _blocks(backbone)
+    named = [index for index, name in enumerate(names) if last in ('backbone', blocks[index]) or re.match(re.escape(last) + '(?![0-9])', name)]
     if not named:
-        blocks = list(dict.fromkeys(_blocks(backbone)))
-        raise ConfigError(f"config.model.freeze={last!r} is no layer of this model: write 'backbone', or up to where, one of {', '.join(blocks)}"
+        raise ConfigError(f"config.model.freeze={last!r} is no layer of this model: write 'backbone', or up to where, one of {', '.join(dict.fromkeys(blocks))}"
                           + did_you_mean(last, names))
     for layer in backbone.layers[:named[-1] + 1]:
         layer.trainable = False  # of batch normalisation Keras then uses the statistics, and leaves them

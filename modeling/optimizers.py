@@ -32,7 +32,7 @@ SET_ELSEWHERE = {
 }
 UNSUPPORTED = {
     'clipvalue': 'clips before the gradients of the replicas are summed: use config.grad_clip_norm',
-    'gradient_accumulation_steps': 'makes the schedule count parts of updates: use a smaller config.batch_size',
+    'gradient_accumulation_steps': 'makes the schedule count parts of updates: use config.accumulate_steps',
 }
 
 
@@ -47,6 +47,8 @@ def build_optimizer(config, schedule_arguments, variables):
     arguments = {key: value for key, value in config.optimizer.items() if key != 'name'}
     check_optimizer(config.optimizer.name, arguments)
     optimizer_class = OPTIMIZERS[config.optimizer.name]
+    if config.optimizer.name == 'muon' and keras.config.dtype_policy().variable_dtype == 'float64':
+        raise ConfigError("config.optimizer.name='muon' cannot compute in float64: Keras multiplies with float32 inside; write another config.precision")
     if config.optimizer.name == 'muon':
         arguments['adam_weight_decay'] = config.weight_decay or None  # what Muon gives to AdamW: all but the dense kernels
     try:
@@ -84,7 +86,7 @@ def check_optimizer(name, arguments):
             raise ConfigError(f'config.optimizer.{key} {UNSUPPORTED[key]}')
         if key not in known:
             raise ConfigError(f'config.optimizer.{key} is no argument of {name}' + (did_you_mean(key, known) or f'; it has {", ".join(known)}'))
-        if not isinstance(value, (bool, int, float)):
+        if not isinstance(value, (bool, int, float)) and key != 'exclude_layers':  # of muon, a list of names
             raise ConfigError(f'config.optimizer.{key}={value!r} must be a number, true or false')
         if key in FRACTIONS and not 0 <= value < 1:
             raise ConfigError(f'config.optimizer.{key}={value} is impossible: it must be from 0 to below 1')

@@ -6,7 +6,7 @@ import re
 
 import tensorflow as tf
 
-from errors import ConfigError, RunError, one_line
+from errors import ConfigError, RunError, did_you_mean, one_line
 from modeling.models import application, input_shape, weights
 
 KERAS_FILES = ('.h5', '.keras')  # of the weights of a model of keras.applications without its head
@@ -21,7 +21,7 @@ def load_weights(model, config, class_names):
         model: what `build_model` returned.
         config: `model.name` and `model.weights` are used. The latter is 'imagenet' or a file of Keras weights, which
             keras.applications reads into the backbone; or a run of one's own: its folder, one of its checkpoints, or its
-            SavedModel. Of a run with averages these are taken. The head is taken too if its classes are `class_names`.
+            SavedModel. Of a run with averages these are taken. The head is taken too if its classes are known to be `class_names`.
         class_names: list of str, in the order of the head.
 
     Returns: a line that says what was loaded and what was not.
@@ -30,35 +30,35 @@ def load_weights(model, config, class_names):
     """
     source, wanted = config.model.weights, weights(model)
     if source == 'imagenet' or source.endswith(KERAS_FILES):
-        path, loaded, has_head = source, _of_keras(config), False
+        path, loaded, reason = source, _of_keras(config), 'it comes without one'
     else:
         path = _checkpoint_in(source)
-        loaded = _numbered_weights(path, source)
+        loaded, classes = _numbered_weights(path, source), _class_names_beside(path)
         _require_same_network(wanted, loaded, path, config.model.name)
-        has_head = loaded[-1].shape == wanted[-1].shape and _class_names_beside(path) in (None, list(class_names))
-        loaded = loaded if has_head else loaded[:-2]
+        reason = '' if classes == list(class_names) else 'its classes are others' if classes else 'nothing says what its classes are'
+        loaded = loaded[:-2] if reason else loaded
     for variable, value in zip(wanted, loaded):
         variable.assign(value)
-    kernel = wanted[-2]
-    head = 'the head too' if has_head else f'not the head, which is new: {kernel.shape[0]:,} features to {kernel.shape[1]:,} classes'
+    features, classes = wanted[-2].shape
+    head = f'the head is new, {features:,} features to {classes:,} classes: {reason}' if reason else 'the head too'
     return f'{len(loaded)} of {len(wanted)} variables ({sum(value.size for value in loaded):,} numbers) from {re.sub(SAVED_VARIABLES + "$", "", path)}; {head}'
 
 
 def make_teacher(config, class_names):
     """The teacher of `config.distill`. Call it in the strategy's scope.
 
-    Returns: a function from images float32 [batch, size, size, 3] in 0..255 to logits float32 [batch, classes], for the inside
-        of a step; None when the config names none.
+    Returns: (a function from images float32 [batch, size, size, 3] in 0..255 to logits float32 [batch, classes], for the inside
+        of a step, and who that is in words); (None, '') when the config names none.
 
     Raises:
         ConfigError: no such model, or it knows another number of classes.
-        RunError: its weights or its SavedModel cannot be had, or are of other classes.
+        RunError: its weights or its SavedModel cannot be had or used, or are of other classes.
     """
     name = config.distill.teacher
     if not name:
-        return None
+        return None, ''
     is_folder = os.sep in name or tf.io.gfile.isdir(name)
-    predict, size = (_saved_teacher(name, class_names) if is_folder else _application_teacher(config.distill, len(class_names)))
+    predict, size, words = _saved_teacher(name, class_names) if is_folder else _application_teacher(config.distill, len(class_names))
 
     def teacher(images):
         if None not in size and images.shape[1:3] != size:
@@ -68,7 +68,7 @@ def make_teacher(config, class_names):
         are_probabilities = tf.reduce_all(answers >= 0) & tf.reduce_all(tf.abs(tf.reduce_sum(answers, -1) - 1) < 1e-2)
         return tf.stop_gradient(tf.where(are_probabilities, tf.math.log(tf.maximum(answers, 1e-20)), answers))
 
-    return teacher
+    return teacher, words
 
 
 def _of_keras(config):
@@ -85,15 +85,19 @@ def _of_keras(config):
 
 def _checkpoint_in(source):
     """The TensorFlow checkpoint that `source` names or holds: a run's last one, that of a folder of checkpoints, a SavedModel's."""
-    if tf.io.gfile.exists(os.path.join(source, 'saved_model.pb')):
-        return source.rstrip('/') + SAVED_VARIABLES
-    for folder in (os.path.join(source, 'checkpoints'), source):
-        if tf.io.gfile.isdir(folder) and tf.train.latest_checkpoint(folder):
-            return tf.train.latest_checkpoint(folder)
-    if tf.io.gfile.exists(re.sub(r'(\.index)?$', '.index', source, count=1)):
-        return re.sub(r'\.index$', '', source)
-    raise RunError(f"config.model.weights={source!r} is not there: write 'imagenet', a file that ends in .weights.h5, or the folder of a run, "
-                   'of one of its checkpoints, such as runs/NAME/checkpoints/best, or of its SavedModel')
+    try:
+        if tf.io.gfile.exists(os.path.join(source, 'saved_model.pb')):
+            return source.rstrip('/') + SAVED_VARIABLES
+        for folder in (os.path.join(source, 'checkpoints'), source):
+            if tf.io.gfile.isdir(folder) and tf.train.latest_checkpoint(folder):
+                return tf.train.latest_checkpoint(folder)
+        if tf.io.gfile.exists(re.sub(r'(\.index)?$', '.index', source, count=1)):
+            return re.sub(r'\.index$', '', source)
+        what = 'holds no weights' if tf.io.gfile.exists(source) else 'is not there'
+    except tf.errors.OpError as error:  # of a bucket
+        what = f'cannot be reached ({one_line(error, 150)})'
+    raise RunError(f"config.model.weights={source!r} {what}: write 'imagenet', a file that ends in .weights.h5, or the folder of a run, "
+                   'of one of its checkpoints, such as runs/NAME/checkpoints/best, or of its SavedModel' + did_you_mean(source, ['imagenet']))
 
 
 def _numbered_weights(path, source):
@@ -126,19 +130,27 @@ def _class_names_beside(path):
     for _ in range(3):  # of a run: checkpoints/best/step-500
         folder = os.path.dirname(folder)
         if tf.io.gfile.exists(os.path.join(folder, 'labels.txt')):
-            return _read(os.path.join(folder, 'labels.txt')).splitlines()
+            return _read_labels(os.path.join(folder, 'labels.txt'))
         if tf.io.gfile.exists(os.path.join(folder, 'environment.json')):
-            return json.loads(_read(os.path.join(folder, 'environment.json'))).get('class_names')
+            return _read(os.path.join(folder, 'environment.json'), json.load).get('class_names')
     return None
 
 
-def _read(path):
-    with tf.io.gfile.GFile(path) as file:
-        return file.read()
+def _read_labels(path):
+    return _read(path, lambda file: file.read().splitlines())
+
+
+def _read(path, read):
+    """What `read` makes of a text file. Raises RunError for a damaged one."""
+    try:
+        with tf.io.gfile.GFile(path) as file:
+            return read(file)
+    except (ValueError, tf.errors.OpError) as error:
+        raise RunError(f'{path} is damaged ({one_line(error, 100)}): it says which classes these weights know') from error
 
 
 def _application_teacher(distill, num_classes):
-    """(function from images to answers, (height, width) it wants or (None, None)) of a model of keras.applications with its head."""
+    """(function from images to answers, (height, width) it wants or (None, None), who it is) of a model of keras.applications with its head."""
     constructor, preprocess = application(distill.teacher, 'config.distill.teacher')
     if distill.weights != 'imagenet' and not distill.weights.endswith(KERAS_FILES):
         raise ConfigError(f"config.distill.weights={distill.weights!r} is no source of weights: write 'imagenet', or a file that ends in .weights.h5")
@@ -152,31 +164,43 @@ def _application_teacher(distill, num_classes):
     except Exception as error:
         raise RunError(f'config.distill.weights={distill.weights!r} could not be loaded into {distill.teacher}: {one_line(error)}') from error
     model.trainable = False
-    return lambda images: model(preprocess(images), training=False), model.input_shape[1:3]
+    return lambda images: model(preprocess(images), training=False), model.input_shape[1:3], f'{distill.teacher} ({distill.weights})'
 
 
 def _saved_teacher(source, class_names):
-    """(function from images to answers, (height, width) it wants or (None, None)) of a SavedModel, or of the one of a run."""
+    """The same of a SavedModel, or of the one of a run."""
     path = next((path for path in (os.path.join(source, 'export'), source) if tf.io.gfile.exists(os.path.join(path, 'saved_model.pb'))), None)
     if path is None:
         raise RunError(f'config.distill.teacher={source!r} is neither a SavedModel nor a run that has exported one: train the teacher first')
     labels = os.path.join(path, 'labels.txt')
-    if tf.io.gfile.exists(labels) and _read(labels).splitlines() != list(class_names):
+    has_labels = tf.io.gfile.exists(labels)
+    if has_labels and _read_labels(labels) != list(class_names):
         raise RunError(f'{path} knows other classes than this data set, or in another order: train the teacher on the same data')
     try:
         loaded = tf.saved_model.load(path)
-        signature = loaded.signatures['logits' if 'logits' in loaded.signatures else 'serving_default']
-        (name, wanted), = signature.structured_input_signature[1].items()
-        outputs = signature.structured_outputs
-        output = 'logits' if 'logits' in outputs else next(iter(outputs)) if len(outputs) == 1 else None
-        height, width, channels = wanted.shape[1:]
-    except (KeyError, ValueError, tf.errors.OpError, OSError) as error:
-        raise RunError(f'{path} cannot teach ({one_line(error, 200)}): its signature serving_default must take one batch of pictures') from error
-    if output is None or channels != 3 or outputs[output].shape[-1] not in (None, len(class_names)):
-        raise RunError(f'{path} cannot teach: it must answer [batch, height, width, 3] with one [batch, {len(class_names)}], and gives '
-                       + ', '.join(f'{key} {tuple(value.shape)}' for key, value in outputs.items()))
+        name = 'logits' if 'logits' in loaded.signatures else 'serving_default'
+        signature = loaded.signatures[name]
+    except Exception as error:  # KeyError, ValueError, IndexError, an OpError, ... by where it is damaged
+        raise RunError(f'{path} cannot teach: it has no signature serving_default, or is damaged ({type(error).__name__}: {one_line(error, 200)})') from error
+    inputs, outputs = signature.structured_input_signature[1], signature.structured_outputs
+    _require_pictures_to_answers(path, name, inputs, outputs, len(class_names))
+    (argument, wanted), = inputs.items()
+    answer = 'logits' if 'logits' in outputs else next(iter(outputs))
 
     def predict(images, keep=loaded):  # a signature does not keep its variables alive
-        return signature(**{name: tf.cast(tf.round(images) if wanted.dtype.is_integer else images, wanted.dtype)})[output]
+        return signature(**{argument: tf.cast(tf.round(images) if wanted.dtype.is_integer else images, wanted.dtype)})[answer]
 
-    return predict, (height, width)
+    return predict, tuple(wanted.shape[1:3]), path if has_labels else f'{path}, whose classes are taken to be these, in this order'
+
+
+def _require_pictures_to_answers(path, name, inputs, outputs, num_classes):
+    """Raises RunError unless a signature takes any number of pictures and gives an answer for each class."""
+    def fits(spec, wanted):
+        return spec.shape.rank == len(wanted) and spec.shape[0] is None and all(None in pair or len(set(pair)) == 1 for pair in zip(spec.shape, wanted))
+
+    takes_pictures = len(inputs) == 1 and all(fits(spec, (None, None, None, 3)) and spec.dtype in (tf.float32, tf.uint8) for spec in inputs.values())
+    answers = [outputs['logits']] if 'logits' in outputs else list(outputs.values())
+    if not takes_pictures or len(answers) != 1 or not fits(answers[0], (None, num_classes)):
+        has = [', '.join(f'{key} {spec.dtype.name} {spec.shape}' for key, spec in specs.items()) for specs in (inputs, outputs)]
+        raise RunError(f'{path} cannot teach: its signature {name} must take float32 or uint8 (None, height, width, 3) and give (None, {num_classes}), '
+                       f'but it takes {has[0]} and gives {has[1]}')

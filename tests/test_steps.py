@@ -299,13 +299,22 @@ def test_every_optimizer_trains_on_two_replicas_as_on_one(still, name):
     ({'name': 'sgd', 'learning_rate': 0.1}, 'is set by config.schedule.peak_lr'),
     ({'name': 'sgd', 'momentum': 7.0}, 'momentum'),
     ({'name': 'sgd', 'momentum': (1, 2)}, 'must be a number'),
-    ({'name': 'sgd', 'gradient_accumulation_steps': 4}, 'makes the schedule count parts of updates'),
+    ({'name': 'sgd', 'gradient_accumulation_steps': 4}, 'makes the schedule count parts of updates: use config.accumulate_steps'),
     ({'name': 'sgd', 'loss_scale_factor': 128}, 'is set by config.precision'),
 ])
 def test_an_impossible_optimizer_is_one_line(still, optimizer, says):
     still.optimizer = optimizer
     with pytest.raises(optimizers.ConfigError, match=says):
         build(still)
+
+
+@pytest.mark.skipif('muon' not in optimizers.OPTIMIZERS, reason='Keras 3.12, all that Python 3.10 gets, has no Muon that runs')
+def test_muon_takes_its_list_of_layers_and_refuses_float64_in_one_line(still):
+    still.optimizer = {'name': 'muon', 'exclude_layers': ('block1',)}
+    _, state, _ = build(still)
+    assert state.optimizer.exclude_layers == ('block1',)
+    with pytest.raises(optimizers.ConfigError, match='cannot compute in float64'):
+        build(still, dtype_policy='float64')
 
 
 def test_keras_fit_still_cannot_compile_under_two_replicas(still):

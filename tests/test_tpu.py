@@ -141,7 +141,7 @@ def test_everything_at_once_is_fit_for_a_tpu_with_every_optimizer(tiny, strategy
     source, state = datasets.load(tiny.dataset), build(tiny, strategy)
     plan = planning.make_plan(tiny, source.num_train, source.num_eval, 10, REPLICAS)
     with strategy.scope():
-        teacher = transfer.make_teacher(tiny, source.class_names)
+        teacher, _ = transfer.make_teacher(tiny, source.class_names)
     train_step = steps.make_train_step(state, tiny, augment.on_device(tiny.augment, 10), num_classes=10, num_replicas=REPLICAS, jit_compile=False, teacher=teacher)
     batches = pipeline.training_batches(source, tiny, plan, 0, plan.total_steps, strategy)
     # Each gradient once, and each micro-batch's statistics of the one normalisation that is not frozen, both ways.

@@ -38,7 +38,7 @@ def updates(config, number=3, count=1, jit_compile=False, dtype_policy='float64'
         sessions.random.seed(0)
         plan = planning.make_plan(config, 1437, 360, 10, count)
         state = sessions.build_state(models.build_model(config, 10), config, plan, dtype_policy)
-        teacher = transfer.make_teacher(config, NAMES)
+        teacher, _ = transfer.make_teacher(config, NAMES)
     loop = steps.make_train_loop(strategy, steps.make_train_step(state, config, no_change, num_classes=10, num_replicas=count, jit_compile=jit_compile,
                                                                 teacher=teacher))
     batches = iter(strategy.distribute_datasets_from_function(
@@ -83,6 +83,15 @@ def test_the_best_checkpoint_can_be_taken(digits_run, tiny):
     assert '/checkpoints/best/step-' in transfer.load_weights(model, tiny, NAMES)
 
 
+@pytest.mark.parametrize('part', ['checkpoints', 'export'])
+def test_a_head_of_which_nothing_says_what_it_knows_is_not_taken(digits_run, tiny, tmp_path, part):
+    shutil.copytree(os.path.join(digits_run, part), tmp_path / part)
+    if part == 'export':
+        os.remove(tmp_path / part / 'labels.txt')
+    tiny.model.weights = str(tmp_path / part)
+    assert 'the head is new, 32 features to 10 classes: nothing says what its classes are' in transfer.load_weights(models.build_model(tiny, 10), tiny, NAMES)
+
+
 @pytest.mark.parametrize('part', ['', 'export'])
 @pytest.mark.parametrize('names', [NAMES[::-1], NAMES[:7]])
 def test_a_head_of_other_classes_is_new(digits_run, tiny, part, names):
@@ -93,7 +102,7 @@ def test_a_head_of_other_classes_is_new(digits_run, tiny, part, names):
     for ours, theirs in zip(models.weights(model)[:-2], averages_in(digits_run)):
         np.testing.assert_array_equal(ours, theirs)
     np.testing.assert_array_equal(model.get_layer('predictions').kernel, fresh)
-    assert said.startswith('10 of 12 variables (5,232 numbers)') and f'not the head, which is new: 32 features to {len(names)} classes' in said
+    assert said.startswith('10 of 12 variables (5,232 numbers)') and f'; the head is new, 32 features to {len(names)} classes: its classes are others' in said
 
 
 def test_the_weights_of_keras_applications_are_taken_without_their_head(tmp_path, tiny):
@@ -101,9 +110,17 @@ def test_the_weights_of_keras_applications_are_taken_without_their_head(tmp_path
     tiny.model.name, tiny.model.weights, tiny.image_size = 'MobileNetV2', str(tmp_path / 'backbone.weights.h5'), 32
     theirs.save_weights(tiny.model.weights)
     model = models.build_model(tiny, 7)
-    assert 'not the head' in transfer.load_weights(model, tiny, NAMES[:7])
+    assert 'the head is new, 1,280 features to 7 classes: it comes without one' in transfer.load_weights(model, tiny, NAMES[:7])
     for ours, original in zip(models.weights(model), models.weights(theirs)):
         np.testing.assert_array_equal(ours, original)
+
+
+def without_labels(workdir, tmp_path):
+    copy = str(tmp_path / 'unlabelled')
+    shutil.copytree(os.path.join(workdir, 'export'), copy)
+    with open(os.path.join(copy, 'labels.txt'), 'wb') as file:
+        file.write(b'\xd0\xff\n')
+    return copy
 
 
 def damaged(workdir, tmp_path):
@@ -118,7 +135,10 @@ def damaged(workdir, tmp_path):
 @pytest.mark.parametrize('weights, name, says', [
     ('{run}/nothing', 'tiny', "nothing' is not there: write 'imagenet', a file that ends in .weights.h5, or the folder of a run"),
     ('{run}', 'MobileNetV2', "is of another network than config.model.name='MobileNetV2': it has 12 variables, and this one 262"),
+    ('{tmp}', 'tiny', "holds no weights: write 'imagenet'"),
+    ('Imagenet', 'tiny', 'did you mean imagenet?'),
     ('{damaged}', 'tiny', 'is damaged'),
+    ('{unlabelled}', 'tiny', 'labels.txt is damaged'),
     ('{foreign}', 'tiny', 'was not written by this program'),
     ('/no/such/file.h5', 'MobileNetV2', '/no/such/file.h5'),
     ('imagenet', 'tiny', "'tiny' has no pretrained weights"),
@@ -126,7 +146,7 @@ def damaged(workdir, tmp_path):
 def test_weights_that_cannot_be_taken_are_one_line(digits_run, tiny, tmp_path, weights, name, says):
     foreign = tf.train.Checkpoint(something=tf.Variable(1.0)).write(str(tmp_path / 'foreign'))
     tiny.model.name, tiny.image_size = name, 32
-    tiny.model.weights = weights.format(run=digits_run, damaged=damaged(digits_run, tmp_path), foreign=foreign)
+    tiny.model.weights = weights.format(run=digits_run, tmp=tmp_path, damaged=damaged(digits_run, tmp_path), foreign=foreign, unlabelled=without_labels(digits_run, tmp_path))
     model = models.build_model(tiny, 10)
     with pytest.raises((RunError, ConfigError)) as raised:
         transfer.load_weights(model, tiny, NAMES)
@@ -149,7 +169,8 @@ def test_a_run_from_other_weights_says_so_and_goes_on_without_them(digits_run, t
     assert expected in sessions.open_session(tiny, workdir).describe()
 
 
-@pytest.mark.parametrize('frozen, kept', [('backbone', ('block1', 'block2')), ('block1', ('block1',)), ('block1_conv', ('block1_conv',))])
+@pytest.mark.parametrize('frozen, kept', [('backbone', ('block1', 'block2')), ('top', ('block1', 'block2')), ('block1', ('block1',)),
+                                          ('block1_conv', ('block1_conv',)), ('stem', ())])
 @pytest.mark.parametrize('count, jit_compile, ema_decay', [(1, False, 0.99), (2, True, 0.0)])
 def test_frozen_layers_stay_as_they_are_with_their_statistics(still, frozen, kept, count, jit_compile, ema_decay):
     still.model.freeze, still.weight_decay, still.optimizer, still.ema_decay = frozen, 0.1, {'name': 'adamw'}, ema_decay
@@ -263,7 +284,8 @@ def write_foreign_teacher(path):
 def test_a_saved_model_of_somebody_else_can_teach(still, tmp_path):
     module = write_foreign_teacher(str(tmp_path / 'foreign'))
     still.distill.teacher = str(tmp_path / 'foreign')
-    teacher = transfer.make_teacher(still, NAMES)
+    teacher, name = transfer.make_teacher(still, NAMES)
+    assert name.endswith('whose classes are taken to be these, in this order')
     resized = tf.cast(tf.round(tf.image.resize(IMAGES.astype('float32'), (8, 8))), tf.uint8)
     np.testing.assert_allclose(tf.nn.softmax(teacher(tf.cast(IMAGES, tf.float32))), module.serve(resized)['probabilities'], rtol=1e-4)
 
@@ -273,10 +295,17 @@ def test_a_model_of_keras_applications_can_teach(still, tmp_path, name, module, 
     theirs = getattr(keras.applications, name)(weights=None, classes=10, classifier_activation=None)
     still.distill.teacher, still.distill.weights = name, str(tmp_path / 'teacher.weights.h5')
     theirs.save_weights(still.distill.weights)
-    teacher = transfer.make_teacher(still, NAMES)
+    teacher, _ = transfer.make_teacher(still, NAMES)
     images = IMAGES[:4].repeat(4, 1).repeat(4, 2).astype('float32')
     expected = theirs(module.preprocess_input(tf.image.resize(images, (size, size)).numpy()), training=False)
     np.testing.assert_allclose(teacher(tf.constant(images)), expected, rtol=1e-3, atol=1e-4)
+
+
+def write_odd_teacher(path, inputs):
+    """A SavedModel that takes what no picture is."""
+    module = tf.Module()
+    module.serve = tf.function(lambda *tensors: tf.zeros([tf.shape(tensors[0])[0], 10]), input_signature=inputs)
+    tf.saved_model.save(module, path, signatures={'serving_default': module.serve})
 
 
 @pytest.mark.parametrize('teacher, weights, names, says', [
@@ -286,14 +315,21 @@ def test_a_model_of_keras_applications_can_teach(still, tmp_path, name, module, 
     ('ResNet50', '/no/such/file.h5', NAMES, '/no/such/file.h5'),
     ('{tmp}/nothing', 'imagenet', NAMES, 'is neither a SavedModel nor a run that has exported one'),
     ('{run}', 'imagenet', NAMES[::-1], 'knows other classes than this data set, or in another order'),
-    ('{tmp}/foreign', 'imagenet', NAMES[:3], 'cannot teach: it must answer [batch, height, width, 3] with one [batch, 3], and gives probabilities (None, 10)'),
-    ('{tmp}/broken', 'imagenet', NAMES, 'cannot teach'),
+    ('{tmp}/foreign', 'imagenet', NAMES[:3], 'and give (None, 3), but it takes pictures uint8 (None, 8, 8, 3) and gives probabilities float32 (None, 10)'),
+    ('{tmp}/one', 'imagenet', NAMES, 'but it takes tensors_0 float32 (1, 16, 16, 3) and gives'),
+    ('{tmp}/channels_first', 'imagenet', NAMES, 'but it takes tensors_0 float32 (None, 3, 16, 16) and gives'),
+    ('{tmp}/files', 'imagenet', NAMES, 'but it takes tensors_0 string (None,) and gives'),
+    ('{tmp}/broken', 'imagenet', NAMES, 'cannot teach: it has no signature serving_default, or is damaged'),
+    ('{unlabelled}', 'imagenet', NAMES, 'labels.txt is damaged'),
 ])
 def test_a_teacher_that_cannot_be_had_is_one_line(digits_run, still, tmp_path, teacher, weights, names, says):
     write_foreign_teacher(str(tmp_path / 'foreign'))
-    os.makedirs(tmp_path / 'broken')
-    (tmp_path / 'broken' / 'saved_model.pb').write_bytes(b'this is no model')
-    still.distill.teacher, still.distill.weights = teacher.format(run=digits_run, tmp=tmp_path), weights
+    for name, shape, dtype in (('one', [1, 16, 16, 3], tf.float32), ('channels_first', [None, 3, 16, 16], tf.float32), ('files', [None], tf.string)):
+        write_odd_teacher(str(tmp_path / name), [tf.TensorSpec(shape, dtype)])
+    shutil.copytree(os.path.join(digits_run, 'export'), tmp_path / 'broken')
+    (tmp_path / 'broken' / 'variables' / 'variables.data-00000-of-00001').write_bytes(b'this is no model')
+    still.distill.teacher = teacher.format(run=digits_run, tmp=tmp_path, unlabelled=without_labels(digits_run, tmp_path))
+    still.distill.weights = weights
     with pytest.raises((ConfigError, RunError)) as raised:
         transfer.make_teacher(still, names)
     assert says in str(raised.value) and '\n' not in str(raised.value)
@@ -306,6 +342,6 @@ def test_a_taught_run_is_trained_and_exported_as_any_other(digits_run, tiny, tmp
     assert train.run(tiny, workdir) == 0
     said = capsys.readouterr().out
     assert 'frozen    all up to block1: 5,002 of 5,562 numbers are trained' in said
-    assert 'rates     x 1 at the head, down to x 0.5 at the first block' in said and f'teacher   {digits_run}, 50% of the loss at temperature 1' in said
+    assert 'rates     x 1 at the head, down to x 0.5 at the first layers that are trained' in said and f'teacher   {digits_run}/export; 50% of the loss, temperature 1' in said
     summary = read_json(f'{workdir}/summary.json')
     assert summary['export/accuracy'] == summary['eval/accuracy']
