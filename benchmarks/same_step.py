@@ -35,7 +35,7 @@ FEATURES = ('clip', 'accumulate', 'ema', 'bfloat16', 'all')
 BATCH_SIZE, UPDATES = 32, 10
 PLACES = ('1', '2', '4', 'workers')
 # Of losses, which begin at 2.3 and are reported in float32, and of weights.
-TOLERANCE = {'float64': {'losses': 1e-6, 'weights': 1e-9}, 'float32': {'losses': 1e-4, 'weights': 1e-4}, 'mixed_bfloat16': {'losses': 5e-2, 'weights': 5e-2}}
+TOLERANCE = {'float64': {'losses': 1e-6, 'weights': 1e-9}, 'float32': {'losses': 1e-4, 'weights': 1e-4}, 'mixed_bfloat16': {'losses': 5e-3, 'weights': 2e-2}}
 
 
 def config_for(optimizer, feature, accumulate_steps=None):
