@@ -84,7 +84,7 @@ def check_config(config):
         elif not key.startswith(('optimizer.', 'schedule.')) or key.count('.') > 1:
             raise ConfigError(_unknown(key, reference))
         elif isinstance(value, str):  # arguments of the optimizer and of the curve are numbers
-            raise ConfigError(f'config.{key}={value!r} must be a number, true or false')
+            raise ConfigError(f'config.{key}={value!r} must be a number, true or false{did_you_mean(key, reference, cutoff=0.9)}')
     for key in reference:
         if key not in values:
             raise ConfigError(f'config.{key} is missing: start from configs/default.py and change values, do not remove them')

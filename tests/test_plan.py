@@ -24,7 +24,7 @@ def shipped(name):
 
 
 def test_all_configs_of_the_readme_are_there():
-    assert {'default', 'digits', 'imagenet', 'imagenet_strong', 'imagenette', 'cifar10', 'folder', 'finetune', 'debug'} <= set(NAMES)
+    assert {'default', 'digits', 'imagenet', 'imagenet_strong', 'imagenet_distill', 'imagenette', 'cifar10', 'folder', 'finetune', 'debug'} <= set(NAMES)
 
 
 @pytest.mark.parametrize('name', NAMES)
@@ -35,8 +35,8 @@ def test_a_shipped_config_is_valid_and_wastes_no_update(name):
     assert 0 < plan.learning_rate_of(config, numbers)(0) < config.schedule.peak_lr
     assert plan.learning_rate_of(config, numbers)(numbers.total_steps) == config.schedule.end_lr
     optimizers.check_optimizer(config.optimizer.name, {key: value for key, value in config.optimizer.items() if key != 'name'})
-    drawn = {name: value[None] for name, value in augment.draws(config.augment, tf.constant([0, 1], tf.int64)).items()}
-    assert augment.on_device(config.augment, 10)(tf.zeros([1, 8, 8, 3], tf.uint8), tf.constant([3]), drawn)[1].shape == (1, 10)
+    drawn = {name: tf.stack([value] * 2) for name, value in augment.draws(config.augment, tf.constant([0, 1], tf.int64)).items()}
+    assert augment.on_device(config.augment, 10)(tf.zeros([2, 8, 8, 3], tf.uint8), tf.constant([3, 4]), drawn)[1].shape == (2, 10)
 
 
 @pytest.mark.parametrize('name', NAMES)
