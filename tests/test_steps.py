@@ -286,11 +286,11 @@ def test_the_rank_of_a_label_is_its_place_in_top_k_and_nan_is_never_right():
 
 
 @pytest.mark.parametrize('name', sorted(optimizers.OPTIMIZERS))
-def test_every_optimizer_trains_on_two_replicas_as_on_one(still, name):
+def test_every_optimizer_trains(still, name):
+    """That it does the same on two replicas, tests/test_same_step.py shows."""
     still.optimizer, still.schedule.peak_lr = {'name': name}, 1e-3
-    (alone, _), (shared, _) = run(still, 4), run(still, 4, devices=2)
-    np.testing.assert_allclose([result['loss'] for result in shared], [result['loss'] for result in alone], rtol=1e-3)
-    assert alone[-1]['loss'] < alone[0]['loss']
+    results, _ = run(still, 4)
+    assert results[-1]['loss'] < results[0]['loss']
 
 
 @pytest.mark.parametrize('optimizer, says', [
