@@ -70,12 +70,18 @@ def test_one_worker_writes_and_speaks_for_all(finished):
                                            'summary.json', 'tensorboard']
 
 
-def test_a_signal_to_any_worker_stops_all_and_the_same_command_goes_on(tmp_path):
+def training(tmp_path):
+    """(processes, folder) of a long run that has begun to train."""
     workdir = str(tmp_path / 'run')
     processes = start([*ARGUMENTS, '--config.train_for=20000 steps', '--config.schedule.warmup=3 steps', f'--workdir={workdir}'])
     deadline = time.monotonic() + 200
     while not read_metrics(workdir) and time.monotonic() < deadline:
         time.sleep(0.2)
+    return processes, workdir
+
+
+def test_a_signal_to_any_worker_stops_all_and_the_same_command_goes_on(tmp_path):
+    processes, workdir = training(tmp_path)
     processes[1].send_signal(signal.SIGTERM)
     ended = finish(processes)
     assert [status for status, *_ in ended] == [143, 143], ended
@@ -84,11 +90,7 @@ def test_a_signal_to_any_worker_stops_all_and_the_same_command_goes_on(tmp_path)
 
 
 def test_a_worker_that_is_killed_ends_the_others_with_its_name(tmp_path):
-    workdir = str(tmp_path / 'run')
-    processes = start([*ARGUMENTS, '--config.train_for=20000 steps', '--config.schedule.warmup=3 steps', f'--workdir={workdir}'])
-    deadline = time.monotonic() + 200
-    while not read_metrics(workdir) and time.monotonic() < deadline:
-        time.sleep(0.2)
+    processes, _ = training(tmp_path)
     processes[1].kill()
     (status, _, said), _ = finish(processes, timeout=60)
     assert status == 1 and 'error: worker 1 does not answer any more: start all workers again' in said and 'Traceback' not in said
