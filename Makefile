@@ -1,4 +1,4 @@
-# make train   trains configs/digits.py into runs/digits; again: does nothing that is done already
+# make train   checks the machine, then trains configs/digits.py into runs/digits; again: does nothing that is done already
 # make test    runs the whole test suite
 # make test-tpu    traces the loops of every config for a TPU that is not there, with both TPU builds of TensorFlow
 #
@@ -15,6 +15,7 @@ TPU_VENVS ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/warmstart
 .PHONY: train test test-tpu
 
 train: .venv/train-$(ACCELERATOR)
+	@test -e runs/digits/summary.json || .venv/bin/python main.py --config=configs/digits.py --workdir=runs/digits --mode=check
 	.venv/bin/python main.py --config=configs/digits.py --workdir=runs/digits
 
 test: .venv/test-$(ACCELERATOR)

@@ -19,6 +19,7 @@ from ml_collections import config_flags
 os.environ['KERAS_BACKEND'] = 'tensorflow'  # before Keras is imported, whatever ~/.keras/keras.json says
 
 from configs import default  # noqa: E402
+from devices import tpu_environment  # noqa: E402
 from errors import ConfigError, UserError, did_you_mean, one_line  # noqa: E402
 
 FLAGS = flags.FLAGS
@@ -26,7 +27,7 @@ FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file('config', None, 'Config file, such as configs/digits.py; --config.KEY=VALUE changes a key.',
                                 lock_config=False, accept_new_attributes=True)
 flags.DEFINE_string('workdir', None, 'Folder of the run; runs/NAME for configs/NAME.py by default.')
-flags.DEFINE_enum('mode', 'train', ['train', 'evaluate', 'export', 'preview'], 'What to do.')
+flags.DEFINE_enum('mode', 'train', ['train', 'evaluate', 'export', 'check', 'preview'], 'What to do.')
 flags.DEFINE_enum('checkpoint', 'last', ['last', 'best'], 'Which checkpoint to evaluate or export.')
 flags.DEFINE_integer('step', None, 'Which update to preview; by default the first, and of a progressive run the first of each stage.')
 
@@ -36,10 +37,13 @@ def main(arguments):
     signal.signal(signal.SIGTERM, interrupt)
     try:
         config = parse(arguments)
+        workdir = FLAGS.workdir or os.path.join('runs', config_name())
+        if FLAGS.mode == 'check':  # it must get by where TensorFlow cannot be imported
+            return importlib.import_module('check').run(config, workdir)
+        tpu_environment.prepare(config)
         if FLAGS.verbosity < 1:
             import_tensorflow_quietly()
         importlib.import_module('settings').check_config(config)
-        workdir = FLAGS.workdir or os.path.join('runs', config_name())
         if FLAGS.mode == 'train':
             return importlib.import_module('train').run(config, workdir)
         importlib.import_module(FLAGS.mode).run(config, workdir, FLAGS.step if FLAGS.mode == 'preview' else FLAGS.checkpoint)

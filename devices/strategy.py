@@ -1,11 +1,10 @@
 """A tf.distribute strategy for whatever hardware is there."""
-import glob
-import importlib.util
 import json
 import os
 
 import tensorflow as tf
 
+from devices import tpu_environment
 from errors import ConfigError, RunError, one_line
 
 
@@ -21,9 +20,9 @@ def make_strategy(config):
     if config.virtual_devices:
         _split_cpu(config.virtual_devices)
     wanted = config.strategy
-    if wanted == 'tpu' or (wanted == 'auto' and _tpu_is_expected(config.tpu)):
+    if wanted == 'tpu' or (wanted == 'auto' and tpu_environment.is_expected(config.tpu)):
         return _tpu(config.tpu, wanted)
-    workers = _workers()
+    workers = num_workers()
     if wanted == 'multi_worker' or (wanted == 'auto' and workers > 1):
         return _multi_worker(workers)
     gpus = [gpu.name for gpu in tf.config.list_logical_devices('GPU')]
@@ -102,16 +101,6 @@ def _split_cpu(count):
                            f'start a new process') from None
 
 
-def _tpu_is_expected(name):
-    """A TPU is named by the config or the environment, or one is attached.
-
-    /dev/accel* are a TPU's own device files; /dev/vfio/* are other devices' too, so there its library has to be there.
-    """
-    named = name != 'local' or any(os.environ.get(variable) for variable in ('TPU_NAME', 'COLAB_TPU_ADDR', 'TPU_ACCELERATOR_TYPE'))
-    attached = glob.glob('/dev/accel[0-9]*') or (glob.glob('/dev/vfio/[0-9]*') and importlib.util.find_spec('libtpu'))
-    return bool(named or attached)
-
-
 def _tpu(name, wanted):
     name = os.environ.get('TPU_NAME', name) if name == 'local' else name
     try:
@@ -127,7 +116,8 @@ def _tpu(name, wanted):
     return strategy, f'TPUStrategy on {strategy.num_replicas_in_sync} cores: {_reason(wanted, "a TPU was found")}'
 
 
-def _workers():
+def num_workers():
+    """How many workers TF_CONFIG names; 0 without it. Raises RunError for one that cannot be read."""
     try:
         cluster = json.loads(os.environ.get('TF_CONFIG', '{}')).get('cluster', {})
         return len(cluster.get('chief', [])) + len(cluster.get('worker', []))  # a chief is a worker that also writes

@@ -82,7 +82,7 @@ class Digits(tfds.core.GeneratorBasedBuilder):
     """
 
     VERSION = tfds.core.Version('1.0.0')
-    NUM_TEST = 360
+    NUM_EXAMPLES, NUM_TEST = 1797, 360
 
     def _info(self):
         return self.dataset_info_from_configs(
@@ -96,7 +96,7 @@ class Digits(tfds.core.GeneratorBasedBuilder):
         )
 
     def _split_generators(self, dl_manager):
-        order = np.random.RandomState(0).permutation(1797)  # RandomState's stream is frozen, default_rng's is not
+        order = np.random.RandomState(0).permutation(self.NUM_EXAMPLES)  # RandomState's stream is frozen, default_rng's is not
         return {'train': self._generate_examples(order[self.NUM_TEST:]), 'test': self._generate_examples(order[:self.NUM_TEST])}
 
     def _generate_examples(self, rows):
@@ -109,15 +109,9 @@ class Digits(tfds.core.GeneratorBasedBuilder):
 
 
 def _tfds(dataset_config, needs_training):
-    builder = _builder(dataset_config)
-    supervised = builder.info.supervised_keys
-    image_feature = builder.info.features[supervised[0]] if supervised and len(supervised) == 2 else None
-    label_feature = builder.info.features[supervised[1]] if image_feature else None
-    if not isinstance(image_feature, tfds.features.Image) or not isinstance(label_feature, tfds.features.ClassLabel):
-        raise ConfigError(f'config.dataset.name={dataset_config.name!r} is no image classification data set: '
-                          'it needs one image and one class label')
+    builder, label_feature = find_builder(dataset_config)
     if not builder.is_prepared():
-        _prepare(builder, os.path.expanduser(dataset_config.data_dir) or str(tfds.core.constants.DATA_DIR))
+        _prepare(builder, data_folder(dataset_config))
     if label_feature.num_classes < 2:
         raise RunError(f'{dataset_config.name} in {builder.data_dir} has {label_feature.num_classes} class; a classifier needs at least two')
     return Source(
@@ -125,23 +119,35 @@ def _tfds(dataset_config, needs_training):
         class_names=tuple(label_feature.names),
         train_split=dataset_config.train_split,
         eval_split=dataset_config.eval_split,
-        num_train=_size(builder, 'train_split', dataset_config, needed=needs_training),
-        num_eval=_size(builder, 'eval_split', dataset_config, needed=True),
+        num_train=split_size(builder.name, builder.info.splits, 'train_split', dataset_config, needed=needs_training),
+        num_eval=split_size(builder.name, builder.info.splits, 'eval_split', dataset_config, needed=True),
         memory_bytes=int(dataset_config.memory_gib * 2**30),
         find=functools.partial(reading.of_builder, builder),
         identity=f'{builder.info.full_name} {dataset_config.train_split}',
     )
 
 
-def _builder(dataset_config):
-    name, data_dir = dataset_config.name, os.path.expanduser(dataset_config.data_dir) or None
+def find_builder(dataset_config):
+    """(the TFDS builder, its feature of the class label), whether it is prepared or not. Raises ConfigError where there is none of pictures."""
+    name = dataset_config.name
     try:
-        return tfds.builder(name, data_dir=data_dir)
+        builder = tfds.builder(name, data_dir=os.path.expanduser(dataset_config.data_dir) or None)
     except tfds.core.DatasetNotFoundError:
         hint = did_you_mean(name, tfds.list_builders(), cutoff=0.5) or ": see tensorflow.org/datasets/catalog, or use 'digits' or 'folder'"
         raise ConfigError(f'config.dataset.name={name!r} is no TFDS data set{hint}') from None
     except (ValueError, AssertionError) as error:
         raise ConfigError(f"config.dataset.name={name!r} is no TFDS data set ({one_line(error, 100)}): write its name, 'digits' or 'folder'") from error
+    supervised = builder.info.supervised_keys
+    image_feature = builder.info.features[supervised[0]] if supervised and len(supervised) == 2 else None
+    label_feature = builder.info.features[supervised[1]] if image_feature else None
+    if not isinstance(image_feature, tfds.features.Image) or not isinstance(label_feature, tfds.features.ClassLabel):
+        raise ConfigError(f'config.dataset.name={name!r} is no image classification data set: it needs one image and one class label')
+    return builder, label_feature
+
+
+def data_folder(dataset_config):
+    """Where TFDS keeps its data sets."""
+    return os.path.expanduser(dataset_config.data_dir) or str(tfds.core.constants.DATA_DIR)
 
 
 def _prepare(builder, data_dir):
@@ -151,7 +157,7 @@ def _prepare(builder, data_dir):
         if not tf.io.gfile.exists(manual_dir) or not tf.io.gfile.listdir(manual_dir):
             raise RunError(
                 f'{builder.name} is not prepared: looked in {builder.data_dir} and for its archives in {manual_dir}. '
-                f'{_how_to_get(builder)} Then run the same command again, or point --config.dataset.data_dir at a folder that has it')
+                f'{how_to_get(builder)} Then run the same command again, or point --config.dataset.data_dir at a folder that has it')
         download = tfds.download.DownloadConfig(manual_dir=manual_dir)
     if builder.name == 'digits':
         tfds.disable_progress_bar()  # it takes a second
@@ -163,7 +169,8 @@ def _prepare(builder, data_dir):
         raise RunError(f'{builder.name} could not be prepared in {builder.data_dir}: {one_line(error)}') from error
 
 
-def _how_to_get(builder):
+def how_to_get(builder):
+    """What the user has to do for a data set that cannot be downloaded."""
     if builder.name == 'imagenet2012':
         return ('Register at https://image-net.org/download-images, put ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar '
                 'there (145 GB; preparing them takes as much again).')
@@ -208,16 +215,16 @@ def _singles(pictures, share):
                            ids=tf.range(begin, end, dtype=tf.int64), load=tf.io.read_file, num_bytes=sum(sizes))
 
 
-def _size(builder, key, dataset_config, needed):
+def split_size(name, splits, key, dataset_config, needed):
     """Examples in the split that `config.dataset` names under `key`; 0 where it has none and needs none."""
     split = dataset_config[key]
     try:
-        size = builder.info.splits[split].num_examples
+        size = splits[split].num_examples
     except (KeyError, ValueError) as error:
         if not needed:
             return 0
-        raise ConfigError(f'config.dataset.{key}={split!r} is no split of {builder.name}: it has '
-                          f'{", ".join(builder.info.splits) or "none"} ({one_line(error, 120)})') from error
+        raise ConfigError(f'config.dataset.{key}={split!r} is no split of {name}: it has '
+                          f'{", ".join(splits) or "none"} ({one_line(error, 120)})') from error
     if not size and needed:
-        raise ConfigError(f'config.dataset.{key}={split!r} of {builder.name} has no examples')
+        raise ConfigError(f'config.dataset.{key}={split!r} of {name} has no examples')
     return size

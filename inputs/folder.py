@@ -70,14 +70,7 @@ def find(dataset_config, needs_training=True):
         RunError: there are no classes of pictures, too many files are broken, or something cannot be read or written.
     """
     root, train_split, eval_split = os.path.expanduser(dataset_config.data_dir), dataset_config.train_split, dataset_config.eval_split
-    _check_config(root, train_split, eval_split)
-    try:
-        bases, notes = _layout(root, train_split, eval_split, needs_training)
-        files = [file for split, base in bases.items() for file in _files(root, split, base)]
-        class_names = _class_names(bases, files)
-    except (OSError, tf.errors.OpError) as error:
-        raise RunError(f'{shown(root)} cannot be read: {shown(one_line(error))}') from error
-
+    bases, notes, files, class_names = _survey(dataset_config, needs_training)
     verdicts = picture_files.examine(root, sorted(file.path for file in files))
     broken = tuple((path, verdict.broken) for path, verdict in verdicts.items() if verdict.broken)
     notes += _check_broken(root, broken, len(verdicts), dataset_config.max_broken)
@@ -94,6 +87,35 @@ def find(dataset_config, needs_training=True):
         path = file.verdict.copy or os.path.join(root, file.path)
         splits[file.split].append(Picture(path, class_names.index(file.class_name), file.verdict.num_bytes, file.verdict.digest))
     return Folder(class_names, splits, broken, tuple(notes))
+
+
+def count(dataset_config):
+    """What `find` would find, without a look into any file: (class names, {split: files that may be pictures}, bytes of all or None).
+
+    Where a part is held out, the numbers are those of a folder in which no picture is there twice. Raises as `find` does.
+    """
+    root = os.path.expanduser(dataset_config.data_dir)
+    bases, _, files, class_names = _survey(dataset_config, needs_training=True)
+    num_bytes = None if '://' in root else sum(os.path.getsize(os.path.join(root, file.path)) for file in files)
+    counts = collections.Counter((file.split, file.class_name) for file in files)
+    sizes = {split: sum(number for (of, _), number in counts.items() if of == split) for split in bases}
+    if dataset_config.eval_split not in bases:
+        sizes[dataset_config.eval_split] = sum(_number_held_out(number, dataset_config.eval_share) for number in counts.values())
+        sizes[dataset_config.train_split] -= sizes[dataset_config.eval_split]
+    return class_names, sizes, num_bytes
+
+
+def _survey(dataset_config, needs_training):
+    """(folders of the splits, notes, files, class names), from names alone."""
+    root, train_split, eval_split = os.path.expanduser(dataset_config.data_dir), dataset_config.train_split, dataset_config.eval_split
+    _check_config(root, train_split, eval_split)
+    try:
+        bases, notes = _layout(root, train_split, eval_split, needs_training)
+        files = [file for split, base in bases.items() for file in _files(root, split, base)]
+        class_names = _class_names(bases, files)
+    except (OSError, tf.errors.OpError) as error:
+        raise RunError(f'{shown(root)} cannot be read: {shown(one_line(error))}') from error
+    return bases, notes, files, class_names
 
 
 def _check_config(root, train_split, eval_split):
@@ -206,8 +228,12 @@ def _hold_out(files, eval_split, share, seed):
     held_out = set()
     for name, found in digests.items():
         order = sorted(found, key=lambda digest: hashlib.sha256(f'{seed} {digest}'.encode()).digest())
-        held_out |= {(name, digest) for digest in order[:min(max(1, round(share * len(order))), len(order) - 1)]}
+        held_out |= {(name, digest) for digest in order[:_number_held_out(len(order), share)]}
     return [file._replace(split=eval_split) if (file.class_name, file.verdict.digest) in held_out else file for file in files]
+
+
+def _number_held_out(number, share):
+    return min(max(1, round(share * number)), number - 1)
 
 
 def _check_enough(root, bases, files, class_names, eval_split):
