@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from errors import RunError, one_line
 from inputs.pictures import decode, resize_picture
-from modeling import models, steps
+from modeling import models, steps, transfer
 from session import open_session, require_same_config
 
 MAX_CHECKED = 1000  # evaluation examples that the exported model is compared on
@@ -42,6 +42,7 @@ def write(session, directory):
     `classify_encoded` JPEG or PNG files, string [batch]. Each returns `logits` and `probabilities`, float32
     [batch, classes], `class_index`, int64 [batch], and `label`, string [batch]. `label_names` returns all labels, and
     `logits` is the bare model, float32 [batch, image_size, image_size, 3] in 0..255 -> [batch, classes], which can teach another.
+    Of a model of keras.applications, backbone.weights.h5 beside it has all weights but the head's, as that library reads them.
 
     Returns: {'export/examples', 'export/accuracy', 'export/max_difference'}, of the exported model.
 
@@ -66,6 +67,8 @@ def _write_saved_model(session, directory):
     model = models.build_model(session.config, session.plan.num_classes)
     for variable, value in zip(models.weights(model), steps.evaluated_weights(session.state)):
         variable.assign(value.numpy())
+    if session.config.model.name != 'tiny':
+        transfer.save_backbone(model, session.config, os.path.join(directory, 'backbone.weights.h5'))
 
     def answer(pictures):
         logits = model(tf.cast(pictures, tf.float32), training=False)  # [batch, classes]

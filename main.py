@@ -27,8 +27,10 @@ FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file('config', None, 'Config file, such as configs/digits.py; --config.KEY=VALUE changes a key.',
                                 lock_config=False, accept_new_attributes=True)
 flags.DEFINE_string('workdir', None, 'Folder of the run; runs/NAME for configs/NAME.py by default.')
-flags.DEFINE_enum('mode', 'train', ['train', 'evaluate', 'export', 'check', 'preview'], 'What to do.')
+flags.DEFINE_enum('mode', 'train', ['train', 'evaluate', 'export', 'check', 'preview', 'preflight'], 'What to do.')
 flags.DEFINE_enum('checkpoint', 'last', ['last', 'best'], 'Which checkpoint to evaluate or export.')
+flags.DEFINE_string('topology', 'v5e:2x2', 'The TPU of preflight: its generation and how its chips are wired, or a generation for one chip.')
+flags.DEFINE_bool('largest_batch', False, 'Whether preflight searches the largest batch that fits, which takes some more compilations.')
 flags.DEFINE_integer('step', None, 'Which update to preview; by default the first, and of a progressive run the first of each stage.')
 
 
@@ -46,7 +48,8 @@ def main(arguments):
         importlib.import_module('settings').check_config(config)
         if FLAGS.mode == 'train':
             return importlib.import_module('train').run(config, workdir)
-        importlib.import_module(FLAGS.mode).run(config, workdir, FLAGS.step if FLAGS.mode == 'preview' else FLAGS.checkpoint)
+        options = {'preview': [FLAGS.step], 'preflight': [FLAGS.topology, FLAGS.largest_batch]}
+        importlib.import_module(FLAGS.mode).run(config, workdir, *options.get(FLAGS.mode, [FLAGS.checkpoint]))
         return 0
     except KeyboardInterrupt as interrupted:
         print('stopped; the same command goes on from the last checkpoint, if there is one', file=sys.stderr)

@@ -174,10 +174,10 @@ def on_device(settings, num_classes):
     2 and 3, and so on, so the batch of a replica must be even.
     """
     def change(images, labels, drawn):
-        images = tf.cast(images, tf.float32)
         labels = tf.one_hot(labels, num_classes)
-        if settings.flip:
+        if settings.flip:  # while a pixel is a byte
             images = tf.where(drawn['flip'][:, :, None, None] < 0.5, images, tf.reverse(images, [2]))
+        images = tf.cast(images, tf.float32)
         if settings.color_jitter:
             images = jitter(images, 1 + settings.color_jitter * (2 * drawn['jitter'] - 1))
         if settings.random_erasing:

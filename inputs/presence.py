@@ -14,6 +14,7 @@ SIZES = {  # of the splits of what configs/ names, for before they are prepared.
     'digits': {'train': datasets.Digits.NUM_EXAMPLES - datasets.Digits.NUM_TEST, 'test': datasets.Digits.NUM_TEST},
     'imagenet2012': {'train': 1_281_167, 'validation': 50_000},
     'imagenette': {'train': 9_469, 'validation': 3_925},
+    'oxford_flowers102': {'train': 1_020, 'test': 6_149, 'validation': 1_020},
 }
 
 

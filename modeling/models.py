@@ -8,7 +8,7 @@ import keras
 import tensorflow as tf
 
 from errors import ConfigError, did_you_mean, one_line
-from modeling.batch_norm import SyncBatchNormalization
+from modeling.batch_norm import BatchNormalization, fuse
 
 _traced = threading.local()  # the micro-batch that this thread traces; each replica is traced by a thread of its own
 BLOCK = r'.*?(block|expanded_conv)_?[0-9]+[a-z]?(?![0-9])'  # how the names of a block's layers begin: block2a_..., conv2_block1_...
@@ -42,10 +42,13 @@ def build_model(config, num_classes):
     if config.model.freeze:
         _freeze(backbone, config.model.freeze)
     dropped = keras.layers.Dropout(config.model.dropout, name='top_dropout')(features)
-    policy = keras.config.dtype_policy()
-    head_dtype = 'float64' if policy.compute_dtype == 'float64' else 'float32'  # never a half: the loss is computed from it
-    logits = keras.layers.Dense(num_classes, dtype=head_dtype, name='predictions')(dropped)
+    logits = keras.layers.Dense(num_classes, dtype=wide_dtype(), name='predictions')(dropped)
     return keras.Model(images, logits, name=config.model.name)
+
+
+def wide_dtype():
+    """What pictures are normalised in, and the loss is computed from: 'float64' under that policy, else 'float32', never a half."""
+    return 'float64' if keras.config.dtype_policy().compute_dtype == 'float64' else 'float32'
 
 
 def input_shape(config):
@@ -141,13 +144,11 @@ def _freeze(backbone, last):
 
 
 def _tiny(sync_batch_norm):
-    batch_norm = SyncBatchNormalization if sync_batch_norm else keras.layers.BatchNormalization
-    layers = [keras.layers.Rescaling(1 / 127.5, offset=-1)]
+    layers = [keras.layers.Rescaling(1 / 127.5, offset=-1, dtype=wide_dtype())]
     for block, filters in enumerate((16, 32), 1):
         layers += [
             keras.layers.Conv2D(filters, 3, strides=2, padding='same', use_bias=False, name=f'block{block}_conv'),
-            batch_norm(momentum=0.9, name=f'block{block}_bn'),
-            keras.layers.ReLU(name=f'block{block}_relu'),
+            BatchNormalization(momentum=0.9, activation='relu', synchronized=sync_batch_norm, name=f'block{block}_bn'),
         ]
     return keras.Sequential([*layers, keras.layers.GlobalAveragePooling2D()], name='features')
 
@@ -173,15 +174,16 @@ def _application(model_config, shape):
 
 
 def _changed(model, model_config):
-    """The Keras config of a model with drop-path and synchronized batch normalisation as ours asks for."""
+    """The Keras config of a model with drop-path and batch normalisation as ours asks for."""
     has_drop_path = False
     for layer in model['layers']:
         settings = layer['config']
-        if layer['class_name'] == 'BatchNormalization' and model_config.sync_batch_norm:
-            layer.update(keras.saving.serialize_keras_object(SyncBatchNormalization.from_config(settings)))
+        if layer['class_name'] in ('Rescaling', 'Normalization'):
+            settings['dtype'] = wide_dtype()
         elif layer['class_name'] == 'Dropout' and settings.get('noise_shape'):  # one draw per example: a residual branch
             settings['rate'] *= model_config.drop_path / DEFAULT_DROP_RATE  # keras.applications' rates grow linearly to 0.2
             has_drop_path = True
     if model_config.drop_path and not has_drop_path:
         raise ConfigError(f'config.model.drop_path={model_config.drop_path:g}, but {model_config.name} has no residual branches that drop: set it to 0')
+    fuse(model, model_config.sync_batch_norm)
     return model

@@ -44,8 +44,8 @@ def load_weights(model, config, class_names):
     return f'{len(loaded)} of {len(wanted)} variables ({sum(value.size for value in loaded):,} numbers) from {re.sub(SAVED_VARIABLES + "$", "", path)}; {head}'
 
 
-def make_teacher(config, class_names):
-    """The teacher of `config.distill`. Call it in the strategy's scope.
+def make_teacher(config, class_names, pretrained=True):
+    """The teacher of `config.distill`. Call it in the strategy's scope. Not `pretrained`, one of keras.applications has random weights.
 
     Returns: (a function from images float32 [batch, size, size, 3] in 0..255 to logits float32 [batch, classes], for the inside
         of a step, and who that is in words); (None, '') when the config names none.
@@ -58,7 +58,7 @@ def make_teacher(config, class_names):
     if not name:
         return None, ''
     is_folder = os.sep in name or tf.io.gfile.isdir(name)
-    predict, size, words = _saved_teacher(name, class_names) if is_folder else _application_teacher(config.distill, len(class_names))
+    predict, size, words = _saved_teacher(name, class_names) if is_folder else _application_teacher(config.distill, len(class_names), pretrained)
 
     def teacher(images):
         if None not in size and images.shape[1:3] != size:
@@ -71,13 +71,25 @@ def make_teacher(config, class_names):
     return teacher, words
 
 
+def save_backbone(model, config, path):
+    """Writes all but the head of a model of keras.applications as a file of Keras weights that its constructor reads, with include_top=False."""
+    plain = _plain(config, weights=None)
+    for variable, of_ours in zip(weights(plain), weights(model)):
+        variable.assign(of_ours)
+    plain.save_weights(path)
+
+
+def _plain(config, **arguments):
+    constructor, _ = application(config.model.name)
+    return constructor(include_top=False, input_shape=input_shape(config), pooling='avg', **arguments)
+
+
 def _of_keras(config):
     """The weights of a backbone, as arrays, from keras.applications or from a file of Keras weights."""
     if config.model.name == 'tiny':
         raise ConfigError("config.model.name='tiny' has no pretrained weights: leave config.model.weights at '', or name a run of your own")
-    constructor, _ = application(config.model.name)
     try:
-        plain = constructor(include_top=False, weights=config.model.weights, input_shape=input_shape(config), pooling='avg')
+        plain = _plain(config, weights=config.model.weights)
     except Exception as error:
         raise RunError(f'config.model.weights={config.model.weights!r} could not be loaded into {config.model.name}: {one_line(error)}') from error
     return [variable.numpy() for variable in weights(plain)]
@@ -149,7 +161,7 @@ def _read(path, read):
         raise RunError(f'{path} is damaged ({one_line(error, 100)}): it says which classes these weights know') from error
 
 
-def _application_teacher(distill, num_classes):
+def _application_teacher(distill, num_classes, pretrained):
     """(function from images to answers, (height, width) it wants or (None, None), who it is) of a model of keras.applications with its head."""
     constructor, preprocess = application(distill.teacher, 'config.distill.teacher')
     if distill.weights != 'imagenet' and not distill.weights.endswith(KERAS_FILES):
@@ -160,7 +172,7 @@ def _application_teacher(distill, num_classes):
                           'train a teacher on it first, with config.model.name, and give its run here')
     linear = {'classifier_activation': None} if 'classifier_activation' in inspect.signature(constructor).parameters else {}
     try:
-        model = constructor(weights=distill.weights, classes=classes, **linear)
+        model = constructor(weights=distill.weights if pretrained else None, classes=classes, **linear)
     except Exception as error:
         raise RunError(f'config.distill.weights={distill.weights!r} could not be loaded into {distill.teacher}: {one_line(error)}') from error
     model.trainable = False

@@ -6,6 +6,7 @@ import tensorflow as tf
 
 import plan as planning
 import session as sessions
+from benchmarks.same_step import without_batch
 from configs import default
 from inputs import augment
 from modeling import models, optimizers, steps
@@ -105,7 +106,7 @@ def test_the_gradient_is_that_of_plain_keras_in_float64(still, devices, jit_comp
 @pytest.fixture
 def without_batch_norm(monkeypatch):
     """The tiny model with statistics of each example, which do not depend on what else is in a batch."""
-    monkeypatch.setattr(models, 'SyncBatchNormalization', lambda momentum, name: keras.layers.LayerNormalization(name=name))
+    monkeypatch.setattr(models, 'BatchNormalization', without_batch)
 
 
 @pytest.mark.parametrize('jit_compile', [False, True])
