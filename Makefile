@@ -19,7 +19,7 @@ train: .venv/train-$(ACCELERATOR)
 	.venv/bin/python main.py --config=configs/digits.py --workdir=runs/digits
 
 test: .venv/test-$(ACCELERATOR)
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n 2 --dist loadfile
 
 .venv/train-$(ACCELERATOR): pyproject.toml requirements/$(ACCELERATOR).txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14) and "Python 3.10 to 3.13 is needed, and $(PYTHON) is %d.%d: name another, as in make PYTHON=python3.11" % sys.version_info[:2])'

@@ -185,7 +185,8 @@ def figures(flight, topology):
         'images_per_second_per_chip': {name: per_chip / value for name, value in seconds.items()},
         'binds': max(seconds, key=seconds.get),
         'share_of_peak': seconds['matrix unit'] / max(seconds.values()),
-        'all_reduces': program.all_reduces,
+        'all_reduces': len(program.all_reduce_bytes),
+        'all_reduce_mb': sum(program.all_reduce_bytes) / 1e6,
         'hours': flight.steps * max(seconds.values()) / 3600,
     }
 
@@ -198,7 +199,7 @@ def describe(flights, topology):
         'pictures': [f'{flight.batch:,} of {flight.image_size} px' for flight in flights],
         'compiles': [f'yes, {column["compile_seconds"]:.0f} s' for column in columns],
         'memory of a replica': [f'{column["memory_gib"]:.3g} of {column["memory_available_gib"]:g} GiB' for column in columns],
-        'sums over replicas': [f'{column["all_reduces"]}' for column in columns],
+        'sums over replicas': [f'{column["all_reduces"]} of {column["all_reduce_mb"]:.3g} MB' if column['all_reduces'] else 'none' for column in columns],
         'estimated cycles': [f'{column["estimated_cycles"] / 1e6:.3g} M' for column in columns],
         'HBM traffic a picture': [f'{column["hbm_mb_per_image"]:.3g} MB' for column in columns],
         'operations a picture': [f'{column["gflop_per_image"]:.3g} GFLOP' for column in columns],

@@ -34,10 +34,10 @@ BATCH, SIZE, CLASSES, TOPOLOGY = 128, 224, 1000, tpu_compiler.Topology.parse('v5
 EXCITED, KERNEL = (BATCH, 14, 14, 672), (3, 3, 672, 1)  # of a depthwise convolution of block 5, the most expensive kind
 
 
-def ours(change=None):
+def ours(change=None, batch_size=BATCH):
     """The step of configs/imagenet.py, with something changed while it is built."""
     config = imagenet.get_config()
-    config.batch_size = BATCH
+    config.batch_size = batch_size
     plan = planning.make_plan(config, 1_281_167, 50_000, CLASSES, 1)
     with change or contextlib.nullcontext():
         return preflight.lower_training(config, plan, TOPOLOGY)
@@ -140,6 +140,9 @@ CASES = {
     'without sigmoid by tanh': lambda: ours(mock.patch.object(batch_norm, '_sigmoid', tf.sigmoid)),
     'without flipping bytes': lambda: ours(flips_after_the_cast()),
     'without pictures normalised in float32': lambda: ours(mock.patch.object(models, 'wide_dtype', lambda: 'mixed_bfloat16')),
+    'ours, 64 pictures': lambda: ours(batch_size=64),
+    'ours, 256 pictures': lambda: ours(batch_size=256),
+    'ours, 512 pictures': lambda: ours(batch_size=512),
     'piece: depthwise convolution': lambda: piece(lambda images, kernel: tf.nn.depthwise_conv2d(images, kernel, (1, 1, 1, 1), 'SAME'), EXCITED, KERNEL),
     'piece: the same as nine shifted products': lambda: piece(as_nine_products, EXCITED, KERNEL),
     'piece: mean over pixels': lambda: piece(lambda images: tf.reduce_mean(tf.cast(images, tf.float32), (1, 2)), EXCITED),
@@ -164,9 +167,10 @@ def main():
             results = json.load(file)
     for name in arguments.cases or CASES:
         program = tpu_compiler.compile_program(CASES[name], TOPOLOGY, 'benchmark', name, *preflight.description(imagenet.get_config(), None))
+        pictures = int(name.split(', ')[1].split()[0]) if name.endswith('pictures') else BATCH
         results[name] = {
             'cycles': program.cycles,
-            'images_per_second': round(BATCH * TOPOLOGY.chip.clock / program.cycles),
+            'images_per_second': round(pictures * TOPOLOGY.chip.clock / program.cycles),
             'hbm_gb': round(program.hbm_traffic / 1e9, 2),
             'memory_gb': round(program.memory_bytes / 1e9, 2),
             'compiler': program.compiler,

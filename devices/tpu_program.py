@@ -34,7 +34,7 @@ class Program:
         memory_bytes: of HBM: arguments, results that are not arguments, temporary tensors, code.
         memory_available: bytes of HBM of a replica.
         hbm_traffic: bytes of HBM that instructions read and write.
-        all_reduces: instructions that sum over replicas.
+        all_reduce_bytes: that each instruction which sums over replicas sums. The compiler has no estimate of their time.
         instructions: the most expensive first.
     """
 
@@ -44,7 +44,7 @@ class Program:
     memory_bytes: int
     memory_available: float
     hbm_traffic: int
-    all_reduces: int
+    all_reduce_bytes: tuple
     instructions: tuple
 
     @property
@@ -63,7 +63,8 @@ def read_program(answer, chip):
         memory_bytes=memory['argument'] + memory['output'] - memory['alias'] + memory['temp'] + memory['generated_code'],
         memory_available=chip.hbm_bytes / chip.replicas,
         hbm_traffic=hbm_traffic(entry),
-        all_reduces=sum(bool(re.search(r' all-reduce(?:-start)?\(', line)) for line in answer['text'].splitlines()),
+        all_reduce_bytes=tuple(sum(map(tensor_bytes, SHAPE.finditer(line.partition(' all-reduce')[0])))
+                               for line in answer['text'].splitlines() if re.search(r' all-reduce(-start)?\(', line)),
         instructions=tuple(sorted(instructions(entry), key=lambda instruction: -instruction.cycles)),
     )
 

@@ -34,7 +34,7 @@ def test_what_a_program_says_is_read():
     first, second = program.instructions
     assert first == tpu_program.Instruction(700, 'block1a_conv', 'convolution/Conv2DBackpropInput', True, 'bf16[8,128]')
     assert second == tpu_program.Instruction(42, '', 'mul', False, 'f32[128]')
-    assert program.all_reduces == 1
+    assert program.all_reduce_bytes == (512,)
     # The copy's 512 bytes once; the convolution reads a and its copy is not in HBM; the sum writes what the last one reads, which writes 512 + 4 more.
     assert program.hbm_traffic == 512 + 2048 + 512 + (512 + 512 + 4)
 
@@ -65,7 +65,8 @@ def test_a_config_is_compiled_with_its_sums_over_replicas_and_only_once(tiny, te
     topology, data = Topology.parse(text), preflight.known_data(tiny)
     plan = planning.make_plan(tiny, data.num_train, data.num_eval, 10, topology.num_replicas)
     training, evaluation = preflight.fly(tiny, plan, topology)
-    assert (training.program.all_reduces > 0) == sums and evaluation.program.all_reduces == 0
+    weights = 4 * (9 * 3 * 16 + 2 * 16 + 9 * 16 * 32 + 2 * 32 + 33 * 10)  # bytes of all gradients
+    assert sum(training.program.all_reduce_bytes) == (weights if sums else 0) and not evaluation.program.all_reduce_bytes
     # Two convolutions of 3 x 3, with stride 2, from 16 px; forward, and backward to both inputs but the pictures.
     forward = 2 * 9 * (8 * 8 * 3 * 16 + 4 * 4 * 16 * 32) * evaluation.batch
     assert evaluation.program.flops == pytest.approx(forward, rel=0.5) and forward < training.program.flops / training.batch * evaluation.batch < 6 * forward
@@ -90,11 +91,11 @@ def test_the_largest_batch_is_found_to_within_a_few_percent(tiny, monkeypatch):
     def compile_training(config, plan, topology):
         if plan.batch_size > limit:
             raise DoesNotFit(plan.batch_size, limit)
-        return tpu_program.Program('libtpu', 1.0, 1.0, plan.batch_size + 500, limit + 500, 1, 0, ())
+        return tpu_program.Program('libtpu', 1.0, 1.0, plan.batch_size + 500, limit + 500, 1, (), ())
 
     monkeypatch.setattr(preflight, 'compile_training', compile_training)
     topology, data = Topology.parse('v5e'), preflight.known_data(tiny)
-    flight = preflight.Flight('training', 32, 16, 30, tpu_program.Program('libtpu', 1.0, 1.0, 532, limit + 500, 1, 0, ()))
+    flight = preflight.Flight('training', 32, 16, 30, tpu_program.Program('libtpu', 1.0, 1.0, 532, limit + 500, 1, (), ()))
     found, program = preflight.search_largest(tiny, data, topology, flight)
     assert 0.96 * limit <= found <= limit and program.memory_bytes == found + 500
 
