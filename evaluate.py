@@ -6,7 +6,7 @@ import tensorflow as tf
 
 from errors import RunError
 from inputs import pipeline
-from modeling import steps
+from modeling import loops, steps
 from outputs.logbook import write_json
 from session import FREE_KEYS, open_session, require_same_config
 
@@ -31,7 +31,7 @@ def make_evaluation(session):
     It raises RunError when the number of examples seen is not the size of the split.
     """
     plan = session.plan
-    eval_loop = steps.make_eval_loop(session.strategy, steps.make_eval_step(session.state, num_classes=plan.num_classes))
+    eval_loop = loops.make_eval_loop(session.strategy, steps.make_eval_step(session.state, num_classes=plan.num_classes))
 
     def evaluation():
         session.synchronize()

@@ -13,7 +13,7 @@ from configs import default
 from devices import strategy as devices
 from errors import ConfigError, RunError
 from inputs import datasets
-from modeling import models, optimizers, steps, transfer
+from modeling import loops, models, optimizers, steps, transfer
 from outputs.checkpoints import Checkpoints
 from outputs.logbook import read_json
 from settings import flatten
@@ -96,7 +96,7 @@ def open_session(config, workdir, trains=True):
         teacher, teacher_name = transfer.make_teacher(config, source.class_names) if trains else (None, '')
     checkpoints = Checkpoints(os.path.join(workdir, 'checkpoints'), state.variables(), config.keep_checkpoints, writes=is_chief)
     local_statistics = plan.num_replicas > 1 and not config.model.sync_batch_norm
-    synchronize = steps.make_average_statistics(strategy, state) if local_statistics else lambda: None
+    synchronize = loops.make_average_statistics(strategy, state) if local_statistics else lambda: None
     return Session(config, strategy, reason, kind, dtype_policy, jit_compile, source, data_changes, plan, state, checkpoints, synchronize,
                    is_chief, agree, loaded, teacher, teacher_name)
 

@@ -20,7 +20,7 @@ import plan as planning
 from devices.environment import describe_environment
 from errors import RunError
 from inputs import augment, pipeline, service
-from modeling import models, steps
+from modeling import loops, models, steps
 from outputs import plots, report
 from outputs.logbook import Logbook, read_json, read_metrics, write_json
 from session import open_session, require_same_config
@@ -144,7 +144,7 @@ def begin_stage(session, config, first_step, end_step):
     train_step = steps.make_train_step(session.state, config, augment.on_device(config.augment, plan.num_classes), num_classes=plan.num_classes,
                                        num_replicas=plan.num_replicas, jit_compile=session.jit_compile, teacher=session.teacher)
     batches = pipeline.training_batches(session.source, config, plan, first_step, end_step, session.strategy)
-    return steps.make_train_loop(session.strategy, train_step), iter(batches)
+    return loops.make_train_loop(session.strategy, train_step), iter(batches)
 
 
 class Window:

@@ -24,7 +24,7 @@ import plan as planning  # noqa: E402
 import session as sessions  # noqa: E402
 from devices import strategy as devices  # noqa: E402
 from inputs import augment  # noqa: E402
-from modeling import models, steps  # noqa: E402
+from modeling import loops, models, steps  # noqa: E402
 
 POLICIES, ROUNDS, UPDATES = ('float32', 'mixed_bfloat16'), 7, 5
 
@@ -35,7 +35,7 @@ def make_run(config, strategy, dtype_policy, jit_compile):
     plan = planning.make_plan(config, 1437, 360, 10, 1)
     with strategy.scope():
         state = sessions.build_state(models.build_model(config, 10), config, plan, dtype_policy)
-    loop = steps.make_train_loop(strategy, steps.make_train_step(state, config, augment.on_device(config.augment, 10), num_classes=10, num_replicas=1,
+    loop = loops.make_train_loop(strategy, steps.make_train_step(state, config, augment.on_device(config.augment, 10), num_classes=10, num_replicas=1,
                                                                 jit_compile=jit_compile))
     images = tf.cast(tf.random.stateless_uniform([config.batch_size, config.image_size, config.image_size, 3], [0, 0], 0, 256, tf.int32), tf.uint8)
     labels = tf.range(config.batch_size, dtype=tf.int64) % 10

@@ -69,7 +69,7 @@ def first_losses(model, precision, num_steps, devices, jit_compile, order=None):
 
     from configs import digits
     from inputs import augment, pipeline
-    from modeling import steps
+    from modeling import loops, steps
     from session import open_session
 
     config = digits.get_config()
@@ -84,7 +84,7 @@ def first_losses(model, precision, num_steps, devices, jit_compile, order=None):
         step = tf.function(train_step, autograph=False)
         orders = [tf.random.experimental.stateless_shuffle(tf.range(config.batch_size), seed=[0, index]) for index in range(num_steps)]
         return [float(step(tf.gather(images, rows), tf.gather(labels, rows), {})['loss']) for rows, (images, labels, _) in zip(orders, batches)]
-    train_loop, batches = steps.make_train_loop(session.strategy, train_step), iter(batches)
+    train_loop, batches = loops.make_train_loop(session.strategy, train_step), iter(batches)
     return [float(train_loop(batches, tf.constant(1))['loss']) for _ in range(num_steps)]
 
 

@@ -29,7 +29,7 @@ import plan as planning  # noqa: E402
 import session as sessions  # noqa: E402
 from configs import digits  # noqa: E402
 from inputs import augment  # noqa: E402
-from modeling import models, optimizers, steps  # noqa: E402
+from modeling import loops, models, optimizers, steps  # noqa: E402
 
 FEATURES = ('clip', 'accumulate', 'ema', 'bfloat16', 'all')
 BATCH_SIZE, UPDATES = 32, 10
@@ -65,7 +65,7 @@ def ten_updates(config, strategy, jit_compile, dtype_policy):
     with strategy.scope():
         state = sessions.build_state(models.build_model(config, 10), config, plan, dtype_policy)
     unchanged = augment.on_device(config.augment, 10)
-    loop = steps.make_train_loop(strategy, steps.make_train_step(state, config, unchanged, num_classes=10, num_replicas=replicas, jit_compile=jit_compile))
+    loop = loops.make_train_loop(strategy, steps.make_train_step(state, config, unchanged, num_classes=10, num_replicas=replicas, jit_compile=jit_compile))
     random = np.random.RandomState(0)
     images, labels = random.randint(0, 256, (UPDATES * BATCH_SIZE, 16, 16, 3)).astype(np.uint8), random.randint(0, 10, UPDATES * BATCH_SIZE)
 

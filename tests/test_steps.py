@@ -9,7 +9,7 @@ import session as sessions
 from benchmarks.same_step import without_batch
 from configs import default
 from inputs import augment
-from modeling import models, optimizers, steps
+from modeling import loops, models, optimizers, steps
 
 RANDOM = np.random.RandomState(0)
 UNCHANGED = augment.on_device(default.get_config().augment, 10)
@@ -41,7 +41,7 @@ def batches(strategy, devices, images=IMAGES, labels=LABELS):
 def run(config, num_steps, devices=1, jit_compile=False, dtype_policy='float32', **data):
     """(results of each step, state) after `num_steps` updates."""
     strategy, state, plan = build(config, devices, dtype_policy)
-    loop = steps.make_train_loop(strategy, steps.make_train_step(
+    loop = loops.make_train_loop(strategy, steps.make_train_step(
         state, config, UNCHANGED, num_classes=10, num_replicas=devices, jit_compile=jit_compile))
     iterator = batches(strategy, devices, **data)
     return [{key: float(value) for key, value in loop(iterator, tf.constant(1)).items()} for _ in range(num_steps)], state
@@ -148,7 +148,7 @@ def test_micro_batches_drop_differently(still, monkeypatch):
 
 def test_xla_gets_forward_and_backward_of_each_replica_and_nothing_of_the_optimizer(still):
     strategy, state, _ = build(still, 2)
-    loop = steps.make_train_loop(strategy, steps.make_train_step(state, still, UNCHANGED, num_classes=10, num_replicas=2, jit_compile=True))
+    loop = loops.make_train_loop(strategy, steps.make_train_step(state, still, UNCHANGED, num_classes=10, num_replicas=2, jit_compile=True))
     graph = loop.get_concrete_function(batches(strategy, 2), tf.constant(1)).graph.as_graph_def()
     nodes = [node for function in graph.library.function for node in function.node_def]
     marked = {kind: {'_XlaCompile' in node.attr for node in nodes if node.op == kind} for kind in (
@@ -187,7 +187,7 @@ def test_the_average_follows_its_formula_and_is_what_evaluation_uses(still):
     still.ema_decay = 0.9
     strategy, state, _ = build(still)
     expected = [variable.numpy() for variable in models.weights(state.model)]
-    loop = steps.make_train_loop(strategy, steps.make_train_step(state, still, UNCHANGED, num_classes=10, num_replicas=1, jit_compile=False))
+    loop = loops.make_train_loop(strategy, steps.make_train_step(state, still, UNCHANGED, num_classes=10, num_replicas=1, jit_compile=False))
     iterator = batches(strategy, 1)
     for update in range(1, 6):
         loop(iterator, tf.constant(1))
@@ -211,7 +211,7 @@ def test_float16_skips_an_update_that_is_not_finite_and_halves_its_scale(still, 
     strategy, state, _ = build(still, devices, 'mixed_float16')
     state.loss_scale.assign(1e38)  # overflows
     before = [variable.numpy() for variable in (*state.model.trainable_variables, *state.optimizer.variables)]
-    loop = steps.make_train_loop(strategy, steps.make_train_step(state, still, UNCHANGED, num_classes=10, num_replicas=devices, jit_compile=False))
+    loop = loops.make_train_loop(strategy, steps.make_train_step(state, still, UNCHANGED, num_classes=10, num_replicas=devices, jit_compile=False))
     assert float(loop(batches(strategy, devices), tf.constant(1))['grad_norm']) == 0  # and not inf, which no JSON can say
     assert state.skipped_updates.numpy() == 1 and state.loss_scale.numpy() == pytest.approx(0.5e38)
     for variable, value in zip((*state.model.trainable_variables, *state.optimizer.variables), before):
@@ -228,7 +228,7 @@ def test_float16_gradients_are_those_of_float32(still):
 def test_several_steps_in_one_call_are_the_same_steps(still):
     one_by_one, expected = run(still, 6)
     strategy, state, _ = build(still)
-    loop = steps.make_train_loop(strategy, steps.make_train_step(state, still, UNCHANGED, num_classes=10, num_replicas=1, jit_compile=False))
+    loop = loops.make_train_loop(strategy, steps.make_train_step(state, still, UNCHANGED, num_classes=10, num_replicas=1, jit_compile=False))
     iterator = batches(strategy, 1)
     together = [loop(iterator, tf.constant(count)) for count in (4, 2)]
     assert loop.experimental_get_tracing_count() == 1
@@ -247,13 +247,13 @@ def test_the_rate_of_each_update_is_the_scheduled_one(still):
 def test_unsynchronized_statistics_drift_apart_and_are_averaged(still):
     still.model.sync_batch_norm, still.ema_decay = False, 0.0
     strategy, state, _ = build(still, 2)
-    loop = steps.make_train_loop(strategy, steps.make_train_step(state, still, UNCHANGED, num_classes=10, num_replicas=2, jit_compile=True))
+    loop = loops.make_train_loop(strategy, steps.make_train_step(state, still, UNCHANGED, num_classes=10, num_replicas=2, jit_compile=True))
     images = np.concatenate([IMAGES[:16] // 8, IMAGES[16:]])  # dark pictures for the first replica
     loop(batches(strategy, 2, images=images), tf.constant(3))
     statistic = next(variable.value for variable in state.model.non_trainable_variables if 'moving_variance' in variable.path)
     first, second = (value.numpy() for value in strategy.experimental_local_results(statistic))
     assert not np.allclose(first, second, rtol=0.01)
-    steps.make_average_statistics(strategy, state)()
+    loops.make_average_statistics(strategy, state)()
     for value in strategy.experimental_local_results(statistic):
         np.testing.assert_allclose(value.numpy(), (first + second) / 2, rtol=1e-6)
 
@@ -261,7 +261,7 @@ def test_unsynchronized_statistics_drift_apart_and_are_averaged(still):
 @pytest.mark.parametrize('devices', [1, 2, 4])
 def test_evaluation_counts_what_top_k_counts(still, devices):
     strategy, state, _ = build(still, devices)
-    loop = steps.make_eval_loop(strategy, steps.make_eval_step(state, num_classes=10))
+    loop = loops.make_eval_loop(strategy, steps.make_eval_step(state, num_classes=10))
     mask = (np.arange(32) < 21).astype('float32')
     size = 32 // devices
     iterator = iter(strategy.distribute_datasets_from_function(lambda context: tf.data.Dataset.from_tensor_slices((IMAGES, LABELS, mask)).batch(size)))

@@ -16,7 +16,7 @@ from tensorflow.python.tpu import tpu_system_metadata
 import plan as planning
 import session
 from inputs import augment, datasets, pipeline
-from modeling import models, optimizers, steps, transfer
+from modeling import loops, models, optimizers, steps, transfer
 from tests.test_transfer import write_foreign_teacher
 
 REPLICAS = 8
@@ -73,7 +73,7 @@ def test_the_training_step_adds_up_over_the_cores(still, strategy):
     @tf.function(autograph=False)
     def step():
         drawn = {name: tf.stack([value] * 4) for name, value in augment.draws(still.augment, tf.constant([0, 1], tf.int64)).items()}
-        return steps._sum_over_replicas(strategy, strategy.run(train_step, args=(tf.zeros((4, 16, 16, 3), tf.uint8), tf.zeros((4,), tf.int64), drawn)))
+        return loops.sum_over_replicas(strategy, strategy.run(train_step, args=(tf.zeros((4, 16, 16, 3), tf.uint8), tf.zeros((4,), tf.int64), drawn)))
 
     found = operations(step)
     assert found['TPUReplicateMetadata'] == 1
@@ -88,10 +88,10 @@ def test_the_evaluation_step_and_the_mean_of_statistics_are_a_graph(still, strat
 
     @tf.function(autograph=False)
     def step():
-        return steps._sum_over_replicas(strategy, strategy.run(eval_step, args=(tf.zeros((4, 16, 16, 3), tf.uint8), tf.zeros((4,), tf.int64), tf.zeros((4,)))))
+        return loops.sum_over_replicas(strategy, strategy.run(eval_step, args=(tf.zeros((4, 16, 16, 3), tf.uint8), tf.zeros((4,), tf.int64), tf.zeros((4,)))))
 
     assert operations(step)['TPUReplicateMetadata'] == 1
-    assert operations(steps.make_average_statistics(strategy, state))['CrossReplicaSum'] > 0
+    assert operations(loops.make_average_statistics(strategy, state))['CrossReplicaSum'] > 0
 
 
 def whole(config):
@@ -124,13 +124,13 @@ def test_the_loops_of_every_config_are_fit_for_a_tpu(strategy, change, name):
     plan = planning.make_plan(config, source.num_train, source.num_eval, 10, replicas)
     train_step = steps.make_train_step(state, config, augment.on_device(config.augment, 10), num_classes=10, num_replicas=replicas, jit_compile=False)
     batches = pipeline.training_batches(source, config, plan, 0, plan.total_steps, strategy)
-    sums = checked_sums(steps.make_train_loop, strategy, train_step, batches)
+    sums = checked_sums(loops.make_train_loop, strategy, train_step, batches)
     normalisations = sum(getattr(layer, 'synchronized', False) for layer in state.model._flatten_layers())
     assert sums <= len(state.model.trainable_variables) + 2 * normalisations  # each gradient once, each statistic once each way
     assert sums == 0 if replicas == 1 else sums >= 2 * normalisations + 1
 
     evaluated, _ = pipeline.evaluation_batches(source, config, plan, strategy)
-    assert checked_sums(steps.make_eval_loop, strategy, steps.make_eval_step(state, num_classes=10), evaluated) == 0
+    assert checked_sums(loops.make_eval_loop, strategy, steps.make_eval_step(state, num_classes=10), evaluated) == 0
 
 
 @pytest.mark.parametrize('name', optimizers.OPTIMIZERS if TRACES_ALL else ('sgd', 'adamw', 'adafactor'))
@@ -145,7 +145,7 @@ def test_everything_at_once_is_fit_for_a_tpu_with_every_optimizer(tiny, strategy
     train_step = steps.make_train_step(state, tiny, augment.on_device(tiny.augment, 10), num_classes=10, num_replicas=REPLICAS, jit_compile=False, teacher=teacher)
     batches = pipeline.training_batches(source, tiny, plan, 0, plan.total_steps, strategy)
     # Each gradient once, and each micro-batch's statistics of the one normalisation that is not frozen, both ways.
-    assert checked_sums(steps.make_train_loop, strategy, train_step, batches) <= len(state.model.trainable_variables) + 2 * 2
+    assert checked_sums(loops.make_train_loop, strategy, train_step, batches) <= len(state.model.trainable_variables) + 2 * 2
 
 
 def checked_sums(make_loop, strategy, step, batches):

@@ -171,12 +171,12 @@ def test_the_host_calls_once_for_each_loop_and_nothing_is_traced_again(tiny, tmp
     tiny.virtual_devices, tiny.steps_per_loop, tiny.log_every, tiny.eval_every = virtual_devices, 7, '10 steps', '15 steps'
     made = {'make_train_loop': [], 'make_eval_loop': []}
     for name in made:
-        def make(*arguments, name=name, original=getattr(train.steps, name)):
+        def make(*arguments, name=name, original=getattr(train.loops, name)):
             loop, calls = original(*arguments), []
             made[name].append((loop, calls))
             return lambda iterator, num_steps: calls.append(int(num_steps)) or loop(iterator, num_steps)
 
-        monkeypatch.setattr(train.steps, name, make)
+        monkeypatch.setattr(train.loops, name, make)
     session = open_session(tiny, str(tmp_path))
     logbook = train.Logbook(str(tmp_path), 0, session.plan.total_steps)
     assert train.train(session, logbook, 0, train.Stop())['eval/examples'] == 360

@@ -14,7 +14,7 @@ import train
 from benchmarks.same_step import without_batch
 from tests.conftest import tiny_config
 from errors import ConfigError, RunError
-from modeling import models, optimizers, steps, transfer
+from modeling import loops, models, optimizers, steps, transfer
 from outputs.logbook import read_json
 
 IMAGES = np.random.RandomState(0).randint(0, 256, (32, 16, 16, 3)).astype(np.uint8)
@@ -40,7 +40,7 @@ def updates(config, number=3, count=1, jit_compile=False, dtype_policy='float64'
         plan = planning.make_plan(config, 1437, 360, 10, count)
         state = sessions.build_state(models.build_model(config, 10), config, plan, dtype_policy)
         teacher, _ = transfer.make_teacher(config, NAMES)
-    loop = steps.make_train_loop(strategy, steps.make_train_step(state, config, no_change, num_classes=10, num_replicas=count, jit_compile=jit_compile,
+    loop = loops.make_train_loop(strategy, steps.make_train_step(state, config, no_change, num_classes=10, num_replicas=count, jit_compile=jit_compile,
                                                                 teacher=teacher))
     batches = iter(strategy.distribute_datasets_from_function(
         lambda context: tf.data.Dataset.from_tensor_slices((IMAGES, LABELS)).map(lambda image, label: (image, label, {})).batch(32 // count).repeat()))
