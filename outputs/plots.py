@@ -52,6 +52,28 @@ def plot_batch(path, images, captions, title):
     _save(figure, path)
 
 
+def plot_answers(path, images, titles, answers):
+    """Pictures, each beside the classes that a model gives it.
+
+    Args:
+        path: where the PNG goes.
+        images: uint8 [height, width, 3] each, of any sizes.
+        titles: a text each.
+        answers: [(label, probability)] each, the most likely first.
+    """
+    figure, grid = plt.subplots(len(images), 2, figsize=(9, 0.3 + 2.5 * len(images)), layout='constrained', squeeze=False, width_ratios=(1, 1.6))
+    for (left, right), image, title, answer in zip(grid, images, titles, answers):
+        left.imshow(image, interpolation='nearest')
+        left.axis('off')
+        left.set_title(textwrap.shorten(title, 40, placeholder='...'), fontsize=9, parse_math=False)
+        places = range(len(answer))
+        right.barh(places, [probability for _, probability in answer])
+        right.set(xlim=(0, 1), xlabel='probability')
+        right.set_yticks(places, [textwrap.shorten(label, 30, placeholder='...') for label, _ in answer], parse_math=False)
+        right.invert_yaxis()
+    _save(figure, path)
+
+
 def plot_curves(path, runs):
     """Loss, accuracy, learning rate and throughput of one run, or of several in the same axes.
 

@@ -1,0 +1,112 @@
+"""What the cells of train_tpu.ipynb call. Each verb is a process of its own: the kernel imports no TensorFlow and never holds the TPU."""
+import glob
+import os
+import shlex
+import signal
+import subprocess
+import sys
+
+from IPython.display import Image, display
+
+from devices import host, installation
+from devices.finding import ROOT
+from errors import UserError
+
+DRIVE = '/content/drive'  # where Colab mounts it
+
+
+class Runtime:
+    """A run of one config, with the Python that has the pinned set for this machine.
+
+    Args:
+        config: name of a file in configs/.
+        run: name of the run: one of another config needs another name.
+        storage: where data and runs are kept: a folder, such as one of Drive, or gs://BUCKET/FOLDER; '' for this machine.
+        accelerator: see `installation.ensure`; '' for what fits the hardware.
+        train_for: in place of the config's, or ''.
+        changes: further changes as on the command line, such as '--config.seed=1'.
+    """
+
+    def __init__(self, config, run, storage='', accelerator='', train_for='', changes=''):
+        open_storage(storage)
+        in_a_bucket = storage.startswith('gs://')
+        name = f'runs/{config}-{run}'
+        place = storage if in_a_bucket or not storage else os.path.abspath(storage)
+        self.workdir = name if in_a_bucket else os.path.join(place, name)  # programs run in ROOT
+        self._arguments = [f'--config=configs/{config}.py', f'--workdir={self.workdir}', *shlex.split(changes)]
+        if storage:
+            self._arguments.append(f'--config.dataset.data_dir={os.path.join(place, "tensorflow_datasets")}')
+        if train_for:
+            self._arguments.append(f'--config.train_for={train_for}')
+        accelerator = accelerator or installation.choose()
+        print(f'{host.describe_platform()}: the {accelerator} set of pins')
+        try:
+            self._python = installation.ensure(accelerator)
+        except UserError as error:
+            raise SystemExit(f'error: {error}') from None
+        self._mirrored = ['mirror.py', self.workdir, os.path.join(storage, name), '--', self._python] if in_a_bucket else []
+        print(f'run in {self._mirrored[2] if in_a_bucket else self.workdir}')
+
+    def main(self, *arguments):
+        """`python main.py` of this run; with a bucket the run is copied there meanwhile."""
+        self.run(*self._mirrored, 'main.py', *self._arguments, *arguments)
+
+    def run(self, program, *arguments):
+        """One of the repository's programs, with its output in the notebook.
+
+        An interrupted cell ends it as Ctrl-C does: `main.py` saves first.
+
+        Raises: SystemExit with the line that says what is wrong: the cells below are not run then.
+        """
+        command = [program, *arguments]
+        print(f'$ python {shlex.join(command)}\n', flush=True)
+        environment = {**os.environ, 'PYTHONUNBUFFERED': '1', 'MPLBACKEND': 'agg'}  # the kernel's draws in the notebook
+        process = subprocess.Popen([self._python, *command], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                                   errors='replace', start_new_session=True)
+        lines, interruptions = [], []
+
+        def interrupt(signal_number, frame):
+            interruptions.append(signal_number)
+            process.send_signal(signal.SIGINT)
+
+        usual = signal.signal(signal.SIGINT, interrupt)
+        try:
+            for line in process.stdout:
+                print(line, end='', flush=True)
+                lines.append(line.rstrip())
+            status = process.wait()
+        finally:
+            signal.signal(signal.SIGINT, usual)
+        if interruptions:
+            raise KeyboardInterrupt
+        if status < 0:
+            raise SystemExit(f'error: {program} was ended by {signal.Signals(-status).name}, perhaps for want of memory')
+        if status:
+            raise SystemExit(reason(lines) or f'error: {program} ended with status {status}')
+
+    def show(self, pattern):
+        """Pictures of the run, such as 'plots/*.png'."""
+        for path in sorted(glob.glob(os.path.join(ROOT, self.workdir, pattern))):
+            display(Image(path))
+
+
+def open_storage(storage):
+    """On Colab: mounts Drive, or asks for the right to use the bucket."""
+    if 'google.colab' not in sys.modules:
+        return
+    if storage.startswith(DRIVE) and not os.path.ismount(DRIVE):
+        from google.colab import drive
+
+        drive.mount(DRIVE)
+    if storage.startswith('gs://'):
+        from google.colab import auth
+
+        auth.authenticate_user()
+
+
+def reason(lines):
+    """Of what a program printed: the doctor's FAIL with what mends it, else the last line that says error, else the last one."""
+    failed = [index for index, line in enumerate(lines) if line.startswith('FAIL')]
+    if failed:
+        return '\n'.join(' '.join(' '.join(lines[index:index + 2]).split()) for index in failed)
+    return next((line for line in reversed(lines) if line.startswith('error: ')), lines[-1] if lines else '')

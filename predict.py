@@ -1,0 +1,91 @@
+"""Tries the exported model of a run on pictures: python predict.py RUN [PICTURE ...] [--output=predictions.png]
+
+Without PICTURE it takes the first of the evaluation split. It computes on the processor: an accelerator may be in use.
+"""
+import argparse
+import os
+import sys
+
+from devices import tpu_environment
+from errors import RunError, UserError, one_line
+from main import import_tensorflow_quietly
+from outputs.logbook import read_json
+
+EXAMPLES = 3  # of the evaluation split
+CLASSES = 5  # the most likely of them are shown
+
+
+def main(arguments):
+    """Prints the most likely classes of each picture and draws them; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('run', metavar='RUN', help='folder of a run with its export')
+    parser.add_argument('pictures', nargs='*', metavar='PICTURE', help='JPEG or PNG files')
+    parser.add_argument('--output', default='predictions.png', help='where the pictures and their classes are drawn')
+    options = parser.parse_args(arguments)
+    os.environ.update(tpu_environment.without_accelerators())
+    import_tensorflow_quietly()
+    try:
+        model, labels = load(options.run)
+        examples = read(options.pictures) if options.pictures else evaluation_examples(options.run, labels)
+        answers, images = zip(*(classify(model, labels, title, encoded) for title, encoded in examples))
+        for (title, _), answer in zip(examples, answers):
+            print(f'{title}: {", ".join(f"{label} {probability:.1%}" for label, probability in answer)}')
+        from outputs.plots import plot_answers
+
+        plot_answers(options.output, images, [title for title, _ in examples], answers)
+        print(f'drawn in {options.output}')
+    except UserError as error:
+        print(f'error: {error}', file=sys.stderr)
+        return error.exit_status
+    except OSError as error:
+        print(f'error: {error}', file=sys.stderr)
+        return 1
+    return 0
+
+
+def load(run):
+    """(the SavedModel of a run, its labels). Raises RunError if there is none."""
+    directory = os.path.join(run, 'export')
+    if not os.path.exists(os.path.join(directory, 'saved_model.pb')):
+        raise RunError(f'{run} has no export: train it to its end, or python main.py --config=... --workdir={run} --mode=export')
+    import tensorflow as tf
+
+    with open(os.path.join(directory, 'labels.txt')) as file:
+        return tf.saved_model.load(directory), file.read().splitlines()
+
+
+def read(paths):
+    """[(name, content)] of files."""
+    pictures = []
+    for path in paths:
+        with open(path, 'rb') as file:
+            pictures.append((os.path.basename(path), file.read()))
+    return pictures
+
+
+def evaluation_examples(run, labels):
+    """[(what is right, encoded picture)] of the first examples of the run's evaluation split."""
+    from ml_collections import ConfigDict
+
+    from inputs import datasets
+
+    source = datasets.load(ConfigDict(read_json(os.path.join(run, 'config.json'))).dataset, needs_training=False)
+    examples = source.examples(source.eval_split).take(EXAMPLES).as_numpy_iterator()
+    return [(f'evaluation example {number}, which is {labels[label]}', encoded) for number, (encoded, label) in enumerate(examples)]
+
+
+def classify(model, labels, title, encoded):
+    """([(label, probability)], the most likely first; the picture, uint8 [height, width, 3]). Raises RunError if it cannot be decoded."""
+    import tensorflow as tf
+
+    try:
+        answer = model.signatures['classify_encoded'](encoded=tf.constant([encoded]))
+        image = tf.io.decode_image(encoded, channels=3, expand_animations=False).numpy()
+    except tf.errors.OpError as error:
+        raise RunError(f'{title} is no picture that the model can decode, JPEG or PNG ({one_line(error.message, 100)})') from error
+    probabilities = answer['probabilities'][0].numpy()  # [classes]
+    return [(labels[index], float(probabilities[index])) for index in (-probabilities).argsort()[:CLASSES]], image
+
+
+if __name__ == '__main__':
+    sys.exit(main(sys.argv[1:]))
