@@ -64,7 +64,7 @@ def without_tpu(environ):
     """An environment in which a TPU build of TensorFlow leaves the TPU alone: one process can have it, and that is for the probe."""
     if not software.installed(['tensorflow-tpu']):
         return environ
-    return {**{key: value for key, value in environ.items() if key not in tpu_environment.PJRT_VARIABLES}, 'TPU_LOAD_LIBRARY': '0', 'TPU_SKIP_MDS_QUERY': '1'}
+    return tpu_environment.without_tpu(environ)
 
 
 def environment_findings(config, imported, import_problem, wants_tpu, root, environ, probe_seconds):

@@ -65,10 +65,15 @@ def prepare(config):
         os.environ.update(pjrt_variables(build_version()))
 
 
+def without_tpu(environ=os.environ):
+    """An environment in which a TPU build of TensorFlow leaves the TPU to the process that has it."""
+    kept = {key: value for key, value in environ.items() if key not in PJRT_VARIABLES}
+    return {**kept, 'TPU_LOAD_LIBRARY': '0', 'TPU_SKIP_MDS_QUERY': '1'}
+
+
 def without_accelerators(environ=os.environ):
     """An environment in which TensorFlow computes on the processor and leaves TPU and GPUs to the process that has them."""
-    kept = {key: value for key, value in environ.items() if key not in PJRT_VARIABLES}
-    return {**kept, 'TPU_LOAD_LIBRARY': '0', 'TPU_SKIP_MDS_QUERY': '1', 'CUDA_VISIBLE_DEVICES': '-1', 'TF_CPP_MIN_LOG_LEVEL': '2'}
+    return {**without_tpu(environ), 'CUDA_VISIBLE_DEVICES': '-1', 'TF_CPP_MIN_LOG_LEVEL': '2'}
 
 
 def build_version():
