@@ -7,17 +7,18 @@ input alone. docs/tpu.md has the figure of each step.
 import keras
 import tensorflow as tf
 
-
-GATE = ('Reshape', {}), ('Conv2D', {'kernel_size': (1, 1), 'activation': 'silu', 'use_bias': True}), ('Conv2D', {'kernel_size': (1, 1), 'activation': 'sigmoid', 'use_bias': True}), ('Multiply', {})
+# The layers of a squeeze-and-excitation block after its mean, each with the settings that `SqueezeExcite` takes for granted.
+GATE = (
+    ('Reshape', {}),
+    ('Conv2D', {'kernel_size': (1, 1), 'activation': 'silu', 'use_bias': True}),
+    ('Conv2D', {'kernel_size': (1, 1), 'activation': 'sigmoid', 'use_bias': True}),
+    ('Multiply', {}),
+)
 
 
 def _silu(z):
-    gate = _sigmoid(z)
+    gate = tf.sigmoid(z)
     return z * gate, gate * (1 + z * (1 - gate))
-
-
-def _sigmoid(z):
-    return 0.5 + 0.5 * tf.tanh(0.5 * z)  # one instruction of a TPU where 1 / (1 + exp(-z)) is several
 
 
 ACTIVATIONS = {  # of a name: z -> (value, derivative)
@@ -165,7 +166,7 @@ class SqueezeExcite(keras.layers.Layer):
             reduced = tf.nn.conv2d(tf.cast(features, inputs.dtype), tf.cast(reduce, inputs.dtype)[None, None], 1, 'VALID')  # [batch, height, width, reduced]
             squeezed = tf.reduce_sum(tf.cast(reduced, gamma.dtype), (1, 2)) / pixels + reduce_bias
             hidden, of_squeezed = _silu(squeezed)
-            gate = _sigmoid(hidden @ expand + expand_bias)  # [batch, channels]
+            gate = tf.sigmoid(hidden @ expand + expand_bias)  # [batch, channels]
 
             def gradient(of_output, *_):
                 with tf.name_scope(f'gradient_tape/{self.name}'):  # where TensorFlow's own gradients are
