@@ -148,6 +148,8 @@ def expected_cores(root):
 def gpu_findings(gpus, problem, imported, build, environ, root):
     """NVIDIA's driver beside what TensorFlow sees; nothing where there is no sign of a GPU."""
     if not gpus and not host.nvidia_on_the_bus(root):
+        if problem:
+            yield warn('GPU', f'nvidia-smi is installed, but fails: {problem}', 'nvidia-smi   # shows more; without an NVIDIA GPU nothing has to be mended')
         return
     can_use_them, processor = build == 'tensorflow' and (not imported or bool(imported['cuda'])), 'export CUDA_VISIBLE_DEVICES=-1   # to train on the processor'
     if not gpus:

@@ -51,7 +51,13 @@ def main(arguments):
         options = {'preview': [FLAGS.step], 'preflight': [FLAGS.topology, FLAGS.largest_batch]}
         importlib.import_module(FLAGS.mode).run(config, workdir, *options.get(FLAGS.mode, [FLAGS.checkpoint]))
         return 0
+    except BrokenPipeError:  # who read the output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except KeyboardInterrupt as interrupted:
+        if FLAGS.is_parsed() and FLAGS.mode in ('check', 'preflight'):
+            print('stopped: nothing was changed', file=sys.stderr)
+            return interrupted.args[0] if interrupted.args else 128 + signal.SIGINT
         print('stopped; the same command goes on from the last checkpoint, if there is one', file=sys.stderr)
         return interrupted.args[0] if interrupted.args else 0
     except Exception as error:
@@ -167,4 +173,6 @@ def known_configs():
 
 
 if __name__ == '__main__':
+    for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a letter is no reason to stop
+        stream.reconfigure(errors='backslashreplace')
     sys.exit(main(sys.argv))

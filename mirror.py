@@ -25,12 +25,17 @@ def main(arguments):
         print(__doc__, file=sys.stderr)
         return 2
     run, copy, _, *command = arguments
+    problem = unfit(run, copy)
+    if problem:
+        print(f'error: {problem}', file=sys.stderr)
+        return 2
     its_environment = dict(os.environ)
     os.environ.update(tpu_environment.without_accelerators())
     for variable in tpu_environment.PJRT_VARIABLES:
         os.environ.pop(variable, None)
     import_tensorflow_quietly()
     try:
+        gfile().makedirs(copy)  # what cannot be written to shows itself before anything is trained
         if fetch(copy, run):
             print(f'fetched   {copy} into {run}', flush=True)
         return work(command, its_environment, Copy(run, copy))
@@ -39,9 +44,23 @@ def main(arguments):
         return 1
 
 
+def unfit(run, copy):
+    """Why `copy` cannot be a copy of `run`, or ''."""
+    if os.path.exists(run) and not os.path.isdir(run):
+        return f'{run} is no folder of a run'
+    here, there = (os.path.join(os.path.realpath(path), '') for path in (run, copy))
+    if '://' not in copy and (here.startswith(there) or there.startswith(here)):
+        return f'{run} and {copy} are the same folder, or one lies in the other: take another place for the copy'
+    return ''
+
+
 def work(command, environment, copy):
     """Runs the command and renews the copy meanwhile; a signal to this process is the command's."""
-    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    try:
+        process = subprocess.Popen(command, env=environment, start_new_session=True)
+    except OSError as error:
+        print(f'error: {command[0]} cannot be run: {error.strerror}', file=sys.stderr)
+        return 127
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: process.send_signal(number))
     while True:

@@ -1,4 +1,4 @@
-"""Tries the exported model of a run on pictures: python predict.py RUN [PICTURE ...] [--output=predictions.png]
+"""Tries the exported model of a run on pictures: python predict.py RUN [PICTURE ...] [--output=FILE.png]
 
 Without PICTURE it takes the first of the evaluation split. It computes on the processor: an accelerator may be in use.
 """
@@ -7,7 +7,7 @@ import os
 import sys
 
 from devices import tpu_environment
-from errors import RunError, UserError, one_line
+from errors import RunError, UserError
 from main import import_tensorflow_quietly
 from outputs.logbook import read_json
 
@@ -20,8 +20,12 @@ def main(arguments):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('run', metavar='RUN', help='folder of a run with its export')
     parser.add_argument('pictures', nargs='*', metavar='PICTURE', help='JPEG or PNG files')
-    parser.add_argument('--output', default='predictions.png', help='where the pictures and their classes are drawn')
+    parser.add_argument('--output', help='where the pictures and their classes are drawn; RUN/plots/predictions.png by default')
     options = parser.parse_args(arguments)
+    options.run = os.path.dirname(options.run.rstrip('/')) if os.path.exists(os.path.join(options.run, 'saved_model.pb')) else options.run
+    options.output = options.output or os.path.join(options.run, 'plots', 'predictions.png')
+    if not options.output.endswith('.png'):
+        parser.error(f'--output={options.output}: write the name of a .png file')
     os.environ.update(tpu_environment.without_accelerators())
     import_tensorflow_quietly()
     try:
@@ -58,8 +62,11 @@ def read(paths):
     """[(name, content)] of files."""
     pictures = []
     for path in paths:
-        with open(path, 'rb') as file:
-            pictures.append((os.path.basename(path), file.read()))
+        try:
+            with open(path, 'rb') as file:
+                pictures.append((os.path.basename(path), file.read()))
+        except OSError as error:
+            raise RunError(f'{path} cannot be read: {error.strerror}') from error
     return pictures
 
 
@@ -82,7 +89,7 @@ def classify(model, labels, title, encoded):
         answer = model.signatures['classify_encoded'](encoded=tf.constant([encoded]))
         image = tf.io.decode_image(encoded, channels=3, expand_animations=False).numpy()
     except tf.errors.OpError as error:
-        raise RunError(f'{title} is no picture that the model can decode, JPEG or PNG ({one_line(error.message, 100)})') from error
+        raise RunError(f'{title} is no picture that the model can decode: give it JPEG or PNG files') from error
     probabilities = answer['probabilities'][0].numpy()  # [classes]
     return [(labels[index], float(probabilities[index])) for index in (-probabilities).argsort()[:CLASSES]], image
 

@@ -48,6 +48,7 @@ def run(config, workdir, topology, largest_batch=False):
         raise RunError(f'{config.batch_size:,} pictures in a batch do not fit into {topology}: a replica needs {error}. {batch_that_fits(config, data, topology, error)}') from None
     print(describe(flights, topology))
     if largest_batch:
+        print('searching the largest batch, by compiling others', flush=True)
         per_replica, program = search_largest(config, data, topology, max(flights[:-1], key=lambda flight: flight.image_size))
         print(f'largest   {per_replica:,} pictures on a replica, --config.batch_size={per_replica * topology.num_replicas}: '
               f'{program.memory_bytes / GIB:.2f} of {program.memory_available / GIB:g} GiB')
@@ -227,6 +228,6 @@ def duration(hours):
 
 def expensive(program):
     for instruction in program.instructions[:MOST_EXPENSIVE]:
-        way = 'backward' if instruction.backward else 'forward'
+        way = 'backward' if instruction.backward else 'forward' if instruction.layer else '-'
         yield (f'{instruction.cycles / program.cycles:6.1%}  {instruction.cycles:>11,}  {way:8}  {instruction.layer or "-":24}  '
                f'{instruction.operation:50}  {instruction.shape}')

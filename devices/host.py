@@ -72,7 +72,7 @@ def nvidia_smi(seconds=20):
         return [], ''
     query = ['nvidia-smi', '--query-gpu=name,driver_version,memory.total', '--format=csv,noheader']
     try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=seconds)
+        done = subprocess.run(query, capture_output=True, text=True, errors='replace', timeout=seconds)
     except (OSError, subprocess.TimeoutExpired) as error:
         return [], f'nvidia-smi does not answer ({type(error).__name__})'
     if done.returncode:

@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import zlib
 
 from devices.tpu_program import read_program
 from errors import ConfigError, RunError, one_line
@@ -54,6 +55,12 @@ CHIPS = {
 }
 
 
+SHAPES = {  # in which chips are wired, by the number of dimensions; the smaller ones that can be rented
+    2: ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16)),
+    3: ((1, 1, 1), (2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4), (4, 4, 4), (4, 4, 8), (4, 8, 8), (8, 8, 8)),
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Topology:
     """So many chips of a generation, as they are wired."""
@@ -64,14 +71,14 @@ class Topology:
     @classmethod
     def parse(cls, text):
         """'v5e:2x2' or 'v5e' for one chip of it. Raises ConfigError."""
-        match = re.fullmatch(r'(v\d\w?)(?::(\d+(?:x\d+)*))?', text or '')
+        match = re.fullmatch(r'(v\d\w?)(?::(\d+(?:x\d+)*))?', (text or '').strip().lower())
         if not match or match[1] not in CHIPS:
             raise ConfigError(f'--topology={text!r} is no TPU: write a generation and how its chips are wired, such as v5e:2x2, v4:2x2x1 or v6e for one chip; '
                               f'generations are {", ".join(CHIPS)}')
         dimensions = CHIPS[match[1]].dimensions
         shape = tuple(int(side) for side in match[2].split('x')) if match[2] else (1,) * dimensions
-        if len(shape) != dimensions or 0 in shape:
-            raise ConfigError(f'--topology={text!r} is impossible: chips of {match[1]} are wired in {dimensions} dimensions, as in {match[1]}:{"x".join(["2", "2", "1"][:dimensions])}')
+        if shape not in SHAPES[dimensions]:
+            raise ConfigError(f'--topology={text!r} is not how chips of {match[1]} are wired: write one of {", ".join("x".join(map(str, known)) for known in SHAPES[dimensions])}')
         return cls(match[1], shape)
 
     @property
@@ -120,20 +127,28 @@ def compile_program(lower, topology, *described_by):
     with open(WORKER) as worker, open(PINS) as pins:
         key = hashlib.sha256('\0'.join((str(topology), worker.read(), pins.read(), *described_by)).encode()).hexdigest()[:32]
     kept = os.path.join(cache_folder(), 'compiled', f'{key}.json.gz')
-    if not os.path.exists(kept):
+    answer = _read(kept)
+    if answer is None:
         answer = _compile(environment(), lower(), topology)
         os.makedirs(os.path.dirname(kept), exist_ok=True)
         with gzip.open(f'{kept}.{os.getpid()}', 'wt') as file:
             json.dump(answer, file)
         os.replace(f'{kept}.{os.getpid()}', kept)
-    with gzip.open(kept, 'rt') as file:
-        answer = json.load(file)
     if 'error' not in answer:
         return read_program(answer, topology.chip)
     too_much = re.search(TOO_MUCH, answer['error'], re.IGNORECASE)
     if too_much:
         raise DoesNotFit(*(float(size[:-1]) * 2 ** {'K': 10, 'M': 20, 'G': 30, 'T': 40}[size[-1]] for size in filter(None, too_much.groups())))
     raise RunError(f'the compiler for {topology} refuses the program: {one_line(answer["error"], 600)}')
+
+
+def _read(path):
+    """What was kept, or None if it is not there or damaged."""
+    try:
+        with gzip.open(path, 'rt') as file:
+            return json.load(file)
+    except (OSError, EOFError, ValueError, zlib.error):
+        return None
 
 
 def _compile(python, hlo, topology):

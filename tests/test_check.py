@@ -62,7 +62,7 @@ def fake_tensorflow(folder, text):
 
 def program(folder, monkeypatch, name, text):
     """A shell script on the PATH."""
-    (folder / 'bin').mkdir()
+    (folder / 'bin').mkdir(exist_ok=True)
     (folder / 'bin' / name).write_text(f'#!/bin/sh\n{text}\n')
     (folder / 'bin' / name).chmod(0o755)
     monkeypatch.setenv('PATH', f'{folder / "bin"}{os.pathsep}{os.environ["PATH"]}')
@@ -429,7 +429,10 @@ def test_a_gpu_without_a_driver_that_works_is_named(tmp_path, monkeypatch):
     assert_mended(row, 'FAIL', 'NVIDIA-SMI has failed: no driver', 'CUDA_VISIBLE_DEVICES=-1')
     row, = check.gpu_findings([], '', SEES, 'tensorflow-cpu', {}, root)
     assert_mended(row, 'warn', 'its driver is not installed', 'sudo ubuntu-drivers install')
-    assert list(check.gpu_findings([], problem, SEES, 'tensorflow', {}, str(tmp_path))) == []  # the program alone is no GPU
+    row, = check.gpu_findings([], problem, SEES, 'tensorflow', {}, str(tmp_path))  # perhaps the program alone is there
+    assert_mended(row, 'warn', 'nvidia-smi is installed, but fails: NVIDIA-SMI has failed: no driver', 'nvidia-smi')
+    program(tmp_path, monkeypatch, 'nvidia-smi', "printf '\\377\\376'; exit 9")
+    assert host.nvidia_smi() == ([], '\ufffd\ufffd')
     monkeypatch.setenv('PATH', str(tmp_path))
     assert host.nvidia_smi() == ([], '')
 

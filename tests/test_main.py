@@ -1,5 +1,6 @@
 """The command line: a mistake is one clear line and status 2, a failed run one line and status 1, and no stack trace."""
 import os
+import signal
 import subprocess
 import sys
 
@@ -75,6 +76,17 @@ def get_config():
 ''')
     done = call(f'--config={tmp_path / "mine.py"}')
     assert done.returncode == status and done.stderr.startswith('stopped; the same command goes on') and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize('name, status', [('SIGINT', 130), ('SIGTERM', 143)])
+def test_a_check_that_is_stopped_does_not_say_that_all_is_well(name, status):
+    begin = 'import signal, sys, main; signal.signal(signal.SIGINT, signal.default_int_handler); sys.exit(main.main(sys.argv))'
+    process = subprocess.Popen([sys.executable, '-uc', begin, f'--config={ROOT}/configs/debug.py', '--mode=check'], cwd=ROOT, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert 'Python' in process.stdout.readline()
+    process.send_signal(getattr(signal, name))
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == status and errors == 'stopped: nothing was changed\n'
 
 
 def test_a_stack_trace_is_there_for_who_asks_for_it(tmp_path):

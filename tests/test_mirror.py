@@ -106,3 +106,30 @@ def test_the_command_gets_environment_and_signals_and_its_last_files_are_copied(
 def test_without_a_command_it_says_how_it_is_used(capsys):
     assert mirror.main(['runs/digits', 'gs://bucket/digits']) == 2
     assert 'python mirror.py runs/digits' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('place', ['{run}', '{run}/', '{run}/copy', '{above}', '{link}'])
+def test_a_run_is_not_copied_onto_itself(run, place, tmp_path, capsys):
+    run.save(1)
+    (tmp_path / 'link').symlink_to(run.folder)
+    before = {path: path.stat().st_size for path in (tmp_path / 'run').rglob('*')}
+    copy = place.format(run=run.folder, above=str(tmp_path), link=str(tmp_path / 'link'))
+    assert mirror.main([run.folder, copy, '--', 'true']) == 2
+    assert 'are the same folder, or one lies in the other' in capsys.readouterr().err
+    assert before == {path: path.stat().st_size for path in (tmp_path / 'run').rglob('*')}
+
+
+@pytest.fixture
+def own_environment(monkeypatch):
+    """What `mirror` sets for its process goes with the test."""
+    for name in ('TPU_LOAD_LIBRARY', 'TPU_SKIP_MDS_QUERY', 'CUDA_VISIBLE_DEVICES', 'TF_CPP_MIN_LOG_LEVEL'):
+        monkeypatch.setenv(name, os.environ.get(name, '0'))
+
+
+def test_a_place_that_cannot_be_written_to_and_a_missing_command_are_named_before_anything_runs(run, tmp_path, capsys, own_environment):
+    (tmp_path / 'file').write_text('')
+    ran = tmp_path / 'ran'
+    assert mirror.main([run.folder, str(tmp_path / 'file'), '--', 'touch', str(ran)]) == 1
+    assert 'cannot be read or written' in capsys.readouterr().err and not ran.exists()
+    assert mirror.main([run.folder, run.copy, '--', 'no-such-command']) == 127
+    assert capsys.readouterr().err == 'error: no-such-command cannot be run: No such file or directory\n'

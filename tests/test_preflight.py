@@ -46,10 +46,10 @@ def test_what_a_program_says_is_read():
 def test_a_topology_is_so_many_chips(text, chips, replicas, name, accelerator):
     topology = Topology.parse(text)
     assert (topology.num_chips, topology.num_replicas, topology.for_compiler()) == (chips, replicas, (name, accelerator))
-    assert Topology.parse(str(topology)) == topology
+    assert Topology.parse(str(topology)) == Topology.parse(f' {text.upper()}') == topology
 
 
-@pytest.mark.parametrize('text', ['', 'v9', 'v5e:', 'v5e:2', 'v4:2x2', 'v5e:0x2', 'h100:8', 'v5e:2x2 '])
+@pytest.mark.parametrize('text', ['', 'v9', 'v5e:', 'v5e:2', 'v4:2x2', 'v5e:0x2', 'h100:8', 'v5e:3x5', 'v5e:100x100', 'v5litepod-8'])
 def test_what_is_no_topology_is_one_line(text):
     with pytest.raises(ConfigError, match='--topology='):
         Topology.parse(text)
@@ -98,6 +98,21 @@ def test_the_largest_batch_is_found_to_within_a_few_percent(tiny, monkeypatch):
     flight = preflight.Flight('training', 32, 16, 30, tpu_program.Program('libtpu', 1.0, 1.0, 532, limit + 500, 1, (), ()))
     found, program = preflight.search_largest(tiny, data, topology, flight)
     assert 0.96 * limit <= found <= limit and program.memory_bytes == found + 500
+
+
+@pytest.mark.parametrize('damage', [b'', b'{}', None])
+def test_what_was_kept_and_is_damaged_is_compiled_again(tmp_path, monkeypatch, damage):
+    monkeypatch.setattr(tpu_compiler, 'cache_folder', lambda: str(tmp_path))
+    monkeypatch.setattr(tpu_compiler, 'environment', lambda: 'python')
+    compiled = []
+    answer = {'compiler': 'libtpu', 'seconds': 1.0, 'flops': 5.0, 'text': TEXT, 'memory': dict.fromkeys(('argument', 'output', 'alias', 'temp', 'generated_code'), 1)}
+    monkeypatch.setattr(tpu_compiler, '_compile', lambda *arguments: compiled.append(arguments) or answer)
+    for times in (1, 2, 2):
+        tpu_compiler.compile_program(lambda: b'program', Topology.parse('v5e'), 'a text')
+        kept, = (tmp_path / 'compiled').iterdir()
+        if len(compiled) == 1:
+            kept.write_bytes(kept.read_bytes()[:100] if damage is None else damage)
+        assert len(compiled) == times
 
 
 def test_what_the_compiler_cannot_read_is_one_line():
