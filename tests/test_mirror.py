@@ -89,7 +89,8 @@ def test_a_run_is_fetched_where_it_is_not_and_left_where_it_is(run, tmp_path):
 
 
 def test_the_command_gets_environment_and_signals_and_its_last_files_are_copied(run):
-    command = ("import os, sys, time; os.makedirs(sys.argv[1]); open(sys.argv[1] + '/begun', 'w').write(os.environ.get('TPU_LOAD_LIBRARY', 'mine'))\n"
+    command = ("import os, signal, sys, time; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs ignore it
+               "os.makedirs(sys.argv[1]); open(sys.argv[1] + '/begun', 'w').write(os.environ.get('TPU_LOAD_LIBRARY', 'mine'))\n"
                "try:\n    time.sleep(100)\nexcept KeyboardInterrupt:\n    open(sys.argv[1] + '/ended', 'w').close(); sys.exit(7)")
     environment = {key: value for key, value in os.environ.items() if key != 'TPU_LOAD_LIBRARY'}
     process = subprocess.Popen([sys.executable, 'mirror.py', run.folder, run.copy, '--', sys.executable, '-c', command, run.folder], cwd=ROOT, env=environment)
