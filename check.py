@@ -203,6 +203,8 @@ def cluster_finding(text):
 
 def writable_finding(workdir):
     """Whether files can be written into the workdir, or it can be made."""
+    if '://' in workdir:  # a bucket: the training process asks it when it begins
+        return ok('workdir', f'{workdir} is a bucket: what is missing shows when the run begins')
     place = host.nearest(workdir)
     try:
         with tempfile.TemporaryFile(dir=place) as file:

@@ -4,7 +4,9 @@ import os
 import sys
 
 from errors import RunError, UserError, one_line
-from outputs.logbook import read_json, read_metrics
+from outputs import files
+from outputs.files import read_json
+from outputs.logbook import read_metrics
 
 COLUMNS = {  # title: (file, key, format)
     'model': ('config', 'model/name', '{}'),
@@ -44,7 +46,7 @@ def main(arguments):
 
 def read_run(path):
     """(config, rows of metrics.jsonl) of a run. Raises RunError if `path` is none."""
-    if not os.path.exists(os.path.join(path, 'config.json')):
+    if not files.exists(os.path.join(path, 'config.json')):
         raise RunError(f'{path} is no run: it has no config.json')
     return read_json(os.path.join(path, 'config.json')), read_metrics(path)
 

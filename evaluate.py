@@ -1,4 +1,5 @@
 """Evaluation over every example of the split exactly once, on any number of replicas."""
+import collections
 import json
 import os
 
@@ -7,8 +8,9 @@ import tensorflow as tf
 from errors import RunError
 from inputs import pipeline
 from modeling import loops, steps
-from outputs.logbook import write_json
-from session import FREE_KEYS, open_session, require_same_config
+from outputs.files import write_json
+from resume import FREE_KEYS, require_same_config
+from session import open_session
 
 ANY_DATA = ('dataset.name', 'dataset.train_split', 'dataset.eval_split', 'eval_crop')  # another test set, such as imagenet_v2
 
@@ -17,7 +19,7 @@ def run(config, workdir, which='last'):
     """Evaluates the last or the best checkpoint in `workdir`; prints the numbers and writes evaluation.json."""
     require_same_config(config, workdir, (*FREE_KEYS, *ANY_DATA))
     session = open_session(config, workdir, trains=False)
-    step = session.checkpoints.restore(which)
+    step, _ = session.checkpoints.restore(which, partly=True)
     metrics = make_evaluation(session)()
     if session.is_chief:
         write_json(os.path.join(workdir, 'evaluation.json'), {'checkpoint': which, 'step': step, **metrics})
@@ -28,15 +30,21 @@ def run(config, workdir, which='last'):
 def make_evaluation(session):
     """Returns: a function that evaluates the state as it is, {'eval/loss', 'eval/accuracy', 'eval/top5', 'eval/examples'}.
 
+    Before each loop of `config.steps_per_loop` batches it asks its argument `should_stop`, and returns None when told to.
     It raises RunError when the number of examples seen is not the size of the split.
     """
     plan = session.plan
     eval_loop = loops.make_eval_loop(session.strategy, steps.make_eval_step(session.state, num_classes=plan.num_classes))
 
-    def evaluation():
+    def evaluation(should_stop=lambda: False):
         session.synchronize()
         batches, num_steps = pipeline.evaluation_batches(session.source, session.config, plan, session.strategy)
-        sums = {key: float(value) for key, value in eval_loop(iter(batches), tf.constant(num_steps)).items()}
+        iterator, sums = iter(batches), collections.Counter()
+        for first in range(0, num_steps, session.config.steps_per_loop):
+            if should_stop():
+                return None
+            results = eval_loop(iterator, tf.constant(min(session.config.steps_per_loop, num_steps - first)))
+            sums.update({key: float(value) for key, value in results.items()})
         if sums['examples'] != plan.eval_examples:
             raise RunError(f'evaluated {sums["examples"]:.0f} examples, but {session.source.eval_split!r} has {plan.eval_examples}: prepare the data set again')
         return {

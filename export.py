@@ -1,7 +1,6 @@
 """The SavedModel: pictures in, classes out, preprocessing inside; checked in a fresh process that has TensorFlow alone."""
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -13,7 +12,9 @@ import tensorflow as tf
 from errors import RunError, one_line
 from inputs.pictures import decode, resize_picture
 from modeling import models, steps, transfer
-from session import open_session, require_same_config
+from outputs import files
+from resume import require_same_config
+from session import open_session
 
 MAX_CHECKED = 1000  # evaluation examples that the exported model is compared on
 # Largest difference of a logit, as share of the largest logit: a few roundings of the type that the model computes in.
@@ -26,7 +27,7 @@ def run(config, workdir, which='last'):
     """Exports the last or the best checkpoint of `workdir` into `workdir`/export, and checks it."""
     require_same_config(config, workdir)
     session = open_session(config, workdir, trains=False)
-    session.checkpoints.restore(which)
+    session.checkpoints.restore(which, partly=True)
     if not session.is_chief:
         return None
     exported = write(session, os.path.join(workdir, 'export'))
@@ -48,16 +49,10 @@ def write(session, directory):
 
     Raises: RunError if its answers differ from the model's; what was at `directory` before stays then.
     """
-    partial = directory + '.part'
-    shutil.rmtree(partial, ignore_errors=True)
-    os.makedirs(partial)
-    _write_saved_model(session, partial)
-    with open(os.path.join(partial, 'labels.txt'), 'w') as file:
-        file.writelines(f'{name}\n' for name in session.source.class_names)
-    exported = _compare(session, partial)
-    shutil.rmtree(directory, ignore_errors=True)
-    os.rename(partial, directory)
-    return exported
+    with files.explained(directory), files.written_beside(directory) as partial:
+        _write_saved_model(session, partial)
+        files.write(os.path.join(partial, 'labels.txt'), ''.join(f'{name}\n' for name in session.source.class_names))
+        return _compare(session, partial)
 
 
 def _write_saved_model(session, directory):

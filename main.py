@@ -28,6 +28,8 @@ config_flags.DEFINE_config_file('config', None, 'Config file, such as configs/di
                                 lock_config=False, accept_new_attributes=True)
 flags.DEFINE_string('workdir', None, 'Folder of the run; runs/NAME for configs/NAME.py by default.')
 flags.DEFINE_enum('mode', 'train', ['train', 'evaluate', 'export', 'check', 'preview', 'preflight'], 'What to do.')
+flags.DEFINE_enum('resume', 'same', ['same', 'changed', 'never'], 'What training does with a run that is in the folder: goes on if its config is the '
+                  'same; goes on with this config although it is another; or moves it aside and begins anew.')
 flags.DEFINE_enum('checkpoint', 'last', ['last', 'best'], 'Which checkpoint to evaluate or export.')
 flags.DEFINE_string('topology', 'v5e:2x2', 'The TPU of preflight: its generation and how its chips are wired, or a generation for one chip.')
 flags.DEFINE_bool('largest_batch', False, 'Whether preflight searches the largest batch that fits, which takes some more compilations.')
@@ -47,7 +49,7 @@ def main(arguments):
             import_tensorflow_quietly()
         importlib.import_module('settings').check_config(config)
         if FLAGS.mode == 'train':
-            return importlib.import_module('train').run(config, workdir)
+            return importlib.import_module('train').run(config, workdir, FLAGS.resume)
         options = {'preview': [FLAGS.step], 'preflight': [FLAGS.topology, FLAGS.largest_batch]}
         importlib.import_module(FLAGS.mode).run(config, workdir, *options.get(FLAGS.mode, [FLAGS.checkpoint]))
         return 0

@@ -29,6 +29,7 @@ class Plan:
     eval_every: int
     checkpoint_every: int | None  # steps, or None when in seconds
     checkpoint_seconds: float | None
+    patience: int | None  # steps without a better evaluation after which the run ends, or None
 
     @property
     def steps_per_epoch(self):
@@ -75,7 +76,7 @@ def make_plan(config, train_examples, eval_examples, num_classes, num_replicas):
     if not train_examples:
         return Plan(train_examples=0, eval_examples=eval_examples, num_classes=num_classes, num_replicas=num_replicas, batch_size=config.batch_size,
                     eval_batch_size=eval_batch_size, total_steps=0, warmup_steps=0, hold_steps=0, log_every=0, eval_every=0,
-                    checkpoint_every=None, checkpoint_seconds=None)
+                    checkpoint_every=None, checkpoint_seconds=None, patience=None)
     if config.batch_size % num_replicas:
         best = max(num_replicas, config.batch_size // num_replicas * num_replicas)
         raise ConfigError(f'config.batch_size={config.batch_size} cannot be split evenly over {num_replicas} replicas: '
@@ -128,6 +129,7 @@ def make_plan(config, train_examples, eval_examples, num_classes, num_replicas):
         eval_every=steps('eval_every', total_steps, least=1),
         checkpoint_every=None if in_minutes else steps('checkpoint_every', total_steps, least=1),
         checkpoint_seconds=float(amount) * 60 if in_minutes else None,
+        patience=steps('patience', total_steps, least=1) if config.patience else None,
     )
     try:
         learning_rate_of(config, plan)(0)

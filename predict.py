@@ -4,12 +4,13 @@ Without PICTURE it takes the first of the evaluation split. It computes on the p
 """
 import argparse
 import os
+import re
 import sys
 
 from devices import tpu_environment
-from errors import RunError, UserError
+from errors import RunError, UserError, one_line
 from main import import_tensorflow_quietly
-from outputs.logbook import read_json
+from outputs.files import read_json
 
 EXAMPLES = 3  # of the evaluation split
 CLASSES = 5  # the most likely of them are shown
@@ -48,14 +49,19 @@ def main(arguments):
 
 
 def load(run):
-    """(the SavedModel of a run, its labels). Raises RunError if there is none."""
+    """(the SavedModel of a run, its labels). Raises RunError if there is none, it is damaged, or it can do more than compute."""
     directory = os.path.join(run, 'export')
     if not os.path.exists(os.path.join(directory, 'saved_model.pb')):
         raise RunError(f'{run} has no export: train it to its end, or python main.py --config=... --workdir={run} --mode=export')
-    import tensorflow as tf
+    from modeling import saved_model
 
-    with open(os.path.join(directory, 'labels.txt')) as file:
-        return tf.saved_model.load(directory), file.read().splitlines()
+    try:
+        with open(os.path.join(directory, 'labels.txt')) as file:
+            return saved_model.load(directory), file.read().splitlines()
+    except RunError:
+        raise
+    except Exception as error:  # of many kinds, by where it is damaged
+        raise RunError(f'{directory} is damaged ({type(error).__name__}: {one_line(error, 200)}): export it again') from error
 
 
 def read(paths):
@@ -71,12 +77,18 @@ def read(paths):
 
 
 def evaluation_examples(run, labels):
-    """[(what is right, encoded picture)] of the first examples of the run's evaluation split."""
+    """[(what is right, encoded picture)] of the first examples of the run's evaluation split.
+
+    Raises: RunError if TFDS would have to run code for them that is not its own: a run can be somebody else's.
+    """
     from ml_collections import ConfigDict
 
     from inputs import datasets
 
-    source = datasets.load(ConfigDict(read_json(os.path.join(run, 'config.json'))).dataset, needs_training=False)
+    dataset = ConfigDict(read_json(os.path.join(run, 'config.json'))).dataset
+    if re.match(r'[\w-]+:[a-zA-Z]', dataset.name):  # a namespace of TFDS; a version begins with a digit
+        raise RunError(f'{run} was evaluated on {dataset.name}, for which TFDS downloads code and runs it: give the pictures to try')
+    source = datasets.load(dataset, needs_training=False)
     examples = source.examples(source.eval_split).take(EXAMPLES).as_numpy_iterator()
     return [(f'evaluation example {number}, which is {labels[label]}', encoded) for number, (encoded, label) in enumerate(examples)]
 

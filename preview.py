@@ -8,17 +8,25 @@ import plan as planning
 from devices import strategy as devices
 from errors import ConfigError
 from inputs import augment, datasets, pipeline
-from outputs import plots
+from outputs import files, plots
+from resume import SKIPPED
 
 MOST_PICTURES = 64  # of a batch that are drawn
 
 
 def run(config, workdir, step=None):
-    """Draws into `workdir`/preview: learning_rate.png, and batch_STEP.png of update `step` (by default the first of each stage)."""
+    """Draws into `workdir`/preview: learning_rate.png, and batch_STEP.png of update `step`.
+
+    By default that is the first update that was skipped where such have ended the run in `workdir`, else the first of each stage.
+    """
     strategy, _ = devices.make_strategy(config)
     source = datasets.load(config.dataset)
     plan = planning.make_plan(config, source.num_train, source.num_eval, len(source.class_names), strategy.num_replicas_in_sync)
     print(plan.describe(), planning.describe_stages(config, plan), sep='\n', flush=True)
+    skipped = os.path.join(workdir, SKIPPED)
+    if step is None and files.exists(skipped):
+        step = files.read_json(skipped)['first_update']
+        print(f'update {step:,} and those after it were skipped: their loss or gradient was not finite')
     if step is not None and not 0 <= step < plan.total_steps:
         raise ConfigError(f'--step={step} is no update of this run: it has 0 to {plan.total_steps - 1:,}')
     folder = os.path.join(workdir, 'preview')

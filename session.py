@@ -1,6 +1,5 @@
 """What `train`, `evaluate` and `export` have in common: from a config to strategy, data, plan and state."""
 import dataclasses
-import json
 import math
 import os
 import random
@@ -9,19 +8,12 @@ import keras
 import tensorflow as tf
 
 import plan as planning
-from configs import default
+import resume
 from devices import strategy as devices
-from errors import ConfigError, RunError
 from inputs import datasets
 from modeling import loops, models, optimizers, steps, transfer
-from outputs.checkpoints import Checkpoints
-from outputs.logbook import read_json
-from settings import flatten
-
-# Keys that may differ between the starts of one run: they change where and how fast it goes, not what is computed
-# (except that without model.sync_batch_norm each replica has statistics of its own).
-FREE_KEYS = ('dataset.data_dir', 'dataset.service', 'dataset.max_broken', 'eval_batch_size', 'jit_compile', 'strategy', 'virtual_devices', 'tpu',
-             'steps_per_loop', 'log_every', 'eval_every', 'checkpoint_every', 'keep_checkpoints')
+from outputs import files
+from outputs.checkpoints import Checkpoints, find
 
 
 @dataclasses.dataclass
@@ -78,13 +70,13 @@ def open_session(config, workdir, trains=True):
     kind = devices.device_kind(strategy)
     dtype_policy = devices.resolve_precision(config.precision, kind)
     jit_compile = devices.resolve_jit_compile(config.jit_compile, kind)
-    is_chief, agree = devices.is_chief(strategy), devices.make_agreement(strategy)
+    is_chief, agree = devices.is_chief(config), devices.make_agreement(strategy)
     if not is_chief:
         agree([1])  # the chief prepares the data first: on a disk that they share it is there then
     source = datasets.load(config.dataset, needs_training=trains)
     if is_chief:
         agree([1])
-    train_examples, data_changes = compare_data(source, workdir, trains)
+    train_examples, data_changes = resume.compare_data(source, workdir, trains)
     train_examples = (train_examples or source.num_train) if trains else 0
     plan = planning.make_plan(config, train_examples, source.num_eval, len(source.class_names), strategy.num_replicas_in_sync)
     random.seed(config.seed)  # Keras draws the seeds of its initializers from it; all else is seeded where it is drawn
@@ -101,44 +93,6 @@ def open_session(config, workdir, trains=True):
                    is_chief, agree, loaded, teacher, teacher_name)
 
 
-def require_same_config(config, workdir, free_keys=FREE_KEYS):
-    """Raises ConfigError, with the differences, if `workdir` holds a run of another config; `free_keys` may differ."""
-    path = os.path.join(workdir, 'config.json')
-    if not os.path.exists(path) or not os.path.isdir(os.path.join(workdir, 'checkpoints')):  # a start that failed keeps nothing
-        return
-    if config.dataset.name == 'folder' and free_keys is FREE_KEYS:
-        free_keys = [key for key in free_keys if key != 'dataset.data_dir']  # of a folder it is what the pictures are
-    before, now, reference = (flatten(values) for values in (read_json(path), json.loads(config.to_json()), json.loads(default.get_config().to_json())))
-    before = reference | before  # a key that is newer than the run had its default then
-    changed = [f'{key} was {before.get(key)!r}, is {now.get(key)!r}' for key in sorted(before.keys() | now.keys())
-               if before.get(key) != now.get(key) and key not in free_keys]
-    if changed:
-        raise ConfigError(f'{workdir} holds a run of another config ({"; ".join(changed)}): use that config, or give this one its own --workdir')
-
-
-def compare_data(source, workdir, trains):
-    """What the run in `workdir` was begun with, beside the data as they are now.
-
-    Returns: (training examples that its durations count, or None for a new run; lines about data that have changed since).
-
-    Raises: RunError if it knows other classes, or in another order: its answers would be misread.
-    """
-    path = os.path.join(workdir, 'environment.json')
-    if not os.path.exists(path) or not os.path.isdir(os.path.join(workdir, 'checkpoints')):
-        return None, ()
-    begun = read_json(path)
-    known = begun.get('class_names', list(source.class_names))
-    if list(source.class_names) != known:
-        first = next((f'{old!r} is now {new!r}' for old, new in zip(known, source.class_names) if old != new), 'the first of them are the same')
-        raise RunError(f'the run in {workdir} has {len(known)} classes and this data set {len(source.class_names)}, which differ ({first}): '
-                       'take the data it was trained on, or give these a --workdir of their own')
-    examples, changes = begun.get('train_examples'), tuple(begun.get('data_changes', ()))
-    if trains and source.identity != begun.get('training_data', source.identity):
-        changes += (f'the training pictures have changed during the run, which began with {examples:,}: now there are {source.num_train:,}. '
-                    'The schedule stays, the order is another',)
-    return examples, changes
-
-
 def load_weights(model, config, workdir, class_names):
     """What `config.model.weights` names goes into the model of a new run; returns what was loaded, in words.
 
@@ -146,9 +100,10 @@ def load_weights(model, config, workdir, class_names):
     """
     if not config.model.weights:
         return ''
-    if tf.train.latest_checkpoint(os.path.join(workdir, 'checkpoints')):
-        return read_json(os.path.join(workdir, 'environment.json')).get('weights', '')
-    return transfer.load_weights(model, config, class_names)
+    if resume.begun(workdir):
+        path = os.path.join(workdir, resume.ENVIRONMENT)
+        return files.read_json(path).get('weights', '') if files.exists(path) else ''
+    return transfer.load_weights(model, config, class_names, find)
 
 
 def build_state(model, config, plan, dtype_policy):

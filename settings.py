@@ -17,6 +17,7 @@ CHOICES = {
     'augment.crop': ('center', 'random'),
     'augment.policy.name': ('', 'rand_augment', 'trivial_augment'),
     'schedule.name': schedules.CURVES,
+    'best_metric': ('eval/accuracy', 'eval/top5', 'eval/loss'),
 }
 # Inclusive bounds. None: no bound on that side.
 RANGES = {
@@ -60,6 +61,7 @@ RANGES = {
     'virtual_devices': (0, 64),
     'steps_per_loop': (1, 2**31 - 1),
     'keep_checkpoints': (1, None),
+    'max_skipped_updates': (1, None),
 }
 UNITS = {
     'train_for': ('epochs', 'steps', 'examples'),
@@ -68,6 +70,7 @@ UNITS = {
     'log_every': ('epochs', 'steps', 'examples', '%'),
     'eval_every': ('epochs', 'steps', 'examples', '%'),
     'checkpoint_every': ('epochs', 'steps', 'examples', '%', 'minutes'),
+    'patience': ('epochs', 'steps', 'examples', '%'),  # or ''
 }
 
 
@@ -96,7 +99,8 @@ def check_config(config):
             bounds = f'from {low} to {high:,}' if high is not None else f'at least {low}'
             raise ConfigError(f'config.{key}={values[key]} is impossible: it must be {bounds}')
     for key, units in UNITS.items():
-        parse_duration(key, values[key], units)
+        if values[key] or key != 'patience':
+            parse_duration(key, values[key], units)
     curve_arguments = schedules.CURVES[config.schedule.name].__kwdefaults__ or {}
     for key in config.schedule:
         if f'schedule.{key}' not in reference and key not in curve_arguments:

@@ -206,14 +206,13 @@ def disk_finding(config, workdir, data, checkpoint_bytes):
 def workdir_finding(config, workdir):
     """Whether what `workdir` holds, if anything, is a run of this config. Whether it can be written to is another row."""
     from errors import ConfigError
-    from session import require_same_config
+    from resume import begun, is_finished, require_same_config
 
     try:
         require_same_config(config, workdir)
     except ConfigError as error:
         return of_error('run', error)
-    held = os.path.exists(os.path.join(workdir, 'checkpoints'))
-    finished = os.path.exists(os.path.join(workdir, 'summary.json'))
+    held, finished = begun(workdir), is_finished(workdir)
     return ok('run', f'{workdir} {"holds the finished run of this config" if finished else "holds a run of this config, which goes on" if held else "is new"}')
 
 

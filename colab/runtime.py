@@ -5,6 +5,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 
 from IPython.display import Image, display
 
@@ -29,10 +30,8 @@ class Runtime:
 
     def __init__(self, config, run, storage='', accelerator='', train_for='', changes=''):
         open_storage(storage)
-        in_a_bucket = storage.startswith('gs://')
-        name = f'runs/{config}-{run}'
-        place = storage if in_a_bucket or not storage else os.path.abspath(storage)
-        self.workdir = name if in_a_bucket else os.path.join(place, name)  # programs run in ROOT
+        place = storage if storage.startswith('gs://') or not storage else os.path.abspath(storage)
+        self.workdir = os.path.join(place, 'runs', f'{config}-{run}')  # programs run in ROOT
         self._arguments = [f'--config=configs/{config}.py', f'--workdir={self.workdir}', *shlex.split(changes)]
         if storage:
             self._arguments.append(f'--config.dataset.data_dir={os.path.join(place, "tensorflow_datasets")}')
@@ -44,12 +43,11 @@ class Runtime:
             self._python = installation.ensure(accelerator)
         except UserError as error:
             raise SystemExit(f'error: {error}') from None
-        self._mirrored = ['mirror.py', self.workdir, os.path.join(storage, name), '--', self._python] if in_a_bucket else []
-        print(f'run in {self._mirrored[2] if in_a_bucket else self.workdir}')
+        print(f'run in {self.workdir}')
 
     def main(self, *arguments):
-        """`python main.py` of this run; with a bucket the run is copied there meanwhile."""
-        self.run(*self._mirrored, 'main.py', *self._arguments, *arguments)
+        """`python main.py` of this run."""
+        self.run('main.py', *self._arguments, *arguments)
 
     def run(self, program, *arguments):
         """One of the repository's programs, with its output in the notebook.
@@ -86,8 +84,13 @@ class Runtime:
 
     def show(self, pattern):
         """Pictures of the run, such as 'plots/*.png'."""
-        for path in sorted(glob.glob(os.path.join(ROOT, self.workdir, pattern))):
-            display(Image(path))
+        with tempfile.TemporaryDirectory() as folder:
+            if '://' in self.workdir:
+                copy = 'import os, sys, tensorflow as tf; [tf.io.gfile.copy(path, os.path.join(sys.argv[2], os.path.basename(path))) for path in tf.io.gfile.glob(sys.argv[1])]'
+                subprocess.run([self._python, '-c', copy, os.path.join(self.workdir, pattern), folder], check=True, env={**os.environ, 'TPU_LOAD_LIBRARY': '0'})
+            found = os.path.join(folder, '*') if '://' in self.workdir else os.path.join(ROOT, self.workdir, pattern)
+            for path in sorted(glob.glob(found)):
+                display(Image(path))
 
 
 def open_storage(storage):

@@ -94,5 +94,8 @@ def get_config():
     config.log_every = '1%'
     config.eval_every = '10%'
     config.checkpoint_every = '10 minutes'
-    config.keep_checkpoints = 2
+    config.keep_checkpoints = 2  # the last ones; the best stays beside them
+    config.best_metric = 'eval/accuracy'  # what makes an evaluation the best: eval/accuracy | eval/top5 | eval/loss
+    config.patience = ''  # such as '10 epochs': the run ends when no evaluation was better for so long; the schedule stays that of train_for
+    config.max_skipped_updates = 20  # in a row, because their loss or gradient is not finite, end the run; float16 needs 15 to find its scale
     return config

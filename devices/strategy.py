@@ -45,13 +45,14 @@ def device_kind(strategy):
     return 'GPU' if any('GPU' in device for device in strategy.extended.worker_devices) else 'CPU'
 
 
-def is_chief(strategy):
-    """Whether this process is the one of several workers that writes: the chief, or without one worker 0."""
-    if not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
+def is_chief(config):
+    """Whether this process is the one of several workers that writes: the chief, or without one worker 0. It can be asked before there is a strategy."""
+    if config.strategy not in ('auto', 'multi_worker') or num_workers() < 2:
         return True
-    resolver = strategy.cluster_resolver
-    first = 'chief' if 'chief' in resolver.cluster_spec().jobs else 'worker'
-    return (resolver.task_type, resolver.task_id) == (first, 0)
+    environment = json.loads(os.environ['TF_CONFIG'])
+    first = 'chief' if environment['cluster'].get('chief') else 'worker'
+    task = environment.get('task', {})
+    return (task.get('type'), int(task.get('index', 0))) == (first, 0)
 
 
 def make_agreement(strategy):

@@ -3,13 +3,15 @@ import tensorflow as tf
 
 from modeling.models import weights
 
+SUMS, LAST = ('correct', 'grad_norm', 'loss', 'skipped'), ('learning_rate', 'skipped_in_a_row')  # what a training step returns: over all steps, of the last
+
 
 def make_train_loop(strategy, train_step):
     """Several training steps in one host call.
 
     Returns: a tf.function of a distributed iterator and a number of steps, int32 []; it returns sums over these steps,
-        {'loss', 'correct', 'grad_norm'}, float32 [], the 'learning_rate' of the last, and 'input_seconds', float64 [], the
-        time spent waiting for batches.
+        {'loss', 'correct', 'grad_norm', 'skipped'}, float32 [], the 'learning_rate' and 'skipped_in_a_row' of the last, and
+        'input_seconds', float64 [], the time spent waiting for batches.
     """
     @tf.function(autograph=False)
     def train_loop(iterator, num_steps):
@@ -21,10 +23,10 @@ def make_train_loop(strategy, train_step):
             with tf.control_dependencies(tf.nest.flatten(batch, expand_composites=True)):
                 waited = tf.timestamp() - asked
             results = sum_over_replicas(strategy, strategy.run(train_step, args=batch))
-            sums = {key: results[key] if key == 'learning_rate' else sums[key] + results[key] for key in sums}
+            sums = {key: results[key] if key in LAST else sums[key] + results[key] for key in sums}
             return step + 1, input_seconds + waited, sums
 
-        zeros = {key: tf.constant(0.0) for key in ('correct', 'grad_norm', 'learning_rate', 'loss')}
+        zeros = {key: tf.constant(0.0) for key in SUMS + LAST}
         start = (tf.constant(0), tf.constant(0.0, tf.float64), zeros)
         _, input_seconds, sums = tf.while_loop(lambda step, *_: step < num_steps, body, start, parallel_iterations=1)
         return {**sums, 'input_seconds': input_seconds}

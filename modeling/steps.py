@@ -22,16 +22,18 @@ class TrainState:
         model: keras.Model, pictures -> logits.
         optimizer: Keras optimizer, built; None where nothing is trained.
         average: float variables, one for each of `weights(model)`, or empty without EMA.
+        skipped_updates: int64 [], updates left out so far because a loss or gradient was not finite; of these
+        skipped_in_a_row: int64 [] came last, one after the other. None where nothing is trained.
         loss_scale: float32 [] and finite_updates: int64 [], or None: dynamic loss scaling of float16.
-        skipped_updates: int64 [], updates left out because of a gradient that is not finite (float16 only).
     """
 
     model: keras.Model
     optimizer: keras.optimizers.Optimizer | None
     average: list
+    skipped_updates: tf.Variable | None
+    skipped_in_a_row: tf.Variable | None
     loss_scale: tf.Variable | None
     finite_updates: tf.Variable | None
-    skipped_updates: tf.Variable | None
 
     @classmethod
     def create(cls, model, optimizer, ema_decay, scale_loss):
@@ -39,8 +41,10 @@ class TrainState:
             return tf.Variable(value, trainable=False, aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA)
 
         average = [tf.Variable(variable.value, trainable=False, dtype=variable.value.dtype) for variable in weights(model)] if ema_decay else []
-        scaling = [counter(LOSS_SCALE_START), counter(tf.constant(0, tf.int64)), counter(tf.constant(0, tf.int64))] if scale_loss else [None] * 3
-        return cls(model, optimizer, average, *scaling)
+        none = tf.constant(0, tf.int64)
+        skipped = [counter(none), counter(none)] if optimizer is not None else [None] * 2
+        scaling = [counter(LOSS_SCALE_START), counter(none)] if scale_loss else [None] * 2
+        return cls(model, optimizer, average, *skipped, *scaling)
 
     def variables(self):
         """All of it, by name, in an order that depends on the config only: what a checkpoint holds."""
@@ -50,8 +54,9 @@ class TrainState:
         }
         if self.optimizer is not None:
             parts['optimizer'] = [variable.value for variable in self.optimizer.variables]
+            parts['skipped'] = [self.skipped_updates, self.skipped_in_a_row]
         if self.loss_scale is not None:
-            parts['loss_scale'] = [self.loss_scale, self.finite_updates, self.skipped_updates]
+            parts['loss_scale'] = [self.loss_scale, self.finite_updates]
         return parts
 
 
@@ -69,6 +74,9 @@ def make_train_step(state, config, augment, *, num_classes, num_replicas, jit_co
     The loss is the mean over the global batch; gradients are summed over the micro-batches, then over the replicas, once,
     then regularised, clipped by their global norm, and applied. Batch normalisation sees a micro-batch at a time.
 
+    An update whose loss or gradient is not finite on any replica is skipped: nothing changes but the counters, the loss scale
+    and `optimizer.iterations`, so that the learning rate stays that of the step. No host is asked.
+
     With a teacher the loss is (1 - alpha) x cross-entropy + alpha x T^2 x KL(teacher, model), of probabilities at temperature T
     (Hinton et al. 2015); it is shown the very pictures that the model sees (Beyer et al. 2022).
 
@@ -85,11 +93,12 @@ def make_train_step(state, config, augment, *, num_classes, num_replicas, jit_co
 
     Returns: a function of images uint8 [batch, size, size, 3], labels int64 [batch] and draws, a dict of float32 [batch, n],
         that updates the state and returns this replica's part of the sums over replicas, float32 []: {'loss', 'correct',
-        'grad_norm', 'learning_rate'}, the last being the rate that was used.
+        'grad_norm'}, 0 of a skipped update; the 'learning_rate' that was used; 'skipped', 1 or 0; and 'skipped_in_a_row'.
     """
     model, optimizer = state.model, state.optimizer
     trained, accumulate = model.trainable_variables, config.accumulate_steps
     synchronizes = any(getattr(layer, 'synchronized', False) for layer in model._flatten_layers())
+    statistics = [variable.value for variable in weights(model) if not any(variable is other for other in trained)]  # of batch normalisation
     slowed = [(variable.value, factor) for variable, factor in zip(trained, rate_factors(model, config.model.layer_decay)) if factor != 1]
 
     def loss_and_gradients(images, labels, draws):
@@ -117,7 +126,10 @@ def make_train_step(state, config, augment, *, num_classes, num_replicas, jit_co
         return loss, tf.reduce_sum(tf.cast(hits, tf.float32)), tape.gradient(scaled, [variable.value for variable in trained])
 
     def train_step(images, labels, draws):
+        statistics_before = [tf.identity(variable) for variable in statistics]
         loss, correct, gradients = _compiled(loss_and_gradients, jit_compile, synchronizes and num_replicas > 1)(images, labels, draws)
+        spoiled = tf.where(tf.math.is_finite(loss), 0.0, float('nan'))  # so that the sum of the gradients tells it to all replicas
+        gradients = [*gradients[:-1], gradients[-1] + tf.cast(spoiled, gradients[-1].dtype)]
         if num_replicas > 1:
             gradients = tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, gradients)
         if state.loss_scale is not None:
@@ -126,18 +138,23 @@ def make_train_step(state, config, augment, *, num_classes, num_replicas, jit_co
             gradients = [gradient + config.l2_regularization * variable if decays(variable) else gradient
                          for gradient, variable in zip(gradients, trained)]
         norm = tf.linalg.global_norm(gradients)
+        finite = tf.math.is_finite(norm)
         if config.grad_clip_norm:
             gradients, _ = tf.clip_by_global_norm(gradients, config.grad_clip_norm, use_norm=norm)
         learning_rate = tf.cast(optimizer.learning_rate, tf.float32)  # before the update counts itself
-        with _undone_unless_finite(state, norm):
+
+        def update():
             before = [tf.identity(variable) for variable, _ in slowed]
             optimizer.apply(gradients, trained)
             _assign([variable for variable, _ in slowed], [old + factor * (variable - old) for (variable, factor), old in zip(slowed, before)])
             _update_average(state, config.ema_decay)
-        if state.loss_scale is not None:
-            norm = tf.where(tf.math.is_finite(norm), norm, 0.0)  # a skipped update moved nothing
-        results = {'loss': loss, 'correct': correct, 'grad_norm': norm / num_replicas, 'learning_rate': learning_rate / num_replicas}
-        return {key: tf.cast(value, tf.float32) for key, value in results.items()}
+
+        _only_if(finite, update, state, statistics, statistics_before)
+        _count(finite, state)
+        results = {'loss': loss, 'correct': correct, 'grad_norm': norm / num_replicas}
+        results = {key: tf.where(finite, tf.cast(value, tf.float32), 0.0) for key, value in results.items()}
+        everywhere = {'learning_rate': learning_rate, 'skipped': ~finite, 'skipped_in_a_row': state.skipped_in_a_row}
+        return results | {key: tf.cast(value, tf.float32) / num_replicas for key, value in everywhere.items()}
 
     return train_step
 
@@ -214,33 +231,30 @@ def _compiled(function, jit_compile, has_collectives):
     return clustered
 
 
-class _undone_unless_finite:
-    """With loss scaling: takes back what is assigned inside when `norm` is not finite, and adapts the scale.
+def _only_if(finite, update, state, statistics, statistics_before):
+    """Runs `update`; where `finite` is false, takes back all that it and the forward pass have changed.
 
     A conditional around the update would do the same but cannot hold the merging of replicas.
     """
+    changed = [variable.value for variable in (*state.model.trainable_variables, *state.optimizer.variables)
+               if variable is not state.optimizer.iterations] + state.average
+    before = [tf.identity(variable) for variable in changed] + statistics_before
+    update()
+    changed += statistics
+    _assign(changed, [tf.where(finite, variable, old) for variable, old in zip(changed, before)])
 
-    def __init__(self, state, norm):
-        self.state, self.norm = state, norm
 
-    def __enter__(self):
-        if self.state.loss_scale is not None:
-            state = self.state
-            self.changed = [variable.value for variable in (*state.model.trainable_variables, *state.optimizer.variables)] + state.average
-            self.before = [tf.identity(variable) for variable in self.changed]
-
-    def __exit__(self, *error):
-        state = self.state
-        if state.loss_scale is None or error[0] is not None:
-            return
-        finite = tf.math.is_finite(self.norm)
-        _assign(self.changed, [tf.where(finite, variable, before) for variable, before in zip(self.changed, self.before)])
-        streak = tf.where(finite, state.finite_updates + 1, 0)
-        grows = streak >= LOSS_SCALE_WINDOW
-        factor = tf.where(finite, tf.where(grows, 2.0, 1.0), 0.5)
-        state.loss_scale.assign(tf.maximum(state.loss_scale * factor, 1.0))
-        state.finite_updates.assign(tf.where(grows, tf.constant(0, tf.int64), streak))
-        state.skipped_updates.assign_add(tf.cast(~finite, tf.int64))
+def _count(finite, state):
+    """Counts skipped updates, and adapts the loss scale where there is one."""
+    state.skipped_updates.assign_add(tf.cast(~finite, tf.int64))
+    state.skipped_in_a_row.assign(tf.where(finite, tf.constant(0, tf.int64), state.skipped_in_a_row + 1))
+    if state.loss_scale is None:
+        return
+    streak = tf.where(finite, state.finite_updates + 1, 0)
+    grows = streak >= LOSS_SCALE_WINDOW
+    factor = tf.where(finite, tf.where(grows, 2.0, 1.0), 0.5)
+    state.loss_scale.assign(tf.maximum(state.loss_scale * factor, 1.0))
+    state.finite_updates.assign(tf.where(grows, tf.constant(0, tf.int64), streak))
 
 
 def _distance(taught, logits, temperature):

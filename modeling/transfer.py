@@ -7,6 +7,7 @@ import re
 import tensorflow as tf
 
 from errors import ConfigError, RunError, did_you_mean, one_line
+from modeling import saved_model
 from modeling.models import application, input_shape, weights
 
 KERAS_FILES = ('.h5', '.keras')  # of the weights of a model of keras.applications without its head
@@ -14,7 +15,7 @@ IMAGENET_CLASSES = 1000
 SAVED_VARIABLES = '/variables/variables'  # where a SavedModel has its checkpoint
 
 
-def load_weights(model, config, class_names):
+def load_weights(model, config, class_names, find_checkpoint):
     """Gives a new model the weights that `config.model.weights` names, as far as they fit. Reads numbers, runs no code.
 
     Args:
@@ -23,6 +24,7 @@ def load_weights(model, config, class_names):
             keras.applications reads into the backbone; or a run of one's own: its folder, one of its checkpoints, or its
             SavedModel. Of a run with averages these are taken. The head is taken too if its classes are known to be `class_names`.
         class_names: list of str, in the order of the head.
+        find_checkpoint: `outputs.checkpoints.find`.
 
     Returns: a line that says what was loaded and what was not.
 
@@ -32,7 +34,7 @@ def load_weights(model, config, class_names):
     if source == 'imagenet' or source.endswith(KERAS_FILES):
         path, loaded, reason = source, _of_keras(config), 'it comes without one'
     else:
-        path = _checkpoint_in(source)
+        path = _checkpoint_in(source, find_checkpoint)
         loaded, classes = _numbered_weights(path, source), _class_names_beside(path)
         _require_same_network(wanted, loaded, path, config.model.name)
         reason = '' if classes == list(class_names) else 'its classes are others' if classes else 'nothing says what its classes are'
@@ -41,7 +43,7 @@ def load_weights(model, config, class_names):
         variable.assign(value)
     features, classes = wanted[-2].shape
     head = f'the head is new, {features:,} features to {classes:,} classes: {reason}' if reason else 'the head too'
-    return f'{len(loaded)} of {len(wanted)} variables ({sum(value.size for value in loaded):,} numbers) from {re.sub(SAVED_VARIABLES + "$", "", path)}; {head}'
+    return f'{len(loaded)} of {len(wanted)} variables ({sum(value.size for value in loaded):,} numbers) from {re.sub("(/variables)+$", "", path)}; {head}'
 
 
 def make_teacher(config, class_names, pretrained=True):
@@ -85,7 +87,8 @@ def _plain(config, **arguments):
 
 
 def _of_keras(config):
-    """The weights of a backbone, as arrays, from keras.applications or from a file of Keras weights."""
+    """The weights of a backbone, as arrays, from keras.applications or from a file of Keras weights, of which Keras reads the numbers alone:
+    no layer that is described in it is made, and no file that it refers to is opened."""
     if config.model.name == 'tiny':
         raise ConfigError("config.model.name='tiny' has no pretrained weights: leave config.model.weights at '', or name a run of your own")
     try:
@@ -95,14 +98,14 @@ def _of_keras(config):
     return [variable.numpy() for variable in weights(plain)]
 
 
-def _checkpoint_in(source):
-    """The TensorFlow checkpoint that `source` names or holds: a run's last one, that of a folder of checkpoints, a SavedModel's."""
+def _checkpoint_in(source, find_checkpoint):
+    """The file of variables that `source` names or holds: a SavedModel's, a checkpoint's of a run, any of TensorFlow's."""
     try:
         if tf.io.gfile.exists(os.path.join(source, 'saved_model.pb')):
             return source.rstrip('/') + SAVED_VARIABLES
-        for folder in (os.path.join(source, 'checkpoints'), source):
-            if tf.io.gfile.isdir(folder) and tf.train.latest_checkpoint(folder):
-                return tf.train.latest_checkpoint(folder)
+        found = find_checkpoint(source)
+        if found:
+            return found
         if tf.io.gfile.exists(re.sub(r'(\.index)?$', '.index', source, count=1)):
             return re.sub(r'\.index$', '', source)
         what = 'holds no weights' if tf.io.gfile.exists(source) else 'is not there'
@@ -119,7 +122,7 @@ def _numbered_weights(path, source):
         kinds = reader.get_variable_to_dtype_map()
         for part in ('average', 'model', 'variables'):  # the last is Keras' word in a SavedModel
             numbered = {int(key.split('/')[1]): key for key, kind in kinds.items()
-                        if re.fullmatch(part + r'/[0-9]+/\.ATTRIBUTES/VARIABLE_VALUE', key) and kind.is_floating}
+                        if re.fullmatch(part + r'/[0-9]+(/\.ATTRIBUTES/VARIABLE_VALUE)?', key) and kind.is_floating}
             if numbered:
                 return [reader.get_tensor(numbered[number]) for number in sorted(numbered)]
     except (tf.errors.OpError, ValueError, RuntimeError) as error:
@@ -139,7 +142,7 @@ def _require_same_network(wanted, loaded, path, name):
 def _class_names_beside(path):
     """What the classes of a checkpoint are called, a list, or None: runs and SavedModels say it in a file above it."""
     folder = path
-    for _ in range(3):  # of a run: checkpoints/best/step-500
+    for _ in range(3):  # of a run: checkpoints/step-500/variables
         folder = os.path.dirname(folder)
         if tf.io.gfile.exists(os.path.join(folder, 'labels.txt')):
             return _read_labels(os.path.join(folder, 'labels.txt'))
@@ -189,9 +192,11 @@ def _saved_teacher(source, class_names):
     if has_labels and _read_labels(labels) != list(class_names):
         raise RunError(f'{path} knows other classes than this data set, or in another order: train the teacher on the same data')
     try:
-        loaded = tf.saved_model.load(path)
+        loaded = saved_model.load(path)
         name = 'logits' if 'logits' in loaded.signatures else 'serving_default'
         signature = loaded.signatures[name]
+    except RunError:
+        raise
     except Exception as error:  # KeyError, ValueError, IndexError, an OpError, ... by where it is damaged
         raise RunError(f'{path} cannot teach: it has no signature serving_default, or is damaged ({type(error).__name__}: {one_line(error, 200)})') from error
     inputs, outputs = signature.structured_input_signature[1], signature.structured_outputs

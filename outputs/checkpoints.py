@@ -1,71 +1,249 @@
-"""Checkpoints of a run: the last few, and the best.
+"""Checkpoints of a run that can be trusted: the last few, and the best.
 
-What is saved are the raw variables in a fixed order, under their part and number: it holds under every strategy, and
-does not depend on the names that Keras gives out.
+A checkpoint is a folder `step-N` with the raw variables in a fixed order, as TensorFlow's file `variables` (it holds under every
+strategy and does not depend on the names that Keras gives out), and `manifest.json`, which has a checksum for each file and
+for itself. The manifest is written last and appears whole: a folder without it is no checkpoint. An older one is deleted
+only when a newer one was read back. Nothing in a checkpoint is code.
 """
+import hashlib
+import json
 import os
+import re
+import threading
 
+import numpy as np
 import tensorflow as tf
 
 from errors import RunError, one_line
+from outputs import files
+
+MANIFEST, VARIABLES = 'manifest.json', 'variables'
 
 
 class Checkpoints:
     """The folder `checkpoints/` of a run.
 
     Args:
-        directory: the folder; made when something is saved.
+        directory: the folder; made when something is saved. Local or gs://.
         variables: {part: [tf.Variable]}, see `TrainState.variables`.
-        keep: how many of the last checkpoints stay.
+        keep: how many of the last checkpoints stay; beside them stays the best that each of them names.
         writes: whether this process saves; of several workers one does.
+
+    Attributes:
+        before_commit: a function without arguments, called before a checkpoint counts, in the thread that writes it.
     """
 
     def __init__(self, directory, variables, keep, writes=True):
-        self._writes = writes
-        self.best_accuracy = tf.Variable(-1.0, dtype=tf.float64, trainable=False)
-        self.train_seconds = tf.Variable(0.0, dtype=tf.float64, trainable=False)
-        self.input_seconds = tf.Variable(0.0, dtype=tf.float64, trainable=False)
-        self.step = tf.Variable(0, trainable=False, dtype=tf.int64)
-        checkpoint = tf.train.Checkpoint(step=self.step, best_accuracy=self.best_accuracy, train_seconds=self.train_seconds,
-                                         input_seconds=self.input_seconds, **variables)
-        self._checkpoint = checkpoint
-        self._last = tf.train.CheckpointManager(checkpoint, directory, max_to_keep=keep, checkpoint_name='step')
-        self._best = tf.train.CheckpointManager(checkpoint, os.path.join(directory, 'best'), max_to_keep=1, checkpoint_name='step')
+        self.directory, self._keep, self._writes, self.before_commit = directory, keep, writes, lambda: None
+        self._variables = {f'{part}/{index:04d}': variable for part, variables in variables.items() for index, variable in enumerate(variables)}
+        self._good, self._damaged = {}, {}  # {step: manifest} that was read back, {step: reason}
+        self._writing, self._failure = None, None
 
-    def save(self, step):
-        """Saves everything after `step` updates, unless that is there already."""
-        self.step.assign(step)
-        if self._writes and self.latest_step() != step:
-            self._last.save(checkpoint_number=step)
+    def save(self, step, progress, best_step=None):
+        """Saves the variables as they are now, after `step` updates, unless that is there already; `wait` waits for it.
 
-    def save_if_best(self, step, accuracy):
-        """Keeps a copy when `accuracy` is the highest so far; returns whether it was."""
-        if accuracy <= float(self.best_accuracy):
-            return False
-        self.best_accuracy.assign(accuracy)
-        self.step.assign(step)
-        if self._writes:
-            self._best.save(checkpoint_number=step)
-        return True
+        Args:
+            progress: what else `restore` shall return: numbers, texts, lists and dicts of them.
+            best_step: the step of the best checkpoint so far, which may be this one.
+
+        Raises: RunError: this one, or the one before, cannot be written, or has numbers that are not finite.
+        """
+        self.wait()
+        if not self._writes or step in self._good:
+            return
+        with tf.device('CPU:0'):
+            values = [tf.identity(variable) for variable in self._variables.values()]
+        self._writing = threading.Thread(target=self._try_to_write, args=(step, values, progress, best_step), name='checkpoint')
+        self._writing.start()
+
+    def wait(self):
+        """Waits until what was saved is on the disk. Raises RunError if it could not be written."""
+        if self._writing:
+            self._writing.join()
+            self._writing = None
+        if self._failure:
+            failure, self._failure = self._failure, None
+            raise failure
 
     def latest_step(self):
-        """The step of the last checkpoint, or None."""
-        path = self._last.latest_checkpoint
-        return int(path.rsplit('-', 1)[1]) if path else None
+        """The step of the last checkpoint that is not damaged, or None. Reads all of it; names those that are damaged.
 
-    def restore(self, which='last'):
-        """Reads the last or the best checkpoint into the variables; returns its step.
+        Raises: RunError if there are only damaged ones.
+        """
+        self.wait()
+        present = steps_in(self.directory)
+        step = next((step for step in reversed(present) if self._is_good(step)), None)
+        if step is None and present:
+            raise RunError(f'none of the {len(present)} checkpoints in {self.directory} can be used ({self._damaged[present[-1]]}): bring one back '
+                           'from a copy, or begin anew with --resume=never, which moves these files aside')
+        return step
+
+    def restore(self, which='last', partly=False):
+        """Reads the last or the best checkpoint that is not damaged into the variables.
+
+        Args:
+            partly: whether the checkpoint may have more variables than this run, such as those of an optimizer.
+
+        Returns: (its step, the `progress` that was saved with it).
 
         Raises: RunError if there is none, or if it is of another model.
         """
-        manager = {'last': self._last, 'best': self._best}[which]
-        if not manager.latest_checkpoint:
-            raise RunError(f'there is no {which} checkpoint in {manager.directory}: train first')
+        step = self.latest_step()
+        if which == 'best' and step is not None:
+            step = self._good[step]['best_step']
+        if step is None:
+            raise RunError(f'there is no {which} checkpoint in {self.directory}: train first')
+        if not self._is_good(step):
+            raise RunError(f'the best checkpoint cannot be used ({self._damaged[step]}): --checkpoint=last takes the last one')
+        self._read(_folder(self.directory, step), partly)
+        return step, self._good[step]['progress']
+
+    def _read(self, folder, partly):
+        prefix = os.path.join(folder, VARIABLES)
+        reader = tf.compat.v1.train.NewCheckpointReader(prefix)  # of this very file, and no folder of this name
+        found = {key: (reader.get_variable_to_dtype_map()[key].name, shape) for key, shape in reader.get_variable_to_shape_map().items()}
+        wanted = {key: (variable.dtype.base_dtype.name, variable.shape.as_list()) for key, variable in self._variables.items()}
+        differs = [f'{key} is {found.get(key, "missing")} there and {wanted[key]} here' for key in wanted if found.get(key) != wanted[key]]
+        more = [f'{key} is there and not here' for key in sorted(found) if key not in wanted and not partly]
+        if differs or more:
+            raise RunError(f'{folder} does not fit this config ({(differs + more)[0]}): take the config it was made with')
+        for variable, value in zip(self._variables.values(), self._load(prefix)):
+            variable.assign(value)
+
+    def _load(self, prefix):
+        """The values in a file, in the order of the variables. TensorFlow compares its own checksums of what was in memory."""
+        return tf.raw_ops.RestoreV2(prefix=prefix, tensor_names=list(self._variables), shape_and_slices=[''] * len(self._variables),
+                                    dtypes=[variable.dtype.base_dtype for variable in self._variables.values()])
+
+    def _try_to_write(self, step, *arguments):
         try:
-            found = self._checkpoint.restore(manager.latest_checkpoint)
-            found.assert_existing_objects_matched()
-            found.expect_partial()  # without a word about an optimizer that evaluation has no use for
-        except (AssertionError, ValueError, tf.errors.OpError) as error:
-            raise RunError(f'{manager.latest_checkpoint} does not fit this config or is damaged '
-                           f'({one_line(error, 200)}): take the config it was made with') from error
-        return int(self.step)
+            self._write(step, *arguments)
+        except RunError as error:
+            self._failure = error
+        except Exception as error:  # for the thread that trains, when it saves the next one
+            self._failure = RunError(f'the checkpoint of step {step:,} could not be written ({type(error).__name__}: {one_line(error, 300)})')
+
+    def _write(self, step, values, progress, best_step):
+        spoiled = [key for key, value in zip(self._variables, values) if value.dtype.is_floating and not np.isfinite(value.numpy()).all()]
+        if spoiled:
+            raise RunError(f'after step {step:,} there are numbers that are not finite in {len(spoiled)} of {len(values)} variables ({spoiled[0]}), which are '
+                           'not saved: lower config.schedule.peak_lr or lengthen config.schedule.warmup')
+        folder = _folder(self.directory, step)
+        files.delete(folder)  # damaged, or of a start that was killed while it wrote
+        files.make_folder(folder)
+        prefix = os.path.join(folder, VARIABLES)
+        with files.explained(folder):
+            tf.raw_ops.SaveV2(prefix=prefix, tensor_names=list(self._variables), shape_and_slices=[''] * len(values), tensors=values)
+        written = files.list_folder(folder)
+        for path in (*(os.path.join(folder, name) for name in written), folder):
+            files.force(path)
+        manifest = {'step': step, 'best_step': best_step, 'progress': progress,
+                    'files': {name: _size_and_checksum(os.path.join(folder, name)) for name in written}}
+        with files.explained(folder, 'read'):
+            self._load(prefix)
+        self.before_commit()
+        content = json.dumps(manifest, sort_keys=True)
+        files.write(os.path.join(folder, MANIFEST), json.dumps({'sha256': _checksum(content.encode()), 'manifest': manifest}, sort_keys=True) + '\n')
+        files.force(self.directory)
+        self._good[step] = json.loads(content)
+        self._damaged.pop(step, None)
+        self._delete_old()
+
+    def _delete_old(self):
+        """Leaves the last few, and what each of these names as the best. A newer one was just read back."""
+        last = [step for step in steps_in(self.directory) if step not in self._damaged][-self._keep:]
+        kept = {name for step in last for name in (step, self._best_named_by(step))}
+        for name in files.list_folder(self.directory):
+            if re.fullmatch('step-[0-9]+', name) and int(name[5:]) not in kept:
+                folder = os.path.join(self.directory, name)
+                files.delete(os.path.join(folder, MANIFEST))  # first: half of a checkpoint is none
+                files.delete(folder)
+                self._good.pop(int(name[5:]), None)
+
+    def _best_named_by(self, step):
+        try:
+            return (self._good.get(step) or _manifest(_folder(self.directory, step)))['best_step']
+        except RunError:  # damaged, which shows when it is asked for
+            return None
+
+    def _is_good(self, step):
+        if step in self._good:
+            return True
+        try:
+            self._good[step] = verify(_folder(self.directory, step))
+            return True
+        except RunError as error:
+            if step not in self._damaged:
+                print(f'damaged   {error}', flush=True)
+            self._damaged[step] = str(error)
+            return False
+
+
+def steps_in(directory):
+    """The steps of the checkpoints in a folder, in order; they may be damaged."""
+    steps = [int(name[5:]) for name in files.list_folder(directory) if re.fullmatch('step-[0-9]+', name)]
+    return [step for step in sorted(steps) if files.exists(os.path.join(_folder(directory, step), MANIFEST))]
+
+
+def verify(folder):
+    """The manifest of a checkpoint, when all of its files are as they were written. Raises RunError with the file that is not."""
+    manifest = _manifest(folder)
+    for name, expected in manifest['files'].items():
+        path = os.path.join(folder, os.path.basename(name))
+        if not files.exists(path):
+            raise RunError(f'{path} is missing')
+        if _size_and_checksum(path) != expected:
+            raise RunError(f'{path} is damaged: it is not what was written')
+    return manifest
+
+
+def find(path):
+    """What TensorFlow reads of the checkpoint that `path` names, verified; None if it names none.
+
+    Args:
+        path: of a run, of its `checkpoints`, of `checkpoints/best` or of `checkpoints/step-500`.
+
+    Raises: RunError if it is damaged.
+    """
+    path = path.rstrip('/')
+    if files.exists(os.path.join(path, MANIFEST)):
+        folder = path
+    else:
+        wants_best = os.path.basename(path) == 'best'
+        directories = [os.path.dirname(path)] if wants_best else [os.path.join(path, 'checkpoints'), path]
+        directory = next((directory for directory in directories if steps_in(directory)), None)
+        if directory is None:
+            return None
+        folder = _folder(directory, steps_in(directory)[-1])
+        if wants_best:
+            folder = _folder(directory, verify(folder)['best_step'])
+    verify(folder)
+    return os.path.join(folder, VARIABLES)
+
+
+def _folder(directory, step):
+    return os.path.join(directory, f'step-{step}')
+
+
+def _manifest(folder):
+    path = os.path.join(folder, MANIFEST)
+    if not files.exists(path):
+        raise RunError(f'{path} is missing')
+    try:
+        content = json.loads(files.read(path))
+        manifest = content['manifest']
+        whole = content['sha256'] == _checksum(json.dumps(manifest, sort_keys=True).encode())
+    except (ValueError, KeyError, TypeError):
+        whole = False
+    if not whole or _folder('', manifest['step']) != os.path.basename(folder):
+        raise RunError(f'{path} is damaged: it is not what was written')
+    return manifest
+
+
+def _size_and_checksum(path):
+    content = files.read(path)
+    return {'bytes': len(content), 'sha256': _checksum(content)}
+
+
+def _checksum(content):
+    return hashlib.sha256(content).hexdigest()

@@ -6,7 +6,9 @@ import time
 
 from tqdm import tqdm
 
-from errors import RunError
+from outputs import files
+
+NAME = 'metrics.jsonl'
 
 
 class Logbook:
@@ -21,9 +23,9 @@ class Logbook:
     def __init__(self, workdir, first_step, total_steps):
         import tensorflow as tf  # here, because reading a logbook needs none
 
-        self.path = os.path.join(workdir, 'metrics.jsonl')
+        self.path = os.path.join(workdir, NAME)
         self._rows = [row for row in read_metrics(workdir) if row['step'] <= first_step]
-        _write_rows(self.path, self._rows)
+        files.write(self.path, _as_text(self._rows))
         self._summary = tf.summary
         self._board = tf.summary.create_file_writer(os.path.join(workdir, 'tensorboard'))
         self._bar = tqdm(total=total_steps, initial=first_step, unit='step', dynamic_ncols=True, smoothing=0.1,
@@ -34,11 +36,10 @@ class Logbook:
         """Adds numbers measured after `step` updates to the row of that step."""
         if self._rows and self._rows[-1]['step'] == step:
             self._rows[-1].update(metrics)
-            _write_rows(self.path, self._rows)
+            files.write(self.path, _as_text(self._rows))
         else:
             self._rows.append({'step': step, 'wall_time': time.time(), **metrics})
-            with open(self.path, 'a') as file:
-                file.write(json.dumps(self._rows[-1]) + '\n')
+            files.append(self.path, _as_text(self._rows[-1:]))
         with self._board.as_default(step):
             for name, value in metrics.items():
                 self._summary.scalar(name, value)
@@ -54,8 +55,8 @@ class Logbook:
         self._board.close()
 
     def _show(self, step, metrics):
-        names = {'train/loss': 'loss', 'train/learning_rate': 'lr', 'train/examples_per_second': 'img/s', 'eval/accuracy': 'accuracy'}
-        shown = {names[name]: f'{value:.4g}' for name, value in metrics.items() if name in names}
+        names = {'train/loss': 'loss', 'train/skipped_updates': 'skipped', 'train/learning_rate': 'lr', 'train/examples_per_second': 'img/s', 'eval/accuracy': 'accuracy'}
+        shown = {names[name]: f'{value:.4g}' for name, value in metrics.items() if name in names and (value or name != 'train/skipped_updates')}
         self._bar_text.update(shown)
         self._bar.set_postfix(self._bar_text, refresh=not self._bar.disable)
         if self._bar.disable:  # no terminal: a line for each evaluation and each tenth of the run is enough
@@ -67,36 +68,15 @@ class Logbook:
 
 def read_metrics(workdir):
     """The rows of metrics.jsonl; a last line cut short by a crash is left out."""
-    path = os.path.join(workdir, 'metrics.jsonl')
+    path = os.path.join(workdir, NAME)
     rows = []
-    if os.path.exists(path):
-        with open(path) as file:
-            for line in file:
-                try:
-                    rows.append(json.loads(line))
-                except ValueError:
-                    break
+    for line in files.read(path).decode(errors='replace').splitlines() if files.exists(path) else ():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
     return rows
 
 
-def write_json(path, value):
-    """Writes a JSON file so that it is either the old one or the new one, never half of it."""
-    with open(path + '.part', 'w') as file:
-        json.dump(value, file, indent=2, default=str)
-        file.write('\n')
-    os.replace(path + '.part', path)
-
-
-def read_json(path):
-    """The content of a JSON file. Raises RunError if it is damaged."""
-    with open(path) as file:
-        try:
-            return json.load(file)
-        except ValueError as error:
-            raise RunError(f'{path} is damaged ({error}): restore it, or delete the folder to start again') from None
-
-
-def _write_rows(path, rows):
-    with open(path + '.part', 'w') as file:
-        file.writelines(json.dumps(row) + '\n' for row in rows)
-    os.replace(path + '.part', path)
+def _as_text(rows):
+    return ''.join(json.dumps(row) + '\n' for row in rows)

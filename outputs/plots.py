@@ -1,4 +1,5 @@
 """The pictures of a run, and of several runs side by side."""
+import io
 import os
 import textwrap
 
@@ -6,6 +7,8 @@ import matplotlib
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
+
+from outputs import files
 
 plt.rcParams.update({'figure.dpi': 110, 'axes.grid': True, 'grid.alpha': 0.3, 'axes.spines.top': False, 'axes.spines.right': False,
                      'legend.frameon': False, 'axes.axisbelow': True})
@@ -104,6 +107,8 @@ def plot_curves(path, runs):
 
 
 def _save(figure, path):
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    figure.savefig(path)
+    picture = io.BytesIO()
+    figure.savefig(picture, format=os.path.splitext(path)[1][1:])
+    files.make_folder(os.path.dirname(path))
+    files.write(path, picture.getvalue())
     plt.close(figure)

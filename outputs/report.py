@@ -1,7 +1,8 @@
 """report.md: what was run, on what, how well, how fast, and what limited it."""
 import os
 
-from outputs.logbook import read_json
+from outputs import files
+from outputs.files import read_json
 
 INPUT_BOUND = 0.2  # from this share of the time spent waiting for batches on, the input is what limits
 
@@ -24,6 +25,8 @@ def write_report(workdir, summary, description, notes=()):
     changed = f' with {len(environment["git_changed_files"])} changed files' if environment['git_changed_files'] else ''
     about_data = '\n'.join(('## What to know about the data', '', '```', *notes, '```', '', '')) if notes else ''
     resumed = ', '.join(f'{step:,}' for step in summary['resumed_from']) or 'never'
+    name = config['best_metric'].removeprefix('eval/')
+    best = 'none' if summary['best/step'] is None else f'{summary[f"best/{name}"]:.4g} after update {summary["best/step"]:,}'
     text = f"""# {config['model']['name']} on {config['dataset']['name']}
 
 **{summary['eval/accuracy']:.2%}** of {summary['eval/examples']:,} evaluation examples are right
@@ -32,10 +35,11 @@ def write_report(workdir, summary, description, notes=()):
 | | |
 | --- | --- |
 | loss on the evaluation split | {summary['eval/loss']:.4f} |
-| best accuracy on the way | {summary['best/accuracy']:.2%} |
+| best {name} on the way | {best} |
 | accuracy of the exported model, loaded with TensorFlow alone | {summary['export/accuracy']:.2%} of {summary['export/examples']:,} examples |
 | largest difference of its logits from the model's | {summary['export/max_difference']:.2g} |
 | examples seen | {summary['examples_seen']:,} |
+| updates skipped, because their loss or gradient was not finite | {summary['skipped_updates']:,} |
 | time in the training loop | {summary['train_seconds']:,.0f} s |
 | speed | {summary['examples_per_second']:,.0f} examples/s (median) |
 | what limited it | {limit} |
@@ -61,5 +65,4 @@ config.json has every value of the config.
 - Python {environment['python']}; {packages}
 - commit {commit}{changed}
 """
-    with open(os.path.join(workdir, 'report.md'), 'w') as file:
-        file.write(text)
+    files.write(os.path.join(workdir, 'report.md'), text)

@@ -89,6 +89,6 @@ def test_a_trained_backbone_can_be_given_back_to_keras_applications(tmp_path):
         np.testing.assert_array_equal(variable, saved)
     config = config_for('EfficientNetV2B0', SIZE, weights=path)
     new = models.build_model(config, 3)
-    transfer.load_weights(new, config, [])
+    transfer.load_weights(new, config, [], None)
     for variable, saved in zip(models.weights(new), models.weights(plain)):
         np.testing.assert_array_equal(variable, saved)

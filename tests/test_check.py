@@ -527,11 +527,12 @@ def test_a_workdir_that_cannot_be_written_to_is_named(tmp_path, place):
 # Data, config, model.
 
 def test_a_workdir_with_a_run_of_another_config_is_named(tmp_path, tiny):
-    (tmp_path / 'checkpoints').mkdir()
+    (tmp_path / 'checkpoints' / 'step-10').mkdir(parents=True)
+    (tmp_path / 'checkpoints' / 'step-10' / 'manifest.json').touch()
     (tmp_path / 'config.json').write_text(tiny.to_json())
     assert trial.workdir_finding(tiny, str(tmp_path)).status == 'ok'
     tiny.batch_size = 48
-    assert_mended(trial.workdir_finding(tiny, str(tmp_path)), 'FAIL', 'batch_size was 32, is 48', 'give this one its own --workdir')
+    assert_mended(trial.workdir_finding(tiny, str(tmp_path)), 'FAIL', 'batch_size was 32, is 48', '--workdir')
 
 
 def test_digits_that_are_not_prepared_are_ok_with_the_numbers_that_they_will_have(tmp_path, tiny):
@@ -628,8 +629,9 @@ def test_a_checkpoint_is_as_large_as_the_table_says(tmp_path, tiny):
     from session import open_session
 
     session = open_session(tiny, str(tmp_path))
-    session.checkpoints.save(1)
-    written = sum(file.stat().st_size for file in (tmp_path / 'checkpoints').glob('step-1.data*'))
+    session.checkpoints.save(1, {})
+    session.checkpoints.wait()
+    written = sum(file.stat().st_size for file in (tmp_path / 'checkpoints').glob('step-1/*data*'))
     found = rows_of(tiny, tmp_path)['model'].found
     assert float(found.rsplit(' ', 2)[1]) * 2**20 == pytest.approx(written, rel=0.15)  # the names of its parts come to it
 

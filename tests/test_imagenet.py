@@ -13,7 +13,7 @@ import train
 from configs import imagenet
 from errors import ConfigError, RunError
 from inputs import datasets
-from outputs.logbook import read_json
+from outputs.files import read_json
 
 SYNSETS = ('n01440764', 'n01443537', 'n01484850', 'n01491361')
 PICTURES_PER_CLASS, VALIDATION_PICTURES = 12, 10

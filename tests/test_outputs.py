@@ -8,8 +8,8 @@ import tensorflow as tf
 
 import compare
 from outputs import plots
-from outputs.checkpoints import Checkpoints
-from outputs.logbook import Logbook, read_metrics, write_json
+from outputs.files import write_json
+from outputs.logbook import Logbook, read_metrics
 
 
 def write_run(folder, rows, **schedule):
@@ -34,22 +34,6 @@ def test_no_step_appears_twice_also_after_a_restart(tmp_path):
     logbook.write(30, {'train/loss': 0.25})
     logbook.close()
     assert [row['step'] for row in read_metrics(folder)] == [10, 20, 30] and read_metrics(folder)[-1]['train/loss'] == 0.25
-
-
-def test_checkpoints_keep_the_last_few_and_the_best(tmp_path):
-    variable = tf.Variable(0.0)
-    checkpoints = Checkpoints(str(tmp_path), {'model': [variable]}, keep=2)
-    for step, accuracy in ((10, 0.5), (20, 0.9), (30, 0.7), (40, 0.9)):
-        variable.assign(step)
-        assert checkpoints.save_if_best(step, accuracy) == (step in (10, 20))
-        checkpoints.save(step)
-    assert sorted(name for name in os.listdir(tmp_path) if name.endswith('.index')) == ['step-30.index', 'step-40.index']
-    other = tf.Variable(-1.0)
-    again = Checkpoints(str(tmp_path), {'model': [other]}, keep=2)
-    assert again.latest_step() == 40
-    assert again.restore('best') == 20 and other.numpy() == 20
-    assert again.restore('last') == 40 and other.numpy() == 40
-    assert not again.save_if_best(50, 0.8)  # the best is remembered over restarts
 
 
 def test_pictures_can_be_opened(tmp_path):

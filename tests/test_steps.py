@@ -201,6 +201,13 @@ def test_the_average_follows_its_formula_and_is_what_evaluation_uses(still):
     np.testing.assert_allclose(logits, state.model(IMAGES.astype('float32'), training=False), rtol=1e-4, atol=1e-5)
 
 
+def everything(state):
+    """Copies of all numbers of a state but the counters of updates and of those skipped."""
+    parts = state.variables()
+    parts['optimizer'] = [variable.value for variable in state.optimizer.variables if variable is not state.optimizer.iterations]
+    return [variable.numpy() for part in ('model', 'average', 'optimizer') for variable in parts[part]]
+
+
 @pytest.mark.parametrize('devices', [1, 2])
 def test_float16_skips_an_update_that_is_not_finite_and_halves_its_scale(still, devices):
     still.schedule.peak_lr = 1e-3
@@ -210,12 +217,44 @@ def test_float16_skips_an_update_that_is_not_finite_and_halves_its_scale(still, 
 
     strategy, state, _ = build(still, devices, 'mixed_float16')
     state.loss_scale.assign(1e38)  # overflows
-    before = [variable.numpy() for variable in (*state.model.trainable_variables, *state.optimizer.variables)]
+    before = everything(state)
     loop = loops.make_train_loop(strategy, steps.make_train_step(state, still, UNCHANGED, num_classes=10, num_replicas=devices, jit_compile=False))
     assert float(loop(batches(strategy, devices), tf.constant(1))['grad_norm']) == 0  # and not inf, which no JSON can say
     assert state.skipped_updates.numpy() == 1 and state.loss_scale.numpy() == pytest.approx(0.5e38)
-    for variable, value in zip((*state.model.trainable_variables, *state.optimizer.variables), before):
-        np.testing.assert_array_equal(variable.numpy(), value)
+    for now, value in zip(everything(state), before):
+        np.testing.assert_array_equal(now, value)
+
+
+def spoiling(bad):
+    """A loss that is not a number, on the first replica alone, in batches whose first label is in `bad`."""
+    change = augment.on_device(default.get_config().augment, 10)
+
+    def spoiled(images, labels, draws):
+        images, targets = change(images, labels, draws)
+        is_bad = tf.reduce_any(labels[0] == tf.constant(bad, labels.dtype))
+        return images, tf.where(is_bad & tf.equal(tf.distribute.get_replica_context().replica_id_in_sync_group, 0), float('nan'), targets)
+
+    return spoiled
+
+
+@pytest.mark.parametrize('name, devices', [('adamw', 2), *((name, 1) for name in sorted(optimizers.OPTIMIZERS) if name != 'muon')])
+def test_an_update_with_a_loss_that_is_not_a_number_changes_nothing_and_is_counted(still, name, devices):
+    still.optimizer, still.ema_decay, still.grad_clip_norm, still.model.layer_decay = {'name': name}, 0.9, 1.0, 0.9
+    strategy, state, plan = build(still, devices)
+    step = steps.make_train_step(state, still, spoiling([7]), num_classes=10, num_replicas=devices, jit_compile=False)
+    loop = loops.make_train_loop(strategy, step)
+    good, bad = [np.full(32, label) for label in (3, 7)]
+    loop(batches(strategy, devices, labels=good), tf.constant(2))
+    before = everything(state)
+    results = {key: float(value) for key, value in loop(batches(strategy, devices, labels=bad), tf.constant(3)).items()}
+    for now, value in zip(everything(state), before):
+        np.testing.assert_array_equal(now, value)
+    assert (results['skipped'], results['skipped_in_a_row'], results['loss'], results['correct'], results['grad_norm']) == (3, 3, 0, 0, 0)
+    assert state.optimizer.iterations.numpy() == 5  # so that the rate stays that of the step
+    assert results['learning_rate'] == pytest.approx(float(planning.planned_rates(still, plan)[1][4]), rel=1e-6)
+    results = loop(batches(strategy, devices, labels=good), tf.constant(1))
+    assert float(results['skipped']) == float(results['skipped_in_a_row']) == 0 and float(results['loss']) > 0
+    assert state.skipped_updates.numpy() == 3 and not all(np.array_equal(*pair) for pair in zip(everything(state), before))
 
 
 def test_float16_gradients_are_those_of_float32(still):

@@ -14,11 +14,13 @@ import export
 import train
 from configs import folder
 from errors import ConfigError, RunError
-from outputs.logbook import read_json, read_metrics
+from outputs.files import read_json
+from outputs.logbook import read_metrics
+from outputs.progress import Progress
 from session import open_session
 from tests.conftest import tiny_config
 
-FILES = ('config.json', 'environment.json', 'metrics.jsonl', 'tensorboard', 'checkpoints', 'checkpoints/best', 'plots/learning_rate.png',
+FILES = ('config.json', 'environment.json', 'metrics.jsonl', 'tensorboard', 'checkpoints', 'plots/learning_rate.png',
          'plots/curves.png', 'export/saved_model.pb', 'export/labels.txt', 'report.md', 'summary.json')
 
 
@@ -179,7 +181,9 @@ def test_the_host_calls_once_for_each_loop_and_nothing_is_traced_again(tiny, tmp
         monkeypatch.setattr(train.loops, name, make)
     session = open_session(tiny, str(tmp_path))
     logbook = train.Logbook(str(tmp_path), 0, session.plan.total_steps)
-    assert train.train(session, logbook, 0, train.Stop())['eval/examples'] == 360
+    progress = Progress()
+    assert train.train(session, logbook, progress, train.stopping.Stop()) is None and progress.metrics['eval/examples'] == 360
+    session.checkpoints.wait()
     logbook.close()
     ((train_loop, train_calls),), ((eval_loop, eval_calls),) = made.values()
     assert train_calls == [7, 3, 5, 5, 7, 3]  # loops of 7, cut where the host logs or evaluates
@@ -315,7 +319,8 @@ def test_two_runs_of_one_seed_are_the_same_run_and_another_seed_is_not(finished,
 def test_a_loss_that_is_not_a_number_ends_the_run_with_advice(tiny, tmp_path):
     tiny.optimizer = {'name': 'sgd'}
     tiny.schedule.peak_lr = tiny.schedule.start_lr = 1e30
-    with pytest.raises(RunError, match='the loss is nan somewhere in steps 0 to 4: lower config.schedule.peak_lr'):
+    tiny.max_skipped_updates = 5
+    with pytest.raises(RunError, match='not finite in updates 1 to 8, which were skipped: look at the first batch with --mode=preview; lower config.schedule.peak_lr'):
         train.run(tiny, str(tmp_path / 'run'))
     assert not os.path.exists(tmp_path / 'run' / 'checkpoints')
     tiny.schedule.peak_lr = tiny.schedule.start_lr = 1e-3  # nothing was trained there, so nothing is in the way
@@ -333,12 +338,13 @@ def test_a_checkpoint_of_another_model_or_a_damaged_one_is_named(finished, tmp_p
     shutil.copytree(os.path.join(workdir, 'checkpoints'), tmp_path / 'checkpoints')  # without config.json, which would say it first
     config.image_size, config.model.name = 32, 'MobileNetV2'
     try:
-        with pytest.raises(RunError, match='step-30 does not fit this config or is damaged'):
+        with pytest.raises(RunError, match='step-30 does not fit this config .model/0000 is'):
             evaluate.run(config, str(tmp_path))
     finally:
         config.image_size, config.model.name = 16, 'tiny'
-    (tmp_path / 'checkpoints' / 'step-30.index').write_bytes(b'damaged')
-    with pytest.raises(RunError, match='step-30 does not fit this config or is damaged'):
+    for step in (20, 30):
+        (tmp_path / 'checkpoints' / f'step-{step}' / 'variables.index').write_bytes(b'damaged')
+    with pytest.raises(RunError, match='none of the 2 checkpoints .* step-30/variables.index is damaged'):
         evaluate.run(config, str(tmp_path))
 
 

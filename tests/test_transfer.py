@@ -15,7 +15,8 @@ from benchmarks.same_step import without_batch
 from tests.conftest import tiny_config
 from errors import ConfigError, RunError
 from modeling import loops, models, optimizers, steps, transfer
-from outputs.logbook import read_json
+from outputs.checkpoints import find
+from outputs.files import read_json
 
 IMAGES = np.random.RandomState(0).randint(0, 256, (32, 16, 16, 3)).astype(np.uint8)
 LABELS = np.random.RandomState(1).randint(0, 10, 32)
@@ -63,16 +64,16 @@ def digits_run(tmp_path_factory):
 
 def averages_in(workdir):
     """What evaluation of a run uses, in the order of the model, read by TensorFlow's own listing of a checkpoint."""
-    path = tf.train.latest_checkpoint(os.path.join(workdir, 'checkpoints'))
+    path = os.path.join(workdir, 'checkpoints', 'step-30', 'variables')
     names = [name for name, _ in tf.train.list_variables(path) if name.startswith('average/')]
     return [tf.train.load_variable(path, name) for name in sorted(names, key=lambda name: int(name.split('/')[1]))]
 
 
-@pytest.mark.parametrize('part', ['', 'checkpoints', 'checkpoints/step-30', 'checkpoints/step-30.index', 'export'])
+@pytest.mark.parametrize('part', ['', 'checkpoints', 'checkpoints/step-30', 'checkpoints/step-30/variables.index', 'export'])
 def test_a_run_its_checkpoint_and_its_saved_model_give_the_weights_that_it_is_evaluated_with(digits_run, tiny, part):
     tiny.model.weights = os.path.join(digits_run, part)
     model = models.build_model(tiny, 10)
-    said = transfer.load_weights(model, tiny, NAMES)
+    said = transfer.load_weights(model, tiny, NAMES, find)
     for ours, theirs in zip(models.weights(model), averages_in(digits_run), strict=True):
         np.testing.assert_array_equal(ours, theirs)
     assert said.startswith('12 of 12 variables (5,562 numbers) from ') and said.endswith('; the head too')
@@ -81,7 +82,8 @@ def test_a_run_its_checkpoint_and_its_saved_model_give_the_weights_that_it_is_ev
 def test_the_best_checkpoint_can_be_taken(digits_run, tiny):
     tiny.model.weights = os.path.join(digits_run, 'checkpoints', 'best')
     model = models.build_model(tiny, 10)
-    assert '/checkpoints/best/step-' in transfer.load_weights(model, tiny, NAMES)
+    best = read_json(os.path.join(digits_run, 'summary.json'))['best/step']
+    assert f'/checkpoints/step-{best};' in transfer.load_weights(model, tiny, NAMES, find)
 
 
 @pytest.mark.parametrize('part', ['checkpoints', 'export'])
@@ -90,7 +92,7 @@ def test_a_head_of_which_nothing_says_what_it_knows_is_not_taken(digits_run, tin
     if part == 'export':
         os.remove(tmp_path / part / 'labels.txt')
     tiny.model.weights = str(tmp_path / part)
-    assert 'the head is new, 32 features to 10 classes: nothing says what its classes are' in transfer.load_weights(models.build_model(tiny, 10), tiny, NAMES)
+    assert 'the head is new, 32 features to 10 classes: nothing says what its classes are' in transfer.load_weights(models.build_model(tiny, 10), tiny, NAMES, find)
 
 
 @pytest.mark.parametrize('part', ['', 'export'])
@@ -99,7 +101,7 @@ def test_a_head_of_other_classes_is_new(digits_run, tiny, part, names):
     tiny.model.weights = os.path.join(digits_run, part)
     model = models.build_model(tiny, len(names))
     fresh = model.get_layer('predictions').kernel.numpy()
-    said = transfer.load_weights(model, tiny, names)
+    said = transfer.load_weights(model, tiny, names, find)
     for ours, theirs in zip(models.weights(model)[:-2], averages_in(digits_run)):
         np.testing.assert_array_equal(ours, theirs)
     np.testing.assert_array_equal(model.get_layer('predictions').kernel, fresh)
@@ -111,7 +113,7 @@ def test_the_weights_of_keras_applications_are_taken_without_their_head(tmp_path
     tiny.model.name, tiny.model.weights, tiny.image_size = 'MobileNetV2', str(tmp_path / 'backbone.weights.h5'), 32
     theirs.save_weights(tiny.model.weights)
     model = models.build_model(tiny, 7)
-    assert 'the head is new, 1,280 features to 7 classes: it comes without one' in transfer.load_weights(model, tiny, NAMES[:7])
+    assert 'the head is new, 1,280 features to 7 classes: it comes without one' in transfer.load_weights(model, tiny, NAMES[:7], find)
     for ours, original in zip(models.weights(model), models.weights(theirs)):
         np.testing.assert_array_equal(ours, original)
 
@@ -127,7 +129,7 @@ def without_labels(workdir, tmp_path):
 def damaged(workdir, tmp_path):
     copy = str(tmp_path / 'damaged')
     shutil.copytree(os.path.join(workdir, 'checkpoints'), copy)
-    path = tf.train.latest_checkpoint(copy) + '.index'
+    path = os.path.join(copy, 'step-30', 'variables.index')
     with open(path, 'r+b') as file:
         file.truncate(os.path.getsize(path) // 2)
     return copy
@@ -150,7 +152,7 @@ def test_weights_that_cannot_be_taken_are_one_line(digits_run, tiny, tmp_path, w
     tiny.model.weights = weights.format(run=digits_run, tmp=tmp_path, damaged=damaged(digits_run, tmp_path), foreign=foreign, unlabelled=without_labels(digits_run, tmp_path))
     model = models.build_model(tiny, 10)
     with pytest.raises((RunError, ConfigError)) as raised:
-        transfer.load_weights(model, tiny, NAMES)
+        transfer.load_weights(model, tiny, NAMES, find)
     assert says in str(raised.value) and '\n' not in str(raised.value)
 
 

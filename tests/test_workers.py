@@ -10,7 +10,8 @@ import time
 import pytest
 
 import main
-from outputs.logbook import read_json, read_metrics
+from outputs.files import read_json
+from outputs.logbook import read_metrics
 from tests.test_transfer import write_foreign_teacher
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -86,7 +87,7 @@ def test_a_signal_to_any_worker_stops_all_and_the_same_command_goes_on(tmp_path)
     ended = finish(processes)
     assert [status for status, *_ in ended] == [143, 143], ended
     stopped = int(ended[0][1].split('stopped at step ')[1].split(',')[0])
-    assert os.path.exists(os.path.join(workdir, 'checkpoints', f'step-{stopped}.index'))
+    assert os.path.exists(os.path.join(workdir, 'checkpoints', f'step-{stopped}', 'manifest.json'))
 
 
 def test_a_worker_that_is_killed_ends_the_others_with_its_name(tmp_path):
