@@ -64,7 +64,7 @@ def torture(folder, kills, seed, steps, changes=()):
             reach = draw.uniform(0, 2 * (steps - newest(workdir)) / (kills - index))
             after = min(newest(workdir) + reach, steps - EVALUATE - 1)  # the step after which it is to fall
             seen.append(kill(start(workdir, steps, changes), workdir, aim, after, draw, steps, seen))
-            print('{number:3} aimed at {aim:10} fell into {fell:10} after {seconds:5.1f} s, checkpoint {checkpoint}, row {row}'.format(number=index + 1, **seen[-1]), flush=True)
+            print('{0:3} aimed at {aim:10} fell into {fell:10} after {seconds:5.1f} s, checkpoint {checkpoint}, row {row}'.format(index + 1, **seen[-1]), flush=True)
         finish(start(workdir, steps, changes), workdir)
         finish(left_alone, os.path.join(folder, 'alone'))
     finally:
@@ -127,8 +127,8 @@ def kill(process, workdir, aim, after, draw, steps, seen, seconds=300):
             raise Difference(f'the run was over after {len(seen)} kills: give it more --steps')
     finally:
         stop(process)
-    row = last_row(workdir)
-    return {'aim': aim, 'fell': where(workdir, wall, steps), 'seconds': round(time.monotonic() - began, 2), 'checkpoint': newest(workdir), 'row': row.get('step', 0)}
+    return {'aim': aim, 'fell': where(workdir, wall, steps), 'seconds': round(time.monotonic() - began, 2), 'checkpoint': newest(workdir),
+            'row': last_row(workdir).get('step', 0)}
 
 
 def reached(workdir, aim, after, wall, before, steps):
@@ -186,7 +186,8 @@ def fresh(workdir, wall):
 
 def trace(workdir):
     """Something that changes when the run begins to write."""
-    return [(path, os.stat(path).st_mtime_ns) for path in (os.path.join(workdir, name) for name in ('', 'checkpoints', 'metrics.jsonl')) if os.path.exists(path)]
+    paths = [os.path.join(workdir, name) for name in ('', 'checkpoints', 'metrics.jsonl')]
+    return [(path, os.stat(path).st_mtime_ns) for path in paths if os.path.exists(path)]
 
 
 def last_row(workdir):
@@ -239,6 +240,7 @@ def compare(alone, killed):
     differences += [f'metrics.jsonl: step {step} is there twice, or too late' for step, following in zip(steps, steps[1:]) if following <= step]
     by_step = ({str(row['step']): row for row in rows(workdir)} for workdir in (alone, killed))
     differences += differing('metrics.jsonl', *by_step)
+    differences += [f'{name} is in one of the two folders only' for name in sorted(set(os.listdir(alone)) ^ set(os.listdir(killed)))]
     (first, _), (second, unfinished) = checkpoints(alone), checkpoints(killed)
     differences += [f'{path} was left unfinished' for path in unfinished.values()]
     if set(first) != set(second):

@@ -41,9 +41,9 @@ def spoil(path, content=b'damaged'):
         file.write(content)
 
 
-@pytest.mark.parametrize('place', ['disk', 'ram://bucket/checkpoints'])
+@pytest.mark.parametrize('place', ['', 'file://', 'ram://'])
 def test_the_last_few_stay_and_the_best_that_they_name(tmp_path, place):
-    directory = str(tmp_path) if place == 'disk' else place
+    directory = place + str(tmp_path)
     saved(directory, steps=(10, 20, 30), best=(10, 10, 10))
     assert steps_in(directory) == [10, 20, 30]
     saved(directory, steps=(40, 50), best=(10, 50))

@@ -14,7 +14,8 @@ def test_kills_change_nothing(tmp_path):
     # And it is a comparison: each of these would have been seen.
     with open(os.path.join(killed, 'metrics.jsonl')) as file:
         lines = file.readlines()
-    for changed, says in ((lines[:-1], 'is None'), ([*lines[:2], *lines[1:]], 'twice'), ([lines[0].replace('train/loss": 2', 'train/loss": 3'), *lines[1:]], 'metrics.jsonl: 7')):
+    other_loss = lines[0].replace('train/loss": 2', 'train/loss": 3')
+    for changed, says in ((lines[:-1], 'is None'), ([*lines[:2], *lines[1:]], 'twice'), ([other_loss, *lines[1:]], 'metrics.jsonl: 7')):
         with open(os.path.join(killed, 'metrics.jsonl'), 'w') as file:
             file.writelines(changed)
         assert says in ' '.join(torture.compare(alone, killed)), says
