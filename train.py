@@ -35,19 +35,23 @@ def run(config, workdir, continues='same'):
 
     Returns: the exit status: 0, or 143 after SIGTERM.
     """
-    if not devices.is_chief(config):
-        with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(io.StringIO()):  # one worker writes and speaks for all
-            return follow(open_session(config, workdir), scratch)
-    with lock.hold(workdir) as held:
-        if continues == 'never':
+    is_chief = devices.is_chief(config)
+    with lock.hold(workdir) if is_chief else contextlib.nullcontext() as held:
+        changes = []
+        if continues != 'never':
+            changes = resume.config_changes(config, workdir)
+            if changes and continues == 'same':
+                resume.require_same_config(config, workdir)
+            if not changes and resume.is_finished(workdir):
+                print(f'{workdir} is finished: see {os.path.join(workdir, "report.md")}')
+                return 0
+        elif is_chief:
             resume.set_aside(workdir)
-        changes = resume.config_changes(config, workdir)
-        if changes and continues != 'changed':
-            resume.require_same_config(config, workdir)
-        if not changes and resume.is_finished(workdir):
-            print(f'{workdir} is finished: see {os.path.join(workdir, "report.md")}')
-            return 0
-        return lead(open_session(config, workdir), workdir, changes, held)
+        session = open_session(config, workdir)
+        if is_chief:
+            return lead(session, workdir, changes, held)
+    with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(io.StringIO()):  # one worker writes and speaks for all
+        return follow(session, scratch)
 
 
 def lead(session, workdir, changes, held):
@@ -111,7 +115,7 @@ def train(session, logbook, progress, stop):
     config, plan, checkpoints = session.config, session.plan, session.checkpoints
     evaluation = evaluate.make_evaluation(session)
     stages = [stage for stage in planning.stages(config, plan) if stage[0] > progress.step]
-    stage_end, saved_at = progress.step, time.monotonic()
+    stage_end, saved_at, warned = progress.step, time.monotonic(), False
     while True:
         step, best = progress.step, False
         at_end = step == plan.total_steps
@@ -130,13 +134,17 @@ def train(session, logbook, progress, stop):
         if done or stop_signal:
             return stop_signal
         if step == stage_end:
-            stage_end, stage_config = stages.pop(0)
+            stage_begin, (stage_end, stage_config) = step, stages.pop(0)
             train_loop, iterator = begin_stage(session, stage_config, step, stage_end)
         until = min(stage_end, step + config.steps_per_loop, *(next_multiple(step, every) for every in plan.intervals))
         began = time.monotonic()
         results = {key: float(value) for key, value in train_loop(iterator, tf.constant(until - step)).items()}  # waits for the devices
-        progress.add(until, results, time.monotonic() - began)
+        seconds = time.monotonic() - began
+        progress.add(until, results, seconds)
         logbook.advance(until)
+        if seconds > LONG_LOOP and step > stage_begin and not warned:  # the first one of a stage is traced and compiled as well
+            logbook.say(f'note      a loop takes {seconds:.0f} s, and a machine that is taken back gives about 30: lower config.steps_per_loop to stop in time')
+            warned = True
         require_numbers(session, progress, os.path.dirname(logbook.path))
         if until % plan.log_every == 0 or until == plan.total_steps:
             logbook.write(until, progress.close_window(plan.batch_size))

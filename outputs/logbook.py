@@ -50,6 +50,10 @@ class Logbook:
         """Moves the progress bar to `step`."""
         self._bar.update(step - self._bar.n)
 
+    def say(self, text):
+        """Prints a line, above the progress bar."""
+        self._bar.write(text)
+
     def close(self):
         self._bar.close()
         self._board.close()

@@ -288,3 +288,9 @@ def test_a_run_behind_tensorflows_file_system_is_the_same_run(tiny, tmp_path, re
     assert {'config.json', 'report.md', 'summary.json', 'export', 'plots', 'checkpoints'} <= set(files.list_folder(workdir))
     assert files.read(workdir + '/plots/curves.png')[:4] == b'\x89PNG' and 'saved_model.pb' in files.list_folder(workdir + '/export')
     assert evaluate.run(tiny, workdir)['eval/accuracy'] == read_json(reference + '/summary.json')['eval/accuracy']
+
+
+def test_loops_that_are_longer_than_a_notice_are_pointed_out_once(tiny, workdir, monkeypatch, capsys):
+    monkeypatch.setattr(train, 'LONG_LOOP', 0.0)
+    assert train.run(tiny, workdir) == 0
+    assert capsys.readouterr().out.count('a loop takes 0 s, and a machine that is taken back gives about 30: lower config.steps_per_loop') == 1
