@@ -61,7 +61,7 @@ RANGES = {
     'virtual_devices': (0, 64),
     'steps_per_loop': (1, 2**31 - 1),
     'keep_checkpoints': (1, None),
-    'max_skipped_updates': (1, None),
+    'max_skipped_updates': (0, None),
 }
 UNITS = {
     'train_for': ('epochs', 'steps', 'examples'),

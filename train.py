@@ -3,6 +3,7 @@ import contextlib
 import dataclasses
 import hashlib
 import io
+import math
 import os
 import signal
 import statistics
@@ -162,14 +163,15 @@ def begin_stage(session, config, first_step, end_step):
 
 def require_numbers(session, progress, workdir):
     """Raises RunError when the last `config.max_skipped_updates` updates were skipped, one after the other; leaves skipped.json for `preview`."""
-    if progress.skipped_in_a_row < session.config.max_skipped_updates:
+    most = session.config.max_skipped_updates
+    if (progress.skipped_in_a_row < most) if most else math.isfinite(progress.window['loss']):
         return
     session.checkpoints.wait()
     saved = session.checkpoints.latest_step()
-    first, last = progress.step - progress.skipped_in_a_row, progress.step - 1
+    first, last = progress.step - progress.skipped_in_a_row if most else progress.window_start, progress.step - 1
     teacher = f'see whether the answers of the teacher {session.teacher_name} are numbers, ' if session.teacher else ''
     files.write_json(os.path.join(workdir, resume.SKIPPED), {'first_update': first, 'last_update': last})
-    raise RunError(f'the loss or its gradient was not finite in updates {first:,} to {last:,}, which were skipped: {teacher}'
+    raise RunError(f'the loss or its gradient was not finite {"in" if most else "somewhere in"} updates {first:,} to {last:,}{", which were skipped" * (most > 0)}: {teacher}'
                      'look at the first batch with --mode=preview; lower config.schedule.peak_lr, lengthen config.schedule.warmup or set config.grad_clip_norm, '
                      + (f'and go on from step {saved:,}, which is saved, with --resume=changed' if saved else 'and start again; no step is saved yet'))
 

@@ -34,10 +34,11 @@ BATCH, SIZE, CLASSES, TOPOLOGY = 128, 224, 1000, tpu_compiler.Topology.parse('v5
 EXCITED, KERNEL = (BATCH, 14, 14, 672), (3, 3, 672, 1)  # of a depthwise convolution of block 5, the most expensive kind
 
 
-def ours(change=None, batch_size=BATCH):
+def ours(change=None, batch_size=BATCH, **values):
     """The step of configs/imagenet.py, with something changed while it is built."""
     config = imagenet.get_config()
     config.batch_size = batch_size
+    config.update(values)
     plan = planning.make_plan(config, 1_281_167, 50_000, CLASSES, 1)
     with change or contextlib.nullcontext():
         return preflight.lower_training(config, plan, TOPOLOGY)
@@ -135,6 +136,7 @@ CASES = {
     'Keras on TensorFlow, mixed_bfloat16, SGD': lambda: keras_on_tensorflow('mixed_bfloat16', lambda: keras.optimizers.SGD(0.1, momentum=0.9)),
     'Keras on JAX, mixed_bfloat16, SGD': keras_on_jax,
     'ours': ours,
+    'without skipping updates that are not finite': lambda: ours(max_skipped_updates=0),
     "without any of it: Keras' layers in our step": lambda: ours(mock.patch.object(models, 'fuse', lambda model, synchronized: None)),
     'without squeeze-and-excitation in one layer': lambda: ours(without_gates_in_one_layer()),
     'with sigmoid by tanh': lambda: ours(mock.patch.object(batch_norm.tf, 'sigmoid', lambda z: 0.5 + 0.5 * tf.tanh(0.5 * z))),

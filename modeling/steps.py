@@ -75,7 +75,8 @@ def make_train_step(state, config, augment, *, num_classes, num_replicas, jit_co
     then regularised, clipped by their global norm, and applied. Batch normalisation sees a micro-batch at a time.
 
     An update whose loss or gradient is not finite on any replica is skipped: nothing changes but the counters, the loss scale
-    and `optimizer.iterations`, so that the learning rate stays that of the step. No host is asked.
+    and `optimizer.iterations`, so that the learning rate stays that of the step. No host is asked. With max_skipped_updates=0 that is
+    not looked at, except in float16, whose scale depends on it.
 
     With a teacher the loss is (1 - alpha) x cross-entropy + alpha x T^2 x KL(teacher, model), of probabilities at temperature T
     (Hinton et al. 2015); it is shown the very pictures that the model sees (Beyer et al. 2022).
@@ -83,7 +84,7 @@ def make_train_step(state, config, augment, *, num_classes, num_replicas, jit_co
     Args:
         state: TrainState.
         config: uses batch_size, accumulate_steps, label_smoothing, l2_regularization, grad_clip_norm, ema_decay,
-            model.layer_decay and distill.
+            max_skipped_updates, model.layer_decay and distill.
         augment: a function of images, labels and draws as they come in, that returns images float32 [batch, size, size, 3]
             in 0..255 and labels float32 [batch, num_classes]: `inputs.augment.on_device`.
         num_classes, num_replicas: ints.
@@ -97,6 +98,7 @@ def make_train_step(state, config, augment, *, num_classes, num_replicas, jit_co
     """
     model, optimizer = state.model, state.optimizer
     trained, accumulate = model.trainable_variables, config.accumulate_steps
+    guarded = config.max_skipped_updates > 0 or state.loss_scale is not None
     synchronizes = any(getattr(layer, 'synchronized', False) for layer in model._flatten_layers())
     statistics = [variable.value for variable in weights(model) if not any(variable is other for other in trained)]  # of batch normalisation
     slowed = [(variable.value, factor) for variable, factor in zip(trained, rate_factors(model, config.model.layer_decay)) if factor != 1]
@@ -128,8 +130,9 @@ def make_train_step(state, config, augment, *, num_classes, num_replicas, jit_co
     def train_step(images, labels, draws):
         statistics_before = [tf.identity(variable) for variable in statistics]
         loss, correct, gradients = _compiled(loss_and_gradients, jit_compile, synchronizes and num_replicas > 1)(images, labels, draws)
-        spoiled = tf.where(tf.math.is_finite(loss), 0.0, float('nan'))  # so that the sum of the gradients tells it to all replicas
-        gradients = [*gradients[:-1], gradients[-1] + tf.cast(spoiled, gradients[-1].dtype)]
+        if guarded:
+            spoiled = tf.where(tf.math.is_finite(loss), 0.0, float('nan'))  # so that the sum of the gradients tells it to all replicas
+            gradients = [*gradients[:-1], gradients[-1] + tf.cast(spoiled, gradients[-1].dtype)]
         if num_replicas > 1:
             gradients = tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, gradients)
         if state.loss_scale is not None:
@@ -138,7 +141,7 @@ def make_train_step(state, config, augment, *, num_classes, num_replicas, jit_co
             gradients = [gradient + config.l2_regularization * variable if decays(variable) else gradient
                          for gradient, variable in zip(gradients, trained)]
         norm = tf.linalg.global_norm(gradients)
-        finite = tf.math.is_finite(norm)
+        finite = tf.math.is_finite(norm) if guarded else tf.constant(True)
         if config.grad_clip_norm:
             gradients, _ = tf.clip_by_global_norm(gradients, config.grad_clip_norm, use_norm=norm)
         learning_rate = tf.cast(optimizer.learning_rate, tf.float32)  # before the update counts itself
@@ -149,7 +152,7 @@ def make_train_step(state, config, augment, *, num_classes, num_replicas, jit_co
             _assign([variable for variable, _ in slowed], [old + factor * (variable - old) for (variable, factor), old in zip(slowed, before)])
             _update_average(state, config.ema_decay)
 
-        _only_if(finite, update, state, statistics, statistics_before)
+        _only_if(finite, update, state, statistics, statistics_before) if guarded else update()
         _count(finite, state)
         results = {'loss': loss, 'correct': correct, 'grad_norm': norm / num_replicas}
         results = {key: tf.where(finite, tf.cast(value, tf.float32), 0.0) for key, value in results.items()}
