@@ -49,8 +49,9 @@ def write(session, directory):
 
     Raises: RunError if its answers differ from the model's; what was at `directory` before stays then.
     """
-    with files.explained(directory), files.written_beside(directory) as partial:
-        _write_saved_model(session, partial)
+    with files.written_beside(directory) as partial:
+        with files.explained(partial):
+            _write_saved_model(session, partial)
         files.write(os.path.join(partial, 'labels.txt'), ''.join(f'{name}\n' for name in session.source.class_names))
         return _compare(session, partial)
 

@@ -68,7 +68,7 @@ def lead(session, workdir, changes, held):
     session.checkpoints.before_commit = before_commit
     stop_signal = train_until_stopped(session, workdir, progress)
     if stop_signal is not None:
-        print(f'{signal.Signals(stop_signal).name}: stopped at step {progress.step:,}, saved; the same command continues', flush=True)
+        print(f'{signal.Signals(stop_signal).name}: stopped at step {progress.step:,}{", saved" * (progress.step > 0)}; the same command continues', flush=True)
         return stopping.exit_status(stop_signal)
 
     exported = export.write(session, os.path.join(workdir, 'export'))

@@ -19,6 +19,7 @@ CAUSES = {  # of a failure to write, and what to do
     errno.EPERM: 'you may not write there: choose another --workdir',
     errno.ENOENT: 'its folder is not there any more: somebody has deleted or moved it',
     errno.ENOTDIR: 'a part of this path is a file: choose another --workdir',
+    errno.EEXIST: 'a file has the name of this folder: choose another --workdir',
     errno.EIO: 'the disk does not answer as it should: see what the system says about it (dmesg)',
     errno.ESTALE: 'the network disk has gone: mount it again, and the same command continues at the last checkpoint',
 }

@@ -13,7 +13,8 @@ import threading
 import time
 import uuid
 
-from errors import RunError, one_line
+from errors import RunError
+from outputs import files
 
 BEAT = 20.0  # seconds between two signs of life in a lease
 SILENCE = 70.0  # seconds without one after which a lease counts as left behind: three beats, and 10 s for a slow network
@@ -58,7 +59,7 @@ class _Lock:
 
     def take(self):
         """Locks; returns False where the file system has no locks."""
-        with self._changing, _told_in_one_line(self.path, OSError):
+        with self._changing, files.explained(self.path):
             os.makedirs(os.path.dirname(self.path), exist_ok=True)
             while True:
                 # Looked at before the file is opened: to close it again would let go of the lock that this process has on it.
@@ -79,7 +80,7 @@ class _Lock:
 
     def require(self):
         """Raises RunError if the folder was deleted, moved or replaced."""
-        with _told_in_one_line(self.path, OSError):
+        with files.explained(self.path):
             if _inode(self.path) != _inode(self._file):
                 raise RunError(f'{self.workdir} has vanished: the folder of this run was deleted, moved or replaced while it trained; '
                                'nothing more is written')
@@ -127,7 +128,7 @@ class _Lease:
 
     def take(self):
         """Writes the lease; waits first where there is one whose holder may be dead. Returns True."""
-        with _told_in_one_line(self.path, (OSError, self._errors.OpError)):
+        with files.explained(self.path):
             self._files.makedirs(self.workdir)
             found = self._read()
             if found == b'':  # opened by one who is about to write, or who died before
@@ -145,7 +146,7 @@ class _Lease:
 
     def require(self):
         """Raises RunError if the lease is gone or another's."""
-        with self._is_writing, _told_in_one_line(self.path, (OSError, self._errors.OpError)):
+        with self._is_writing, files.explained(self.path):
             found = self._read()
         if found is None:
             raise RunError(f'{self.workdir} has vanished: the folder of this run, or {self.path}, was deleted or moved while it trained; '
@@ -259,23 +260,3 @@ def _inode(file):
     except (FileNotFoundError, NotADirectoryError):
         return None
     return status.st_dev, status.st_ino
-
-
-@contextlib.contextmanager
-def _told_in_one_line(path, errors):
-    """Turns errors of the file system into a RunError with what to do."""
-    advice = {errno.ENOSPC: 'free some space there, or give a --workdir on another disk',
-              errno.EDQUOT: 'free some of your quota there, or give a --workdir on another disk',
-              errno.EROFS: 'give a --workdir on a disk that can be written to',
-              errno.EACCES: 'give a --workdir that you may write to, or have its owner let you',
-              errno.EPERM: 'give a --workdir that you may write to, or have its owner let you',
-              errno.EEXIST: 'a file has the name of the folder, give another --workdir',
-              errno.ENOTDIR: 'a file has the name of the folder, give another --workdir'}
-    try:
-        yield
-    except errors as error:
-        if isinstance(error, OSError):
-            what, then = error.strerror or error, advice.get(error.errno, 'give another --workdir')
-        else:  # TensorFlow's
-            what, then = error.message or type(error).__name__, 'see whether it is there and this account may write to it'
-        raise RunError(f'{path} cannot be written ({one_line(what)}): {then}') from None

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -17,7 +18,7 @@ import pytest
 import tensorflow as tf
 
 from errors import RunError
-from outputs import lock
+from outputs import files, lock
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -209,16 +210,15 @@ def test_a_run_whose_folder_has_vanished_is_told_before_it_writes(tmp_path, what
         pass
 
 
-@pytest.mark.parametrize('number, advice', [(errno.EROFS, 'on a disk that can be written to'), (errno.EACCES, 'that you may write to'),
-                                            (errno.ENOSPC, 'free some space'), (errno.EDQUOT, 'quota'), (errno.EIO, 'another --workdir')])
+@pytest.mark.parametrize('number', [errno.EROFS, errno.EACCES, errno.ENOSPC, errno.EDQUOT, errno.EIO])
 @pytest.mark.parametrize('function', ['makedirs', 'open', 'write'])
-def test_a_folder_that_cannot_be_written_to_is_said_in_one_line_with_a_way_out(tmp_path, monkeypatch, number, advice, function):
+def test_a_folder_that_cannot_be_written_to_is_said_in_one_line_with_a_way_out(tmp_path, monkeypatch, number, function):
     def fails(*_, **__):
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(os, function, fails)
     message = refusal(tmp_path)
-    assert str(tmp_path) in message and os.strerror(number) in message and advice in message
+    assert message == f'{tmp_path}/.lock cannot be written: {files.CAUSES[number]}'
     monkeypatch.undo()
     with lock.hold(tmp_path):
         pass
@@ -227,7 +227,7 @@ def test_a_folder_that_cannot_be_written_to_is_said_in_one_line_with_a_way_out(t
 def test_a_file_in_the_place_of_the_folder_is_said_in_one_line(tmp_path):
     (tmp_path / 'file').write_text('')
     for folder in (tmp_path / 'file', tmp_path / 'file' / 'run'):
-        assert 'a file has the name of the folder' in refusal(folder)
+        assert re.search('a file has the name of this folder|a part of this path is a file', refusal(folder))
 
 
 # A folder in a bucket, or on a disk without locks.
