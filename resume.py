@@ -95,7 +95,8 @@ def restore(session, workdir):
     rows = read_metrics(workdir)
     if saved:
         _, progress = session.checkpoints.restore()
-        print(f'resumes   at step {saved:,}', flush=True)
+        lost = f'; what came after it, up to step {rows[-1]["step"]:,}, is done again' if rows and rows[-1]['step'] > saved else ''
+        print(f'resumes   at step {saved:,}{lost}', flush=True)
         if saved > session.plan.total_steps:
             raise ConfigError(f'the run is at step {saved:,}, after the end of this config at step {session.plan.total_steps:,}: raise config.train_for')
         return Progress(**progress)

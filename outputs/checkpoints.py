@@ -40,19 +40,19 @@ class Checkpoints:
         self._writing, self._failure = None, None
 
     def save(self, step, progress, best_step=None):
-        """Saves the variables as they are now, after `step` updates, unless that is there already; `wait` waits for it.
+        """Saves the variables as they are now, after `step` updates; `wait` waits for it. Of a step that is there already only the rest is renewed.
 
         Args:
             progress: what else `restore` shall return: numbers, texts, lists and dicts of them.
             best_step: the step of the best checkpoint so far, which may be this one.
 
-        Raises: RunError: this one, or the one before, cannot be written, or has numbers that are not finite.
+        Raises: RunError: the one before could not be written.
         """
         self.wait()
-        if not self._writes or step in self._good:
+        if not self._writes:
             return
         with tf.device('CPU:0'):
-            values = [tf.identity(variable) for variable in self._variables.values()]
+            values = None if step in self._good else [tf.identity(variable) for variable in self._variables.values()]
         self._writing = threading.Thread(target=self._try_to_write, args=(step, values, progress, best_step), name='checkpoint')
         self._writing.start()
 
@@ -124,30 +124,35 @@ class Checkpoints:
             self._failure = RunError(f'the checkpoint of step {step:,} could not be written ({type(error).__name__}: {one_line(error, 300)})')
 
     def _write(self, step, values, progress, best_step):
+        folder = _folder(self.directory, step)
+        written = self._write_variables(folder, step, values) if values else self._good[step]['files']
+        content = json.dumps({'step': step, 'best_step': best_step, 'progress': progress, 'files': written}, sort_keys=True)
+        self.before_commit()
+        files.write(os.path.join(folder, MANIFEST), f'{{"sha256": "{_checksum(content.encode())}", "manifest": {content}}}\n')
+        for above in (self.directory, os.path.dirname(self.directory)):  # may be new
+            files.force(above)
+        self._good[step] = json.loads(content)
+        self._damaged.pop(step, None)
+        self._delete_old()
+
+    def _write_variables(self, folder, step, values):
+        """Writes the values and reads them back; returns {name of a file: its size and checksum}."""
         spoiled = [key for key, value in zip(self._variables, values) if value.dtype.is_floating and not np.isfinite(value.numpy()).all()]
         if spoiled:
             raise RunError(f'after step {step:,} there are numbers that are not finite in {len(spoiled)} of {len(values)} variables ({spoiled[0]}), which are '
                            'not saved: lower config.schedule.peak_lr or lengthen config.schedule.warmup')
-        folder = _folder(self.directory, step)
         files.delete(folder)  # damaged, or of a start that was killed while it wrote
         files.make_folder(folder)
         prefix = os.path.join(folder, VARIABLES)
         with files.explained(folder):
             tf.raw_ops.SaveV2(prefix=prefix, tensor_names=list(self._variables), shape_and_slices=[''] * len(values), tensors=values)
-        written = files.list_folder(folder)
-        for path in (*(os.path.join(folder, name) for name in written), folder):
+        names = files.list_folder(folder)
+        for path in (*(os.path.join(folder, name) for name in names), folder):
             files.force(path)
-        manifest = {'step': step, 'best_step': best_step, 'progress': progress,
-                    'files': {name: _size_and_checksum(os.path.join(folder, name)) for name in written}}
+        checksums = {name: _size_and_checksum(os.path.join(folder, name)) for name in names}
         with files.explained(folder, 'read'):
             self._load(prefix)
-        self.before_commit()
-        content = json.dumps(manifest, sort_keys=True)
-        files.write(os.path.join(folder, MANIFEST), json.dumps({'sha256': _checksum(content.encode()), 'manifest': manifest}, sort_keys=True) + '\n')
-        files.force(self.directory)
-        self._good[step] = json.loads(content)
-        self._damaged.pop(step, None)
-        self._delete_old()
+        return checksums
 
     def _delete_old(self):
         """Leaves the last few, and what each of these names as the best. A newer one was just read back."""
@@ -216,7 +221,10 @@ def find(path):
             return None
         folder = _folder(directory, steps_in(directory)[-1])
         if wants_best:
-            folder = _folder(directory, verify(folder)['best_step'])
+            best_step = verify(folder)['best_step']
+            if best_step is None:
+                raise RunError(f'{path} is not there: the run has not been evaluated yet')
+            folder = _folder(directory, best_step)
     verify(folder)
     return os.path.join(folder, VARIABLES)
 

@@ -212,7 +212,22 @@ def test_a_checkpoint_counts_only_after_what_must_come_before(tmp_path):
     assert steps_in(str(tmp_path)) == [20, 30, 40][-len(steps_in(str(tmp_path))):] and restored(tmp_path) == (40, 40)
 
 
+def test_what_is_learned_about_a_checkpoint_later_is_added_to_it(tmp_path):
+    saved(tmp_path, steps=(10, 20), best=(None, None))
+    os.makedirs(tmp_path / 'step-15')  # of a start that was killed
+    again = Checkpoints(str(tmp_path), variables(), keep=1)
+    again.restore()
+    before = os.stat(tmp_path / 'step-20' / 'variables.index').st_ino
+    again.save(20, {'step': 20}, 20)  # it was evaluated, after a stop
+    again.wait()
+    assert restored(tmp_path, 'best') == (20, 20) and os.listdir(tmp_path) == ['step-20']
+    assert os.stat(tmp_path / 'step-20' / 'variables.index').st_ino == before
+
+
 def test_paths_that_name_a_checkpoint(tmp_path):
+    saved(tmp_path / 'none' / 'checkpoints', best=(None,) * 4)
+    with pytest.raises(RunError, match='checkpoints/best is not there: the run has not been evaluated yet'):
+        find(str(tmp_path / 'none' / 'checkpoints' / 'best'))
     saved(tmp_path / 'checkpoints', best=(10, 20, 20, 30))
     for name, step in (('', 40), ('checkpoints', 40), ('checkpoints/best', 30), ('checkpoints/step-30', 30), ('checkpoints/step-30/', 30)):
         assert find(os.path.join(str(tmp_path), name)) == str(tmp_path / 'checkpoints' / f'step-{step}' / 'variables'), name

@@ -78,6 +78,18 @@ def test_a_signal_during_evaluation_does_not_wait_for_its_end_and_it_is_made_up_
     tiny.eval_batch_size = 128
     assert train.run(tiny, workdir) == 0
     assert_same_run(workdir, reference)
+    assert evaluate.run(tiny, workdir, 'best')['eval/accuracy'] == read_json(os.path.join(workdir, 'summary.json'))['best/accuracy']
+
+
+def test_the_last_evaluation_may_be_the_best_although_it_was_broken_off(tiny, workdir, monkeypatch):
+    tiny.eval_every, tiny.checkpoint_every, tiny.steps_per_loop, tiny.eval_batch_size = '30 steps', '30 steps', 1, 12
+    make = train.evaluate.make_evaluation
+    with monkeypatch.context() as patch:
+        patch.setattr(train.evaluate, 'make_evaluation', lambda session: lambda *stop: os.kill(os.getpid(), train.signal.SIGTERM) or make(session)(*stop))
+        assert train.run(tiny, workdir) == 143
+    assert train.run(tiny, workdir) == 0
+    assert read_json(os.path.join(workdir, 'summary.json'))['best/step'] == 30
+    assert evaluate.run(tiny, workdir, 'best')['eval/accuracy'] == read_json(os.path.join(workdir, 'summary.json'))['eval/accuracy']
 
 
 def test_it_goes_on_with_another_number_of_devices(still, workdir, tmp_path, monkeypatch):
