@@ -41,7 +41,7 @@ def main(arguments):
     signal.signal(signal.SIGTERM, interrupt)
     try:
         config = parse(arguments)
-        workdir = FLAGS.workdir or os.path.join('runs', config_name())
+        workdir = (FLAGS.workdir or os.path.join('runs', config_name())).removeprefix('file://')  # the same folder has the same lock
         if FLAGS.mode == 'check':  # it must get by where TensorFlow cannot be imported
             return importlib.import_module('check').run(config, workdir)
         tpu_environment.prepare(config)

@@ -18,8 +18,9 @@ from settings import flatten
 # Keys that may differ between the starts of one run: they change where and how fast it goes and when it looks, not what is computed
 # (except that without model.sync_batch_norm each replica has statistics of its own).
 FREE_KEYS = ('dataset.data_dir', 'dataset.service', 'dataset.max_broken', 'eval_batch_size', 'jit_compile', 'strategy', 'virtual_devices', 'tpu',
-             'steps_per_loop', 'log_every', 'eval_every', 'checkpoint_every', 'keep_checkpoints', 'patience', 'max_skipped_updates')
+             'steps_per_loop', 'log_every', 'eval_every', 'checkpoint_every', 'keep_checkpoints', 'max_skipped_updates')
 CONFIG, ENVIRONMENT, SUMMARY, SKIPPED = 'config.json', 'environment.json', 'summary.json', 'skipped.json'
+FILES = (CONFIG, ENVIRONMENT, SUMMARY, SKIPPED, 'metrics.jsonl', 'tensorboard', 'checkpoints', 'plots', 'preview', 'export', 'export.part', 'report.md', 'evaluation.json')
 
 
 def begun(workdir):
@@ -28,7 +29,8 @@ def begun(workdir):
 
 
 def is_finished(workdir):
-    return files.exists(os.path.join(workdir, SUMMARY))
+    path = os.path.join(workdir, SUMMARY)
+    return files.exists(path) and bool(files.read(path).strip())
 
 
 def config_changes(config, workdir, free_keys=FREE_KEYS):
@@ -46,19 +48,29 @@ def require_same_config(config, workdir, free_keys=FREE_KEYS):
     """Raises ConfigError, with the differences, if `workdir` holds a run of another config; `free_keys` may differ."""
     changes = config_changes(config, workdir, free_keys)
     if changes:
-        raise ConfigError(f'{workdir} holds a run of another config ({"; ".join(changes)}): use that config, or give this one its own --workdir. '
-                          'On purpose, --resume=changed trains on with the new config, and --resume=never moves that run aside')
+        raise refusal(workdir, changes)
+
+
+def refusal(workdir, changes):
+    """The ConfigError of a config that has changed."""
+    return ConfigError(f'{workdir} holds a run of another config ({"; ".join(changes)}): use that config, or give this one its own --workdir. '
+                       'On purpose, --resume=changed trains on with the new config, and --resume=never moves that run aside')
+
+
+def unknown_config(workdir):
+    """What is to be said of checkpoints without a config.json, as `config_changes` does; none where there are none."""
+    missing = not files.exists(os.path.join(workdir, CONFIG)) and steps_in(os.path.join(workdir, 'checkpoints'))
+    return [f'{CONFIG} is missing, so nobody knows which'] if missing else []
 
 
 def set_aside(workdir):
-    """Moves what a run has left in `workdir` into a folder beside it, and says where; nothing is deleted."""
-    kept = [name for name in files.list_folder(workdir) if name != '.lock']
-    if not kept:
+    """Moves what a run has left in `workdir` into a folder of its own there, `before-1`, and says so; nothing is deleted."""
+    left = [name for name in files.list_folder(workdir) if name in FILES]
+    if not left:
         return
-    number = next(number for number in range(1, 10**6) if not files.exists(f'{workdir.rstrip("/")}.before-{number}'))
-    aside = f'{workdir.rstrip("/")}.before-{number}'
+    aside = next(path for path in (os.path.join(workdir, f'before-{number}') for number in range(1, 10**6)) if not files.exists(path))
     files.make_folder(aside)
-    for name in kept:
+    for name in left:
         files.move(os.path.join(workdir, name), os.path.join(aside, name))
     print(f'begins    anew; the run before is in {aside}', flush=True)
 
@@ -93,6 +105,8 @@ def restore(session, workdir):
     if everywhere != saved * workers:
         raise RunError(f'this worker found step {saved:,} in its workdir, and others another one: all workers need one --workdir, on a disk that they share')
     rows = read_metrics(workdir)
+    if saved and not rows and session.is_chief:
+        print(f'note      no row of metrics.jsonl is left: what was measured up to step {saved:,} is lost', flush=True)
     if saved:
         _, progress = session.checkpoints.restore()
         lost = f'; what came after it, up to step {rows[-1]["step"]:,}, is done again' if rows and rows[-1]['step'] > saved else ''
@@ -111,7 +125,7 @@ def record_start(session, workdir, step, changes):
     before = read_json(path) if step and files.exists(path) else {}
     environment = describe_environment()
     notes = list(before.get('changes', ()))
-    if changes:
+    if changes and files.exists(os.path.join(workdir, CONFIG)):
         old = ConfigDict(_config_before(workdir))
         plan = session.plan
         rates = [float(planning.learning_rate_of(config, plan)([step])[0]) for config, plan in (
@@ -125,6 +139,7 @@ def record_start(session, workdir, step, changes):
     for note in notes[len(before.get('changes', ())):]:
         print(f'note      {note}', flush=True)
     resumed_from = before.get('resumed_from', []) + [step] * (0 < step < session.plan.total_steps)
+    files.make_folder(session.checkpoints.directory)  # now, and not hours later, it shows that something is in the way
     for name in (SUMMARY, SKIPPED):  # of a run that goes on, perhaps with another config
         files.delete(os.path.join(workdir, name))
     write_json(os.path.join(workdir, CONFIG), json.loads(config.to_json()))

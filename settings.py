@@ -132,7 +132,7 @@ def parse_duration(key, text, units):
         raise ConfigError(f'config.{key}={text!r} is more than the whole run: write at most 100%')
     if unit in ('steps', 'examples') and amount.denominator != 1:
         raise ConfigError(f'config.{key}={text!r} is impossible: {unit} come as whole numbers')
-    if key.endswith('_every') and not amount:
+    if (key.endswith('_every') or key == 'patience') and not amount:
         raise ConfigError(f'config.{key}={text!r} is impossible: write at least 1 step, or 100% for once, at the end')
     return amount, unit
 

@@ -40,9 +40,9 @@ def run(config, workdir, continues='same'):
     with lock.hold(workdir) if is_chief else contextlib.nullcontext() as held:
         changes = []
         if continues != 'never':
-            changes = resume.config_changes(config, workdir)
+            changes = resume.unknown_config(workdir) or resume.config_changes(config, workdir)
             if changes and continues == 'same':
-                resume.require_same_config(config, workdir)
+                raise resume.refusal(workdir, changes)
             if not changes and resume.is_finished(workdir):
                 print(f'{workdir} is finished: see {os.path.join(workdir, "report.md")}')
                 return 0
@@ -59,6 +59,8 @@ def lead(session, workdir, changes, held):
     """The run as the only process, or as the one of several workers that writes; returns the exit status."""
     print(session.describe(), flush=True)
     progress = resume.restore(session, workdir)
+    if changes:
+        progress.forget(changes)
     resumed_from, notes = resume.record_start(session, workdir, progress.step, changes)
 
     def before_commit():  # what a checkpoint will be continued with must be there, and the folder this run's
@@ -68,9 +70,15 @@ def lead(session, workdir, changes, held):
     session.checkpoints.before_commit = before_commit
     stop_signal = train_until_stopped(session, workdir, progress)
     if stop_signal is not None:
-        print(f'{signal.Signals(stop_signal).name}: stopped at step {progress.step:,}{", saved" * (progress.step > 0)}; the same command continues', flush=True)
+        saved = session.checkpoints.latest_step()
+        print(f'{signal.Signals(stop_signal).name}: stopped at step {progress.step:,}; '
+              + (f'the same command continues at step {saved:,}, which is saved' if saved else 'nothing is saved yet'), flush=True)
         return stopping.exit_status(stop_signal)
 
+    if progress.step < session.plan.total_steps:
+        notes.append(f'ended at step {progress.step:,} of {session.plan.total_steps:,}: no {session.config.best_metric} was better than that of step '
+                     f'{progress.best_step or 0:,} for {session.config.patience}, config.patience; with another one --resume=changed trains on')
+        print(f'patience  {notes[-1]}', flush=True)
     exported = export.write(session, os.path.join(workdir, 'export'))
     rows = read_metrics(workdir)
     plots.plot_learning_rate(os.path.join(workdir, 'plots', 'learning_rate.png'), *planning.planned_rates(session.config, session.plan), rows,
@@ -127,8 +135,8 @@ def train(session, logbook, progress, stop):
                 best = progress.evaluated(metrics, config.best_metric)
         done = progress.evaluated_at == step and (at_end or progress.out_of_patience(plan.patience))
         stop_signal = None if done else asked(session, stop)  # what is left at the end is short
-        is_due = due(session, step, saved_at) and not progress.skipped_in_a_row  # what a diverging run saves would take the place of something better
-        if step and (is_due or best or done or stop_signal):
+        is_due = due(session, step, saved_at)
+        if step and (done or ((is_due or best or stop_signal) and not progress.skipped_in_a_row)):  # a diverging run would save over something better
             session.synchronize()
             checkpoints.save(step, dataclasses.asdict(progress), progress.best_step)
             saved_at = time.monotonic()
@@ -141,7 +149,7 @@ def train(session, logbook, progress, stop):
         began = time.monotonic()
         results = {key: float(value) for key, value in train_loop(iterator, tf.constant(until - step)).items()}  # waits for the devices
         seconds = time.monotonic() - began
-        progress.add(until, results, seconds)
+        progress.add(until, results, seconds, plan.batch_size)
         logbook.advance(until)
         if seconds > LONG_LOOP and step > stage_begin and not warned:  # the first one of a stage is traced and compiled as well
             logbook.say(f'note      a loop takes {seconds:.0f} s, and a machine that is taken back gives about 30: lower config.steps_per_loop to stop in time')
@@ -205,7 +213,7 @@ def summarize(session, progress, rows, exported, resumed_from):
         digest.update(variable.numpy().tobytes())
     return {
         'steps': progress.step,
-        'examples_seen': progress.step * plan.batch_size,
+        'examples_seen': progress.examples_seen,
         'skipped_updates': progress.skipped_updates,
         **progress.metrics,
         'best/step': progress.best_step,

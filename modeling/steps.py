@@ -206,9 +206,11 @@ def label_rank(logits, labels):
     A logit that is not a number counts as before: a broken model is right about nothing.
     """
     own = tf.gather(logits, labels[:, None], batch_dims=1)  # [batch, 1]
-    earlier = tf.range(tf.shape(logits)[1], dtype=labels.dtype)[None] < labels[:, None]
-    own_place = tf.range(tf.shape(logits)[1], dtype=labels.dtype)[None] == labels[:, None]
-    before = tf.where(tf.equal(logits, own), earlier, ~(logits < own)) & (~own_place | tf.math.is_nan(own))
+    classes = tf.range(tf.shape(logits)[1], dtype=labels.dtype)[None]
+    earlier, others = classes < labels[:, None], tf.not_equal(classes, labels[:, None])
+    # Not the negation of "less": TensorFlow makes "greater or equal" of that in a graph, which no number but is_nan is right about.
+    before = (logits > own) | (tf.equal(logits, own) & earlier) | tf.math.is_nan(logits)
+    before = (before & others) | tf.math.is_nan(own)
     return tf.reduce_sum(tf.cast(before, tf.int32), axis=1)
 
 

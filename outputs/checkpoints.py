@@ -106,7 +106,7 @@ class Checkpoints:
         differs = [f'{key} is {found.get(key, "missing")} there and {wanted[key]} here' for key in wanted if found.get(key) != wanted[key]]
         more = [f'{key} is there and not here' for key in sorted(found) if key not in wanted and not partly]
         if differs or more:
-            raise RunError(f'{folder} does not fit this config ({(differs + more)[0]}): take the config it was made with')
+            raise RunError(f'{folder} does not fit this config ({(differs + more)[0]}): take the config it was made with, or begin anew with --resume=never')
         for variable, value in zip(self._variables.values(), self._load(prefix)):
             variable.assign(value)
 
@@ -124,6 +124,7 @@ class Checkpoints:
             self._failure = RunError(f'the checkpoint of step {step:,} could not be written ({type(error).__name__}: {one_line(error, 300)})')
 
     def _write(self, step, values, progress, best_step):
+        self.before_commit()  # a folder that has vanished is not made again
         folder = _folder(self.directory, step)
         written = self._write_variables(folder, step, values) if values else self._good[step]['files']
         content = json.dumps({'step': step, 'best_step': best_step, 'progress': progress, 'files': written}, sort_keys=True)
@@ -240,10 +241,11 @@ def _manifest(folder):
     try:
         content = json.loads(files.read(path))
         manifest = content['manifest']
-        whole = content['sha256'] == _checksum(json.dumps(manifest, sort_keys=True).encode())
-    except (ValueError, KeyError, TypeError):
+        whole = (content['sha256'] == _checksum(json.dumps(manifest, sort_keys=True).encode()) and manifest.keys() >= {'best_step', 'progress', 'files'}
+                 and _folder('', manifest['step']) == os.path.basename(folder))
+    except (ValueError, KeyError, TypeError, AttributeError):
         whole = False
-    if not whole or _folder('', manifest['step']) != os.path.basename(folder):
+    if not whole:
         raise RunError(f'{path} is damaged: it is not what was written')
     return manifest
 

@@ -137,11 +137,14 @@ def write_json(path, value):
 
 
 def read_json(path):
-    """The content of a JSON file. Raises RunError if it is damaged."""
+    """The object in a JSON file, a dict. Raises RunError if it is damaged."""
     try:
-        return json.loads(read(path))
+        content = json.loads(read(path))
     except ValueError as error:
-        raise RunError(f'{path} is damaged ({error}): restore it, or delete the folder to start again') from None
+        content = error
+    if not isinstance(content, dict):
+        raise RunError(f'{path} is damaged ({one_line(content, 100)}): bring it back from a copy, or begin anew with --resume=never, which moves the run aside')
+    return content
 
 
 @contextlib.contextmanager

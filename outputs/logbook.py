@@ -24,7 +24,11 @@ class Logbook:
         import tensorflow as tf  # here, because reading a logbook needs none
 
         self.path = os.path.join(workdir, NAME)
-        self._rows = [row for row in read_metrics(workdir) if row['step'] <= first_step]
+        rows, damaged = _read(self.path)
+        lost = [number for number in damaged if number <= len(rows)]  # not the last line: that is what a crash leaves
+        if lost:
+            print(f'damaged   {self.path}: line {", ".join(map(str, lost))} cannot be read and is left out', flush=True)
+        self._rows = [row for row in rows if row['step'] <= first_step]
         files.write(self.path, _as_text(self._rows))
         self._summary = tf.summary
         self._board = tf.summary.create_file_writer(os.path.join(workdir, 'tensorboard'))
@@ -71,15 +75,23 @@ class Logbook:
 
 
 def read_metrics(workdir):
-    """The rows of metrics.jsonl; a last line cut short by a crash is left out."""
-    path = os.path.join(workdir, NAME)
-    rows = []
-    for line in files.read(path).decode(errors='replace').splitlines() if files.exists(path) else ():
+    """The rows of metrics.jsonl that can be read: a crash may have cut the last one short."""
+    return _read(os.path.join(workdir, NAME))[0]
+
+
+def _read(path):
+    """(rows, numbers of the lines that are none)."""
+    rows, damaged = [], []
+    for number, line in enumerate(files.read(path).decode(errors='replace').splitlines() if files.exists(path) else (), 1):
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except ValueError:
-            break
-    return rows
+            row = None
+        if isinstance(row, dict) and isinstance(row.get('step'), int):
+            rows.append(row)
+        else:
+            damaged.append(number)
+    return rows, damaged
 
 
 def _as_text(rows):

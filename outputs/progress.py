@@ -1,5 +1,6 @@
 """What a run knows beside its variables; saved with each checkpoint, so that a run goes on as if it had not stopped."""
 import dataclasses
+import math
 
 LOWER_IS_BETTER = ('eval/loss',)
 
@@ -9,7 +10,7 @@ class Progress:
     """Numbers, texts and dicts of them: what JSON can say.
 
     Attributes:
-        step: updates done.
+        step, examples_seen: updates done, and examples in them.
         window_start, window, window_seconds: sums over the updates since the last row of metrics.jsonl, and how long they took.
         learning_rate: of the last update.
         skipped_updates, skipped_in_a_row: see `TrainState`.
@@ -19,6 +20,7 @@ class Progress:
     """
 
     step: int = 0
+    examples_seen: int = 0
     window_start: int = 0
     window: dict = dataclasses.field(default_factory=dict)
     window_seconds: float = 0.0
@@ -32,8 +34,9 @@ class Progress:
     best_step: int | None = None
     best: float | None = None
 
-    def add(self, step, results, seconds):
+    def add(self, step, results, seconds, batch_size):
         """Adds what a train loop up to `step` returned, as floats, and how long it took."""
+        self.examples_seen += (step - self.step) * batch_size
         self.step, self.learning_rate, self.skipped_in_a_row = step, results['learning_rate'], round(results['skipped_in_a_row'])
         self.skipped_updates += round(results['skipped'])
         for key in ('loss', 'correct', 'grad_norm', 'skipped', 'input_seconds'):
@@ -63,13 +66,20 @@ class Progress:
         return row
 
     def evaluated(self, metrics, best_metric):
-        """Notes an evaluation at this step; returns whether it was the best so far."""
+        """Notes an evaluation at this step; returns whether it was the best so far. That of a model which is diverging never is."""
         self.evaluated_at, self.metrics = self.step, metrics
         value = metrics[best_metric]
-        better = value == value and (self.best is None or (value < self.best if best_metric in LOWER_IS_BETTER else value > self.best))
+        better = math.isfinite(value) and math.isfinite(metrics['eval/loss']) and not self.skipped_in_a_row and (
+            self.best is None or (value < self.best if best_metric in LOWER_IS_BETTER else value > self.best))
         if better:
             self.best_step, self.best = self.step, value
         return better
+
+    def forget(self, changes):
+        """Lets go of what does not hold any more under a config with these changes, texts that begin with the key."""
+        self.window_start, self.window, self.window_seconds = self.step, {}, 0.0
+        if any(change.startswith(('best_metric ', 'dataset.')) for change in changes):
+            self.best_step = self.best = None
 
     def out_of_patience(self, patience):
         """Whether the last evaluation, at this step, is `patience` updates or more after the best one; None never is."""

@@ -69,6 +69,13 @@ def test_what_is_saved_is_what_was_there_although_training_goes_on(tmp_path, mon
     assert [variable.numpy().tolist() for variable in (*other['model'], *other['optimizer'])] == [1.0, [1.0, 2.0], 3]
 
 
+@pytest.mark.parametrize('content', ['[]', '{"sha256": "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a", "manifest": {}}'])
+def test_a_manifest_of_another_kind_is_damaged(tmp_path, content):
+    saved(tmp_path)
+    spoil(tmp_path / 'step-40' / 'manifest.json', content.encode())
+    assert restored(tmp_path) == (30, 30)
+
+
 @pytest.mark.parametrize('name', ['variables.index', 'variables.data-00000-of-00001', 'manifest.json'])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, capsys, name):
     saved(tmp_path)

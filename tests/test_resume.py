@@ -137,11 +137,13 @@ def test_another_model_cannot_take_the_weights_over(tiny, workdir, reference):
 def test_a_run_is_moved_aside_and_nothing_of_it_is_lost(tiny, workdir, reference, capsys):
     shutil.copytree(reference, workdir)
     held = sorted(os.listdir(workdir))
+    files.write(os.path.join(workdir, 'thesis.tex'), 'not of a run')
     tiny.seed = 1
     assert train.run(tiny, workdir, 'never') == 0
-    assert f'the run before is in {workdir}.before-1' in capsys.readouterr().out
-    assert sorted(os.listdir(f'{workdir}.before-1')) == held and read_json(os.path.join(workdir, 'config.json'))['seed'] == 1
-    assert_same_run(f'{workdir}.before-1', reference)
+    aside = os.path.join(workdir, 'before-1')
+    assert f'the run before is in {aside}' in capsys.readouterr().out
+    assert sorted(os.listdir(aside)) == held and os.path.exists(os.path.join(workdir, 'thesis.tex')) and read_json(os.path.join(workdir, 'config.json'))['seed'] == 1
+    assert_same_run(aside, reference)
 
 
 def spoil_updates(monkeypatch, first, last):
@@ -197,7 +199,7 @@ def test_too_many_in_a_row_end_the_run_and_leave_the_last_good_checkpoint_and_th
     assert ours == theirs
 
 
-def test_a_run_out_of_patience_ends_and_remembers_what_was_best_over_a_stop(tiny, workdir, tmp_path, monkeypatch):
+def test_a_run_out_of_patience_ends_and_remembers_what_was_best_over_a_stop(tiny, workdir, monkeypatch, capsys):
     tiny.train_for, tiny.eval_every, tiny.patience, tiny.best_metric = '60 steps', '5 steps', '10 steps', 'eval/loss'
     values = iter([2.0, 1.5, 1.7, 1.6, 1.4])
     make = train.evaluate.make_evaluation
@@ -215,6 +217,68 @@ def test_a_run_out_of_patience_ends_and_remembers_what_was_best_over_a_stop(tiny
     capped = evaluate.run(tiny, workdir, 'best')
     assert capped['eval/loss'] == pytest.approx(next(row['eval/loss'] for row in read_metrics(workdir) if row['step'] == 10), abs=3)
     assert json.loads(files.read(os.path.join(workdir, 'evaluation.json')))['step'] == 10
+    said = 'ended at step 20 of 60: no eval/loss was better than that of step 10 for 10 steps, config.patience; with another one --resume=changed trains on'
+    assert said in capsys.readouterr().out and said in files.read(os.path.join(workdir, 'report.md')).decode()
+    tiny.patience = ''
+    with monkeypatch.context() as patch:
+        patch.setattr(train.evaluate, 'make_evaluation', make)
+        assert train.run(tiny, workdir, 'changed') == 0
+    assert read_json(os.path.join(workdir, 'summary.json'))['steps'] == 60
+
+
+def test_a_diverged_model_is_never_right_and_never_the_best(tiny, workdir, monkeypatch):
+    stopped_at(tiny, workdir, 14, monkeypatch)
+    best = read_json(os.path.join(workdir, 'checkpoints', 'step-14', 'manifest.json'))['manifest']['best_step']
+    tiny.schedule.peak_lr, tiny.eval_every, tiny.max_skipped_updates = 1e30, '1 steps', 10
+    with pytest.raises(RunError, match='not finite in updates 15 to 24'):
+        train.run(tiny, workdir, 'changed')
+    assert [row['eval/accuracy'] for row in read_metrics(workdir) if row['step'] > 16] == [0.0] * 8
+    manifest = read_json(os.path.join(workdir, 'checkpoints', f'step-{steps_in(os.path.join(workdir, "checkpoints"))[-1]}', 'manifest.json'))['manifest']
+    assert manifest['best_step'] == best == 10 and manifest['step'] <= 15
+
+
+def test_what_does_not_hold_any_more_is_forgotten_when_the_config_changes(tiny, workdir, monkeypatch):
+    stopped_at(tiny, workdir, 14, monkeypatch)
+    tiny.best_metric, tiny.batch_size = 'eval/loss', 4
+    assert train.run(tiny, workdir, 'changed') == 0
+    summary, rows = read_json(os.path.join(workdir, 'summary.json')), read_metrics(workdir)
+    assert summary['best/loss'] == min(row['eval/loss'] for row in rows if row['step'] > 14 and 'eval/loss' in row)
+    assert all(row['train/accuracy'] <= 1 for row in rows) and summary['examples_seen'] == 14 * 32 + 16 * 4
+
+
+def test_without_config_json_nobody_knows_which_config_it_was(tiny, workdir, monkeypatch):
+    stopped_at(tiny, workdir, 14, monkeypatch)
+    os.remove(os.path.join(workdir, 'config.json'))
+    with pytest.raises(ConfigError, match='config.json is missing, so nobody knows which.*--resume=changed trains on'):
+        train.run(tiny, workdir)
+    assert train.run(tiny, workdir, 'changed') == 0
+
+
+def test_a_damaged_row_is_named_and_the_others_stay(tiny, workdir, monkeypatch, capsys):
+    tiny.log_every = '2 steps'
+    stopped_at(tiny, workdir, 14, monkeypatch)
+    path = os.path.join(workdir, 'metrics.jsonl')
+    lines = files.read(path).decode().splitlines(keepends=True)
+    files.write(path, ''.join([*lines[:2], '{"step": 6, "tra\n', '3\n', *lines[4:]]))
+    assert train.run(tiny, workdir) == 0
+    assert capsys.readouterr().out.count(f'damaged   {path}: line 3, 4 cannot be read and is left out') == 1
+    assert [row['step'] for row in read_metrics(workdir)] == [2, 4, *range(10, 31, 2)]
+
+
+@pytest.mark.parametrize('name, content', [('config.json', '[]'), ('config.json', 'null'), ('config.json', ''), ('environment.json', '[]')])
+def test_files_that_are_not_what_was_written_are_one_line(tiny, workdir, reference, name, content):
+    shutil.copytree(reference, workdir)
+    os.remove(os.path.join(workdir, 'summary.json'))
+    files.write(os.path.join(workdir, name), content)
+    with pytest.raises(RunError, match=f'{name} is damaged .*: bring it back from a copy, or begin anew with --resume=never, which moves the run aside'):
+        train.run(tiny, workdir)
+
+
+def test_what_is_in_the_way_of_checkpoints_shows_at_once(tiny, workdir):
+    files.make_folder(workdir)
+    files.write(os.path.join(workdir, 'checkpoints'), 'a file')
+    with pytest.raises(RunError, match='checkpoints cannot be written: a file has the name of this folder'):
+        train.run(tiny, workdir)
 
 
 def test_two_runs_in_one_folder_are_refused_by_name(tiny, workdir):

@@ -322,11 +322,11 @@ def test_a_loss_that_is_not_a_number_ends_the_run_with_advice(tiny, tmp_path):
     tiny.max_skipped_updates = 5
     with pytest.raises(RunError, match='not finite in updates 1 to 8, which were skipped: look at the first batch with --mode=preview; lower config.schedule.peak_lr'):
         train.run(tiny, str(tmp_path / 'run'))
-    assert not os.path.exists(tmp_path / 'run' / 'checkpoints')
+    assert os.listdir(tmp_path / 'run' / 'checkpoints') == []
     tiny.max_skipped_updates = 0  # not skipped, then
     with pytest.raises(RunError, match='not finite somewhere in updates 0 to 3: look at'):
         train.run(tiny, str(tmp_path / 'run'))
-    assert not os.path.exists(tmp_path / 'run' / 'checkpoints')
+    assert os.listdir(tmp_path / 'run' / 'checkpoints') == []
     tiny.schedule.peak_lr = tiny.schedule.start_lr = 1e-3  # nothing was trained there, so nothing is in the way
     assert train.run(tiny, str(tmp_path / 'run')) == 0
 

@@ -1,6 +1,7 @@
 """Several processes on this machine train as one: the same weights, one set of files, and they stop and fail together."""
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -86,7 +87,7 @@ def test_a_signal_to_any_worker_stops_all_and_the_same_command_goes_on(tmp_path)
     processes[1].send_signal(signal.SIGTERM)
     ended = finish(processes)
     assert [status for status, *_ in ended] == [143, 143], ended
-    stopped = int(ended[0][1].split('stopped at step ')[1].split(',')[0])
+    stopped = int(re.search(r'continues at step ([\d,]+), which is saved', ended[0][1])[1].replace(',', ''))
     assert os.path.exists(os.path.join(workdir, 'checkpoints', f'step-{stopped}', 'manifest.json'))
 
 
