@@ -37,6 +37,7 @@ def hold(workdir):
     Raises RunError if another run holds the folder, or if it cannot be written to.
     """
     workdir = os.fspath(workdir)
+    is_new = '://' not in workdir and not os.path.exists(workdir)
     held = _Lease(workdir) if '://' in workdir else _Lock(workdir)
     try:
         if not held.take():
@@ -45,6 +46,9 @@ def hold(workdir):
         yield held
     finally:
         held.release()
+        if is_new:  # a start that failed leaves no empty folder
+            with contextlib.suppress(OSError):
+                os.rmdir(workdir)
 
 
 class _Lock:

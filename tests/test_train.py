@@ -348,7 +348,7 @@ def test_a_checkpoint_of_another_model_or_a_damaged_one_is_named(finished, tmp_p
         config.image_size, config.model.name = 16, 'tiny'
     for step in (20, 30):
         (tmp_path / 'checkpoints' / f'step-{step}' / 'variables.index').write_bytes(b'damaged')
-    with pytest.raises(RunError, match='none of the 2 checkpoints .* step-30/variables.index is damaged'):
+    with pytest.raises(RunError, match='none of the 2 checkpoints .*step-30/variables.index is damaged'):
         evaluate.run(config, str(tmp_path))
 
 
