@@ -206,7 +206,6 @@ def next_multiple(step, every):
 
 def summarize(session, progress, rows, exported, resumed_from):
     """The content of summary.json."""
-    plan = session.plan
     speeds = [row['train/examples_per_second'] for row in rows if 'train/examples_per_second' in row]
     digest = hashlib.sha256()
     for variable in models.weights(session.state.model):

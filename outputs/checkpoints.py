@@ -5,6 +5,7 @@ strategy and does not depend on the names that Keras gives out), and `manifest.j
 for itself. The manifest is written last and appears whole: a folder without it is no checkpoint. An older one is deleted
 only when a newer one was read back. Nothing in a checkpoint is code.
 """
+import contextlib
 import hashlib
 import json
 import os
@@ -116,6 +117,8 @@ class Checkpoints:
                                     dtypes=[variable.dtype.base_dtype for variable in self._variables.values()])
 
     def _try_to_write(self, step, *arguments):
+        with contextlib.suppress(AttributeError, OSError):  # Linux: of this thread alone, so that training comes first
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
         try:
             self._write(step, *arguments)
         except RunError as error:
@@ -251,8 +254,11 @@ def _manifest(folder):
 
 
 def _size_and_checksum(path):
-    content = files.read(path)
-    return {'bytes': len(content), 'sha256': _checksum(content)}
+    digest, size = hashlib.sha256(), 0
+    for part in files.parts(path):
+        digest.update(part)
+        size += len(part)
+    return {'bytes': size, 'sha256': digest.hexdigest()}
 
 
 def _checksum(content):

@@ -74,6 +74,13 @@ def read(path):
         return file.read()
 
 
+def parts(path, size=1 << 20):
+    """Yields the bytes of a file in parts of `size`."""
+    with explained(path, 'read'), (_gfile().GFile(path, 'rb') if is_remote(path) else open(path, 'rb')) as file:
+        while part := file.read(size):
+            yield part
+
+
 def write(path, content):
     """Writes text or bytes so that `path` is either what it was or all of this. Its folder must exist."""
     content = content.encode() if isinstance(content, str) else content
