@@ -221,7 +221,7 @@ def test_float16_skips_an_update_that_is_not_finite_and_halves_its_scale(still, 
     loop = loops.make_train_loop(strategy, steps.make_train_step(state, still, UNCHANGED, num_classes=10, num_replicas=devices, jit_compile=False))
     assert float(loop(batches(strategy, devices), tf.constant(1))['grad_norm']) == 0  # and not inf, which no JSON can say
     assert state.skipped_updates.numpy() == 1 and state.loss_scale.numpy() == pytest.approx(0.5e38)
-    for now, value in zip(everything(state), before):
+    for now, value in zip(everything(state), before, strict=True):
         np.testing.assert_array_equal(now, value)
 
 
@@ -247,7 +247,7 @@ def test_an_update_with_a_loss_that_is_not_a_number_changes_nothing_and_is_count
     loop(batches(strategy, devices, labels=good), tf.constant(2))
     before = everything(state)
     results = {key: float(value) for key, value in loop(batches(strategy, devices, labels=bad), tf.constant(3)).items()}
-    for now, value in zip(everything(state), before):
+    for now, value in zip(everything(state), before, strict=True):
         np.testing.assert_array_equal(now, value)
     assert (results['skipped'], results['skipped_in_a_row'], results['loss'], results['correct'], results['grad_norm']) == (3, 3, 0, 0, 0)
     assert state.optimizer.iterations.numpy() == 5  # so that the rate stays that of the step
