@@ -11,6 +11,7 @@ import time
 import pytest
 
 import main
+from outputs.checkpoints import steps_in
 from outputs.files import read_json
 from outputs.logbook import read_metrics
 from tests.test_transfer import write_foreign_teacher
@@ -91,11 +92,21 @@ def test_a_signal_to_any_worker_stops_all_and_the_same_command_goes_on(tmp_path)
     assert os.path.exists(os.path.join(workdir, 'checkpoints', f'step-{stopped}', 'manifest.json'))
 
 
-def test_a_worker_that_is_killed_ends_the_others_with_its_name(tmp_path):
-    processes, _ = training(tmp_path)
+def test_a_worker_that_is_killed_ends_the_others_with_its_name_and_a_restart_of_all_continues(tmp_path):
+    processes, workdir = training(tmp_path)
+    deadline = time.monotonic() + 60
+    while not steps_in(os.path.join(workdir, 'checkpoints')) and time.monotonic() < deadline:
+        time.sleep(0.1)
     processes[1].kill()
     (status, _, said), _ = finish(processes, timeout=60)
     assert status == 1 and 'error: worker 1 does not answer any more: start all workers again' in said and 'Traceback' not in said
+    again, _ = training(tmp_path)
+    deadline = time.monotonic() + 100
+    while not read_json(os.path.join(workdir, 'environment.json'))['resumed_from'] and time.monotonic() < deadline:
+        time.sleep(0.2)
+    again[0].send_signal(signal.SIGTERM)
+    ended = finish(again)
+    assert [status for status, *_ in ended] == [143, 143] and 'resumes   at step' in ended[0][1], ended
 
 
 def test_the_evaluation_of_several_workers_is_that_of_one(finished):
