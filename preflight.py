@@ -90,7 +90,7 @@ def compile_evaluation(config, plan, topology):
 def lower_training(config, plan, topology):
     strategy, state, teacher = build(config, plan, topology)
     train_step = steps.make_train_step(state, config, augment.on_device(config.augment, plan.num_classes), num_classes=plan.num_classes,
-                                       num_replicas=plan.num_replicas, jit_compile=False, teacher=teacher)
+                                       num_replicas=plan.num_replicas, jit_compile=False, on_tpu=True, teacher=teacher)
     batch, drawn = plan.batch_size // plan.num_replicas, augment.draws(config.augment, tf.constant([0, 1], tf.int64))
     return lower(strategy, train_step, (*pictures(batch, config.image_size), {name: tf.TensorSpec((batch, *value.shape), value.dtype) for name, value in drawn.items()}))
 

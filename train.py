@@ -58,17 +58,18 @@ def run(config, workdir, continues='same'):
 def lead(session, workdir, changes, held):
     """The run as the only process, or as the one of several workers that writes; returns the exit status."""
     print(session.describe(), flush=True)
-    progress = resume.restore(session, workdir)
-    if changes:
-        progress.forget(changes)
-    resumed_from, notes = resume.record_start(session, workdir, progress.step, changes)
 
     def before_commit():  # what a checkpoint will be continued with must be there, and the folder this run's
         held.require()
         files.force(os.path.join(workdir, 'metrics.jsonl'))
 
     session.checkpoints.before_commit = before_commit
-    stop_signal = train_until_stopped(session, workdir, progress)
+    with stopping.watch() as stop:
+        progress = resume.restore(session, workdir)
+        if changes:
+            progress.forget(changes)
+        resumed_from, notes = resume.record_start(session, workdir, progress.step, changes)
+        stop_signal = train_until_stopped(session, workdir, progress, stop)
     if stop_signal is not None:
         saved = session.checkpoints.latest_step()
         print(f'{signal.Signals(stop_signal).name}: stopped at step {progress.step:,}; '
@@ -94,17 +95,18 @@ def lead(session, workdir, changes, held):
 
 def follow(session, scratch):
     """The run as one of several workers that does not write, except into a folder of its own; returns the exit status."""
-    stop_signal = train_until_stopped(session, scratch, resume.restore(session, scratch))
+    with stopping.watch() as stop:
+        stop_signal = train_until_stopped(session, scratch, resume.restore(session, scratch), stop)
     if stop_signal is not None:
         return stopping.exit_status(stop_signal)
     session.agree([1])  # waits for the report: a worker that leaves takes the connection with it
     return 0
 
 
-def train_until_stopped(session, workdir, progress):
+def train_until_stopped(session, workdir, progress, stop):
     """`train` with a logbook in `workdir`; returns None, or the signal that stopped it before the end."""
     logbook = Logbook(workdir, progress.step, session.plan.total_steps)
-    with stopping.watch() as stop, service.watch(session.config.dataset.service), contextlib.closing(logbook):
+    with service.watch(session.config.dataset.service), contextlib.closing(logbook):
         try:
             return train(session, logbook, progress, stop)
         except tf.errors.OpError as error:
@@ -164,7 +166,7 @@ def begin_stage(session, config, first_step, end_step):
     plan = session.plan
     models.set_dropout(session.state.model, config.model.dropout)
     train_step = steps.make_train_step(session.state, config, augment.on_device(config.augment, plan.num_classes), num_classes=plan.num_classes,
-                                       num_replicas=plan.num_replicas, jit_compile=session.jit_compile, teacher=session.teacher)
+                                       num_replicas=plan.num_replicas, jit_compile=session.jit_compile, on_tpu=session.kind == 'TPU', teacher=session.teacher)
     batches = pipeline.training_batches(session.source, config, plan, first_step, end_step, session.strategy)
     return loops.make_train_loop(session.strategy, train_step), iter(batches)
 

@@ -28,7 +28,7 @@ from configs import imagenet  # noqa: E402
 from devices import tpu_compiler  # noqa: E402
 from devices.lowering import OneOfMany, lower  # noqa: E402
 from inputs import augment  # noqa: E402
-from modeling import batch_norm, models  # noqa: E402
+from modeling import batch_norm, models, steps  # noqa: E402
 
 BATCH, SIZE, CLASSES, TOPOLOGY = 128, 224, 1000, tpu_compiler.Topology.parse('v5e')
 EXCITED, KERNEL = (BATCH, 14, 14, 672), (3, 3, 672, 1)  # of a depthwise convolution of block 5, the most expensive kind
@@ -46,6 +46,22 @@ def ours(change=None, batch_size=BATCH, **values):
 
 def without_gates_in_one_layer():
     return mock.patch.object(batch_norm, 'GATE', (('None', {}),))
+
+
+def with_choices_apart():
+    return mock.patch.object(steps, 'SHARED', 10_000)
+
+
+def with_a_sum_for_each_vector():
+    return mock.patch.object(steps, '_global_norm', tf.linalg.global_norm)
+
+
+def with_a_draw_for_each_branch():
+    def call(self, inputs, training=False):
+        seed = self.seed_generator.next() + (self.row, 0)
+        return tf.nn.experimental.stateless_dropout(inputs, self.rate, seed, noise_shape=(inputs.shape[0], 1, 1, 1)) if training else inputs
+
+    return mock.patch.object(models.DropPath, 'call', call)
 
 
 def flips_after_the_cast():
@@ -139,6 +155,9 @@ CASES = {
     'without skipping updates that are not finite': lambda: ours(max_skipped_updates=0),
     "without any of it: Keras' layers in our step": lambda: ours(mock.patch.object(models, 'fuse', lambda model, synchronized: None)),
     'without squeeze-and-excitation in one layer': lambda: ours(without_gates_in_one_layer()),
+    'without choosing vectors of one length together': lambda: ours(with_choices_apart()),
+    'without joining vectors for their norm': lambda: ours(with_a_sum_for_each_vector()),
+    'without one draw for all branches': lambda: ours(with_a_draw_for_each_branch()),
     'with sigmoid by tanh': lambda: ours(mock.patch.object(batch_norm.tf, 'sigmoid', lambda z: 0.5 + 0.5 * tf.tanh(0.5 * z))),
     'without flipping bytes': lambda: ours(flips_after_the_cast()),
     'without pictures normalised in float32': lambda: ours(mock.patch.object(models, 'wide_dtype', lambda: 'mixed_bfloat16')),

@@ -1,6 +1,8 @@
 """A tf.distribute strategy for whatever hardware is there."""
 import json
 import os
+import signal
+import threading
 
 import tensorflow as tf
 
@@ -135,6 +137,9 @@ def _multi_worker(workers):
         strategy = tf.distribute.MultiWorkerMirroredStrategy()
     except Exception as error:  # ValueError for a wrong task, an OpError for an address that cannot be used
         raise RunError(f'the environment variable TF_CONFIG does not work here ({one_line(error)}): mend it or unset it') from error
+    if threading.current_thread() is threading.main_thread():
+        # TensorFlow has a handler of its own now, which notes SIGTERM for who asks it, and the process would not end by it any more.
+        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM) or signal.SIG_DFL)
     return strategy, f'MultiWorkerMirroredStrategy on {workers} workers, {strategy.num_replicas_in_sync} replicas: TF_CONFIG names them'
 
 

@@ -140,7 +140,7 @@ class SqueezeExcite(keras.layers.Layer):
     """
 
     def __init__(self, normalization, reduce, expand, **arguments):
-        super().__init__(**arguments)
+        super().__init__(autocast=False, **arguments)  # what its gradient sums in float32 is not rounded to a half before
         self.normalization, self.reduce, self.expand = normalization, reduce, expand
 
     def build(self, shape):

@@ -15,6 +15,24 @@ BLOCK = r'.*?(block|expanded_conv)_?[0-9]+[a-z]?(?![0-9])'  # how the names of a
 DEFAULT_DROP_RATE = 0.2  # what keras.applications builds its residual branches with
 
 
+@keras.saving.register_keras_serializable(package='warmstart')
+class DropPath(keras.layers.Dropout):
+    """Leaves out a residual branch for a share `rate` of the examples (stochastic depth, Huang et al. 2016).
+
+    Keras' Dropout with a noise shape of one value for each example, but all layers of a model take their row of the same draw,
+    which the compiler makes once: it would be ten small operations for each of them. `derive_dropout_seeds` gives out the rows.
+    """
+
+    row, num_rows = 0, 1
+
+    def call(self, inputs, training=False):
+        if not training or not self.rate:
+            return inputs
+        drawn = tf.random.stateless_uniform([self.num_rows, tf.shape(inputs)[0]], self.seed_generator.next())[self.row]
+        kept = tf.reshape(drawn >= self.rate, [-1] + [1] * (inputs.shape.rank - 1))
+        return tf.where(kept, inputs / (1 - self.rate), tf.zeros([], inputs.dtype))
+
+
 def build_model(config, num_classes):
     """The network of `config.model` with random weights, ending in global average pooling, dropout and a linear head.
 
@@ -65,6 +83,8 @@ def set_dropout(model, rate):
 def derive_dropout_seeds(model, seed, updates):
     """Makes every mask a function of (seed, layer, update, micro-batch, replica) instead of a state that all replicas share.
 
+    Layers of drop-path share a draw, in which each has a row.
+
     Keras' `SeedGenerator` holds the same state on each replica, so that masks would repeat across them, and it is not
     part of a `tf.train.Checkpoint`, so that a resumed run would draw other masks.
 
@@ -74,7 +94,12 @@ def derive_dropout_seeds(model, seed, updates):
         updates: integer variable [] that counts updates.
     """
     layers = [layer for layer in model._flatten_layers() if isinstance(getattr(layer, 'seed_generator', None), keras.random.SeedGenerator)]
+    branches = [layer for layer in layers if isinstance(layer, DropPath)]
+    for row, layer in enumerate(branches):
+        layer.row, layer.num_rows = row, len(branches)
     for index, layer in enumerate(layers):
+        index = layers.index(branches[0]) if layer in branches else index
+
         def next_seed(ordered=True, key=(seed * 1_000_003 + index) % 2**31):
             context = tf.distribute.get_replica_context()
             index, count = getattr(_traced, 'micro_batch', (0, 1))
@@ -182,6 +207,7 @@ def _changed(model, model_config):
             settings['dtype'] = wide_dtype()
         elif layer['class_name'] == 'Dropout' and settings.get('noise_shape'):  # one draw per example: a residual branch
             settings['rate'] *= model_config.drop_path / DEFAULT_DROP_RATE  # keras.applications' rates grow linearly to 0.2
+            layer.update(keras.saving.serialize_keras_object(DropPath(settings['rate'], name=layer['name'])))
             has_drop_path = True
     if model_config.drop_path and not has_drop_path:
         raise ConfigError(f'config.model.drop_path={model_config.drop_path:g}, but {model_config.name} has no residual branches that drop: set it to 0')

@@ -2,15 +2,18 @@
 
 Everything that trains, traces, compiles or measures the step uses the functions of this file.
 """
+import collections
 import dataclasses
 
 import keras
 import tensorflow as tf
+from tensorflow.compiler.tf2xla.ops import gen_xla_ops
 
 from modeling.models import micro_batch, rate_factors, weights
 from modeling.optimizers import decays
 
 LOSS_SCALE_START = 2.0**15  # float16's largest number is 65,504
+SHARED = 8  # vectors of one length that are worth a choice of their own
 LOSS_SCALE_WINDOW = 2000  # finite updates before the scale doubles (Micikevicius et al. 2018)
 
 
@@ -68,7 +71,7 @@ def evaluated_weights(state):
     return state.average or [variable.value for variable in weights(state.model)]
 
 
-def make_train_step(state, config, augment, *, num_classes, num_replicas, jit_compile, teacher=None):
+def make_train_step(state, config, augment, *, num_classes, num_replicas, jit_compile, on_tpu=False, teacher=None):
     """The training step of one replica.
 
     The loss is the mean over the global batch; gradients are summed over the micro-batches, then over the replicas, once,
@@ -90,6 +93,7 @@ def make_train_step(state, config, augment, *, num_classes, num_replicas, jit_co
         num_classes, num_replicas: ints.
         jit_compile: whether XLA compiles forward and backward. The sum over replicas stays outside of it: XLA has no
             all-reduce for CPU devices (and none inside a function that each GPU compiles for itself).
+        on_tpu: whether XLA compiles all of it, as it does for a TPU.
         teacher: None, or a function from such images to logits float32 [batch, num_classes]: `transfer.make_teacher`.
 
     Returns: a function of images uint8 [batch, size, size, 3], labels int64 [batch] and draws, a dict of float32 [batch, n],
@@ -140,19 +144,22 @@ def make_train_step(state, config, augment, *, num_classes, num_replicas, jit_co
         if config.l2_regularization:
             gradients = [gradient + config.l2_regularization * variable if decays(variable) else gradient
                          for gradient, variable in zip(gradients, trained)]
-        norm = tf.linalg.global_norm(gradients)
+        norm = _global_norm(gradients)
         finite = tf.math.is_finite(norm) if guarded else tf.constant(True)
         if config.grad_clip_norm:
             gradients, _ = tf.clip_by_global_norm(gradients, config.grad_clip_norm, use_norm=norm)
         learning_rate = tf.cast(optimizer.learning_rate, tf.float32)  # before the update counts itself
 
-        def update():
-            before = [tf.identity(variable) for variable, _ in slowed]
-            optimizer.apply(gradients, trained)
-            _assign([variable for variable, _ in slowed], [old + factor * (variable - old) for (variable, factor), old in zip(slowed, before)])
-            _update_average(state, config.ema_decay)
-
-        _only_if(finite, update, state, statistics, statistics_before) if guarded else update()
+        keep = _selection(finite, on_tpu) if guarded else None
+        changed = [variable.value for variable in (*trained, *optimizer.variables) if variable is not optimizer.iterations]
+        before = [tf.identity(variable) for variable in changed]
+        slowed_before = [tf.identity(variable) for variable, _ in slowed]
+        optimizer.apply(gradients, trained)
+        _assign([variable for variable, _ in slowed], [old + factor * (variable - old) for (variable, factor), old in zip(slowed, slowed_before)])
+        if guarded:  # takes back what the optimizer and the forward pass have changed; a conditional could not hold the merging of replicas
+            changed, before = changed + statistics, before + statistics_before
+            _assign(changed, keep(changed, before))
+        _update_average(state, config.ema_decay, keep)
         _count(finite, state)
         results = {'loss': loss, 'correct': correct, 'grad_norm': norm / num_replicas}
         results = {key: tf.where(finite, tf.cast(value, tf.float32), 0.0) for key, value in results.items()}
@@ -236,17 +243,26 @@ def _compiled(function, jit_compile, has_collectives):
     return clustered
 
 
-def _only_if(finite, update, state, statistics, statistics_before):
-    """Runs `update`; where `finite` is false, takes back all that it and the forward pass have changed.
+def _global_norm(gradients):
+    """The root of the sum of all squares, []. Vectors are joined before, which are most of the gradients: one small operation in place of many."""
+    vectors = [gradient for gradient in gradients if gradient.shape.rank == 1]
+    others = [gradient for gradient in gradients if gradient.shape.rank != 1]
+    return tf.linalg.global_norm(others + [tf.concat(vectors, 0)] * bool(vectors))
 
-    A conditional around the update would do the same but cannot hold the merging of replicas.
+
+def _selection(finite, on_tpu):
+    """A function of new and old tensors, lists of the same length, that returns the new ones where `finite`, bool [], is true, else the old ones.
+
+    For a TPU vectors of one length are chosen by a vector that the compiler may not take apart: it then joins the small operations that
+    read it, up to nine of them, which are most of the operations of a step.
     """
-    changed = [variable.value for variable in (*state.model.trainable_variables, *state.optimizer.variables)
-               if variable is not state.optimizer.iterations] + state.average
-    before = [tf.identity(variable) for variable in changed] + statistics_before
-    update()
-    changed += statistics
-    _assign(changed, [tf.where(finite, variable, old) for variable, old in zip(changed, before)])
+    def choose(new, old):
+        lengths = collections.Counter(value.shape[0] for value in new if value.shape.rank == 1)
+        choices = {length: gen_xla_ops.xla_optimization_barrier([tf.fill([length], finite)])[0]
+                   for length, count in lengths.items() if on_tpu and count >= SHARED}
+        return [tf.where(choices.get(value.shape[0], finite) if value.shape.rank == 1 else finite, value, other) for value, other in zip(new, old)]
+
+    return choose
 
 
 def _count(finite, state):
@@ -279,15 +295,19 @@ def _assign(variables, values):
         tf.distribute.get_replica_context().merge_call(in_each, args=(values,))
 
 
-def _update_average(state, decay):
-    """EMA with a decay that starts low, min(decay, (1 + n) / (10 + n)) after n updates (tf.train.ExponentialMovingAverage)."""
+def _update_average(state, decay, keep):
+    """EMA with a decay that starts low, min(decay, (1 + n) / (10 + n)) after n updates (tf.train.ExponentialMovingAverage).
+
+    `keep`, if there is one, chooses between the new and the old averages.
+    """
     if not state.average:
         return
     updates = tf.cast(state.optimizer.iterations, tf.float32)
     decay = tf.minimum(decay, (1 + updates) / (10 + updates))
     frozen = {variable.path for layer in state.model._flatten_layers() if not layer.trainable for variable in layer.variables}
-    for average, variable in zip(state.average, weights(state.model)):
-        if variable.path in frozen:  # the average of a constant would drift by its rounding
-            continue
-        share = tf.cast(decay, average.dtype)
-        average.assign(average * share + variable.value * (1 - share))
+    # The average of a constant would drift by its rounding.
+    pairs = [(average, variable.value) for average, variable in zip(state.average, weights(state.model)) if variable.path not in frozen]
+    old = [tf.identity(average) for average, _ in pairs]
+    new = [average * tf.cast(decay, average.dtype) + variable * (1 - tf.cast(decay, average.dtype)) for average, (_, variable) in zip(old, pairs)]
+    for (average, _), value in zip(pairs, keep(new, old) if keep else new):
+        average.assign(value)

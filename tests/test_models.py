@@ -108,3 +108,40 @@ def test_a_model_that_cannot_be_had_is_one_line(config, error, says):
     with pytest.raises(error) as raised:
         models.build_model(config, 10)
     assert says in str(raised.value) and '\n' not in str(raised.value)
+
+
+def test_drop_path_leaves_out_whole_examples_at_the_rate_of_each_layer_and_keeps_the_mean():
+    model = keras.Sequential([keras.Input((3, 2)), models.DropPath(0.25), models.DropPath(0.5), models.DropPath(0.0)])
+    models.derive_dropout_seeds(model, 7, tf.Variable(3))
+    quarter, half, none = model.layers
+    ones = tf.ones([20_000, 3, 2])
+    kept = []
+    for layer, scale in ((quarter, 4 / 3), (half, 2.0)):
+        output = tf.function(layer)(ones, training=True).numpy().reshape(-1, 6)
+        assert (output == output[:, :1]).all() and np.allclose(np.unique(output), [0, scale])
+        np.testing.assert_allclose(output.mean(), 1, atol=4 * np.sqrt((scale - 1) / 20_000))
+        kept.append(output[:, 0] > 0)
+    assert abs(np.corrcoef(kept)[0, 1]) < 0.03  # a row of the draw for each layer
+    np.testing.assert_array_equal(none(ones, training=True), ones)
+    np.testing.assert_array_equal(half(ones, training=False), ones)
+    np.testing.assert_array_equal(tf.function(half)(ones, training=True)[:, 0, 0] > 0, kept[1])
+
+
+def test_the_branches_of_a_model_have_the_rates_of_keras_applications_and_each_a_row_of_one_draw():
+    model = models.build_model(config_for('EfficientNetV2B0', drop_path=0.2), 10)
+    models.derive_dropout_seeds(model, 7, tf.Variable(3))
+    branches = [layer for layer in model._flatten_layers() if isinstance(layer, models.DropPath)]
+    plain = keras.applications.EfficientNetV2B0(weights=None, include_top=False, input_shape=(32, 32, 3))
+    assert {layer.name: layer.rate for layer in branches} == {layer.name: layer.rate for layer in plain.layers if isinstance(layer, keras.layers.Dropout)}
+    assert [layer.row for layer in branches] == list(range(15)) and {layer.num_rows for layer in branches} == {15}
+
+
+def test_xla_makes_one_draw_of_those_of_all_branches():
+    model = keras.Sequential([keras.Input((4,)), *(models.DropPath(0.5) for _ in range(3))])
+    models.derive_dropout_seeds(model, 7, tf.Variable(3))
+
+    def operations_for_random_bits(*layers):
+        program = tf.function(lambda images: [layer(images, training=True) for layer in layers], jit_compile=True)
+        return program.experimental_get_compiler_ir(tf.TensorSpec((8, 4)))('optimized_hlo').count(' xor(')
+
+    assert 0 < operations_for_random_bits(*model.layers) <= operations_for_random_bits(model.layers[0])

@@ -68,7 +68,7 @@ def test_the_training_step_adds_up_over_the_cores(still, strategy):
     still.grad_clip_norm = 1.0
     still.augment.flip, still.augment.color_jitter, still.augment.random_erasing, still.augment.mixup, still.augment.cutmix = True, 0.4, 0.25, 0.2, 1.0
     state = build(still, strategy)
-    train_step = steps.make_train_step(state, still, augment.on_device(still.augment, 10), num_classes=10, num_replicas=REPLICAS, jit_compile=False)
+    train_step = steps.make_train_step(state, still, augment.on_device(still.augment, 10), num_classes=10, num_replicas=REPLICAS, jit_compile=False, on_tpu=True)
 
     @tf.function(autograph=False)
     def step():
@@ -122,7 +122,7 @@ def test_the_loops_of_every_config_are_fit_for_a_tpu(strategy, change, name):
     config.batch_size = config.eval_batch_size = 4 * replicas
     source, state = datasets.load(config.dataset), build(config, strategy)
     plan = planning.make_plan(config, source.num_train, source.num_eval, 10, replicas)
-    train_step = steps.make_train_step(state, config, augment.on_device(config.augment, 10), num_classes=10, num_replicas=replicas, jit_compile=False)
+    train_step = steps.make_train_step(state, config, augment.on_device(config.augment, 10), num_classes=10, num_replicas=replicas, jit_compile=False, on_tpu=True)
     batches = pipeline.training_batches(source, config, plan, 0, plan.total_steps, strategy)
     sums = checked_sums(loops.make_train_loop, strategy, train_step, batches)
     normalisations = sum(getattr(layer, 'synchronized', False) for layer in state.model._flatten_layers())
@@ -142,7 +142,7 @@ def test_everything_at_once_is_fit_for_a_tpu_with_every_optimizer(tiny, strategy
     plan = planning.make_plan(tiny, source.num_train, source.num_eval, 10, REPLICAS)
     with strategy.scope():
         teacher, _ = transfer.make_teacher(tiny, source.class_names)
-    train_step = steps.make_train_step(state, tiny, augment.on_device(tiny.augment, 10), num_classes=10, num_replicas=REPLICAS, jit_compile=False, teacher=teacher)
+    train_step = steps.make_train_step(state, tiny, augment.on_device(tiny.augment, 10), num_classes=10, num_replicas=REPLICAS, jit_compile=False, on_tpu=True, teacher=teacher)
     batches = pipeline.training_batches(source, tiny, plan, 0, plan.total_steps, strategy)
     # Each gradient once, and each micro-batch's statistics of the one normalisation that is not frozen, both ways.
     assert checked_sums(loops.make_train_loop, strategy, train_step, batches) <= len(state.model.trainable_variables) + 2 * 2
