@@ -247,7 +247,7 @@ def _global_norm(gradients):
     """The root of the sum of all squares, []. Vectors are joined before, which are most of the gradients: one small operation in place of many."""
     vectors = [gradient for gradient in gradients if gradient.shape.rank == 1]
     others = [gradient for gradient in gradients if gradient.shape.rank != 1]
-    return tf.linalg.global_norm(others + [tf.concat(vectors, 0)] * bool(vectors))
+    return tf.linalg.global_norm([*others, tf.concat(vectors, 0)] if vectors else others)
 
 
 def _selection(finite, on_tpu):

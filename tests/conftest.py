@@ -1,6 +1,10 @@
 """What all tests share: four virtual CPU devices, a data folder of their own, and a tiny digits run."""
+import contextlib
 import os
+import subprocess
+import sys
 import tempfile
+import types
 
 DATA = tempfile.TemporaryDirectory(prefix='warmstart-test-data-')
 os.environ.update(KERAS_BACKEND='tensorflow', TF_CPP_MIN_LOG_LEVEL='2', TFDS_DATA_DIR=DATA.name, CUDA_VISIBLE_DEVICES='-1')
@@ -12,6 +16,7 @@ tf.config.set_logical_device_configuration(tf.config.list_physical_devices('CPU'
 
 import keras  # noqa: E402
 
+import export  # noqa: E402
 from configs import digits  # noqa: E402
 
 
@@ -31,6 +36,28 @@ def tiny_config():
     config.log_every, config.eval_every, config.checkpoint_every = '5 steps', '10 steps', '10 steps'
     config.ema_decay = 0.9
     return config
+
+
+@contextlib.contextmanager
+def reading_here():
+    """The exported model is read in this process: one of its own takes longer than a small run. tests/test_train.py does it both ways."""
+    keras_module = sys.modules['keras']
+    from outputs import read_saved_model
+    sys.modules['keras'] = keras_module  # which that module forbids
+
+    def run(command, **_):
+        read_saved_model.main(*command[2:])
+        return subprocess.CompletedProcess(command, 0)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export, 'subprocess', types.SimpleNamespace(run=run))
+        yield
+
+
+@pytest.fixture
+def read_here():
+    with reading_here():
+        yield
 
 
 @pytest.fixture

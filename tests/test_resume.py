@@ -17,15 +17,18 @@ from outputs import files, lock
 from outputs.checkpoints import steps_in
 from outputs.files import read_json
 from outputs.logbook import read_metrics
-from tests.conftest import tiny_config
+from tests.conftest import reading_here, tiny_config
 from tests.test_train import stop_at, without_times
+
+pytestmark = pytest.mark.usefixtures('read_here')
 
 
 @pytest.fixture(scope='module')
 def reference(tmp_path_factory):
     """The folder of a run of the tiny config that was never stopped."""
     workdir = str(tmp_path_factory.mktemp('reference') / 'run')
-    assert train.run(tiny_config(), workdir) == 0
+    with reading_here():
+        assert train.run(tiny_config(), workdir) == 0
     return workdir
 
 

@@ -367,3 +367,31 @@ def test_keras_fit_still_cannot_compile_under_two_replicas(still):
         model.compile('sgd', keras.losses.SparseCategoricalCrossentropy(from_logits=True), jit_compile=True)
     with pytest.raises(Exception, match='replica_1|different device'):
         model.fit(IMAGES.astype('float32'), LABELS, batch_size=16, epochs=1, verbose=0)
+
+
+@pytest.mark.parametrize('finite', [True, False])
+def test_what_is_chosen_together_for_a_tpu_is_what_is_chosen_one_by_one(finite):
+    shapes = [(5,)] * steps.SHARED + [(3,)] * (steps.SHARED - 1) + [(5, 3), (5, 5), ()]
+    random = np.random.RandomState(0)
+    old, new = ([tf.constant(random.normal(size=shape), tf.float32) for shape in shapes] for _ in range(2))
+    if not finite:
+        new = [value * float('nan') for value in new]
+
+    def chosen(on_tpu):
+        function = tf.function(lambda finite, new, old: steps._selection(finite, on_tpu)(new, old), jit_compile=True)
+        program = function.experimental_get_compiler_ir(tf.constant(finite), new, old)('hlo')
+        return function(tf.constant(finite), new, old), program.count(' opt-barrier(')
+
+    (together, shared), (apart, none) = chosen(True), chosen(False)
+    assert (shared, none) == (1, 0)
+    for ours, theirs, expected in zip(together, apart, new if finite else old, strict=True):
+        np.testing.assert_array_equal(ours, expected)
+        np.testing.assert_array_equal(theirs, expected)
+
+
+def test_the_norm_of_vectors_and_matrices_is_that_of_all_numbers():
+    random = np.random.RandomState(0)
+    for shapes in ([(5,), (3, 2), (4,), (2, 2, 1, 3), ()], [(3, 2)], [(3,)]):
+        gradients = [random.normal(size=shape) for shape in shapes]
+        np.testing.assert_allclose(steps._global_norm([tf.constant(gradient) for gradient in gradients]),
+                                   np.linalg.norm(np.concatenate([gradient.ravel() for gradient in gradients])), rtol=1e-14)

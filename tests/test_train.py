@@ -191,6 +191,7 @@ def test_the_host_calls_once_for_each_loop_and_nothing_is_traced_again(tiny, tmp
     assert train_loop.experimental_get_tracing_count() == eval_loop.experimental_get_tracing_count() == 1
 
 
+@pytest.mark.usefixtures('read_here')
 def test_a_progressive_run_is_traced_once_for_each_size_and_goes_on_after_a_stop(tiny, tmp_path, monkeypatch):
     tiny.image_size, tiny.progressive.stages, tiny.progressive.image_size, tiny.augment.mixup = 96, 3, 32, 0.2
     sizes, original = [], train.steps.make_train_step
@@ -305,6 +306,7 @@ def test_evaluating_with_another_config_is_refused_but_another_split_is_not(fini
         config.image_size = 16
 
 
+@pytest.mark.usefixtures('read_here')
 def test_two_runs_of_one_seed_are_the_same_run_and_another_seed_is_not(finished, tmp_path):
     config, workdir = finished
     digests = [read_json(os.path.join(workdir, 'summary.json'))['weights_sha256']]
