@@ -20,7 +20,7 @@ class DropPath(keras.layers.Dropout):
     """Leaves out a residual branch for a share `rate` of the examples (stochastic depth, Huang et al. 2016).
 
     Keras' Dropout with a noise shape of one value for each example, but all layers of a model take their row of the same draw,
-    which the compiler makes once: it would be ten small operations for each of them. `derive_dropout_seeds` gives out the rows.
+    which the compiler makes once. `derive_dropout_seeds` gives out the rows.
     """
 
     row, num_rows = 0, 1
