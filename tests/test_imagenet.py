@@ -55,6 +55,7 @@ def small_config(tmp_path):
     return config
 
 
+@pytest.mark.usefixtures('read_here')
 def test_a_small_imagenet_is_prepared_trained_and_evaluated_and_so_is_a_test_set_without_training_split(tmp_path, monkeypatch):
     write_archives(str(tmp_path / 'data' / 'downloads' / 'manual'))
     config = small_config(tmp_path)

@@ -147,6 +147,7 @@ def test_an_export_that_answers_otherwise_is_an_error_and_the_old_one_stays(fini
     assert os.path.getmtime(os.path.join(workdir, 'export', 'saved_model.pb')) == before
 
 
+@pytest.mark.usefixtures('read_here')
 @pytest.mark.parametrize('signal_number, status, step', [(signal.SIGTERM, 143, 13), (signal.SIGINT, 0, 20)])
 def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(finished, tmp_path, monkeypatch, signal_number, status, step):
     config, reference = finished
@@ -318,6 +319,7 @@ def test_two_runs_of_one_seed_are_the_same_run_and_another_seed_is_not(finished,
     assert digests[0] == digests[1] != digests[2]
 
 
+@pytest.mark.usefixtures('read_here')
 def test_a_loss_that_is_not_a_number_ends_the_run_with_advice(tiny, tmp_path):
     tiny.optimizer = {'name': 'sgd'}
     tiny.schedule.peak_lr = tiny.schedule.start_lr = 1e30

@@ -338,6 +338,7 @@ def test_a_teacher_that_cannot_be_had_is_one_line(digits_run, still, tmp_path, t
     assert says in str(raised.value) and '\n' not in str(raised.value)
 
 
+@pytest.mark.usefixtures('read_here')
 def test_a_taught_run_is_trained_and_exported_as_any_other(digits_run, tiny, tmp_path, capsys):
     tiny.distill.teacher, tiny.model.weights, tiny.model.freeze, tiny.model.layer_decay = digits_run, digits_run, 'block1', 0.5
     tiny.train_for = '6 steps'
