@@ -140,15 +140,17 @@ class SqueezeExcite(keras.layers.Layer):
     """
 
     def __init__(self, normalization, reduce, expand, **arguments):
-        super().__init__(autocast=False, **arguments)  # what its gradient sums in float32 is not rounded to a half before
+        super().__init__(autocast=False, **arguments)  # its kernels and biases are read as they are, not rounded to a half
         self.normalization, self.reduce, self.expand = normalization, reduce, expand
 
     def build(self, shape):
-        self.normalization.build(shape)
-        self.reduce.build((shape[0], 1, 1, shape[-1]))
-        self.expand.build((shape[0], 1, 1, self.reduce.filters))
+        channels, reduced = (shape[0], 1, 1, shape[-1]), (shape[0], 1, 1, self.reduce.filters)
+        for layer, of in ((self.normalization, shape), (self.reduce, channels), (self.expand, reduced)):
+            if not layer.built:  # it is where the layer was made of the config of one that was
+                layer.build(of)
 
     def call(self, inputs, training=None, mask=None):
+        inputs = tf.cast(inputs, self.compute_dtype)
         if not (training and self.normalization.trainable):
             features = self.normalization(inputs)
             return features * self.expand(self.reduce(tf.reduce_mean(features, (1, 2), keepdims=True)))

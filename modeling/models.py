@@ -20,7 +20,7 @@ class DropPath(keras.layers.Dropout):
     """Leaves out a residual branch for a share `rate` of the examples (stochastic depth, Huang et al. 2016).
 
     Keras' Dropout with a noise shape of one value for each example, but all layers of a model take their row of the same draw,
-    which the compiler makes once. `derive_dropout_seeds` gives out the rows.
+    which the compiler makes once. `derive_dropout_seeds` gives out the rows. `rate` is below 1.
     """
 
     row, num_rows = 0, 1
@@ -97,10 +97,10 @@ def derive_dropout_seeds(model, seed, updates):
     branches = [layer for layer in layers if isinstance(layer, DropPath)]
     for row, layer in enumerate(branches):
         layer.row, layer.num_rows = row, len(branches)
-    for index, layer in enumerate(layers):
-        index = layers.index(branches[0]) if layer in branches else index
+    for layer in layers:
+        drawn_with = layers.index(branches[0] if layer in branches else layer)
 
-        def next_seed(ordered=True, key=(seed * 1_000_003 + index) % 2**31):
+        def next_seed(ordered=True, key=(seed * 1_000_003 + drawn_with) % 2**31):
             context = tf.distribute.get_replica_context()
             index, count = getattr(_traced, 'micro_batch', (0, 1))
             draw = tf.cast(updates, tf.int32) * count + index
@@ -207,7 +207,7 @@ def _changed(model, model_config):
             settings['dtype'] = wide_dtype()
         elif layer['class_name'] == 'Dropout' and settings.get('noise_shape'):  # one draw per example: a residual branch
             settings['rate'] *= model_config.drop_path / DEFAULT_DROP_RATE  # keras.applications' rates grow linearly to 0.2
-            layer.update(keras.saving.serialize_keras_object(DropPath(settings['rate'], name=layer['name'])))
+            layer.update(module=DropPath.__module__, class_name=DropPath.__name__, registered_name=keras.saving.get_registered_name(DropPath))
             has_drop_path = True
     if model_config.drop_path and not has_drop_path:
         raise ConfigError(f'config.model.drop_path={model_config.drop_path:g}, but {model_config.name} has no residual branches that drop: set it to 0')

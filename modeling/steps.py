@@ -7,14 +7,14 @@ import dataclasses
 
 import keras
 import tensorflow as tf
-from tensorflow.compiler.tf2xla.ops import gen_xla_ops
+from tensorflow.compiler.tf2xla.python import xla
 
 from modeling.models import micro_batch, rate_factors, weights
 from modeling.optimizers import decays
 
 LOSS_SCALE_START = 2.0**15  # float16's largest number is 65,504
-SHARED = 8  # vectors of one length that are worth a choice of their own
 LOSS_SCALE_WINDOW = 2000  # finite updates before the scale doubles (Micikevicius et al. 2018)
+SHARED = 8  # so many vectors of one length, at least, are chosen together: what they are chosen by is one operation more
 
 
 @dataclasses.dataclass
@@ -150,10 +150,9 @@ def make_train_step(state, config, augment, *, num_classes, num_replicas, jit_co
             gradients, _ = tf.clip_by_global_norm(gradients, config.grad_clip_norm, use_norm=norm)
         learning_rate = tf.cast(optimizer.learning_rate, tf.float32)  # before the update counts itself
 
-        keep = _selection(finite, on_tpu) if guarded else None
-        changed = [variable.value for variable in (*trained, *optimizer.variables) if variable is not optimizer.iterations]
-        before = [tf.identity(variable) for variable in changed]
-        slowed_before = [tf.identity(variable) for variable, _ in slowed]
+        keep = _selection(finite, on_tpu) if guarded else lambda new, old: new
+        changed = [variable.value for variable in (*trained, *optimizer.variables) if variable is not optimizer.iterations] * guarded
+        before, slowed_before = ([tf.identity(variable) for variable in variables] for variables in (changed, [variable for variable, _ in slowed]))
         optimizer.apply(gradients, trained)
         _assign([variable for variable, _ in slowed], [old + factor * (variable - old) for (variable, factor), old in zip(slowed, slowed_before)])
         if guarded:  # takes back what the optimizer and the forward pass have changed; a conditional could not hold the merging of replicas
@@ -254,11 +253,11 @@ def _selection(finite, on_tpu):
     """A function of new and old tensors, lists of the same length, that returns the new ones where `finite`, bool [], is true, else the old ones.
 
     For a TPU vectors of one length are chosen by a vector that the compiler may not take apart: it then joins the small operations that
-    read it, up to nine of them, which are most of the operations of a step.
+    read it, which are most of the operations of a step.
     """
     def choose(new, old):
         lengths = collections.Counter(value.shape[0] for value in new if value.shape.rank == 1)
-        choices = {length: gen_xla_ops.xla_optimization_barrier([tf.fill([length], finite)])[0]
+        choices = {length: xla.optimization_barrier(tf.fill([length], finite))[0]
                    for length, count in lengths.items() if on_tpu and count >= SHARED}
         return [tf.where(choices.get(value.shape[0], finite) if value.shape.rank == 1 else finite, value, other) for value, other in zip(new, old)]
 
@@ -298,7 +297,7 @@ def _assign(variables, values):
 def _update_average(state, decay, keep):
     """EMA with a decay that starts low, min(decay, (1 + n) / (10 + n)) after n updates (tf.train.ExponentialMovingAverage).
 
-    `keep`, if there is one, chooses between the new and the old averages.
+    `keep` chooses between the new and the old averages.
     """
     if not state.average:
         return
@@ -309,5 +308,5 @@ def _update_average(state, decay, keep):
     pairs = [(average, variable.value) for average, variable in zip(state.average, weights(state.model)) if variable.path not in frozen]
     old = [tf.identity(average) for average, _ in pairs]
     new = [average * tf.cast(decay, average.dtype) + variable * (1 - tf.cast(decay, average.dtype)) for average, (_, variable) in zip(old, pairs)]
-    for (average, _), value in zip(pairs, keep(new, old) if keep else new):
+    for (average, _), value in zip(pairs, keep(new, old)):
         average.assign(value)

@@ -92,3 +92,19 @@ def test_a_trained_backbone_can_be_given_back_to_keras_applications(tmp_path):
     transfer.load_weights(new, config, [], None)
     for variable, saved in zip(models.weights(new), models.weights(plain)):
         np.testing.assert_array_equal(variable, saved)
+
+
+@pytest.mark.parametrize('policy', ['mixed_bfloat16', 'mixed_float16', 'float32', 'float64'])
+def test_what_comes_out_has_the_dtype_of_the_policy_whatever_goes_in(policy):
+    keras.config.set_dtype_policy(policy)
+    layer = SqueezeExcite(BatchNormalization(activation='silu'), keras.layers.Conv2D(4, 1, activation='silu'), keras.layers.Conv2D(8, 1, activation='sigmoid'))
+    for training in (True, False):
+        assert layer(tf.ones([2, 3, 3, 8], tf.float32), training=training).dtype == layer.compute_dtype
+
+
+def test_a_model_can_be_cloned():
+    model = models.build_model(config_for('EfficientNetV2B0', drop_path=0.2), 10)
+    cloned = keras.models.clone_model(model)
+    cloned.set_weights(model.get_weights())
+    images = np.random.RandomState(0).randint(0, 256, (2, 32, 32, 3)).astype('float32')
+    np.testing.assert_array_equal(cloned(images, training=False), model(images, training=False))
