@@ -118,7 +118,7 @@ class Checkpoints:
 
     def _try_to_write(self, step, *arguments):
         with contextlib.suppress(AttributeError, OSError):  # Linux: of this thread alone, so that training comes first
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 5)  # a third of its share; with 19, a fiftieth, a stop might wait for a minute
         try:
             self._write(step, *arguments)
         except RunError as error:
