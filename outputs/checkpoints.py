@@ -121,10 +121,15 @@ class Checkpoints:
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 5)  # a third of its share; with 19, a fiftieth, a stop might wait for a minute
         try:
             self._write(step, *arguments)
-        except RunError as error:
-            self._failure = error
         except Exception as error:  # for the thread that trains, when it saves the next one
-            self._failure = RunError(f'the checkpoint of step {step:,} could not be written ({type(error).__name__}: {one_line(error, 300)})')
+            self._failure = self._explained(step, error)
+
+    def _explained(self, step, error):
+        try:
+            self.before_commit()  # a folder that has vanished or is another run's now is the cause of all that follows
+        except RunError as cause:
+            return cause
+        return error if isinstance(error, RunError) else RunError(f'the checkpoint of step {step:,} could not be written ({type(error).__name__}: {one_line(error)})')
 
     def _write(self, step, values, progress, best_step):
         self.before_commit()  # a folder that has vanished is not made again

@@ -309,6 +309,19 @@ def test_a_folder_that_vanishes_ends_the_run_with_one_line(tiny, workdir, monkey
     assert '\n' not in str(error.value)
 
 
+def test_a_folder_that_vanishes_while_a_checkpoint_is_read_back_is_what_the_line_speaks_of(tiny, workdir, monkeypatch):
+    original = files.parts
+
+    def parts(path):
+        if 'step-10' in path and os.path.isdir(workdir):
+            shutil.rmtree(workdir)
+        return original(path)
+
+    monkeypatch.setattr(files, 'parts', parts)
+    with pytest.raises(RunError, match='vanished'):
+        train.run(tiny, workdir)
+
+
 def test_a_full_disk_ends_the_run_with_one_line_and_it_goes_on_when_there_is_room(tiny, workdir, reference, monkeypatch):
     original = files.write
 
