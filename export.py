@@ -105,8 +105,7 @@ def _compare(session, directory):
             raise RunError(f'the exported model cannot be used with TensorFlow alone: {one_line(last_line)}')
         exported = dict(np.load(answers))
 
-    batches = (examples[start:start + 100] for start in range(0, len(examples), 100))
-    expected = np.concatenate([_expected_logits(session, [encoded for encoded, _ in batch]) for batch in batches])
+    expected = _expected_logits(session, [encoded for encoded, _ in examples])
     tolerance = TOLERANCE_TF32 if (session.kind, session.dtype_policy) == ('GPU', 'float32') else TOLERANCE[session.dtype_policy]
     allowed = tolerance * max(1.0, float(np.abs(expected).max()))
     largest = 0.0
@@ -124,6 +123,7 @@ def _compare(session, directory):
 
 
 def _expected_logits(session, files):
-    """What evaluation computes for these files, float32 [batch, classes]."""
-    pictures = tf.stack([resize_picture(decode(file), session.config.image_size, session.config.eval_crop) for file in files])
-    return steps.make_predict(session.state)(pictures).numpy()
+    """What evaluation computes for these files, float32 [files, classes]."""
+    config, predict = session.config, steps.make_predict(session.state)
+    pictures = tf.data.Dataset.from_tensor_slices(files).map(lambda file: resize_picture(decode(file), config.image_size, config.eval_crop), tf.data.AUTOTUNE)
+    return np.concatenate([predict(batch).numpy() for batch in pictures.batch(100)])

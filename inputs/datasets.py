@@ -5,6 +5,7 @@ import functools
 import hashlib
 import io
 import os
+import sys
 from collections.abc import Callable
 
 import psutil
@@ -30,7 +31,7 @@ class Source:
     num_train: int  # 0 where there is nothing to train on, and nothing was to be
     num_eval: int
     memory_bytes: int  # of host memory for what is read ahead; from the config alone, as the order of examples follows from it
-    find: Callable  # (split, share, singly) -> the examples of a host's share (index, number), as `reading.Records` or `reading.Singles`
+    find: Callable  # (split, share, longest) -> the examples of a host's share (index, number), as `reading.Records` or `reading.Singles`
     identity: str  # says which training examples these are: another text, other examples
     notes: tuple[str, ...] = ()  # what the user may not expect, for the report
     damage: Callable = str  # () -> text that names the files that have changed for the worse since, or ''
@@ -50,7 +51,8 @@ class Source:
                 raise RunError(f'config.dataset.memory_gib={self.memory_bytes / 2**30:.3g}, but only {free / 2**30:.3g} GiB of memory are free: '
                                f'write --config.dataset.memory_gib={free / 2**31:.2g}')
             if found.num_bytes <= self.memory_bytes // 4:
-                found = reading.in_memory(found) if in_memory else self.find(name, share, singly=True)
+                # Once from end to end is fastest in whole files: each piece opens its file anew.
+                found = reading.in_memory(self.find(name, share, longest=sys.maxsize)) if in_memory else self.find(name, share, longest=1)
             self._kept[name, share, in_memory] = found
         return self._kept[name, share, in_memory]
 
@@ -191,7 +193,7 @@ def _folder(dataset_config, needs_training):
         num_train=len(found.splits.get(dataset_config.train_split, ())),
         num_eval=len(found.splits[dataset_config.eval_split]),
         memory_bytes=int(dataset_config.memory_gib * 2**30),
-        find=lambda split, share, singly=False: _singles(found.splits[split], share),
+        find=lambda split, share, longest=None: _singles(found.splits[split], share),
         identity=hashlib.sha256(repr([(picture.digest, picture.label) for picture in found.splits.get(dataset_config.train_split, ())]).encode()).hexdigest(),
         notes=(*found.notes, *named, *more),
         damage=functools.partial(_damage, found, dataset_config, needs_training),

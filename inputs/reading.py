@@ -89,14 +89,14 @@ class Singles:
             lambda index: (self.ids[index], self.load(self.stored[index]), self.labels[index]), tf.data.AUTOTUNE)
 
 
-def of_builder(builder, split, share=(0, 1), singly=False):
+def of_builder(builder, split, share=(0, 1), longest=None):
     """`Records` of a prepared TFDS split.
 
     Args:
         builder: prepared as TFRecord files.
         split: a TFDS split, such as 'train[:90%]'.
         share: (index, number) of a host: which of how many even shares, as `tfds.even_splits` cuts them.
-        singly: whether each example is a piece, so that their order is that of examples in memory.
+        longest: how many examples a piece may have; without it, so many that an epoch has at least `PIECES`. With 1 their order is that of examples in memory.
 
     Raises: RunError if it is prepared in another format.
     """
@@ -107,7 +107,7 @@ def of_builder(builder, split, share=(0, 1), singly=False):
     begin, end = share_of(info.num_examples, share)
     whole = builder.info.splits[re.split(r'[\[+]', split)[0]]
     whole_bytes = whole.num_bytes or sum(tf.io.gfile.stat(path).length for path in whole.filepaths)  # some data sets do not say
-    longest = 1 if singly else max(1, info.num_examples // PIECES)
+    longest = longest or max(1, info.num_examples // PIECES)
     runs, first_id = [], 0  # (filename, records to skip, records to take, id of the first)
     for file in info.file_instructions:
         low, high = max(begin, first_id), min(end, first_id + file.take)
