@@ -1,6 +1,7 @@
 """What all tests share: four virtual CPU devices, a data folder of their own, and a tiny digits run."""
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -22,8 +23,11 @@ from configs import digits  # noqa: E402
 
 @pytest.fixture(autouse=True)
 def no_traces_left():
-    """Each test begins without Keras' global policy of the test before."""
+    """Each test begins without Keras' global policy of the test before, and hears Ctrl-C, which a shell's background jobs ignore."""
     keras.config.set_dtype_policy('float32')
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def tiny_config():

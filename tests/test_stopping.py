@@ -22,7 +22,6 @@ COMPUTING = '''
 import ctypes, os, signal, sys, threading, time
 from devices import stopping
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 libc, lock = ctypes.CDLL(None), ctypes.create_string_buffer(256)
 libc.pthread_mutex_init(lock, None)
 libc.pthread_mutex_lock(lock)
@@ -76,14 +75,6 @@ def wait_for(condition, seconds=8):
 
 def threads():
     return {thread.name for thread in threading.enumerate()} & {'signals', 'notices of Google Cloud'}
-
-
-@pytest.fixture(autouse=True)
-def usual_sigint():
-    """As at a terminal: a shell's background jobs ignore it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize('name, status', [('SIGINT', 0), ('SIGTERM', 143)])
