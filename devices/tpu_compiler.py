@@ -4,6 +4,7 @@ It lives in an environment of its own, made on demand from requirements/prefligh
 builds can call, and its compiler estimates the cycles of a program. What is compiled is kept, so the same program is not compiled twice.
 """
 import dataclasses
+import fcntl
 import gzip
 import hashlib
 import json
@@ -187,12 +188,21 @@ def environment():
     folder = os.path.join(cache_folder(), f'preflight-{sys.version_info[0]}.{sys.version_info[1]}-{pins}')
     python, finished = os.path.join(folder, 'bin', 'python'), os.path.join(folder, 'installed')
     if not os.path.exists(finished):
-        print(f'installing the TPU compiler into {folder}, once', flush=True)
-        commands = [sys.executable, '-m', 'venv', '--clear', folder], [python, '-m', 'pip', 'install', '--quiet', '--disable-pip-version-check', '--no-deps', '-r', PINS]
-        for command in commands:
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                raise RunError(f'the TPU compiler could not be installed into {folder}: {one_line(done.stderr, 400)}')
-        with open(finished, 'w'):
-            pass
+        os.makedirs(cache_folder(), exist_ok=True)
+        with open(f'{folder}.lock', 'w') as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # until another preflight has installed it
+            if not os.path.exists(finished):
+                _install(folder, python)
+                with open(finished, 'w'):
+                    pass
     return python
+
+
+def _install(folder, python):
+    """Makes the compiler's environment anew. Raises RunError."""
+    print(f'installing the TPU compiler into {folder}, once', flush=True)
+    commands = [sys.executable, '-m', 'venv', '--clear', folder], [python, '-m', 'pip', 'install', '--quiet', '--disable-pip-version-check', '--no-deps', '-r', PINS]
+    for command in commands:
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise RunError(f'the TPU compiler could not be installed into {folder}: {one_line(done.stderr, 400)}')
