@@ -1,5 +1,8 @@
 """Preflight compiles the step that trains with the real TPU compiler, and says what that says. The compiler is installed on the first use."""
+import concurrent.futures
+import os
 import re
+import threading
 
 import pytest
 
@@ -120,3 +123,23 @@ def test_what_was_kept_and_is_damaged_is_compiled_again(tmp_path, monkeypatch, d
 def test_what_the_compiler_cannot_read_is_one_line():
     with pytest.raises(RunError, match='the TPU compiler failed: '):
         tpu_compiler.compile_program(lambda: b'no program', Topology.parse('v5e'))
+
+
+def test_two_preflights_at_once_install_the_compiler_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(tpu_compiler, 'cache_folder', lambda: str(tmp_path))
+    installed, begun, go_on = [], threading.Event(), threading.Event()
+
+    def install(folder, python):
+        begun.set()
+        go_on.wait()
+        os.makedirs(folder)
+        installed.append(python)
+
+    monkeypatch.setattr(tpu_compiler, '_install', install)
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        first = pool.submit(tpu_compiler.environment)
+        begun.wait()
+        second = pool.submit(tpu_compiler.environment)
+        assert not concurrent.futures.wait([second], 0.5).done  # it waits
+        go_on.set()
+        assert [first.result()] == [second.result()] == installed
