@@ -190,9 +190,11 @@ def cluster_finding(text):
     mend = 'unset TF_CONFIG   # or write it as docs/scaling.md says'
     try:
         values = json.loads(text)
-        jobs = {job: list(map(str, addresses)) for job, addresses in values['cluster'].items()}
+        if values == {}:
+            return ok('TF_CONFIG', 'names no cluster: this machine trains alone')
+        jobs = {job: [str(address) for address in addresses] for job, addresses in values['cluster'].items()}
         task, index = values['task']['type'], int(values['task']['index'])
-        jobs[task][index]
+        jobs[task][index if index >= 0 else len(jobs[task])]
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         return fail('TF_CONFIG', f'is no cluster with a place for this worker ({type(error).__name__}: {error})', mend)
     wrong = [address for addresses in jobs.values() for address in addresses if not re.fullmatch('.+:[0-9]+', address)]

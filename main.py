@@ -13,8 +13,13 @@ import sys
 import tempfile
 import traceback
 
-from absl import flags, logging
-from ml_collections import config_flags
+from devices.finding import install_command
+
+try:
+    from absl import flags, logging
+    from ml_collections import config_flags
+except ImportError as error:
+    sys.exit(f'error: {sys.executable} lacks what this program needs ({error}): write .venv/bin/python after `make train`, or {install_command("cpu")}')
 
 os.environ['KERAS_BACKEND'] = 'tensorflow'  # before Keras is imported, whatever ~/.keras/keras.json says
 
@@ -41,7 +46,7 @@ def main(arguments):
     signal.signal(signal.SIGTERM, interrupt)
     try:
         config = parse(arguments)
-        workdir = (FLAGS.workdir or os.path.join('runs', config_name())).removeprefix('file://')  # the same folder has the same lock
+        workdir = os.path.expanduser((FLAGS.workdir or os.path.join('runs', config_name())).removeprefix('file://'))  # the same folder has the same lock
         if FLAGS.mode == 'check':  # it must get by where TensorFlow cannot be imported
             return importlib.import_module('check').run(config, workdir)
         tpu_environment.prepare(config)
@@ -175,6 +180,8 @@ def known_configs():
 
 
 if __name__ == '__main__':
-    for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a letter is no reason to stop
-        stream.reconfigure(errors='backslashreplace')
+    for name in ('stdout', 'stderr'):
+        if getattr(sys, name) is None:  # it was closed
+            setattr(sys, name, open(os.devnull, 'w'))
+        getattr(sys, name).reconfigure(errors='backslashreplace')  # a terminal that cannot show a letter is no reason to stop
     sys.exit(main(sys.argv))

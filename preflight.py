@@ -35,8 +35,9 @@ class Flight:
 
 
 def run(config, workdir, topology, largest_batch=False):
-    """Prints what the compiler says. Raises ConfigError; RunError where it does not compile or does not fit."""
+    """Prints what the compiler says. Raises ConfigError for what a TPU cannot do; RunError where it does not compile or does not fit."""
     topology = Topology.parse(topology)
+    devices.resolve_jit_compile(config.jit_compile, 'TPU')
     data = known_data(config)
     print(f'preflight for {topology}: {topology.num_chips} chip{"s" * (topology.num_chips > 1)}, {topology.num_replicas} replica{"s" * (topology.num_replicas > 1)}; '
           'compiling takes minutes', flush=True)
@@ -120,7 +121,7 @@ def build(config, plan, topology):
     strategy = OneOfMany(topology.num_replicas)
     with strategy.scope():
         state = build_state(models.build_model(config, plan.num_classes), config, plan, policy)
-        teacher, _ = transfer.make_teacher(config, [str(number) for number in range(plan.num_classes)], pretrained=False)
+        teacher, _ = transfer.make_teacher(config, known_data(config).class_names, pretrained=False)
     return strategy, state, teacher
 
 

@@ -10,6 +10,7 @@ from devices import host
 from devices.finding import fail, ok, python_command, warn
 
 GIB = 2**30
+BATCHES = 3  # of decoded pictures on the host: one that is filled, one that waits, one that is used
 LEFT_FOR_THE_MODEL = 1.5 * GIB  # of host memory, beside what is read ahead: TensorFlow with a loaded model takes about as much
 
 
@@ -56,6 +57,8 @@ def findings(config, workdir, tpu_cores, root='/'):
     if not tpu_cores:
         finding, replicas = strategy_finding(config)
         yield finding
+    elif config.jit_compile == 'true':
+        yield tpu_compile_finding(config)
     try:
         data = presence.look(config.dataset)
     except UserError as error:
@@ -65,7 +68,7 @@ def findings(config, workdir, tpu_cores, root='/'):
     yield data_finding(config, data)
     yield memory_finding(config, data, root)
     plan = yield from plan_findings(config, data, replicas)
-    checkpoint_bytes = (yield from model_findings(config, data, plan)) if plan else 0
+    checkpoint_bytes = (yield from model_findings(config, workdir, data, plan)) if plan else 0
     if checkpoint_bytes or data.room_bytes:
         yield disk_finding(config, workdir, data, checkpoint_bytes)
     yield workdir_finding(config, workdir)
@@ -90,6 +93,17 @@ def strategy_finding(config):
     return ok('strategy', f'{reason}; {compute}'), strategy.num_replicas_in_sync
 
 
+def tpu_compile_finding(config):
+    """The setting that a TPU refuses."""
+    from devices import strategy as devices
+    from errors import ConfigError
+
+    try:
+        devices.resolve_jit_compile(config.jit_compile, 'TPU')
+    except ConfigError as error:
+        return fail('strategy', str(error), '--config.jit_compile=auto')
+
+
 def data_finding(config, data):
     """Whether the data set is there, and if not how to get it."""
     name = config.dataset.name
@@ -112,11 +126,20 @@ def data_finding(config, data):
 
 
 def memory_finding(config, data, root='/'):
-    """Memory against what is read ahead: `dataset.memory_gib`, or the whole data set where that is smaller."""
+    """Memory against what is read ahead, `dataset.memory_gib`, or the whole data set where that is smaller, and against batches of decoded pictures."""
+    from devices import strategy as devices
+
     free, where = host.free_memory(root)
     budget = int(config.dataset.memory_gib * GIB)
     need = min(budget, data.num_bytes or budget)
-    found = f'{host.gib(free)} free on {where}; {host.gib(need)} for pictures that are read ahead'
+    key = max(('batch_size', 'eval_batch_size'), key=config.get)
+    batch = 3 * config.image_size**2 * config[key] // max(1, devices.num_workers())
+    batches = BATCHES * batch
+    found = f'{host.gib(free)} free on {where}; {host.gib(need)} for pictures that are read ahead, {host.gib(batches)} for batches'
+    if batches > free:
+        fits = max(1, config[key] // 2 ** math.ceil(math.log2(2 * batches / free)))
+        return fail('memory', f'{found}: one of {config[key]:,} pictures takes {host.gib(batch)}', f'--config.{key}={fits}')
+    need += batches
     smaller = f'--config.dataset.memory_gib={max(0.01, free / 2 / GIB):.2g}'
     if need > free:
         return fail('memory', f'{found} (config.dataset.memory_gib={config.dataset.memory_gib:g})', smaller)
@@ -144,14 +167,15 @@ def plan_findings(config, data, replicas):
     return plan
 
 
-def model_findings(config, data, plan):
-    """Parameters and what a picture costs; returns the bytes of a checkpoint, 0 where there can be none."""
+def model_findings(config, workdir, data, plan):
+    """Parameters, where they come from, and what a picture costs; returns the bytes of a checkpoint, 0 where there can be none."""
     import keras
     import tensorflow as tf
 
+    import resume
     from devices import strategy as devices
     from errors import UserError
-    from modeling import models
+    from modeling import models, transfer
     from session import build_state
 
     kind = 'GPU' if tf.config.list_physical_devices('GPU') else 'CPU'
@@ -161,7 +185,11 @@ def model_findings(config, data, plan):
         with tf.device('CPU:0'):
             model = models.build_model(config, data.num_classes)
             state = build_state(model, config, plan, policy)
-            cost = forward_multiply_adds(model, config.image_size)
+            cost = forward_multiply_adds(lambda images: model(images, training=False), config.image_size)
+            if config.model.weights and not resume.begun(workdir):  # a run that goes on has its own
+                yield weights_finding(config, model)
+            teacher, teacher_name = transfer.make_teacher(config, data.class_names, pretrained=False)  # nothing is downloaded here
+            teacher_cost = forward_multiply_adds(teacher, config.image_size) if teacher else 0
     except UserError as error:
         yield of_error('model', error)
         return 0
@@ -169,18 +197,44 @@ def model_findings(config, data, plan):
     trained = sum(math.prod(variable.shape) for variable in model.trainable_variables)
     yield ok('model', f'{config.model.name} with {config.optimizer.name}: {model.count_params():,} parameters, {trained:,} of them trained; '
              f'a checkpoint is {host.gib(checkpoint_bytes)}')
-    whole_run = f', and the whole run {6 * cost * plan.total_steps * plan.batch_size:.2g} FLOP' if data.num_train else ''
-    amount = f'{cost / 1e9:.3g} G multiply-adds ({2 * cost / 1e9:.3g} GFLOP)' if cost >= 1e8 else f'{cost / 1e6:.3g} M multiply-adds ({2 * cost / 1e6:.3g} MFLOP)'
-    yield ok('cost', f'{amount} for a picture of {config.image_size} pixels; to train on it takes about three times that{whole_run}')
+    whole_run = f', and the whole run {2 * (3 * cost + teacher_cost) * plan.total_steps * plan.batch_size:.2g} FLOP' if data.num_train else ''
+    to_train = f'about three times that{f", and {in_words(teacher_cost)} of the teacher" if teacher else ""}'
+    yield ok('cost', f'{in_words(cost)} for a picture of {config.image_size} pixels; to train on it takes {to_train}{whole_run}')
+    if teacher:
+        yield pretrained_finding('teacher', teacher_name) if teacher_name.endswith('(imagenet)') else ok('teacher', teacher_name)
     return checkpoint_bytes
 
 
-def forward_multiply_adds(model, image_size):
-    """Multiply-adds of one picture through a Keras model of pictures: half of the operations that TensorFlow's profiler counts."""
-    import tensorflow as tf
+def weights_finding(config, model):
+    """Whether the model can begin with the weights that the config names. Raises UserError where it cannot."""
+    from modeling import transfer
+    from outputs.checkpoints import find
 
-    forward = tf.function(lambda images: model(images, training=False), autograph=False)
-    graph = forward.get_concrete_function(tf.TensorSpec([1, image_size, image_size, 3])).graph
+    source = config.model.weights
+    if source == 'imagenet' and config.model.name != 'tiny':
+        return pretrained_finding('weights', f'{config.model.name} (imagenet)')
+    transfer.load_weights(model, config, [], find)
+    return ok('weights', f'{source} fits {config.model.name}')
+
+
+def pretrained_finding(what, name):
+    """Of weights that keras.applications brings."""
+    folder = os.path.join(os.environ.get('KERAS_HOME') or os.path.expanduser('~/.keras'), 'models')
+    return ok(what, f'{name}: downloaded into {folder} at the first start, unless it is there')
+
+
+def in_words(multiply_adds):
+    unit, name = (1e9, 'G') if multiply_adds >= 1e8 else (1e6, 'M')
+    return f'{multiply_adds / unit:.3g} {name} multiply-adds ({2 * multiply_adds / unit:.3g} {name}FLOP)'
+
+
+def forward_multiply_adds(network, image_size):
+    """Multiply-adds of one picture, float32 [1, size, size, 3], through a network: half of the operations that TensorFlow's profiler counts."""
+    import tensorflow as tf
+    from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
+
+    forward = tf.function(network, autograph=False).get_concrete_function(tf.TensorSpec([1, image_size, image_size, 3]))
+    graph = convert_variables_to_constants_v2(forward).graph  # with what functions, such as a SavedModel's, call
     profiler = tf.compat.v1.profiler
     options = profiler.ProfileOptionBuilder(profiler.ProfileOptionBuilder.float_operation()).with_empty_output().build()
     return profiler.profile(graph, options=options).total_float_ops / 2

@@ -1,6 +1,7 @@
 """What the cells of train_tpu.ipynb call. Each verb is a process of its own: the kernel imports no TensorFlow and never holds the TPU."""
 import glob
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -29,11 +30,11 @@ class Runtime:
     """
 
     def __init__(self, config, run, storage='', accelerator='', train_for='', changes=''):
-        open_storage(storage)
-        place = storage if storage.startswith('gs://') or not storage else os.path.abspath(storage)
+        place = place_of(storage)
+        open_storage(place)
         self.workdir = os.path.join(place, 'runs', f'{config}-{run}')  # programs run in ROOT
-        self._arguments = [f'--config=configs/{config}.py', f'--workdir={self.workdir}', *shlex.split(changes)]
-        if storage:
+        self._arguments = [f'--config=configs/{config}.py', f'--workdir={self.workdir}', *words_of(changes)]
+        if place:
             self._arguments.append(f'--config.dataset.data_dir={os.path.join(place, "tensorflow_datasets")}')
         if train_for:
             self._arguments.append(f'--config.train_for={train_for}')
@@ -91,6 +92,24 @@ class Runtime:
             found = os.path.join(folder, '*') if '://' in self.workdir else os.path.join(ROOT, self.workdir, pattern)
             for path in sorted(glob.glob(found)):
                 display(Image(path))
+
+
+def place_of(storage):
+    """Where STORAGE is, whole: a folder, gs://BUCKET/FOLDER, or '' for this machine. Raises SystemExit for what is neither."""
+    storage = storage.strip()
+    if not storage or re.match('gs://[^/]', storage):
+        return storage
+    if not storage.startswith(('/', '~')):  # a folder of the checkout would go with it
+        raise SystemExit(f'error: STORAGE={storage!r} is no place: write a folder with all of its path, such as {DRIVE}/MyDrive/warmstart, or gs://BUCKET/FOLDER')
+    return os.path.abspath(os.path.expanduser(storage))
+
+
+def words_of(changes):
+    """CHANGES as arguments. Raises SystemExit for a quote that is not closed."""
+    try:
+        return shlex.split(changes)
+    except ValueError as error:
+        raise SystemExit(f'error: CHANGES={changes!r} cannot be read ({error}): write it as on a command line, such as --config.seed=1') from None
 
 
 def open_storage(storage):

@@ -94,7 +94,7 @@ def free_disk(path):
 
 def nearest(path):
     """`path`, or the nearest of the folders above it that is there; a file in the way counts."""
-    path = os.path.abspath(os.path.expanduser(path))
+    path = os.path.abspath(path)
     while not os.path.lexists(path):
         path = os.path.dirname(path)
     return path

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -147,9 +148,10 @@ def _read(path):
     """What was kept, or None if it is not there or damaged."""
     try:
         with gzip.open(path, 'rt') as file:
-            return json.load(file)
+            answer = json.load(file)
     except (OSError, EOFError, ValueError, zlib.error):
         return None
+    return answer if isinstance(answer, dict) and answer.keys() & {'error', 'text'} else None
 
 
 def _compile(python, hlo, topology):
@@ -170,7 +172,8 @@ def _compile(python, hlo, topology):
         done = subprocess.run([python, '-I', WORKER, program, name, str(topology.num_replicas), answer], env={**os.environ, **variables}, capture_output=True, text=True)
         if not os.path.exists(answer):
             said = [line for line in done.stderr.strip().splitlines() if line.strip()] or [f'it ended with status {done.returncode}']
-            raise RunError(f'the TPU compiler failed: {one_line(said[-1], 400)}')
+            raise RunError(f'the TPU compiler failed ({one_line(said[-1], 400)}): if its installation is damaged, '
+                           f'rm -r {shlex.quote(os.path.dirname(os.path.dirname(python)))}   # and the same command makes it again')
         with open(answer) as file:
             return json.load(file)
 
@@ -187,15 +190,20 @@ def environment():
         pins = hashlib.sha256(file.read()).hexdigest()[:12]
     folder = os.path.join(cache_folder(), f'preflight-{sys.version_info[0]}.{sys.version_info[1]}-{pins}')
     python, finished = os.path.join(folder, 'bin', 'python'), os.path.join(folder, 'installed')
-    if not os.path.exists(finished):
+    if not _is_there(python, finished):
         os.makedirs(cache_folder(), exist_ok=True)
         with open(f'{folder}.lock', 'w') as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # until another preflight has installed it
-            if not os.path.exists(finished):
+            if not _is_there(python, finished):
                 _install(folder, python)
                 with open(finished, 'w'):
                     pass
     return python
+
+
+def _is_there(python, finished):
+    """A folder that outlived the Python that made it is made again."""
+    return os.path.exists(finished) and os.path.exists(python)
 
 
 def _install(folder, python):

@@ -25,7 +25,7 @@ class Presence:
     Attributes:
         state: 'here', 'made' (from what is installed), 'downloaded' (at the first start), 'unpacked' (archives that are here), or 'missing'.
         place: the folder where it is, or is looked for.
-        num_classes: int.
+        class_names: in the order of the labels; numbers where TFDS learns them while it prepares the data.
         num_train, num_eval: examples, or None where only preparing it will tell.
         num_bytes: of its pictures as they are stored, or None; before it is prepared, what is downloaded: pictures stay as compressed as they were.
         room_bytes: of disk that preparing it takes, at most: the archives, what comes out of them, what is made of that.
@@ -34,12 +34,16 @@ class Presence:
 
     state: str
     place: str
-    num_classes: int
+    class_names: tuple[str, ...]
     num_train: int | None
     num_eval: int | None
     num_bytes: int | None
     room_bytes: int = 0
     how: str = ''
+
+    @property
+    def num_classes(self):
+        return len(self.class_names)
 
 
 def look(dataset_config):
@@ -49,7 +53,7 @@ def look(dataset_config):
     """
     if dataset_config.name == 'folder':
         class_names, sizes, num_bytes = folder.count(dataset_config)
-        return Presence('here', os.path.expanduser(dataset_config.data_dir), len(class_names), sizes[dataset_config.train_split],
+        return Presence('here', os.path.expanduser(dataset_config.data_dir), class_names, sizes[dataset_config.train_split],
                         sizes[dataset_config.eval_split], num_bytes)
     builder, label = datasets.find_builder(dataset_config)
     if builder.is_prepared():
@@ -65,7 +69,7 @@ def _prepared(builder, label, dataset_config):
     lost = [path for split in builder.info.splits.values() for path in map(str, split.filepaths) if os.path.basename(path) not in here]
     if lost:
         raise RunError(f'{len(lost)} files of {builder.name} are missing, such as {lost[0]}: rm -r {builder.data_dir}')
-    return Presence('here', str(builder.data_dir), label.num_classes, *_sizes(builder.name, builder.info.splits, dataset_config),
+    return Presence('here', str(builder.data_dir), tuple(label.names), *_sizes(builder.name, builder.info.splits, dataset_config),
                     int(builder.info.dataset_size or 0) or None)
 
 
@@ -73,7 +77,7 @@ def _not_prepared(builder, label, dataset_config):
     download = int(builder.info.download_size or 0) or sum(int(info.size or 0) for info in (builder.url_infos or {}).values())  # of all variants that it has
     stored = int(builder.info.dataset_size or 0) or download
     sizes = _sizes(builder.name, _splits(builder), dataset_config) if builder.name in SIZES else (None, None)
-    known = dict(place=str(builder.data_dir), num_classes=label.num_classes, num_train=sizes[0], num_eval=sizes[1], num_bytes=stored or None)
+    known = dict(place=str(builder.data_dir), class_names=tuple(label.names), num_train=sizes[0], num_eval=sizes[1], num_bytes=stored or None)
     if builder.name == 'digits':
         return Presence('made', room_bytes=2**20, **known | {'num_bytes': 2**20})  # 0.4 MiB of PNG files
     if not builder.MANUAL_DOWNLOAD_INSTRUCTIONS:

@@ -130,8 +130,10 @@ def in_memory(split):
 
 
 def share_of(num_examples, share):
-    """(begin, end) of share (index, number): the shares differ by one example at most."""
+    """(begin, end) of share (index, number): the shares differ by one example at most. Raises RunError if there are more hosts than examples."""
     index, number = share
+    if num_examples < number:  # all hosts see it, so none waits for another
+        raise RunError(f'a split has {num_examples} examples for {number} hosts, and each needs one: name a larger one in config.dataset.train_split or eval_split')
     return num_examples * index // number, num_examples * (index + 1) // number
 
 

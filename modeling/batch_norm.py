@@ -32,8 +32,9 @@ ACTIVATIONS = {  # of a name: z -> (value, derivative)
 class BatchNormalization(keras.layers.BatchNormalization):
     """`keras.layers.BatchNormalization` and the activation after it.
 
-    Where Keras computes the mean first, mean and variance come from one pass, E[(x - s)^2] - E[x - s]^2; s is the moving mean,
-    so that nothing is lost to rounding where the mean is far from zero.
+    Where Keras computes the mean first, mean and variance come from one pass, E[(x - s)^2] - E[x - s]^2; s is the moving mean.
+    Rounding takes from the variance what (mean - s)^2 is above it: much where inputs are hundreds of deviations from zero and the moving
+    mean has not followed yet, in the first updates, and as little as with Keras from then on.
 
     With `synchronized` the statistics are those of the global batch, with one all-reduce each way; replicas have equal shares.
     Keras' own takes three, each of which searches the graph of all replicas for variables while it is traced.

@@ -453,7 +453,7 @@ def memory(folder, available, version=2, limit=None, used=0, inactive=0):
 
 
 def data(**changes):
-    return presence.Presence(**{'state': 'here', 'place': '/data', 'num_classes': 10, 'num_train': 1437, 'num_eval': 360, 'num_bytes': 2**40, **changes})
+    return presence.Presence(**{'state': 'here', 'place': '/data', 'class_names': tuple('0123456789'), 'num_train': 1437, 'num_eval': 360, 'num_bytes': 2**40, **changes})
 
 
 @pytest.mark.parametrize('version', [1, 2])
@@ -473,6 +473,15 @@ def test_memory_that_leaves_little_for_the_model_is_a_warning_and_small_data_nee
     root = memory(tmp_path, 5)
     assert_mended(trial.memory_finding(default.get_config(), data(), root), 'warn', 'leaves little', '--config.dataset.memory_gib=2.5')
     assert trial.memory_finding(default.get_config(), data(num_bytes=2**20), root).status == 'ok'
+
+
+def test_batches_that_memory_cannot_hold_are_named_with_one_that_it_can(tmp_path):
+    root, config = memory(tmp_path, 5), default.get_config()
+    config.batch_size, config.image_size = 4096, 1024
+    found = trial.memory_finding(config, data(num_bytes=2**20), root)
+    assert_mended(found, 'FAIL', 'one of 4,096 pictures takes 12.0 GiB', '--config.batch_size=')  # 4,096 x 1,024 x 1,024 x 3 bytes
+    config.batch_size = int(found.mend.partition('=')[2])
+    assert trial.memory_finding(config, data(num_bytes=2**20), root).status != 'FAIL'
 
 
 def test_cores_are_those_of_the_container_and_few_beside_accelerators_are_a_warning(tmp_path):
@@ -505,6 +514,7 @@ def test_a_disk_that_is_too_small_is_named(tmp_path, monkeypatch):
     ('{"cluster": {"worker": ["a:1", "b:1"]}, "task": {"type": "worker", "index": 2}}', 'IndexError'),
     ('{"cluster": {"worker": ["a:1"]}, "task": {"type": "chief", "index": 0}}', "KeyError: 'chief'"),
     ('{"cluster": {"worker": ["a:1", "b"]}, "task": {"type": "worker", "index": 0}}', "'b' is no address HOST:PORT"),
+    ('{"cluster": {"worker": ["a:1", "b:1"]}, "task": {"type": "worker", "index": -1}}', 'IndexError'),
     ('[]', 'TypeError'),
 ])
 def test_a_broken_tf_config_is_named(text, found):
@@ -514,6 +524,7 @@ def test_a_broken_tf_config_is_named(text, found):
 def test_a_sane_tf_config_is_ok():
     row = check.cluster_finding(json.dumps({'cluster': {'chief': ['a:1'], 'worker': ['b:1']}, 'task': {'type': 'worker', 'index': 0}}))
     assert row.status == 'ok' and row.found == '2 workers; this is worker 0'
+    assert check.cluster_finding('{}').status == 'ok'  # TensorFlow's own word for no cluster
 
 
 @pytest.mark.parametrize('place', ['file/run', 'file'])
@@ -615,6 +626,29 @@ def test_folders_without_classes_are_named_and_classes_are_counted(tmp_path, tin
 def test_a_strategy_that_is_asked_for_and_not_there_is_named(tmp_path, tiny):
     tiny.strategy = 'mirrored'
     assert_mended(rows_of(tiny, tmp_path)['strategy'], 'FAIL', 'needs several devices', '--config.strategy=auto')
+
+
+@pytest.mark.parametrize('key, value, found, mend', [
+    ('model.weights', 'runs/missing', "config.model.weights='runs/missing' is not there", "'imagenet'"),
+    ('distill.teacher', 'runs/missing', 'neither a SavedModel nor a run that has exported one', 'train the teacher first'),
+])
+def test_weights_and_a_teacher_that_are_not_there_are_named(tmp_path, tiny, key, value, found, mend):
+    tiny.update_from_flattened_dict({key: value})
+    assert_mended(rows_of(tiny, tmp_path)['model'], 'FAIL', found, mend)
+
+
+def test_what_keras_downloads_is_said_and_not_downloaded(tmp_path, tiny, monkeypatch):
+    monkeypatch.setattr('keras.src.utils.file_utils.get_file', None)
+    monkeypatch.setenv('KERAS_HOME', str(tmp_path))
+    tiny.model.name, tiny.model.weights, tiny.image_size = 'MobileNetV2', 'imagenet', 32
+    row = rows_of(tiny, tmp_path / 'run')['weights']
+    assert row.status == 'ok' and f'MobileNetV2 (imagenet): downloaded into {tmp_path}/models at the first start' in row.found
+
+
+def test_a_setting_that_a_tpu_refuses_is_named(tmp_path, tiny):
+    tiny.jit_compile = 'true'
+    rows = {row.what: row for row in trial.findings(tiny, str(tmp_path), tpu_cores=1)}
+    assert_mended(rows['strategy'], 'FAIL', 'would compile for the host', '--config.jit_compile=auto')
 
 
 def test_the_table_says_what_the_run_will_be(tmp_path, tiny):

@@ -9,8 +9,8 @@ import pytest
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
-def call(*arguments, cwd=ROOT):
-    return subprocess.run([sys.executable, os.path.join(ROOT, 'main.py'), *arguments], cwd=cwd, capture_output=True, text=True)
+def call(*arguments, cwd=ROOT, **environ):
+    return subprocess.run([sys.executable, os.path.join(ROOT, 'main.py'), *arguments], cwd=cwd, env={**os.environ, **environ}, capture_output=True, text=True)
 
 
 def one_line(done, status):
@@ -38,6 +38,17 @@ def one_line(done, status):
 ])
 def test_wrong_usage_is_one_line_and_status_2(arguments, says):
     assert says in one_line(call(*arguments), 2)
+
+
+def test_a_python_without_the_packages_is_told_what_to_install():
+    done = subprocess.run([sys.executable, '-S', 'main.py', '--config=configs/digits.py'], capture_output=True, text=True, cwd=ROOT)
+    assert 'No module named' in one_line(done, 1) and "requirements/cpu.txt '.[cpu]'" in done.stderr
+
+
+def test_a_workdir_in_the_home_folder_is_there(tmp_path):
+    (tmp_path / 'old').mkdir()
+    done = call('--config=configs/digits.py', '--config.model.name=tiny', '--mode=evaluate', '--workdir=~/old', HOME=str(tmp_path))
+    assert f'{tmp_path}/old' in one_line(done, 1) and not os.path.exists(os.path.join(ROOT, '~'))
 
 
 def test_a_broken_config_file_is_named_with_its_line(tmp_path):

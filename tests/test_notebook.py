@@ -176,6 +176,24 @@ def test_an_interrupted_cell_lets_the_run_save(this_runtime, capsys):
     assert capsys.readouterr().out.endswith('begun\nsaved\n')
 
 
+@pytest.mark.parametrize('storage', ['s3://bucket/x', 'gs:/bucket/x', 'gs://', 'gs:///x', 'warmstart'])
+def test_a_storage_that_is_no_place_is_refused(storage):
+    with pytest.raises(SystemExit, match='STORAGE=.* is no place'):
+        runtime.Runtime('digits', 'first', storage, installed())
+
+
+def test_a_storage_is_read_as_it_was_meant(monkeypatch, tmp_path):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    assert runtime.place_of('~/kept') == str(tmp_path / 'kept')
+    assert runtime.place_of(' /kept ') == '/kept' and runtime.place_of(' gs://bucket/kept') == 'gs://bucket/kept'
+    assert runtime.place_of(' ') == ''
+
+
+def test_changes_with_an_open_quote_are_one_line():
+    with pytest.raises(SystemExit, match='CHANGES=.* cannot be read .No closing quotation.'):
+        runtime.Runtime('digits', 'first', '', installed(), '', "--config.seed='1")
+
+
 def test_with_a_bucket_data_and_the_run_are_there(monkeypatch):
     run = runtime.Runtime('imagenette', 'second', 'gs://bucket/warmstart', installed(), '5 epochs', '--config.seed=1')
     commands = []

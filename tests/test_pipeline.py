@@ -9,6 +9,7 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 
 import plan as planning
+from errors import RunError
 from inputs import datasets, pipeline, reading
 from inputs.pictures import decode, resize_picture
 
@@ -157,6 +158,12 @@ def test_hosts_read_shares_that_together_are_the_split(source, hosts):
     assert max(sizes) - min(sizes) <= 1
     read = [number for part in parts for number in sorted(int(number) for number, *_ in part.read(np.arange(len(part.counts))).as_numpy_iterator())]
     assert read == list(range(1437))
+
+
+def test_more_hosts_than_examples_are_refused_by_all_of_them(source):
+    for host in range(3):
+        with pytest.raises(RunError, match='2 examples for 3 hosts'):
+            source.find('train[:2]', (host, 3))
 
 
 def test_a_piece_is_what_tfds_reads(split, source):

@@ -1,5 +1,6 @@
 """Preflight compiles the step that trains with the real TPU compiler, and says what that says. The compiler is installed on the first use."""
 import concurrent.futures
+import gzip
 import os
 import re
 import threading
@@ -105,7 +106,7 @@ def test_the_largest_batch_is_found_to_within_a_few_percent(tiny, monkeypatch):
     assert 0.96 * limit <= found <= limit and program.memory_bytes == found + 500
 
 
-@pytest.mark.parametrize('damage', [b'', b'{}', None])
+@pytest.mark.parametrize('damage', [b'', b'{}', gzip.compress(b'{}'), None])
 def test_what_was_kept_and_is_damaged_is_compiled_again(tmp_path, monkeypatch, damage):
     monkeypatch.setattr(tpu_compiler, 'cache_folder', lambda: str(tmp_path))
     monkeypatch.setattr(tpu_compiler, 'environment', lambda: 'python')
@@ -121,8 +122,24 @@ def test_what_was_kept_and_is_damaged_is_compiled_again(tmp_path, monkeypatch, d
 
 
 def test_what_the_compiler_cannot_read_is_one_line():
-    with pytest.raises(RunError, match='the TPU compiler failed: '):
+    with pytest.raises(RunError, match='the TPU compiler failed .*HloModuleProto.*: if its installation is damaged, rm -r '):
         tpu_compiler.compile_program(lambda: b'no program', Topology.parse('v5e'))
+
+
+def test_an_environment_whose_python_has_gone_is_made_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(tpu_compiler, 'cache_folder', lambda: str(tmp_path))
+    made = []
+
+    def install(folder, python):
+        made.append(folder)
+        os.makedirs(os.path.dirname(python), exist_ok=True)
+        os.symlink(os.devnull, python)
+
+    monkeypatch.setattr(tpu_compiler, '_install', install)
+    python = tpu_compiler.environment()
+    assert tpu_compiler.environment() == python and len(made) == 1
+    os.remove(python)
+    assert tpu_compiler.environment() == python and len(made) == 2
 
 
 def test_two_preflights_at_once_install_the_compiler_once(tmp_path, monkeypatch):
@@ -132,7 +149,8 @@ def test_two_preflights_at_once_install_the_compiler_once(tmp_path, monkeypatch)
     def install(folder, python):
         begun.set()
         go_on.wait()
-        os.makedirs(folder)
+        os.makedirs(os.path.dirname(python))
+        os.symlink(os.devnull, python)
         installed.append(python)
 
     monkeypatch.setattr(tpu_compiler, '_install', install)

@@ -11,6 +11,7 @@ from scipy import special
 import plan as planning
 import session as sessions
 import train
+import trial
 from benchmarks.same_step import without_batch
 from tests.conftest import tiny_config
 from errors import ConfigError, RunError
@@ -349,3 +350,12 @@ def test_a_taught_run_is_trained_and_exported_as_any_other(digits_run, tiny, tmp
     assert 'rates     x 1 at the head, down to x 0.5 at the first layers that are trained' in said and f'teacher   {digits_run}/export; 50% of the loss, temperature 1' in said
     summary = read_json(f'{workdir}/summary.json')
     assert summary['export/accuracy'] == summary['eval/accuracy']
+
+
+def test_a_teacher_costs_one_pass_of_its_own(tmp_path, tiny, digits_run):
+    alone = {row.what: row for row in trial.findings(tiny, str(tmp_path / 'run'), 0)}['cost'].found
+    tiny.distill.teacher = digits_run  # the same network
+    rows = {row.what: row for row in trial.findings(tiny, str(tmp_path / 'run'), 0)}
+    assert rows['teacher'].found == os.path.join(digits_run, 'export')
+    of_one, of_all = (float(found.split('whole run ')[1].split()[0]) for found in (alone, rows['cost'].found))
+    assert of_all / of_one == pytest.approx(4 / 3, rel=0.05)
