@@ -259,19 +259,19 @@ def disk_finding(config, workdir, data, checkpoint_bytes):
 
 def workdir_finding(config, workdir):
     """Whether what `workdir` holds, if anything, is a run of this config. Whether it can be written to is another row."""
-    from errors import ConfigError
+    from errors import UserError
     from resume import begun, is_finished, require_same_config
 
     try:
         require_same_config(config, workdir)
-    except ConfigError as error:
-        return of_error('run', error)
-    held, finished = begun(workdir), is_finished(workdir)
+        held, finished = begun(workdir), is_finished(workdir)
+    except UserError as error:
+        return of_error('run', error, '--workdir=DIR, a folder or gs://BUCKET/FOLDER that you can read and write')
     return ok('run', f'{workdir} {"holds the finished run of this config" if finished else "holds a run of this config, which goes on" if held else "is new"}')
 
 
-def of_error(what, error):
-    """A FAIL of one of our errors, whose text says what is wrong, a colon, and what to do; or names the key and the nearest value."""
+def of_error(what, error, otherwise='see what configs/default.py says of it'):
+    """A FAIL of one of our errors, whose text says what is wrong, a colon, and what to do; or names the key and the nearest value; or neither."""
     text = str(error)
     meant = re.match(r"config\.([\w.]+)='.*; did you mean (\S+)\?$", text)
     if meant:
@@ -280,4 +280,4 @@ def of_error(what, error):
     if found and mend.count(')') == mend.count('('):
         return fail(what, found, mend.removeprefix('write '))
     flag = re.search(r'--\S+=\S+', text)
-    return fail(what, text, flag[0] if flag else 'see what configs/default.py says of it')
+    return fail(what, text, flag[0] if flag else otherwise)

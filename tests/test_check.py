@@ -537,6 +537,10 @@ def test_a_workdir_that_cannot_be_written_to_is_named(tmp_path, place):
 
 # Data, config, model.
 
+def test_a_place_that_cannot_be_read_is_named_with_what_to_write(tmp_path, tiny):
+    assert_mended(rows_of(tiny, 's3://bucket/run')['run'], 'FAIL', 's3://bucket/run/config.json cannot be read', '--workdir=DIR')
+
+
 def test_a_workdir_with_a_run_of_another_config_is_named(tmp_path, tiny):
     (tmp_path / 'checkpoints' / 'step-10').mkdir(parents=True)
     (tmp_path / 'checkpoints' / 'step-10' / 'manifest.json').touch()
