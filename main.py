@@ -93,6 +93,8 @@ def failure(error):
     lost = re.search(r'(?:remote target|stopped sending heartbeats\):)\s+/job:(\w+)/replica:[0-9]+/task:([0-9]+)', str(error))
     if errors and isinstance(error, errors.UnavailableError) and lost:
         return f'{lost[1]} {lost[2]} does not answer any more: start all workers again, and they continue at the last checkpoint', 1
+    if errors and isinstance(error, (errors.DataLossError, errors.OutOfRangeError)):
+        return f'a file of the data set is damaged or cut short ({text[:200]}): delete the folder that --mode=check names for it, and prepare it again', 1
     if errors and isinstance(error, errors.OpError):
         text = re.sub(r'\{\{.*?\}\}', '', text)  # names of its own
         hint = ' (a picture that cannot be decoded?)' if 'ecode' in text else ''

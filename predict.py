@@ -10,7 +10,7 @@ import sys
 from devices import tpu_environment
 from errors import RunError, UserError, one_line
 from main import import_tensorflow_quietly
-from outputs.files import read_json
+from outputs import files
 
 EXAMPLES = 3  # of the evaluation split
 CLASSES = 5  # the most likely of them are shown
@@ -19,26 +19,26 @@ CLASSES = 5  # the most likely of them are shown
 def main(arguments):
     """Prints the most likely classes of each picture and draws them; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('run', metavar='RUN', help='folder of a run with its export')
+    parser.add_argument('run', metavar='RUN', help='folder of a run with its export, or gs://BUCKET/FOLDER')
     parser.add_argument('pictures', nargs='*', metavar='PICTURE', help='JPEG or PNG files')
     parser.add_argument('--output', help='where the pictures and their classes are drawn; RUN/plots/predictions.png by default')
     options = parser.parse_args(arguments)
-    options.run = os.path.dirname(options.run.rstrip('/')) if os.path.exists(os.path.join(options.run, 'saved_model.pb')) else options.run
-    options.output = options.output or os.path.join(options.run, 'plots', 'predictions.png')
-    if not options.output.endswith('.png'):
+    if options.output and not options.output.endswith('.png'):
         parser.error(f'--output={options.output}: write the name of a .png file')
     os.environ.update(tpu_environment.without_accelerators())
     import_tensorflow_quietly()
     try:
-        model, labels = load(options.run)
-        examples = read(options.pictures) if options.pictures else evaluation_examples(options.run, labels)
+        run = os.path.dirname(options.run.rstrip('/')) if files.exists(os.path.join(options.run, 'saved_model.pb')) else options.run
+        model, labels = load(run)
+        examples = read(options.pictures) if options.pictures else evaluation_examples(run, labels)
         answers, images = zip(*(classify(model, labels, title, encoded) for title, encoded in examples))
         for (title, _), answer in zip(examples, answers):
             print(f'{title}: {", ".join(f"{label} {probability:.1%}" for label, probability in answer)}')
         from outputs.plots import plot_answers
 
-        plot_answers(options.output, images, [title for title, _ in examples], answers)
-        print(f'drawn in {options.output}')
+        output = options.output or os.path.join(run, 'plots', 'predictions.png')
+        plot_answers(output, images, [title for title, _ in examples], answers)
+        print(f'drawn in {output}')
     except UserError as error:
         print(f'error: {error}', file=sys.stderr)
         return error.exit_status
@@ -51,13 +51,12 @@ def main(arguments):
 def load(run):
     """(the SavedModel of a run, its labels). Raises RunError if there is none, it is damaged, or it can do more than compute."""
     directory = os.path.join(run, 'export')
-    if not os.path.exists(os.path.join(directory, 'saved_model.pb')):
+    if not files.exists(os.path.join(directory, 'saved_model.pb')):
         raise RunError(f'{run} has no export: train it to its end, or python main.py --config=... --workdir={run} --mode=export')
     from modeling import saved_model
 
     try:
-        with open(os.path.join(directory, 'labels.txt')) as file:
-            return saved_model.load(directory), file.read().splitlines()
+        return saved_model.load(directory), files.read(os.path.join(directory, 'labels.txt')).decode().splitlines()
     except RunError:
         raise
     except Exception as error:  # of many kinds, by where it is damaged
@@ -66,14 +65,7 @@ def load(run):
 
 def read(paths):
     """[(name, content)] of files."""
-    pictures = []
-    for path in paths:
-        try:
-            with open(path, 'rb') as file:
-                pictures.append((os.path.basename(path), file.read()))
-        except OSError as error:
-            raise RunError(f'{path} cannot be read: {error.strerror}') from error
-    return pictures
+    return [(os.path.basename(path), files.read(path)) for path in paths]
 
 
 def evaluation_examples(run, labels):
@@ -85,7 +77,7 @@ def evaluation_examples(run, labels):
 
     from inputs import datasets
 
-    dataset = ConfigDict(read_json(os.path.join(run, 'config.json'))).dataset
+    dataset = ConfigDict(files.read_json(os.path.join(run, 'config.json'))).dataset
     if re.match(r'[\w-]+:[a-zA-Z]', dataset.name):  # a namespace of TFDS; a version begins with a digit
         raise RunError(f'{run} was evaluated on {dataset.name}, for which TFDS downloads code and runs it: give the pictures to try')
     source = datasets.load(dataset, needs_training=False)

@@ -13,7 +13,7 @@ from devices import strategy as devices
 from devices.lowering import OneOfMany, lower
 from devices.tpu_compiler import GIB, DoesNotFit, Topology, compile_program
 from devices.tpu_program import Program
-from errors import RunError
+from errors import ConfigError, RunError
 from inputs import augment, presence
 from modeling import models, steps, transfer
 from session import build_state
@@ -34,6 +34,10 @@ class Flight:
     program: Program
 
 
+class EvaluationDoesNotFit(DoesNotFit):
+    """It is the evaluation that needs more memory than there is."""
+
+
 def run(config, workdir, topology, largest_batch=False):
     """Prints what the compiler says. Raises ConfigError for what a TPU cannot do; RunError where it does not compile or does not fit."""
     topology = Topology.parse(topology)
@@ -46,7 +50,9 @@ def run(config, workdir, topology, largest_batch=False):
     try:
         flights = fly(config, plan, topology)
     except DoesNotFit as error:
-        raise RunError(f'{config.batch_size:,} pictures in a batch do not fit into {topology}: a replica needs {error}. {batch_that_fits(config, data, topology, error)}') from None
+        key, what = ('eval_batch_size', 'batch of the evaluation') if isinstance(error, EvaluationDoesNotFit) else ('batch_size', 'batch')
+        raise RunError(f'{config[key]:,} pictures in a {what} do not fit into {topology}: a replica needs {error}. '
+                       f'{batch_that_fits(config, data, topology, error, key)}') from None
     print(describe(flights, topology))
     if largest_batch:
         print('searching the largest batch, by compiling others', flush=True)
@@ -66,7 +72,7 @@ def known_data(config):
 def fly(config, plan, topology):
     """Compiles the training step, for each picture size of the run, and the evaluation step: a list of Flight, evaluation last.
 
-    Raises: DoesNotFit; RunError.
+    Raises: DoesNotFit; EvaluationDoesNotFit; RunError.
     """
     flights, begin = [], 0
     for end, stage in planning.stages(config, plan):
@@ -74,7 +80,11 @@ def fly(config, plan, topology):
         flights.append(Flight('training', plan.batch_size // plan.num_replicas, stage.image_size, end - begin, program))
         begin = end
     batches = math.ceil(plan.eval_examples / plan.eval_batch_size) * math.ceil(plan.total_steps / plan.eval_every)
-    flights.append(Flight('evaluation', plan.eval_batch_size // plan.num_replicas, config.image_size, batches, compile_evaluation(config, plan, topology)))
+    try:
+        program = compile_evaluation(config, plan, topology)
+    except DoesNotFit as error:
+        raise EvaluationDoesNotFit(error.needed, error.available) from None
+    flights.append(Flight('evaluation', plan.eval_batch_size // plan.num_replicas, config.image_size, batches, program))
     return flights
 
 
@@ -129,40 +139,51 @@ def pictures(batch, size):
     return tf.TensorSpec((batch, size, size, 3), tf.uint8), tf.TensorSpec((batch,), tf.int64)
 
 
-def batch_that_fits(config, data, topology, error):
-    """A sentence with a batch that does fit: what the compiler's figure lets one expect, compiled to be sure."""
-    per_replica = config.batch_size // topology.num_replicas
-    while per_replica > MULTIPLE:
-        per_replica = max(MULTIPLE, int(0.95 * per_replica * error.available / error.needed) // MULTIPLE * MULTIPLE)
+def batch_that_fits(config, data, topology, error, key):
+    """A sentence with a `key`, batch_size or eval_batch_size, that does fit: what the compiler's figure lets one expect, compiled to be sure."""
+    least = shares(config) if key == 'batch_size' else 1
+    per_replica = config[key] // topology.num_replicas
+    while per_replica > least:
+        expected = int(0.95 * per_replica * error.available / error.needed)
+        unit = math.lcm(MULTIPLE, least) if expected >= math.lcm(MULTIPLE, least) else least
+        per_replica = max(least, expected // unit * unit)
         try:
-            program = compile_with_batch(config, data, topology, per_replica)
-            return (f'--config.batch_size={per_replica * topology.num_replicas} does, with {program.memory_bytes / GIB:.2f} GiB; '
-                    'lower schedule.peak_lr with it, or keep the batch and write --config.accumulate_steps=N')
+            program = compile_with_batch(config, data, topology, per_replica, key)
+            fits = f'--config.{key}={per_replica * topology.num_replicas} does, with {program.memory_bytes / GIB:.2f} GiB'
+            return fits if key == 'eval_batch_size' else f'{fits}; lower schedule.peak_lr with it, or keep the batch and write --config.accumulate_steps=N'
         except DoesNotFit as again:
             error = again
-    return f'Nor do {MULTIPLE} on each replica: take smaller pictures or a smaller model'
+    return 'Nor does the smallest batch: take smaller pictures or a smaller model'
 
 
 def search_largest(config, data, topology, flight):
     """(pictures on a replica, Program) of the largest training batch that fits, by bisection to within CLOSE, from a flight that does."""
+    unit = math.lcm(MULTIPLE, shares(config))
     fits, program, too_many = flight.batch, flight.program, None
-    while too_many is None or too_many - fits > max(MULTIPLE, CLOSE * too_many):
+    while too_many is None or too_many - fits > max(unit, CLOSE * too_many):
         growth = program.memory_available / program.memory_bytes  # what is kept for each picture outweighs what is not, so this is below the limit at first
         tried = int(fits * max(1.1, growth)) if too_many is None else (fits + too_many) // 2
-        tried = max(fits + MULTIPLE, tried // MULTIPLE * MULTIPLE)
+        tried = (max(fits + unit, tried)) // unit * unit
         try:
-            program, fits = compile_with_batch(config, data, topology, tried), tried
-        except DoesNotFit:
-            too_many = tried
-        print(f'          {tried:,} pictures on a replica {"fit" if fits == tried else "do not fit"}', flush=True)
+            program, fits = compile_with_batch(config, data, topology, tried, 'batch_size'), tried
+        except (DoesNotFit, ConfigError) as error:  # or the config has no such batch: there are too few examples, say
+            too_many, reason = tried, 'do not fit' if isinstance(error, DoesNotFit) else str(error)
+        print(f'          {tried:,} pictures on a replica: {"fit" if fits == tried else reason}', flush=True)
     return fits, program
 
 
-def compile_with_batch(config, data, topology, per_replica):
-    """The Program of the training step, in its largest stage, with another batch."""
+def shares(config):
+    """Of what the examples of a replica have to be a multiple."""
+    return math.lcm(config.accumulate_steps, config.augment.repeats, 2 if config.augment.mixup or config.augment.cutmix else 1)
+
+
+def compile_with_batch(config, data, topology, per_replica, key):
+    """The Program of the training step, in its largest stage, or of the evaluation, with another batch."""
     config = config.copy_and_resolve_references()
-    config.batch_size = per_replica * topology.num_replicas
+    config[key] = per_replica * topology.num_replicas
     plan = planning.make_plan(config, data.num_train, data.num_eval, data.num_classes, topology.num_replicas)
+    if key == 'eval_batch_size':
+        return compile_evaluation(config, plan, topology)
     return compile_training(planning.stages(config, plan)[-1][1], plan, topology)
 
 

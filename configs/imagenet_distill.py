@@ -2,8 +2,8 @@
 
     python main.py --config=configs/imagenet_distill.py --config.dataset.data_dir=gs://BUCKET/tensorflow_datasets
 
-Costs      500 epochs, as configs/imagenet_strong.py, and the forward pass of the teacher: 15.4 GFLOP a picture, where the
-           student's whole step is about 2. 350 MB of weights are downloaded once.
+Costs      500 epochs, as configs/imagenet_strong.py, and the forward pass of the teacher: 15.4 G multiply-adds a picture,
+           where the student's whole step is about 2.2. 350 MB of weights are downloaded once.
 Reaches    not known for this pair. Beyer et al. (2022) taught a ResNet-50 so to 82.8 %, in 9,600 epochs; alone it has 76 to 80 %.
 Measured   not yet; benchmarks/transfer.py has a small pair.
 """

@@ -4,7 +4,9 @@ import dataclasses
 import functools
 import hashlib
 import io
+import logging
 import os
+import re
 import sys
 from collections.abc import Callable
 
@@ -163,12 +165,15 @@ def _prepare(builder, data_dir):
         download = tfds.download.DownloadConfig(manual_dir=manual_dir)
     if builder.name == 'digits':
         tfds.disable_progress_bar()  # it takes a second
+    logging.getLogger('urllib3').setLevel(logging.ERROR)  # it tries ten times, and warns each time
     print(f'preparing {builder.name} in {builder.data_dir}, once', flush=True)
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             builder.download_and_prepare(download_config=download)
     except Exception as error:  # of any kind: no network, a damaged archive, no space
-        raise RunError(f'{builder.name} could not be prepared in {builder.data_dir}: {one_line(error)}') from error
+        offline = isinstance(error, OSError) and re.search('HTTPS?Connection|resolve|unreachable', str(error))
+        mend = f': this machine has to be online for it, or --config.dataset.data_dir=DIR a folder that has {builder.name} prepared' if offline else ''
+        raise RunError(f'{builder.name} could not be prepared in {builder.data_dir} ({one_line(error, 200)}){mend}') from error
 
 
 def how_to_get(builder):

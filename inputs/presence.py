@@ -69,8 +69,15 @@ def _prepared(builder, label, dataset_config):
     lost = [path for split in builder.info.splits.values() for path in map(str, split.filepaths) if os.path.basename(path) not in here]
     if lost:
         raise RunError(f'{len(lost)} files of {builder.name} are missing, such as {lost[0]}: rm -r {builder.data_dir}')
+    short = '' if '://' in str(builder.data_dir) else next((name for name, split in builder.info.splits.items() if _size_on_disk(split) < split.num_bytes), '')
+    if short:
+        raise RunError(f'files of {builder.name} are shorter than they were, of its split {short}: rm -r {builder.data_dir}')
     return Presence('here', str(builder.data_dir), tuple(label.names), *_sizes(builder.name, builder.info.splits, dataset_config),
                     int(builder.info.dataset_size or 0) or None)
+
+
+def _size_on_disk(split):
+    return sum(os.path.getsize(path) for path in split.filepaths)
 
 
 def _not_prepared(builder, label, dataset_config):

@@ -105,7 +105,7 @@ def of_builder(builder, split, share=(0, 1), longest=None):
                        'or point config.dataset.data_dir at a folder where it is')
     info = builder.info.splits[split]
     begin, end = share_of(info.num_examples, share)
-    whole = builder.info.splits[re.split(r'[\[+]', split)[0]]
+    whole = builder.info.splits[re.split(r'[\[+]', split)[0].strip()]
     whole_bytes = whole.num_bytes or sum(tf.io.gfile.stat(path).length for path in whole.filepaths)  # some data sets do not say
     longest = longest or max(1, info.num_examples // PIECES)
     runs, first_id = [], 0  # (filename, records to skip, records to take, id of the first)

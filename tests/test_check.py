@@ -600,6 +600,17 @@ def test_prepared_data_of_which_a_file_is_lost_are_named(tmp_path, tiny):
     assert_mended(rows_of(tiny, tmp_path / 'run')['data set'], 'FAIL', f'1 files of digits are missing, such as {lost}', f'rm -r {lost.parent}')
 
 
+def test_prepared_data_that_were_cut_short_are_named(tmp_path, tiny):
+    from inputs import datasets
+
+    tiny.dataset.data_dir = str(tmp_path / 'data')
+    datasets.load(tiny.dataset)
+    assert rows_of(tiny, tmp_path / 'run')['data set'].status == 'ok'
+    file, = (tmp_path / 'data').glob('digits/*/*-train.tfrecord*')
+    os.truncate(file, 3000)
+    assert_mended(rows_of(tiny, tmp_path / 'run')['data set'], 'FAIL', 'shorter than they were, of its split train', f'rm -r {file.parent}')
+
+
 @pytest.mark.parametrize('key, value, row, found, mend', [
     ('dataset.name', 'cifra10', 'data set', "config.dataset.name='cifra10' is no TFDS data set", '--config.dataset.name=cifar10'),
     ('dataset.eval_split', 'validation', 'data set', "'validation' is no split of digits", 'test'),

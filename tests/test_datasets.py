@@ -1,9 +1,11 @@
 """Digits, TFDS names and folders of pictures go through one door, and what is not there is named."""
 import os
+import re
 import types
 
 import numpy as np
 import pytest
+import requests
 import tensorflow as tf
 from sklearn.datasets import load_digits
 
@@ -138,3 +140,17 @@ def test_imagenet_that_is_missing_says_where_it_was_sought_and_how_to_get_it(tmp
     text = str(raised.value)
     assert str(tmp_path / 'downloads' / 'manual') in text and 'ILSVRC2012_img_train.tar' in text and 'image-net.org' in text
     assert '\n' not in text
+
+
+@pytest.mark.parametrize('error, says', [
+    (requests.ConnectionError("HTTPSConnectionPool(host='somewhere', port=443): Max retries exceeded (Failed to resolve 'somewhere')"), 'this machine has to be online for it, or --config.dataset.data_dir='),
+    (OSError(28, 'No space left on device'), 'No space left on device)'),
+])
+def test_data_that_cannot_be_prepared_are_one_line_with_the_cause(tmp_path, monkeypatch, error, says):
+    def fail(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr(datasets.Digits, 'download_and_prepare', fail)
+    with pytest.raises(RunError, match=f'^digits could not be prepared in .*{re.escape(says)}') as raised:
+        datasets.load(dataset_config(name='digits', data_dir=str(tmp_path)))
+    assert ('online' in str(raised.value)) == isinstance(error, requests.ConnectionError)

@@ -4,6 +4,7 @@ import glob
 import json
 import os
 import re
+import shutil
 import sys
 
 import nbformat
@@ -79,6 +80,14 @@ def test_a_picture_of_ones_own_is_classified_as_the_exported_model_does(executed
     label, probability = answer['label'][0].numpy().decode(), float(tf.reduce_max(answer['probabilities']))
     assert capsys.readouterr().out.startswith(f'mine.png: {label} {probability:.1%}, ')
     assert (tmp_path / 'drawn.png').stat().st_size > 5_000
+
+
+def test_the_run_may_be_in_a_bucket(executed, tmp_path, capsys, own_environment):
+    """A folder stands for it: TensorFlow's file system reads and writes there."""
+    shutil.copytree(*glob.glob(os.path.join(executed[1], 'runs', '*')), tmp_path / 'run')
+    shutil.rmtree(tmp_path / 'run' / 'plots')
+    assert predict.main([f'file://{tmp_path}/run']) == 0
+    assert capsys.readouterr().out.count('evaluation example ') == 3 and (tmp_path / 'run' / 'plots' / 'predictions.png').stat().st_size > 5_000
 
 
 def test_what_cannot_be_classified_is_one_line(executed, tmp_path, capsys, own_environment):

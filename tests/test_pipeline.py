@@ -173,7 +173,7 @@ def test_a_piece_is_what_tfds_reads(split, source):
 
 
 def test_a_part_of_a_split_is_read_from_inside_its_file(source):
-    part = source.find('train[100:200]+train[700:705]')
+    part = source.find('train[100:200] + train[700:705]')
     expected = sorted(example['id'] for example in tfds.builder('digits').as_dataset(split='train[100:200]+train[700:705]').as_numpy_iterator())
     by_encoded = {example['image']: example['id'] for example in tfds.builder('digits').as_dataset(
         split='train', decoders={'image': tfds.decode.SkipDecoding()}).as_numpy_iterator()}

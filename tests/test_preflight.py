@@ -91,15 +91,51 @@ def test_a_batch_that_does_not_fit_is_an_error_that_says_which_would(tiny):
     assert 2**19 < suggested < 2**22
 
 
-def test_the_largest_batch_is_found_to_within_a_few_percent(tiny, monkeypatch):
+def test_an_evaluation_that_does_not_fit_is_an_error_that_names_its_own_batch(tiny):
+    tiny.eval_batch_size = 2**22
+    with pytest.raises(RunError, match=r'^4,194,304 pictures in a batch of the evaluation do not fit into v5e:1x1: .* --config.eval_batch_size=\d+ does, with'):
+        preflight.run(tiny, '', 'v5e')
+
+
+@pytest.fixture
+def memory_for(monkeypatch):
+    """A compiler for which a replica has memory for so many pictures in a batch; it keeps what was tried."""
+    def of(limit):
+        def compile_training(config, plan, topology):
+            tried.append(plan.batch_size // plan.num_replicas)
+            if tried[-1] > limit:
+                raise DoesNotFit(tried[-1], limit)
+            return tpu_program.Program('libtpu', 1.0, 1.0, tried[-1] + 500, limit + 500, 1, (), ())
+
+        tried = []
+        monkeypatch.setattr(preflight, 'compile_training', compile_training)
+        return tried
+
+    return of
+
+
+@pytest.mark.parametrize('limit, fits', [(3, 3), (2, 0), (500, 456)])
+def test_a_batch_that_fits_keeps_the_shares_of_a_replica(tiny, memory_for, limit, fits):
+    """A multiple of 3, and of 8 where it can be."""
+    tiny.batch_size, tiny.accumulate_steps = 960, 3
+    tried = memory_for(limit)
+    sentence = preflight.batch_that_fits(tiny, preflight.known_data(tiny), Topology.parse('v5e'), DoesNotFit(960, limit), 'batch_size')
+    assert not any(batch % 3 for batch in tried)
+    assert sentence.startswith(f'--config.batch_size={fits} does' if fits else 'Nor does the smallest batch') and (tried[-1] == fits or not fits)
+
+
+def test_the_search_for_the_largest_batch_keeps_the_shares_of_a_replica_and_ends_with_the_data(tiny, memory_for, capsys):
+    tiny.batch_size, tiny.augment.repeats, tiny.train_for = 48, 3, '1 epochs'
+    tried = memory_for(10**6)
+    flight = preflight.Flight('training', 48, 16, 30, tpu_program.Program('libtpu', 1.0, 1.0, 548, 10**6, 1, (), ()))
+    found, _ = preflight.search_largest(tiny, preflight.known_data(tiny), Topology.parse('v5e'), flight)
+    assert not any(batch % 24 for batch in tried) and 0.9 * 1437 < found <= 1437  # an epoch is one step then
+    assert 'less than one step' in capsys.readouterr().out
+
+
+def test_the_largest_batch_is_found_to_within_a_few_percent(tiny, memory_for):
     limit = 3000
-
-    def compile_training(config, plan, topology):
-        if plan.batch_size > limit:
-            raise DoesNotFit(plan.batch_size, limit)
-        return tpu_program.Program('libtpu', 1.0, 1.0, plan.batch_size + 500, limit + 500, 1, (), ())
-
-    monkeypatch.setattr(preflight, 'compile_training', compile_training)
+    memory_for(limit)
     topology, data = Topology.parse('v5e'), preflight.known_data(tiny)
     flight = preflight.Flight('training', 32, 16, 30, tpu_program.Program('libtpu', 1.0, 1.0, 532, limit + 500, 1, (), ()))
     found, program = preflight.search_largest(tiny, data, topology, flight)
