@@ -1,7 +1,9 @@
 """A tf.distribute strategy for whatever hardware is there."""
+import contextlib
 import json
 import os
 import signal
+import sys
 import threading
 
 import tensorflow as tf
@@ -133,14 +135,34 @@ def _multi_worker(workers):
         raise RunError("config.strategy='multi_worker' needs the environment variable TF_CONFIG with the addresses of all workers, "
                        f'but it names none; found {_found()}')
     os.environ.setdefault('GRPC_FAIL_FAST', 'use_caller')  # a worker that has gone is an error for the others, not something to wait for
+    if workers > 1:
+        print(f'waiting for the other workers that TF_CONFIG names, {workers} in all', file=sys.stderr, flush=True)
     try:
-        strategy = tf.distribute.MultiWorkerMirroredStrategy()
+        with _ended_by_signals():
+            strategy = tf.distribute.MultiWorkerMirroredStrategy()
     except Exception as error:  # ValueError for a wrong task, an OpError for an address that cannot be used
         raise RunError(f'the environment variable TF_CONFIG does not work here ({one_line(error)}): mend it or unset it') from error
-    if threading.current_thread() is threading.main_thread():
-        # TensorFlow has a handler of its own now, which notes SIGTERM for who asks it, and the process would not end by it any more.
-        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM) or signal.SIG_DFL)
     return strategy, f'MultiWorkerMirroredStrategy on {workers} workers, {strategy.num_replicas_in_sync} replicas: TF_CONFIG names them'
+
+
+@contextlib.contextmanager
+def _ended_by_signals():
+    """Signals end the process at once, as nothing is begun yet: TensorFlow may wait for other workers, and no handler of Python's would run.
+
+    That goes for SIGINT. SIGTERM ends it only until TensorFlow has set a handler of its own, which notes it for who asks: while it waits,
+    nobody does. The handlers from before are there again afterwards.
+    """
+    usual = {}
+    if threading.current_thread() is threading.main_thread():
+        usual = {number: signal.getsignal(number) or signal.SIG_DFL for number in (signal.SIGINT, signal.SIGTERM)}
+    for number, handler in usual.items():
+        if handler != signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        for number, handler in usual.items():
+            signal.signal(number, handler)
 
 
 def _reason(wanted, otherwise):

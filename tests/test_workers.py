@@ -92,6 +92,16 @@ def test_a_signal_to_any_worker_stops_all_and_the_same_command_goes_on(tmp_path)
     assert os.path.exists(os.path.join(workdir, 'checkpoints', f'step-{stopped}', 'manifest.json'))
 
 
+def test_a_worker_that_waits_for_another_says_so_and_ends_by_ctrl_c():
+    process, absent = start([*ARGUMENTS, '--mode=evaluate'])
+    absent.kill()
+    assert process.stderr.readline() == 'waiting for the other workers that TF_CONFIG names, 2 in all\n'
+    time.sleep(3)  # it waits in TensorFlow now
+    process.send_signal(signal.SIGINT)
+    (status, *_), _ = finish([process, absent], timeout=60)
+    assert status == -signal.SIGINT
+
+
 def test_a_worker_that_is_killed_ends_the_others_with_its_name_and_a_restart_of_all_continues(tmp_path):
     processes, workdir = training(tmp_path)
     deadline = time.monotonic() + 60
