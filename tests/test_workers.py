@@ -92,8 +92,8 @@ def test_a_signal_to_any_worker_stops_all_and_the_same_command_goes_on(tmp_path)
     assert os.path.exists(os.path.join(workdir, 'checkpoints', f'step-{stopped}', 'manifest.json'))
 
 
-def test_a_worker_that_waits_for_another_says_so_and_ends_by_ctrl_c():
-    process, absent = start([*ARGUMENTS, '--mode=evaluate'])
+def test_a_worker_that_waits_for_another_says_so_and_ends_by_ctrl_c(tmp_path):
+    process, absent = start([*ARGUMENTS, f'--workdir={tmp_path}/run'])
     absent.kill()
     assert process.stderr.readline() == 'waiting for the other workers that TF_CONFIG names, 2 in all\n'
     time.sleep(3)  # it waits in TensorFlow now
