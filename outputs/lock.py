@@ -20,6 +20,7 @@ BEAT = 20.0  # seconds between two signs of life in a lease
 SILENCE = 70.0  # seconds without one after which a lease counts as left behind: three beats, and 10 s for a slow network
 SETTLE = 2.0  # seconds in which two that take a lease at the same moment have both written it
 READ_BYTES = 1 << 16  # many times a lease
+TRIES = 100  # to open a file in a folder that others make and remove at the same moment
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}
 HELD_BY_ANOTHER = {errno.EACCES, errno.EAGAIN}  # POSIX allows both as fcntl's answer
 
@@ -64,12 +65,11 @@ class _Lock:
     def take(self):
         """Locks; returns False where the file system has no locks."""
         with self._changing, files.explained(self.path):
-            os.makedirs(os.path.dirname(self.path), exist_ok=True)
             while True:
                 # Looked at before the file is opened: to close it again would let go of the lock that this process has on it.
                 if self._inodes.get(_inode(self.path)) == self._pid:
                     raise RunError(f'{self.workdir} is in use: this very process trains there already; end that run first, or give another --workdir')
-                file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+                file = self._open()
                 try:
                     if not self._lock(file):
                         return False
@@ -81,6 +81,14 @@ class _Lock:
                 finally:
                     if self._file is None:
                         os.close(file)
+
+    def _open(self):
+        """A descriptor of the file, in a folder that is made if needed."""
+        for _ in range(TRIES):
+            os.makedirs(os.path.dirname(self.path), exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):  # another start failed and has just taken its empty folder away
+                return os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+        return os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
 
     def require(self):
         """Raises RunError if the folder was deleted, moved or replaced."""
