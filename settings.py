@@ -25,6 +25,7 @@ RANGES = {
     'dataset.eval_share': (0.001, 0.999),
     'dataset.split_seed': (0, 2**31 - 1),
     'dataset.max_broken': (0, 1),
+    'dataset.white_level': (255, 2**16 - 1),
     'dataset.memory_gib': (0.001, 2**20),
     'image_size': (8, 4096),
     'batch_size': (1, 2**24),

@@ -9,6 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from typing import NamedTuple
 
 import psutil
 
@@ -17,9 +18,17 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 
 from errors import ConfigError, RunError, did_you_mean, one_line
-from inputs import folder, reading
+from inputs import folder, picture_files, reading
 
 MOST_NAMED = 50  # broken files in the report
+
+
+class Sampled(NamedTuple):
+    """One example: the file that evaluation reads, what the user's file holds if it is one of a folder, and the label."""
+
+    encoded: bytes
+    original: bytes | None
+    label: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +46,7 @@ class Source:
     identity: str  # says which training examples these are: another text, other examples
     notes: tuple[str, ...] = ()  # what the user may not expect, for the report
     damage: Callable = str  # () -> text that names the files that have changed for the worse since, or ''
+    original: Callable = lambda split, number: None  # (split, number of an example) -> the user's file as bytes, where it is one
     _kept: dict = dataclasses.field(default_factory=dict)
 
     def split(self, name, share=(0, 1), in_memory=True):
@@ -57,6 +67,15 @@ class Source:
                 found = reading.in_memory(self.find(name, share, longest=sys.maxsize)) if in_memory else self.find(name, share, longest=1)
             self._kept[name, share, in_memory] = found
         return self._kept[name, share, in_memory]
+
+    def sample(self, split: str, most: int) -> list[Sampled]:
+        """Reads at most `most` examples, taken evenly from a split: data sets are often stored class by class."""
+        found = self.split(split)
+        num_pieces = len(found.counts)
+        chosen = np.unique(np.linspace(0, num_pieces - 1, min(most, num_pieces)).round().astype(np.int64))
+        first_ones = dataclasses.replace(found, counts=np.ones_like(found.counts)) if isinstance(found, reading.Records) else found
+        rows = sorted(first_ones.read(chosen).as_numpy_iterator(), key=lambda row: row[0])
+        return [Sampled(encoded, self.original(split, number), int(label)) for number, encoded, label in rows]
 
     def examples(self, split):
         """A tf.data.Dataset of (image, label): encoded bytes, string []; int64 []. The order is always the same."""
@@ -202,6 +221,7 @@ def _folder(dataset_config, needs_training):
         identity=hashlib.sha256(repr([(picture.digest, picture.label) for picture in found.splits.get(dataset_config.train_split, ())]).encode()).hexdigest(),
         notes=(*found.notes, *named, *more),
         damage=functools.partial(_damage, found, dataset_config, needs_training),
+        original=lambda split, number: picture_files.read(found.splits[split][number].original),
     )
 
 
@@ -217,9 +237,14 @@ def _damage(before, dataset_config, needs_training):
 
 def _singles(pictures, share):
     begin, end = reading.share_of(len(pictures), share)
-    paths, labels, sizes, _ = zip(*pictures[begin:end])
-    return reading.Singles(stored=tf.constant([os.fsencode(path) for path in paths]), labels=tf.constant(labels, tf.int64),
-                           ids=tf.range(begin, end, dtype=tf.int64), load=tf.io.read_file, num_bytes=sum(sizes))
+    chosen = pictures[begin:end]
+    return reading.Singles(
+        stored=tf.constant([os.fsencode(picture.path) for picture in chosen]),
+        labels=tf.constant([picture.label for picture in chosen], tf.int64),
+        ids=tf.range(begin, end, dtype=tf.int64),
+        load=tf.io.read_file,
+        num_bytes=sum(picture.num_bytes for picture in chosen),
+    )
 
 
 def split_size(name, splits, key, dataset_config, needed):

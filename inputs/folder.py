@@ -22,6 +22,7 @@ from inputs.picture_files import shown
 USUAL = ('train', 'training', 'val', 'valid', 'validation', 'dev', 'test', 'testing', 'eval', 'evaluation')  # names of splits
 NOT_OURS = ('__MACOSX', '@eaDir')  # what a Mac's archive and a network disk leave behind
 NAMED = 10  # names in one line
+DEEP_BITS = (10, 12, 14)  # that cameras and scanners have, and store in 16
 SORT = 'put the pictures of each class into a folder of its own'
 
 
@@ -32,6 +33,7 @@ class Picture(NamedTuple):
     label: int
     num_bytes: int
     digest: str  # of the original
+    original: str  # path of the user's file; `path` may be that of a converted copy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +73,7 @@ def find(dataset_config, needs_training=True):
     """
     root, train_split, eval_split = os.path.expanduser(dataset_config.data_dir), dataset_config.train_split, dataset_config.eval_split
     bases, notes, files, class_names = _survey(dataset_config, needs_training)
-    verdicts = picture_files.examine(root, sorted(file.path for file in files))
+    verdicts = picture_files.examine(root, sorted(file.path for file in files), dataset_config.white_level)
     broken = tuple((path, verdict.broken) for path, verdict in verdicts.items() if verdict.broken)
     notes += _check_broken(root, broken, len(verdicts), dataset_config.max_broken)
     files = [file._replace(verdict=verdicts[file.path]) for file in files if not verdicts[file.path].broken]
@@ -81,11 +83,15 @@ def find(dataset_config, needs_training=True):
                      f'config.dataset.split_seed={dataset_config.split_seed} says which pictures')
     _check_enough(root, bases, files, class_names, eval_split)
     notes += _notes_on_pictures(files, class_names, eval_split)
+    notes += _notes_on_deep_pictures(files, dataset_config.white_level)
+    notes += _notes_on_odd_jpegs(files)
 
     splits = {split: [] for split in (*bases, eval_split)}
     for file in sorted(files, key=lambda file: (file.verdict.digest, file.path)):  # as good as shuffled: any part has all classes
-        path = file.verdict.copy or os.path.join(root, file.path)
-        splits[file.split].append(Picture(path, class_names.index(file.class_name), file.verdict.num_bytes, file.verdict.digest))
+        original = os.path.join(root, file.path)
+        path = file.verdict.copy or original
+        label = class_names.index(file.class_name)
+        splits[file.split].append(Picture(path, label, file.verdict.num_bytes, file.verdict.digest, original))
     return Folder(class_names, splits, broken, tuple(notes))
 
 
@@ -263,6 +269,38 @@ def _notes_on_pictures(files, class_names, eval_split):
     torn = [same for same in twins.values() if len({file.class_name for file in same}) > 1]
     if torn:
         notes.append(f'{len(torn):,} pictures are in more than one class, byte for byte, such as {_named(file.path for file in torn[0])}')
+    return notes
+
+
+def _notes_on_deep_pictures(files, white_level):
+    """Pictures of more than 8 bits whose values are far from what counts as white."""
+    deep = [file for file in files if file.verdict.peak]
+    if not deep:
+        return []
+    brightest = max(deep, key=lambda file: file.verdict.peak)
+    peak = brightest.verdict.peak
+    if peak > white_level:
+        return [f'{shown(brightest.path)} has values up to {peak:,}, which are cut off at config.dataset.white_level={white_level}']
+    used = next((2**bits - 1 for bits in DEEP_BITS if peak < 2**bits), white_level)
+    if used >= white_level:
+        return []
+    return [f'{len(deep):,} pictures of 16 bits have no value above {peak:,}, so they are nearly black: '
+            f'if {used:,} is their white, write --config.dataset.white_level={used}']
+
+
+def _notes_on_odd_jpegs(files):
+    """JPEG files that break the format and are read all the same."""
+    notes = []
+    remarkable = [file for file in files if file.verdict.remark and not file.verdict.doubt]
+    if remarkable:
+        first = remarkable[0]
+        notes.append(f'{len(remarkable):,} JPEG files break the format where no pixel can suffer, such as {shown(first.path)} '
+                     f'({first.verdict.remark}): they are used')
+    doubtful = [file for file in files if file.verdict.doubt]
+    if doubtful:
+        first = doubtful[0]
+        notes.append(f'{len(doubtful):,} JPEG files, nearly all, have the same fault, such as {shown(first.path)} '
+                     f'({first.verdict.doubt}): it is taken for a habit of what wrote them, and they are used')
     return notes
 
 

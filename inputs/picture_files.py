@@ -1,6 +1,7 @@
-"""What a picture file is good for: TensorFlow reads it right as it is, or a converted copy of it, or it is broken.
+"""What an image file is good for: TensorFlow reads it right as it is, or a converted copy of it, or it is broken.
 
-Verdicts and copies are kept in TFDS's data folder, so that a file is examined once, and again when it has changed.
+Training, evaluation and `predict.py` see a file through `as_decodable`. Verdicts and copies are kept in TFDS's data folder,
+so that a file is examined once, and again when it has changed.
 """
 import concurrent.futures
 import contextlib
@@ -21,20 +22,34 @@ import PIL
 import tensorflow as tf
 import tensorflow_datasets as tfds
 import tqdm
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image
 
 from errors import RunError, one_line
+from inputs import jpeg_files, pictures
 
 # What is looked at; what a file then is, its content decides. The last four are there to be named: Pillow reads none of them.
 SUFFIXES = ('.jpg', '.jpeg', '.jpe', '.jfif', '.mpo', '.png', '.apng', '.gif', '.bmp', '.dib', '.webp', '.tif', '.tiff', '.avif',
             '.jp2', '.j2k', '.ppm', '.pgm', '.pbm', '.pnm', '.heic', '.heif', '.jxl', '.svg')
 # Formats that begin with a mark of their own, and that Pillow reads without another program (EPS would start Ghostscript).
 FORMATS = ('JPEG', 'PNG', 'GIF', 'BMP', 'DIB', 'WEBP', 'TIFF', 'AVIF', 'JPEG2000', 'PPM')
-LOSSY = ('JPEG', 'MPO', 'WEBP', 'AVIF', 'JPEG2000')  # MPO: a JPEG file with further pictures behind the first
+JPEGS = ('JPEG', 'MPO')  # MPO: a JPEG file with further pictures behind the first
+LOSSY = (*JPEGS, 'WEBP', 'AVIF', 'JPEG2000')
 MOST_PIXELS = 2**27  # 400 MB as uint8 [height, width, 3]
 MOST_BYTES = 8 * MOST_PIXELS  # of a file: as many pixels, with four channels of 16 bits
+WHITE_LEVEL = 2**16 - 1  # of an image of 16 bits, unless its makers used fewer of them
+TURNS = {  # EXIF orientation (EXIF 2.32, tag 0x0112) -> what a viewer does
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+BITS_PER_SAMPLE = 258  # TIFF 6.0, page 29
+NEARLY_ALL, LEAST_HABIT = 0.9, 10  # share and number of JPEG files with one fault that make it a habit of their writer
 CHUNK = 64  # files that are examined between two looks at what was said to standard error
-RULES = f'1, Pillow {PIL.__version__}, TensorFlow {tf.__version__}'  # that verdicts were found by; count up what changes them
+RULES = f'2, Pillow {PIL.__version__}, TensorFlow {tf.__version__}'  # that verdicts were found by; count up what changes them
 
 
 class Broken(Exception):
@@ -49,20 +64,68 @@ class Verdict(NamedTuple):
         num_bytes: of what is to be read.
         copy: path of the converted copy that is to be read, or '' for the file itself.
         broken: why it cannot be used, or ''.
+        file_format: Pillow's name of it, such as 'JPEG'; of a broken file 'JPEG' or ''.
+        peak: the largest value of an image with more than 8 bits, 0 of others.
+        remark: what libjpeg complains of although no pixel can have changed, or ''.
+        doubt: what it complains of that may be damage, or the habit of a camera, or ''.
     """
 
     digest: str = ''
     num_bytes: int = 0
     copy: str = ''
     broken: str = ''
+    file_format: str = ''
+    peak: int = 0
+    remark: str = ''
+    doubt: str = ''
 
 
-def examine(root, paths):
+class _Decodable(NamedTuple):
+    """A JPEG or PNG file that TensorFlow reads as a viewer shows it, and what was found on the way there."""
+
+    content: bytes
+    file_format: str
+    peak: int = 0
+    remark: str = ''
+    doubt: str = ''
+
+
+def as_decodable(content: bytes, white_level: int = WHITE_LEVEL) -> bytes:
+    """Returns the file that training reads in place of this one: itself, if TensorFlow shows it as a viewer does.
+
+    Otherwise a JPEG or PNG file: turned as EXIF says, laid over white, in three channels of 8 bits. What may be damage
+    is passed over: it is `folder.find` that decides, as it sees the files beside this one.
+
+    Args:
+        content: an image file of any of `FORMATS`.
+        white_level: the value of white in images of 16 bits, `config.dataset.white_level`.
+
+    Raises: Broken: it cannot be used; the message says why.
+    """
+    if not content:
+        raise Broken('empty: 0 bytes')
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # Pillow's: what matters of them is an error here
+            with _standard_error() as said:
+                decodable = _convert(content, white_level)
+                complains = bool(said())
+            return _without_complaint(content, decodable).content if complains else decodable.content
+    except Broken:
+        raise
+    except MemoryError:
+        raise Broken('too large for the memory that is free') from None
+    except Exception as error:  # a damaged file can make Pillow raise anything
+        raise Broken(_reason(error)) from error
+
+
+def examine(root, paths, white_level=WHITE_LEVEL):
     """Finds out which files can be used; converts those that TensorFlow would refuse or misread.
 
     Args:
         root: the user's folder.
         paths: of files below it.
+        white_level: see `as_decodable`.
 
     Returns: {path: Verdict}, in the order of `paths`. `list_of_broken(root)` then has those that are broken, if any are.
 
@@ -70,7 +133,7 @@ def examine(root, paths):
     """
     try:
         tf.io.gfile.makedirs(_copies(root))
-        verdicts = _examine_new(root, paths)
+        verdicts = _without_doubts(_examine_new(root, paths, white_level))
         broken = [f'{shown(path)}: {verdicts[path].broken}\n' for path in paths if verdicts[path].broken]
         if broken:
             _write(list_of_broken(root), ''.join(broken).encode())
@@ -108,10 +171,11 @@ def _copies(root):
     return os.path.join(_cache(root), 'copies')
 
 
-def _examine_new(root, paths):
+def _examine_new(root, paths, white_level):
     """Verdicts on all files: those known from before where neither file nor copy has changed since."""
     manifest = os.path.join(_cache(root), 'manifest.json')
-    known, copies = _read_manifest(manifest), {'', *(os.path.join(_copies(root), name) for name in tf.io.gfile.listdir(_copies(root)))}
+    rules = f'{RULES}, white level {white_level}'
+    known, copies = _read_manifest(manifest, rules), {'', *(os.path.join(_copies(root), name) for name in tf.io.gfile.listdir(_copies(root)))}
     verdicts, changed = {}, []
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
         ask = pool.map if '://' in root else map  # a local answer takes less time than to ask for it elsewhere
@@ -126,23 +190,32 @@ def _examine_new(root, paths):
     if changed:
         print(f'examining {len(changed):,} files of {shown(root)}, once', flush=True)
         try:
-            found = _examine_all([os.path.join(root, path) for path in changed], _copies(root))
+            found = _examine_all([os.path.join(root, path) for path in changed], _copies(root), white_level)
             with tqdm.tqdm(total=len(changed), unit=' files', disable=None, delay=2, leave=False) as bar:
                 for path, verdict in zip(changed, found):
                     verdicts[path] = verdict
                     bar.update()
         finally:  # also what an interrupted start has found out
             known |= {path: (stamps[path], verdicts[path]) for path in changed if path in verdicts and verdicts[path].digest}
-            _write(manifest, json.dumps({'rules': RULES, 'files': known}).encode())
+            _write(manifest, json.dumps({'rules': rules, 'files': known}).encode())
     return verdicts
 
 
-def _read_manifest(path):
+def _without_doubts(verdicts):
+    """The verdicts, with files broken whose complaint is not what nearly all JPEG files have."""
+    doubtful = {path: verdict for path, verdict in verdicts.items() if verdict.doubt}
+    num_jpegs = sum(verdict.file_format in JPEGS for verdict in verdicts.values())
+    if len(doubtful) >= max(LEAST_HABIT, NEARLY_ALL * num_jpegs):
+        return verdicts
+    return verdicts | {path: Verdict(verdict.digest, broken=f'damaged: {verdict.doubt}') for path, verdict in doubtful.items()}
+
+
+def _read_manifest(path, rules):
     """{path: (stamp, Verdict)}; nothing where there is no manifest, or a damaged one."""
     try:
         with tf.io.gfile.GFile(path, 'rb') as file:
             manifest = json.loads(file.read())
-        if manifest['rules'] != RULES:
+        if manifest['rules'] != rules:
             return {}
         return {path: (tuple(stamp), Verdict(*verdict)) for path, (stamp, verdict) in manifest['files'].items()}
     except (tf.errors.OpError, ValueError, TypeError, KeyError, AttributeError):
@@ -163,7 +236,7 @@ def _stamp(path):
     return status.st_size, status.st_mtime_ns
 
 
-def _examine_all(paths, copies):
+def _examine_all(paths, copies, white_level):
     """Yields the Verdict on each file, in order. Raises tf.errors.OpError if a copy cannot be written."""
     Image.init()
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool, warnings.catch_warnings():
@@ -171,9 +244,10 @@ def _examine_all(paths, copies):
         for begin in range(0, len(paths), CHUNK):
             chunk = paths[begin:begin + CHUNK]
             with _standard_error() as said:
-                verdicts = list(pool.map(lambda path: _verdict(path, copies), chunk))
-                if b'Corrupt JPEG data' in said():
-                    verdicts = [_listen(path, verdict) for path, verdict in zip(chunk, verdicts)]
+                verdicts = list(pool.map(lambda path: _verdict(path, copies, white_level), chunk))
+                complains = bool(said())  # some of them: libjpeg does not say which
+            if complains:
+                verdicts = [_listen(path, verdict, copies, white_level) for path, verdict in zip(chunk, verdicts)]
             yield from verdicts
 
 
@@ -198,24 +272,39 @@ def _standard_error():
             os.close(usual)
 
 
-def _verdict(path, copies):
-    digest = ''
+def _verdict(path, copies, white_level, listens=False):
+    """Examines one file, and writes its copy if it needs one; with `listens`, hears what libjpeg says of it."""
+    digest = file_format = ''
     try:
-        content = _read(path)
+        content = read(path)
         digest = hashlib.sha256(content).hexdigest()
-        converted = _convert(content)
+        file_format = 'JPEG' if content.startswith(jpeg_files.START_OF_IMAGE) else ''
+        decodable = _convert(content, white_level)
+        if listens:
+            decodable = _without_complaint(content, decodable)
     except MemoryError:  # there may be enough another time, so without digest
         return Verdict(broken='too large for the memory that is free')
     except Exception as error:  # a damaged file can make Pillow raise anything
-        return Verdict(digest, broken=_reason(error))
-    if converted is None:
-        return Verdict(digest, len(content))
-    copy = os.path.join(copies, digest + ('.png' if converted.startswith(b'\x89PNG') else '.jpg'))
-    _write(copy, converted)
-    return Verdict(digest, len(converted), copy)
+        return Verdict(digest, broken=_reason(error), file_format=file_format)
+    copy = ''
+    if decodable.content is not content:
+        ending = '.png' if decodable.content.startswith(pictures.PNG_SIGNATURE) else '.jpg'
+        suffix = '' if white_level == WHITE_LEVEL else f'-white{white_level}'
+        copy = os.path.join(copies, digest + suffix + ending)
+        _write(copy, decodable.content)
+    return Verdict(digest, len(decodable.content), copy, '', *decodable[1:])
 
 
-def _read(path):
+def _listen(path, verdict, copies, white_level):
+    """Examines a file again, by itself, if it may be the one that libjpeg complains of."""
+    if verdict.broken or verdict.file_format not in JPEGS:
+        return verdict
+    with _standard_error():
+        return _verdict(path, copies, white_level, listens=True)
+
+
+def read(path):
+    """The content of an image file, on a disk or in a bucket. Raises Broken, OSError, tf.errors.OpError."""
     with tf.io.gfile.GFile(path, 'rb') if '://' in path else open(path, 'rb') as file:  # GFile takes no name that is not UTF-8
         content = file.read(MOST_BYTES + 1)
     if not content:
@@ -225,8 +314,12 @@ def _read(path):
     return content
 
 
-def _convert(content):
-    """The JPEG or PNG file to read in place of this one, or None where TensorFlow reads it right. Raises anything."""
+def _convert(content, white_level):
+    """Returns the file as TensorFlow can read it, `_Decodable`: with this very `content` where it reads it right. Raises anything."""
+    recognizable = jpeg_files.with_marker_first(content)
+    if recognizable is not content:
+        decodable = _convert(recognizable, white_level)
+        return decodable._replace(remark=decodable.remark or 'bytes before the first marker')
     try:
         image = Image.open(io.BytesIO(content), formats=FORMATS)
     except PIL.UnidentifiedImageError:
@@ -236,56 +329,121 @@ def _convert(content):
     width, height = image.size
     if not 0 < width * height <= MOST_PIXELS:
         raise Broken(f'too large: {width} x {height} is more than {MOST_PIXELS:,} pixels' if width * height else 'no pixels')
-    turned, decodable = _is_turned(image), image.format in ('JPEG', 'MPO', 'PNG')
-    if decodable:  # TensorFlow notices damage that Pillow does not, such as a wrong checksum
-        decoded = tf.io.decode_image(content, channels=3, expand_animations=False)
-        if decoded.shape[:2] != (height, width):
-            raise Broken(f'{width} x {height} pixels for Pillow, {decoded.shape[1]} x {decoded.shape[0]} for TensorFlow')
-    if decodable and image.mode in ('L', 'RGB') and not turned and not image.has_transparency_data:
-        return None
-    file_format, encoded = image.format, io.BytesIO()
-    picture = _rgb(ImageOps.exif_transpose(image) if turned else image, file_format)
+    if image.format in JPEGS or image.format == 'PNG':
+        return _convert_decodable(content, image, white_level)
+    pixels, peak = _over_white(image, white_level)
+    if _is_turned(image):
+        pixels = pixels.transpose(_turn(image))
+    return _Decodable(_encoded(pixels, image.format), image.format, peak)
+
+
+def _convert_decodable(content, image, white_level):
+    """`_convert` of a JPEG or PNG file: only TensorFlow reads its pixels, so that no two decoders can differ."""
+    decoded = pictures.decode(content).numpy()  # also notices damage that Pillow does not, such as a wrong checksum
+    width, height = image.size
+    if decoded.shape[:2] != (height, width):
+        raise Broken(f'{width} x {height} pixels for Pillow, {decoded.shape[1]} x {decoded.shape[0]} for TensorFlow')
+    peak, has_other_white = 0, False
+    if _png_depth(content) == 16:
+        deep = tf.io.decode_png(content, channels=4, dtype=tf.uint16).numpy()  # [height, width, 4]
+        peak, has_other_white = int(deep[..., :3].max()), white_level != WHITE_LEVEL
+        if has_other_white:
+            opacity = _to_bytes(deep[..., 3:], WHITE_LEVEL)
+            decoded = pictures.over_white(np.concatenate([_to_bytes(deep[..., :3], white_level), opacity], -1)).numpy()
+    if not _is_turned(image) and not has_other_white:
+        return _Decodable(content, image.format, peak)
+    pixels = Image.fromarray(decoded)
+    if _is_turned(image):
+        pixels = pixels.transpose(_turn(image))
+    return _Decodable(_encoded(pixels, image.format), image.format, peak)
+
+
+def _png_depth(content):
+    """Bits of a channel, or 0 of a file that is no PNG."""
+    return content[pictures.PNG_DEPTH_AT] if content.startswith(pictures.PNG_SIGNATURE) else 0
+
+
+def _encoded(pixels, file_format):
+    """The copy of an image in `file_format`: PNG, or JPEG where pixels are lost already."""
+    encoded = io.BytesIO()
     if file_format in LOSSY:
-        picture.save(encoded, 'JPEG', quality=95, subsampling=0)
+        pixels.save(encoded, 'JPEG', quality=95, subsampling=0)
     else:
-        picture.save(encoded, 'PNG')
+        pixels.save(encoded, 'PNG')
     return encoded.getvalue()
+
+
+def _turn(image):
+    return TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
 
 
 def _is_turned(image):
     try:
-        return image.getexif().get(ExifTags.Base.Orientation) in range(2, 9)
+        return _turn(image) is not None
     except Exception:  # a picture is no worse for damage in what lies beside it
         return False
 
 
-def _rgb(image, file_format):
-    """The first frame in three channels of 8 bits; what can be seen through is white."""
+def _over_white(image, white_level):
+    """The first frame of an image that TensorFlow cannot read, as mode RGB and over white; and its largest value, as in `Verdict`.
+
+    Raises: Broken: the file does not say which value is white.
+    """
     image.load()
-    if image.mode.startswith('I;16') or (file_format, image.mode) == ('PPM', 'I'):
-        image = Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))  # 65535 / 257 = 255; Pillow would clip
+    peak = 0
+    if image.mode.startswith('I;16') or (image.format, image.mode) == ('PPM', 'I'):
+        deep = np.asarray(image)
+        peak = int(deep.max())
+        image = Image.fromarray(_to_bytes(deep, white_level))  # Pillow would clip
+    elif _has_deep_colors(image):  # Pillow keeps the upper eight bits
+        peak = int(np.asarray(image).max()) * 256 + 255
+        if white_level != WHITE_LEVEL:
+            raise Broken(f'a {image.format} file of 16-bit colours, of which only the upper eight bits can be read: save it as a PNG '
+                         f'of 16 bits, so that config.dataset.white_level={white_level} can count')
     if image.mode in ('I', 'F'):
         raise Broken('float or 32-bit pixels, and nothing says which is white: save it with 8 or 16 bits')
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image.convert('RGBA'))
-    return image.convert('RGB')
+    return image.convert('RGB'), peak
 
 
-def _listen(path, verdict):
-    """The verdict, or a worse one if libjpeg complains of a file that it decodes to the end all the same."""
-    content = b'' if verdict.broken else _read(path)
-    if not content.startswith(b'\xff\xd8'):
-        return verdict
+def _has_deep_colors(image):
+    """Whether a TIFF file has several channels of 16 bits."""
+    bits = image.tag_v2.get(BITS_PER_SAMPLE, ()) if image.format == 'TIFF' else ()
+    return len(bits) > 1 and max(bits) == 16
+
+
+def _to_bytes(values, white_level):
+    """Scales numbers from 0..white_level to uint8; what is above is white."""
+    return np.rint(np.minimum(values, white_level) * (255 / white_level)).astype(np.uint8)
+
+
+def _without_complaint(content, decodable):
+    """What to read in place of a file of which libjpeg may complain, and whether the complaint matters.
+
+    Args:
+        content: the file.
+        decodable: what `_convert` made of it.
+
+    Returns: `_Decodable` with a remark or a doubt. Its content has the same pixels, and nobody complains of it.
+
+    Raises: Broken: the complaint is of damage.
+    """
+    if decodable.file_format not in JPEGS:
+        return decodable
+    quiet = jpeg_files.without_stray_bytes(jpeg_files.with_marker_first(content), _decode_aloud)
+    if quiet.damage:
+        raise Broken(f'damaged: {quiet.damage}')
+    if decodable.content is not content:  # a copy is quiet anyway
+        return decodable._replace(remark=quiet.remark, doubt=quiet.doubt)
+    return decodable._replace(content=quiet.content, remark=quiet.remark, doubt=quiet.doubt)
+
+
+def _decode_aloud(content):
+    """The pixels of a JPEG file, uint8 [height, width, 3], and what libjpeg says of it, on one line."""
     with _standard_error() as said:
-        tf.io.decode_image(content, channels=3, expand_animations=False)
-        damage = re.search(rb'Corrupt JPEG data: (.*)', said())
-    if not damage:
-        return verdict
-    unread = re.match(rb'([0-9]+) extraneous bytes before marker 0xd9', damage[1])
-    end = content.rfind(b'\xff\xd9')
-    if unread and len(set(content[end - int(unread[1]):end])) == 1:  # some cameras fill up a file behind a whole picture
-        return verdict
-    return Verdict(verdict.digest, broken=f'damaged: {one_line(damage[1].decode(errors="replace"))}')
+        pixels = pictures.decode(content).numpy()
+        return pixels, one_line(said().decode(errors='replace'))
 
 
 def _reason(error):

@@ -1,10 +1,54 @@
-"""What evaluation and the exported model do with a picture: decode, take the central square, resize."""
+"""What evaluation and the exported model do with an image: decode, take the central square, resize."""
 import tensorflow as tf
+
+PNG_SIGNATURE = b'\x89PNG\r\n\x1a\n'
+PNG_DEPTH_AT = 24  # the byte that says how many bits a channel has
+BMP_SIGNATURE = b'BM'
+BMP_DEPTHS = (b'\x18', b'\x20')  # 24 and 32 bits a pixel, at byte 28; others have a palette
 
 
 def decode(encoded):
-    """A JPEG, PNG, GIF (first frame) or BMP file, string [], to uint8 [height, width, 3]."""
-    return tf.ensure_shape(tf.io.decode_image(encoded, channels=3, expand_animations=False), [None, None, 3])
+    """Decodes an image file for training, evaluation and the exported model alike.
+
+    What is transparent in a PNG file is laid over white. A graph cannot follow the orientation in EXIF, and sees the
+    transparent parts of a GIF as black: `picture_files.as_decodable` does both, to files, before they come here.
+
+    Args:
+        encoded: string [], a JPEG or PNG file, the first frame of a GIF, or a BMP file without palette.
+
+    Returns: uint8 [height, width, 3].
+
+    Raises: tf.errors.InvalidArgumentError: not such a file, or a damaged one.
+    """
+    is_png = tf.strings.substr(encoded, 0, len(PNG_SIGNATURE)) == PNG_SIGNATURE
+    image = tf.cond(is_png, lambda: _decode_png(encoded), lambda: _decode_opaque(encoded))
+    return tf.ensure_shape(image, [None, None, 3])
+
+
+def _decode_opaque(encoded):
+    """Decodes a JPEG, GIF or BMP file, string [], to uint8 [height, width, 3]."""
+    is_bmp = tf.strings.substr(encoded, 0, len(BMP_SIGNATURE)) == BMP_SIGNATURE
+    depth = tf.cond(is_bmp, lambda: tf.strings.substr(encoded, 28, 1), lambda: tf.constant(BMP_DEPTHS[0]))
+    # TensorFlow would take the numbers of a palette for greys.
+    known_depth = tf.debugging.Assert(tf.reduce_any(depth == BMP_DEPTHS), ['a BMP file with a palette: convert it to PNG'])
+    with tf.control_dependencies([known_depth] if known_depth is not None else []):
+        return tf.io.decode_image(encoded, channels=3, expand_animations=False)
+
+
+def _decode_png(encoded):
+    """Decodes a PNG file, string [], to uint8 [height, width, 3]: over white."""
+    image = tf.io.decode_png(encoded, channels=4)
+    depth = tf.cast(tf.io.decode_raw(tf.strings.substr(encoded, PNG_DEPTH_AT, 1), tf.uint8)[0], tf.int32)
+    # TensorFlow gives an opaque file of 1, 2 or 4 bits an alpha of 1, 3 or 15.
+    opaque = tf.cast(2 ** tf.minimum(depth, 8) - 1, tf.uint8)
+    return tf.cond(tf.reduce_all(image[..., 3] == opaque), lambda: image[..., :3], lambda: over_white(image))
+
+
+def over_white(image):
+    """Lays an image with alpha, uint8 [height, width, 4], over white: uint8 [height, width, 3]."""
+    opacity = tf.cast(image[..., 3:], tf.int32)
+    blended = tf.cast(image[..., :3], tf.int32) * opacity + 255 * (255 - opacity)
+    return tf.cast((blended + 127) // 255, tf.uint8)  # rounded: 255 is odd, so nothing lies halfway
 
 
 def resize_picture(images, size, central_share=1.0):

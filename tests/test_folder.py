@@ -15,7 +15,7 @@ from PIL import Image, features
 
 from configs import default
 from errors import ConfigError, RunError
-from inputs import datasets, folder, picture_files
+from inputs import datasets, folder, picture_files, pictures
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 ROWS, COLUMNS = np.mgrid[:48, :64]
@@ -66,7 +66,7 @@ def of_file(path):
     """The Verdict on a file, and the uint8 [height, width, 3] that TensorFlow reads then."""
     name = os.path.basename(path)
     verdict = picture_files.examine(os.path.dirname(path), [name])[name]
-    pixels = None if verdict.broken else tf.io.decode_image(tf.io.read_file(verdict.copy or path), channels=3, expand_animations=False).numpy()
+    pixels = None if verdict.broken else pictures.decode(tf.io.read_file(verdict.copy or path)).numpy()
     return verdict, pixels
 
 
@@ -114,24 +114,24 @@ READ = {
     'RGB JPEG': ('x.jpg', JPEG, PICTURE, 12, False),
     'progressive JPEG': ('x.jpeg', encoded(PICTURE, 'JPEG', quality=95, progressive=True), PICTURE, 12, False),
     'grey JPEG': ('x.JPG', encoded(GREY, 'JPEG', quality=95), grey(GREY), 4, False),
-    'CMYK JPEG': ('x.jpe', encoded(PICTURE, 'JPEG', 'CMYK', quality=95, subsampling=0), PICTURE, 8, True),
+    'CMYK JPEG': ('x.jpe', encoded(PICTURE, 'JPEG', 'CMYK', quality=95, subsampling=0), PICTURE, 8, False),
     'JPEG of several pictures': ('x.mpo', with_frames('MPO', quality=95, subsampling=0), MARKED, 60, False),
     'JPEG with data behind its end': ('x.jpg', JPEG + b'more' * 100, PICTURE, 12, False),
-    'JPEG filled up before its end': ('x.jpg', JPEG[:-2] + bytes(100) + JPEG[-2:], PICTURE, 12, False),
+    'JPEG filled up before its end': ('x.jpg', JPEG[:-2] + bytes(100) + JPEG[-2:], PICTURE, 12, True),
     'JPEG with damaged EXIF': ('x.jpg', encoded(PICTURE, 'JPEG', quality=95, exif=b'Exif\0\0nonsense'), PICTURE, 12, False),
     'JPEG called PNG': ('x.png', JPEG, PICTURE, 12, False),
     'JPEG called HEIC': ('x.heic', JPEG, PICTURE, 12, False),
     'RGB PNG': ('x.png', encoded(PICTURE), PICTURE, 0, False),
     'PNG called JPEG': ('x.jpg', encoded(PICTURE), PICTURE, 0, False),
     'grey PNG': ('x.png', encoded(GREY), grey(GREY), 0, False),
-    'grey PNG with alpha': ('x.png', encoded(np.stack([GREY, ALPHA], -1)), over_white(grey(GREY), ALPHA), 1, True),
-    'RGBA PNG': ('x.png', encoded(np.dstack([PICTURE, ALPHA])), over_white(PICTURE, ALPHA), 1, True),
-    '16-bit grey PNG': ('x.png', tf.io.encode_png(DEEP[..., :1]).numpy(), grey(DEEP[..., 0] / 257), 0.5, True),
+    'grey PNG with alpha': ('x.png', encoded(np.stack([GREY, ALPHA], -1)), over_white(grey(GREY), ALPHA), 1, False),
+    'RGBA PNG': ('x.png', encoded(np.dstack([PICTURE, ALPHA])), over_white(PICTURE, ALPHA), 1, False),
+    '16-bit grey PNG': ('x.png', tf.io.encode_png(DEEP[..., :1]).numpy(), grey(DEEP[..., 0] / 257), 1, False),
     '16-bit RGB PNG': ('x.png', tf.io.encode_png(DEEP).numpy(), DEEP / 257, 1, False),
-    '16-bit RGBA PNG': ('x.png', tf.io.encode_png(np.dstack([DEEP, DEEP[..., 1]])).numpy(), over_white(DEEP / 257, DEEP[..., 1] / 257), 2, True),
-    'palette PNG': ('x.png', encoded(MARKED, 'PNG', 'P'), np.asarray(Image.fromarray(MARKED).convert('P').convert('RGB')), 0, True),
-    'palette PNG with a transparent colour': ('x.png', with_transparent_colour('PNG'), CLEAR, 0, True),
-    'black and white PNG': ('x.png', encoded(BLACK_AND_WHITE, 'PNG', '1'), grey(BLACK_AND_WHITE), 0, True),
+    '16-bit RGBA PNG': ('x.png', tf.io.encode_png(np.dstack([DEEP, DEEP[..., 1]])).numpy(), over_white(DEEP / 257, DEEP[..., 1] / 257), 2, False),
+    'palette PNG': ('x.png', encoded(MARKED, 'PNG', 'P'), np.asarray(Image.fromarray(MARKED).convert('P').convert('RGB')), 0, False),
+    'palette PNG with a transparent colour': ('x.png', with_transparent_colour('PNG'), CLEAR, 0, False),
+    'black and white PNG': ('x.png', encoded(BLACK_AND_WHITE, 'PNG', '1'), grey(BLACK_AND_WHITE), 0, False),
     'animated PNG': ('x.apng', with_frames('PNG'), MARKED, 0, False),
     'animated GIF': ('x.gif', with_frames('GIF'), MARKED, 0, True),
     'GIF with a transparent colour': ('x.gif', with_transparent_colour('GIF'), CLEAR, 0, True),
@@ -290,7 +290,7 @@ def test_what_is_no_file_is_skipped_and_named_without_waiting(tmp_path, kind, ca
 def test_a_file_that_may_not_be_read_is_skipped_and_asked_for_again(tmp_path, monkeypatch, capfd):
     fill(tmp_path)
     write(tmp_path / 'cat' / 'x.png', flat(99))
-    read = picture_files._read
+    read = picture_files.read
 
     def refuse(path):
         if path.endswith('cat/x.png'):
@@ -298,7 +298,7 @@ def test_a_file_that_may_not_be_read_is_skipped_and_asked_for_again(tmp_path, mo
         return read(path)
 
     with monkeypatch.context() as patched:
-        patched.setattr(picture_files, '_read', refuse)
+        patched.setattr(picture_files, 'read', refuse)
         assert_skipped(tmp_path, 'cat/x.png', 'Permission denied', capfd)
     assert folder.find(dataset_config(tmp_path)).broken == ()
 
@@ -600,7 +600,7 @@ def test_pictures_to_evaluate_are_enough_where_nothing_is_trained(tmp_path):
 def examined(monkeypatch):
     """The files that were decoded."""
     names, verdict = [], picture_files._verdict
-    monkeypatch.setattr(picture_files, '_verdict', lambda path, copies: names.append(os.path.basename(path)) or verdict(path, copies))
+    monkeypatch.setattr(picture_files, '_verdict', lambda path, *rest, **more: names.append(os.path.basename(path)) or verdict(path, *rest, **more))
     return names
 
 
@@ -653,10 +653,10 @@ def test_an_interrupted_examination_goes_on(tmp_path, examined, monkeypatch):
     monkeypatch.setattr(picture_files, 'CHUNK', 8)
     verdict = picture_files._verdict
 
-    def interrupt(path, copies):
+    def interrupt(path, *rest, **more):
         if len(examined) == 40:
             raise KeyboardInterrupt
-        return verdict(path, copies)
+        return verdict(path, *rest, **more)
 
     monkeypatch.setattr(picture_files, '_verdict', interrupt)
     with pytest.raises(KeyboardInterrupt):

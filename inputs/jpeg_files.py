@@ -1,0 +1,172 @@
+"""What libjpeg complains of in a JPEG file: damage, or bytes that the writer of the file left where none belong.
+
+Webcams write a zero before a marker, drones whole tables behind the last block; decoders pass over both, and the picture
+is as it was taken. After damage, too, bytes are often left over, because the decoder has lost its place among them.
+libjpeg tells of the first fault alone, so each that is harmless is taken out of the file, and what is left is decoded again.
+"""
+import collections
+import re
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+STRAY_BYTES = re.compile(r'Corrupt JPEG data: ([0-9]+) extraneous bytes before marker 0x([0-9a-f]{2})')
+DAMAGE = 'Corrupt JPEG data: '  # begins all complaints of damage
+MARKER = re.compile(rb'\xff+[^\x00\xff]')
+START_OF_IMAGE = b'\xff\xd8'
+RESTARTS = range(0xD0, 0xD8)
+START, END, SCAN_HEADER, JFIF, ADOBE = 0xD8, 0xD9, 0xDA, 0xE0, 0xEE
+NO_LENGTH = (*RESTARTS, START, END, 0x01)
+SCAN, STRAY = -1, -2  # kinds of parts that are no segments
+MOST_REPAIRS = 64  # of a file: libjpeg reports one fault at a time
+MOST_STUFFED = 8  # zeros behind a byte of 0xff, which libjpeg counts in one place and not in another
+MOST_INTERVALS = 16  # places that are tried one by one
+MOST_BEFORE_MARKER = 1024  # bytes between the start of a file and its first marker
+SHORTEST_FILL = 8  # equal bytes, other than zeros, that are no coincidence
+
+
+class Quiet(NamedTuple):
+    """What to read in place of a file.
+
+    Attributes:
+        content: a file of the same pixels, of which libjpeg does not complain.
+        damage: what is broken, or ''; there is no such file then.
+        remark: the harmless complaint, or ''.
+        doubt: the complaint of what may be damage, or a habit of the camera, or ''.
+    """
+
+    content: bytes
+    damage: str = ''
+    remark: str = ''
+    doubt: str = ''
+
+
+class _Repair(NamedTuple):
+    content: bytes
+    is_harmless: bool
+
+
+def without_stray_bytes(content: bytes, decode: Callable[[bytes], tuple[np.ndarray, str]]) -> Quiet:
+    """Finds the file of the same pixels of which libjpeg does not complain.
+
+    Args:
+        content: a JPEG file.
+        decode: returns the pixels of a file, uint8 [height, width, 3], and the complaint, '' if there is none.
+    """
+    pixels, complaint = decode(content)
+    remark = doubt = ''
+    for _ in range(MOST_REPAIRS):
+        if not complaint:
+            return Quiet(content, remark=remark, doubt=doubt)
+        repair, next_complaint = _repair(content, complaint, pixels, decode)
+        if repair is None:
+            break
+        if repair.is_harmless:
+            remark = remark or complaint
+        else:
+            doubt = doubt or complaint
+        content, complaint = repair.content, next_complaint
+    if complaint.startswith(DAMAGE) and not STRAY_BYTES.match(complaint):
+        return Quiet(content, damage=complaint.removeprefix(DAMAGE))
+    # What cannot be taken out may hide damage behind it. As PNG it is quiet.
+    return Quiet(tf.io.encode_png(pixels).numpy(), remark=remark, doubt=doubt or complaint)
+
+
+def with_marker_first(content: bytes) -> bytes:
+    """Returns a JPEG file without what lies between its start and the first marker: decoders take it for no JPEG file."""
+    if not content.startswith(START_OF_IMAGE) or content[2:3] == b'\xff':
+        return content
+    marker = MARKER.search(content, 2, 2 + MOST_BEFORE_MARKER)
+    return content[:2] + content[marker.start():] if marker else content
+
+
+def _repair(content, complaint, pixels, decode):
+    """(`_Repair`, the complaint that is left) of the first fault; (None, complaint) if it cannot be taken out."""
+    for repair in _repairs(content, complaint):
+        found, said = decode(repair.content)
+        if said != complaint and np.array_equal(found, pixels):
+            return repair, said
+    return None, complaint
+
+
+def _repairs(content: bytes, complaint: str) -> Iterator[_Repair]:
+    """Yields what the file may be without the fault, the likeliest first."""
+    parts = list(_parts(content))
+    stray = STRAY_BYTES.match(complaint)
+    if stray:
+        if any(kind == STRAY for kind, *_ in parts):
+            # libjpeg checks the lengths of all tables, so these are of none of them.
+            yield _Repair(_joined(content, parts, {}), True)
+        yield from _without_tails(content, parts, int(stray[1]), int(stray[2], 16))
+    elif complaint.startswith('Invalid SOS parameters'):
+        yield _Repair(_edited(content, parts, SCAN_HEADER, lambda segment: segment[:-3] + b'\x00\x3f\x00'), True)
+    elif 'unknown JFIF revision' in complaint:
+        yield _Repair(_edited(content, parts, JFIF, lambda segment: segment[:9] + b'\x01\x01' + segment[11:]), True)
+    elif complaint.startswith('Unknown Adobe color transform code'):
+        for code in (b'\x01', b'\x02'):  # what libjpeg takes it for, of three and of four channels
+            yield _Repair(_edited(content, parts, ADOBE, lambda segment, code=code: segment[:15] + code + segment[16:]), True)
+
+
+def _parts(content: bytes) -> Iterator[tuple[int, int, int]]:
+    """Yields (kind, begin, end) of each part up to the end of the image: a marker's number, SCAN, or STRAY."""
+    place = 0
+    while marker := MARKER.search(content, place):
+        if marker.start() > place:
+            yield STRAY, place, marker.start()
+        kind, end = content[marker.end() - 1], marker.end()
+        if kind not in NO_LENGTH:
+            end += int.from_bytes(content[end:end + 2], 'big')
+        yield kind, marker.start(), end
+        if kind == END:
+            return
+        place = end
+        if kind == SCAN_HEADER or kind in RESTARTS:
+            following = MARKER.search(content, place)
+            end = following.start() if following else len(content)
+            yield SCAN, place, end
+            place = end
+
+
+def _joined(content: bytes, parts: list, cuts: dict[int, int]) -> bytes:
+    """The file without its stray parts, and without the last `cuts[index]` bytes of a part."""
+    kept = [content[begin:end - cuts.get(index, 0)] for index, (kind, begin, end) in enumerate(parts) if kind != STRAY]
+    return b''.join(kept)
+
+
+def _edited(content: bytes, parts: list, edited_kind: int, edit: Callable[[bytes], bytes]) -> bytes:
+    """The file with every segment of a kind edited."""
+    segments = (content[begin:end] if kind != edited_kind else edit(content[begin:end]) for kind, begin, end in parts)
+    return b''.join(segments)
+
+
+def _without_tails(content: bytes, parts: list, count: int, marker: int) -> Iterator[_Repair]:
+    """Yields the file without the last bytes of its scans, or of their intervals."""
+    scans = {index: content[begin:end] for index, (kind, begin, end) in enumerate(parts) if kind == SCAN}
+    zeros = {index: _num_last_zeros(scan) for index, scan in scans.items()}
+    if any(zeros.values()):
+        yield _Repair(_joined(content, parts, zeros), True)
+    runs = {index: _num_last_equal(scan) for index, scan in scans.items()}
+    fills = {index: number for index, number in runs.items() if number >= SHORTEST_FILL}
+    if fills:
+        for kept in (0, 1):  # the last byte of a picture may happen to be the one that fills up
+            yield _Repair(_joined(content, parts, {index: number - kept for index, number in fills.items()}), True)
+    before_marker = [index for index in scans if index + 1 < len(parts) and parts[index + 1][0] == marker]
+    for length in range(count, count + MOST_STUFFED + 1):
+        tails = {index: scans[index][-length:] for index in before_marker}
+        common, number = collections.Counter(tails.values()).most_common(1)[0] if tails else (b'', 0)
+        if number > 1:
+            yield _Repair(_joined(content, parts, {index: length for index in tails if tails[index] == common}), False)
+        for index in before_marker[:MOST_INTERVALS]:
+            yield _Repair(_joined(content, parts, {index: length}), False)
+
+
+def _num_last_zeros(scan: bytes) -> int:
+    number = len(scan) - len(scan.rstrip(b'\x00'))
+    is_stuffed = scan[:len(scan) - number].endswith(b'\xff')
+    return number - 1 if number and is_stuffed else number
+
+
+def _num_last_equal(scan: bytes) -> int:
+    return len(scan) - len(scan.rstrip(scan[-1:]))
