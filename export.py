@@ -10,6 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from errors import RunError, one_line
+from inputs import picture_files
 from inputs.pictures import decode, resize_picture
 from modeling import models, steps, transfer
 from outputs import files
@@ -17,6 +18,7 @@ from resume import require_same_config
 from session import open_session
 
 MAX_CHECKED = 1000  # evaluation examples that the exported model is compared on
+MAX_DECODED = 8  # of them that are also given decoded, one at a time, because their sizes differ
 # Largest difference of a logit, as share of the largest logit: a few roundings of the type that the model computes in.
 TOLERANCE = {'float64': 1e-6, 'float32': 1e-4, 'mixed_bfloat16': 5e-2, 'mixed_float16': 1e-2}
 TOLERANCE_TF32 = 1e-2  # of float32 on a GPU: TensorFlow multiplies with 10 bits there, as many as float16 has
@@ -40,12 +42,16 @@ def write(session, directory):
 
     Its signatures take pictures of any size, which are cropped and resized as in evaluation:
     `classify` (and serving_default) uint8 [batch, height, width, 3]; `classify_float` float32 in 0..255, the same shape;
-    `classify_encoded` JPEG or PNG files, string [batch]. Each returns `logits` and `probabilities`, float32
+    `classify_encoded` JPEG or PNG files, string [batch]. A graph can lay a transparent PNG over white, and does, but it cannot turn
+    a picture as its EXIF data say, nor read other formats: `inputs.picture_files.as_decodable` makes of any file that training
+    accepts one that this signature reads as evaluation does. Each returns `logits` and `probabilities`, float32
     [batch, classes], `class_index`, int64 [batch], and `label`, string [batch]. `label_names` returns all labels, and
     `logits` is the bare model, float32 [batch, image_size, image_size, 3] in 0..255 -> [batch, classes], which can teach another.
     Of a model of keras.applications, backbone.weights.h5 beside it has all weights but the head's, as that library reads them.
 
-    Returns: {'export/examples', 'export/accuracy', 'export/max_difference'}, of the exported model.
+    Returns: a dict: 'export/examples' that were compared, taken evenly from the split; 'export/accuracy' of the exported model on
+        them and 'export/model_accuracy' of the model itself; 'export/max_difference' of a logit; 'export/converted_examples', how
+        many of the user's files went through `as_decodable` first.
 
     Raises: RunError if its answers differ from the model's; what was at `directory` before stays then.
     """
@@ -89,23 +95,23 @@ def _write_saved_model(session, directory):
 
 
 def _compare(session, directory):
-    """Runs evaluation examples through the SavedModel in another process, and through the model here."""
-    examples = list(session.source.examples(session.source.eval_split).take(MAX_CHECKED).as_numpy_iterator())
-    labels = np.array([label for _, label in examples])
+    """Runs evaluation examples through the SavedModel in another process, and through the model here.
+
+    The SavedModel gets the user's own files, as README says to give them to it.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        records, answers = os.path.join(folder, 'encoded.tfrecord'), os.path.join(folder, 'answers.npz')
-        with tf.io.TFRecordWriter(records) as writer:
-            for encoded, _ in examples:
-                writer.write(encoded)
+        served, evaluated, decoded, answers = (os.path.join(folder, name) for name in (
+            'served.tfrecord', 'evaluated.tfrecord', 'decoded.tfrecord', 'answers.npz'))
+        labels, num_converted = _write_examples(session, served, evaluated, decoded)
         # Without accelerators: they are this process's. Without the caller's paths: the model must need TensorFlow alone.
         environment = {**os.environ, 'CUDA_VISIBLE_DEVICES': '-1', 'TPU_LOAD_LIBRARY': '0', 'PYTHONPATH': '', 'TF_CPP_MIN_LOG_LEVEL': '3'}
-        reader = subprocess.run([sys.executable, READER, directory, records, answers], env=environment, capture_output=True, text=True)
+        reader = subprocess.run([sys.executable, READER, directory, served, decoded, answers], env=environment, capture_output=True, text=True)
         if reader.returncode:
             last_line = (reader.stderr.splitlines() or [f'status {reader.returncode}, perhaps for want of memory'])[-1]
             raise RunError(f'the exported model cannot be used with TensorFlow alone: {one_line(last_line)}')
         exported = dict(np.load(answers))
+        expected = _expected_logits(session, evaluated)
 
-    expected = _expected_logits(session, [encoded for encoded, _ in examples])
     tolerance = TOLERANCE_TF32 if (session.kind, session.dtype_policy) == ('GPU', 'float32') else TOLERANCE[session.dtype_policy]
     allowed = tolerance * max(1.0, float(np.abs(expected).max()))
     largest = 0.0
@@ -116,14 +122,43 @@ def _compare(session, directory):
                            f'(allowed {allowed:.3g}); it was left in {directory}')
         largest = max(largest, difference)
     return {
-        'export/examples': len(examples),
+        'export/examples': len(labels),
         'export/accuracy': float(np.mean(exported['classify_encoded'].argmax(-1) == labels)),
+        'export/model_accuracy': float(np.mean(expected.argmax(-1) == labels)),
         'export/max_difference': largest,
+        'export/converted_examples': num_converted,
     }
 
 
-def _expected_logits(session, files):
-    """What evaluation computes for these files, float32 [files, classes]."""
+def _write_examples(session, served, evaluated, decoded):
+    """Writes TFRecord files of evaluation examples.
+
+    Args:
+        served: path of what the exported model is asked; of a folder these are the user's own files.
+        evaluated: path of what evaluation reads of the same examples.
+        decoded: path of the first of them as PNG files without alpha, whose pixels are what evaluation sees.
+
+    Returns: labels, int64 [examples]; and how many of the user's files had to be converted by `as_decodable`.
+    """
+    labels, num_converted = [], 0
+    white_level = session.config.dataset.white_level
+    with tf.io.TFRecordWriter(served) as questions, tf.io.TFRecordWriter(evaluated) as records, tf.io.TFRecordWriter(decoded) as pngs:
+        for encoded, original, label in session.source.sample(session.source.eval_split, MAX_CHECKED):
+            question = encoded if original is None else original
+            if question != encoded:  # evaluation reads a copy
+                question = picture_files.as_decodable(original, white_level)
+                num_converted += 1
+            questions.write(question)
+            records.write(encoded)
+            if len(labels) < MAX_DECODED:
+                pngs.write(tf.io.encode_png(decode(encoded)).numpy())
+            labels.append(label)
+    return np.array(labels), num_converted
+
+
+def _expected_logits(session, evaluated):
+    """Computes what evaluation does for the files in a TFRecord file, float32 [files, classes]."""
     config, predict = session.config, steps.make_predict(session.state)
-    pictures = tf.data.Dataset.from_tensor_slices(files).map(lambda file: resize_picture(decode(file), config.image_size, config.eval_crop), tf.data.AUTOTUNE)
-    return np.concatenate([predict(batch).numpy() for batch in pictures.batch(100)])
+    records = tf.data.TFRecordDataset(evaluated)
+    images = records.map(lambda file: resize_picture(decode(file), config.image_size, config.eval_crop), tf.data.AUTOTUNE)
+    return np.concatenate([predict(batch).numpy() for batch in images.batch(100)])

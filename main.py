@@ -181,9 +181,14 @@ def known_configs():
     return ', '.join(f'configs/{os.path.basename(path)}' for path in sorted(glob.glob(os.path.join(folder, '[a-z]*.py'))))
 
 
-if __name__ == '__main__':
+def print_what_can_be_printed():
+    """Makes standard output and error get by with letters that a terminal cannot show, and with being closed."""
     for name in ('stdout', 'stderr'):
         if getattr(sys, name) is None:  # it was closed
             setattr(sys, name, open(os.devnull, 'w'))
-        getattr(sys, name).reconfigure(errors='backslashreplace')  # a terminal that cannot show a letter is no reason to stop
+        getattr(sys, name).reconfigure(errors='backslashreplace')
+
+
+if __name__ == '__main__':
+    print_what_can_be_printed()
     sys.exit(main(sys.argv))

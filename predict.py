@@ -1,27 +1,48 @@
-"""Tries the exported model of a run on pictures: python predict.py RUN [PICTURE ...] [--output=FILE.png]
+"""Tries the exported model of a run on images: python predict.py RUN [IMAGE ...] [--output=FILE.png]
 
-Without PICTURE it takes the first of the evaluation split. It computes on the processor: an accelerator may be in use.
+An IMAGE is a file or a folder of files, of any format that training accepts; it is read as evaluation reads it. Without
+one the first examples of the evaluation split are taken. Computes on the processor: an accelerator may be in use.
 """
 import argparse
 import os
 import re
 import sys
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 from devices import tpu_environment
 from errors import RunError, UserError, one_line
-from main import import_tensorflow_quietly
+from main import import_tensorflow_quietly, print_what_can_be_printed
 from outputs import files
 
 EXAMPLES = 3  # of the evaluation split
 CLASSES = 5  # the most likely of them are shown
+MOST_DRAWN = 40  # images in one drawing
+TITLE_LENGTH = 40  # letters above a drawn image
+DRAWN_SIZE = 500  # pixels of the longer side of a drawn image, about
+
+
+class Image(NamedTuple):
+    """An image to try: how it is called, and a function that reads it as a JPEG or PNG file."""
+
+    title: str
+    read: Callable[[], bytes]
+
+
+class Answer(NamedTuple):
+    """What the model says of an image: the most likely classes first, [(label, probability)]."""
+
+    title: str
+    classes: list
+    pixels: object  # uint8 [height, width, 3]
 
 
 def main(arguments):
-    """Prints the most likely classes of each picture and draws them; returns the exit status."""
+    """Prints the most likely classes of each image and draws them; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('run', metavar='RUN', help='folder of a run with its export, or gs://BUCKET/FOLDER')
-    parser.add_argument('pictures', nargs='*', metavar='PICTURE', help='JPEG or PNG files')
-    parser.add_argument('--output', help='where the pictures and their classes are drawn; RUN/plots/predictions.png by default')
+    parser.add_argument('images', nargs='*', metavar='IMAGE', help='files, or folders of files')
+    parser.add_argument('--output', help='where the images and their classes are drawn; RUN/plots/predictions.png by default')
     options = parser.parse_args(arguments)
     if options.output and not options.output.endswith('.png'):
         parser.error(f'--output={options.output}: write the name of a .png file')
@@ -30,22 +51,16 @@ def main(arguments):
     try:
         run = os.path.dirname(options.run.rstrip('/')) if files.exists(os.path.join(options.run, 'saved_model.pb')) else options.run
         model, labels = load(run)
-        examples = read(options.pictures) if options.pictures else evaluation_examples(run, labels)
-        answers, images = zip(*(classify(model, labels, title, encoded) for title, encoded in examples))
-        for (title, _), answer in zip(examples, answers):
-            print(f'{title}: {", ".join(f"{label} {probability:.1%}" for label, probability in answer)}')
-        from outputs.plots import plot_answers
-
-        output = options.output or os.path.join(run, 'plots', 'predictions.png')
-        plot_answers(output, images, [title for title, _ in examples], answers)
-        print(f'drawn in {output}')
-    except UserError as error:
+        images = list(files_to_try(options.images, white_level_of(run))) if options.images else evaluation_examples(run, labels)
+        drawn, num_failed = answer_all(model, labels, images)
+        if drawn:
+            draw(options.output or os.path.join(run, 'plots', 'predictions.png'), drawn, len(images) - num_failed)
+    except (UserError, OSError) as error:
         print(f'error: {error}', file=sys.stderr)
-        return error.exit_status
-    except OSError as error:
-        print(f'error: {error}', file=sys.stderr)
-        return 1
-    return 0
+        return getattr(error, 'exit_status', 1)
+    if num_failed and len(images) > 1:
+        print(f'error: {num_failed:,} of {len(images):,} images could not be read', file=sys.stderr)
+    return 1 if num_failed else 0
 
 
 def load(run):
@@ -63,40 +78,110 @@ def load(run):
         raise RunError(f'{directory} is damaged ({type(error).__name__}: {one_line(error, 200)}): export it again') from error
 
 
-def read(paths):
-    """[(name, content)] of files."""
-    return [(os.path.basename(path), files.read(path)) for path in paths]
+def white_level_of(run: str) -> int:
+    """Returns `config.dataset.white_level` of a run; the default where an export was copied without its config."""
+    from inputs import picture_files
+
+    path = os.path.join(run, 'config.json')
+    dataset = files.read_json(path).get('dataset', {}) if files.exists(path) else {}
+    return dataset.get('white_level', picture_files.WHITE_LEVEL)
+
+
+def files_to_try(paths: list[str], white_level: int) -> Iterator[Image]:
+    """Yields the files, and those below the folders that are called like images.
+
+    Raises: RunError: a folder has none.
+    """
+    from inputs import folder, picture_files
+
+    def reader(path):
+        return lambda: picture_files.as_decodable(picture_files.read(path), white_level)
+
+    for path in paths:
+        if not files.is_folder(path):
+            yield Image(folder.shown(path), reader(path))
+            continue
+        below = list(folder.image_paths(path))
+        if not below:
+            raise RunError(f'{folder.shown(path)} has no file that is called like an image, such as x.jpg')
+        for name in below:
+            yield Image(folder.shown(os.path.join(path, name)), reader(os.path.join(path, name)))
 
 
 def evaluation_examples(run, labels):
-    """[(what is right, encoded picture)] of the first examples of the run's evaluation split.
+    """Returns the first examples of the run's evaluation split, as `Image`.
 
     Raises: RunError if TFDS would have to run code for them that is not its own: a run can be somebody else's.
     """
     from ml_collections import ConfigDict
 
-    from inputs import datasets
+    from configs import default
+    from inputs import datasets, folder
 
-    dataset = ConfigDict(files.read_json(os.path.join(run, 'config.json'))).dataset
+    defaults = default.get_config().dataset.to_dict()  # a run of before may lack a key
+    dataset = ConfigDict(defaults | files.read_json(os.path.join(run, 'config.json'))['dataset'])
     if re.match(r'[\w-]+:[a-zA-Z]', dataset.name):  # a namespace of TFDS; a version begins with a digit
         raise RunError(f'{run} was evaluated on {dataset.name}, for which TFDS downloads code and runs it: give the pictures to try')
     source = datasets.load(dataset, needs_training=False)
     examples = source.examples(source.eval_split).take(EXAMPLES).as_numpy_iterator()
-    return [(f'evaluation example {number}, which is {labels[label]}', encoded) for number, (encoded, label) in enumerate(examples)]
+    return [Image(f'evaluation example {number}, which is {folder.shown(labels[label])}', lambda encoded=encoded: encoded)
+            for number, (encoded, label) in enumerate(examples)]
 
 
-def classify(model, labels, title, encoded):
-    """([(label, probability)], the most likely first; the picture, uint8 [height, width, 3]). Raises RunError if it cannot be decoded."""
+def answer_all(model, labels: list[str], images: list[Image]) -> tuple[list[Answer], int]:
+    """Prints the answer for each image, and a line for each that cannot be read.
+
+    Returns: the first answers, as many as are drawn; the number of images that cannot be read.
+    """
+    from inputs import folder, picture_files
+
+    drawn, num_failed = [], 0
+    for image in images:
+        try:
+            answer = classify(model, labels, image.title, image.read())
+        except (UserError, picture_files.Broken, OSError) as error:
+            num_failed += 1
+            print(f'error: {image.title}: {reason(error)}', file=sys.stderr)
+            continue
+        likely = ', '.join(f'{folder.shown(label)} {probability:.1%}' for label, probability in answer.classes)
+        print(f'{image.title}: {likely}', flush=True)
+        if len(drawn) < MOST_DRAWN:
+            drawn.append(answer)
+    return drawn, num_failed
+
+
+def reason(error: Exception) -> str:
+    """Returns why an image cannot be read, without its name."""
+    return one_line(getattr(error, 'strerror', None) or error)
+
+
+def classify(model, labels: list[str], title: str, encoded: bytes) -> Answer:
+    """Asks the model about a JPEG or PNG file. Raises RunError if it cannot be decoded."""
     import tensorflow as tf
+
+    from inputs import pictures
 
     try:
         answer = model.signatures['classify_encoded'](encoded=tf.constant([encoded]))
-        image = tf.io.decode_image(encoded, channels=3, expand_animations=False).numpy()
+        pixels = pictures.decode(encoded).numpy()
     except tf.errors.OpError as error:
-        raise RunError(f'{title} is no picture that the model can decode: give it JPEG or PNG files') from error
+        raise RunError('no picture that the model can decode') from error
     probabilities = answer['probabilities'][0].numpy()  # [classes]
-    return [(labels[index], float(probabilities[index])) for index in (-probabilities).argsort()[:CLASSES]], image
+    likely = [(labels[index], float(probabilities[index])) for index in (-probabilities).argsort()[:CLASSES]]
+    stride = max(1, max(pixels.shape) // DRAWN_SIZE)
+    return Answer(title, likely, pixels[::stride, ::stride])
+
+
+def draw(path: str, answers: list[Answer], num_answers: int) -> None:
+    """Draws images with their most likely classes, and says where."""
+    from outputs.plots import plot_answers
+
+    titles = [answer.title[-TITLE_LENGTH:] for answer in answers]  # of a path, its end
+    plot_answers(path, [answer.pixels for answer in answers], titles, [answer.classes for answer in answers])
+    part = f'the first {len(answers)} of {num_answers:,} are ' if len(answers) < num_answers else ''
+    print(f'{part}drawn in {path}')
 
 
 if __name__ == '__main__':
+    print_what_can_be_printed()
     sys.exit(main(sys.argv[1:]))

@@ -8,7 +8,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import psutil
@@ -68,14 +68,15 @@ class Source:
             self._kept[name, share, in_memory] = found
         return self._kept[name, share, in_memory]
 
-    def sample(self, split: str, most: int) -> list[Sampled]:
-        """Reads at most `most` examples, taken evenly from a split: data sets are often stored class by class."""
+    def sample(self, split: str, most: int) -> Iterator[Sampled]:
+        """Yields at most `most` examples, taken evenly from a split: data sets are often stored class by class."""
         found = self.split(split)
         num_pieces = len(found.counts)
-        chosen = np.unique(np.linspace(0, num_pieces - 1, min(most, num_pieces)).round().astype(np.int64))
-        first_ones = dataclasses.replace(found, counts=np.ones_like(found.counts)) if isinstance(found, reading.Records) else found
-        rows = sorted(first_ones.read(chosen).as_numpy_iterator(), key=lambda row: row[0])
-        return [Sampled(encoded, self.original(split, number), int(label)) for number, encoded, label in rows]
+        chosen = np.linspace(0, num_pieces - 1, min(most, num_pieces)).round().astype(np.int64)
+        if isinstance(found, reading.Records):
+            found = dataclasses.replace(found, counts=np.ones_like(found.counts))  # the first of each piece
+        for number, encoded, label in found.read(chosen).as_numpy_iterator():
+            yield Sampled(encoded, self.original(split, number), int(label))
 
     def examples(self, split):
         """A tf.data.Dataset of (image, label): encoded bytes, string []; int64 []. The order is always the same."""

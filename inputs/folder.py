@@ -312,6 +312,12 @@ def _files(root, split, base):
             yield from (_File(split, name, os.path.join(below, file)) for file in names if _is_picture(file))
 
 
+def image_paths(root):
+    """Yields the files below a folder whose names end like an image's, relative to it, sorted folder by folder."""
+    for folder, _, names in _walk(root):
+        yield from (os.path.relpath(os.path.join(folder, name), root) for name in names if _is_picture(name))
+
+
 def _content(base, name):
     """What a class folder without pictures holds, in words."""
     endings = collections.Counter(os.path.splitext(file)[1].lower() or 'without ending' for *_, names in _walk(os.path.join(base, name), base)

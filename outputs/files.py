@@ -36,6 +36,11 @@ def exists(path):
         return _gfile().exists(path) if is_remote(path) else os.path.exists(path)
 
 
+def is_folder(path):
+    with explained(path, 'read'):
+        return _gfile().isdir(path) if is_remote(path) else os.path.isdir(path)
+
+
 def list_folder(path):
     """The names in a folder, sorted; none where there is no folder."""
     with explained(path, 'read'):

@@ -1,4 +1,5 @@
 """The pictures of a run, and of several runs side by side."""
+import functools
 import io
 import os
 import textwrap
@@ -7,11 +8,36 @@ import matplotlib
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
+from matplotlib import font_manager
 
 from outputs import files
 
 plt.rcParams.update({'figure.dpi': 110, 'axes.grid': True, 'grid.alpha': 0.3, 'axes.spines.top': False, 'axes.spines.right': False,
                      'legend.frameon': False, 'axes.axisbelow': True})
+
+
+# Families that have what DejaVu, which comes with matplotlib, has not; those that are installed are used.
+FALLBACK_FONTS = ('Noto Sans CJK JP', 'Noto Sans CJK SC', 'Source Han Sans', 'WenQuanYi Zen Hei', 'IPAGothic', 'Droid Sans Fallback',
+                  'Hiragino Sans', 'PingFang SC', 'Apple SD Gothic Neo', 'Microsoft YaHei', 'Yu Gothic', 'Malgun Gothic',
+                  'Arial Unicode MS', 'Noto Sans', 'Unifont')
+
+
+@functools.cache
+def _drawable_letters():
+    """Returns the code points that the fonts have, and makes matplotlib use these fonts."""
+    installed = {font.name for font in font_manager.fontManager.ttflist}
+    families = ['DejaVu Sans', *(name for name in FALLBACK_FONTS if name in installed)]
+    plt.rcParams['font.family'] = families
+    charmaps = (font_manager.get_font(font_manager.findfont(name)).get_charmap() for name in families)
+    return frozenset().union(*charmaps)
+
+
+def drawable(text: str) -> str:
+    """Returns text without letters that no font has: those are written as in Python, such as \\u732b."""
+    if text.isascii():
+        return text
+    letters = _drawable_letters()
+    return ''.join(letter if ord(letter) in letters else letter.encode('unicode_escape').decode() for letter in text)
 
 
 def plot_learning_rate(path, planned_steps, planned, rows, warmup_steps, hold_steps):
@@ -50,8 +76,8 @@ def plot_batch(path, images, captions, title):
         axes.axis('off')
     for axes, image, text in zip(grid.flat, images, captions):
         axes.imshow(image.clip(0, 255).round().astype('uint8'), interpolation='nearest')
-        axes.set_title(textwrap.fill(text[:78], 26), fontsize=7, parse_math=False)  # three lines; a name may hold a $
-    figure.suptitle(title)
+        axes.set_title(textwrap.fill(drawable(text)[:78], 26), fontsize=7, parse_math=False)  # three lines; a name may hold a $
+    figure.suptitle(drawable(title), parse_math=False)
     _save(figure, path)
 
 
@@ -64,15 +90,22 @@ def plot_answers(path, images, titles, answers):
         titles: a text each.
         answers: [(label, probability)] each, the most likely first.
     """
-    figure, grid = plt.subplots(len(images), 2, figsize=(9, 0.3 + 2.5 * len(images)), layout='constrained', squeeze=False, width_ratios=(1, 1.6))
-    for (left, right), image, title, answer in zip(grid, images, titles, answers):
+    row_height, margin = 2.5, 0.6  # inches
+    height = row_height * len(images)
+    # Fixed places: constrained layout takes quadratic time.
+    figure = plt.figure(figsize=(9, height))
+    for row, (image, title, answer) in enumerate(zip(images, titles, answers)):
+        bottom, share = 1 - (row + 1) * row_height / height, (row_height - margin) / height
+        left = figure.add_axes((0.02, bottom + 0.2 / height, 0.34, share))
         left.imshow(image, interpolation='nearest')
         left.axis('off')
-        left.set_title(textwrap.shorten(title, 40, placeholder='...'), fontsize=9, parse_math=False)
+        left.set_title(textwrap.shorten(drawable(title), 40, placeholder='...'), fontsize=9, parse_math=False)
+        right = figure.add_axes((0.62, bottom + 0.45 / height, 0.36, share - 0.25 / height))
         places = range(len(answer))
         right.barh(places, [probability for _, probability in answer])
         right.set(xlim=(0, 1), xlabel='probability')
-        right.set_yticks(places, [textwrap.shorten(label, 30, placeholder='...') for label, _ in answer], parse_math=False)
+        names = [textwrap.shorten(drawable(label), 30, placeholder='...') for label, _ in answer]
+        right.set_yticks(places, names, parse_math=False)
         right.invert_yaxis()
     _save(figure, path)
 
@@ -95,13 +128,14 @@ def plot_curves(path, runs):
         for color, (run, rows) in enumerate(runs.items()):
             for name in names:
                 points = [(row['step'], row[name]) for row in rows if name in row]
-                label = ' '.join(part for part in (run if len(runs) > 1 else '', name.split('/')[0] if len(names) > 1 else '') if part)
+                label = ' '.join(part for part in (drawable(run) if len(runs) > 1 else '', name.split('/')[0] if len(names) > 1 else '') if part)
                 style = dict(color=f'C{color}', linestyle='--') if name.startswith('train') and len(names) > 1 else dict(color=f'C{color}')
                 if points:
                     axes.plot(*zip(*points), label=label, marker='.' if len(points) < 30 else None, **style)
         axes.set(title=title, xlabel='update')
         if axes.get_legend_handles_labels()[1] != [''] * len(axes.lines) and any(axes.get_legend_handles_labels()[1]):
-            axes.legend()
+            for text in axes.legend().get_texts():
+                text.set_parse_math(False)  # a run may be called $x
     grid[1, 1].set_ylim(0, None)
     _save(figure, path)
 

@@ -1,6 +1,6 @@
-"""Runs a SavedModel on a TFRecord file of encoded pictures, with TensorFlow alone. A program of its own: see export.py.
+"""Runs a SavedModel on TFRecord files of encoded pictures, with TensorFlow alone. A program of its own: see export.py.
 
-usage: python read_saved_model.py SAVED_MODEL ENCODED.tfrecord ANSWERS.npz
+usage: python read_saved_model.py SAVED_MODEL ENCODED.tfrecord OPAQUE_PNGS.tfrecord ANSWERS.npz
 """
 import sys
 
@@ -9,14 +9,11 @@ sys.modules['keras'] = None  # an import of it fails from here on: the model mus
 import numpy as np  # noqa: E402
 import tensorflow as tf  # noqa: E402
 
-SINGLE = 8  # pictures that are given decoded, one at a time, because their sizes differ
 
-
-def main(directory, records, answers):
+def main(directory, encoded, opaque_pngs, answers):
     model = tf.saved_model.load(directory)
-    files = tf.data.TFRecordDataset(records)
-    logits = [model.signatures['classify_encoded'](encoded=batch)['logits'].numpy() for batch in files.batch(100)]
-    pictures = [tf.io.decode_image(file, channels=3, expand_animations=False)[None] for file in files.take(SINGLE)]
+    logits = [model.signatures['classify_encoded'](encoded=batch)['logits'].numpy() for batch in tf.data.TFRecordDataset(encoded).batch(100)]
+    pictures = [tf.io.decode_png(file, channels=3)[None] for file in tf.data.TFRecordDataset(opaque_pngs)]
     np.savez(
         answers,
         classify_encoded=np.concatenate(logits),

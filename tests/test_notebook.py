@@ -78,7 +78,7 @@ def test_a_picture_of_ones_own_is_classified_as_the_exported_model_does(executed
     model = tf.saved_model.load(os.path.join(run, 'export'))
     answer = model.signatures['serving_default'](images=tf.constant(picture[None]))
     label, probability = answer['label'][0].numpy().decode(), float(tf.reduce_max(answer['probabilities']))
-    assert capsys.readouterr().out.startswith(f'mine.png: {label} {probability:.1%}, ')
+    assert capsys.readouterr().out.startswith(f'{tmp_path}/mine.png: {label} {probability:.1%}, ')
     assert (tmp_path / 'drawn.png').stat().st_size > 5_000
 
 
@@ -93,7 +93,7 @@ def test_the_run_may_be_in_a_bucket(executed, tmp_path, capsys, own_environment)
 def test_what_cannot_be_classified_is_one_line(executed, tmp_path, capsys, own_environment):
     run, = glob.glob(os.path.join(executed[1], 'runs', '*'))
     (tmp_path / 'broken.png').write_bytes(b'no picture')
-    for arguments, line in [([str(tmp_path)], 'has no export'), ([run, str(tmp_path / 'broken.png')], 'is no picture'), ([run, 'absent.png'], 'No such file')]:
+    for arguments, line in [([str(tmp_path)], 'has no export'), ([run, str(tmp_path / 'broken.png')], 'no picture that can be read'), ([run, 'absent.png'], 'No such file')]:
         assert predict.main([*arguments, f'--output={tmp_path}/drawn.png']) == 1
         errors = capsys.readouterr().err
         assert errors.startswith('error: ') and line in errors and errors.count('\n') == 1
