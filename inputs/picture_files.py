@@ -431,10 +431,11 @@ def _without_complaint(content, decodable):
     """
     if decodable.file_format not in JPEGS:
         return decodable
-    quiet = jpeg_files.without_stray_bytes(jpeg_files.with_marker_first(content), _decode_aloud)
+    recognizable = jpeg_files.with_marker_first(content)
+    quiet = jpeg_files.without_stray_bytes(recognizable, _decode_aloud)
     if quiet.damage:
         raise Broken(f'damaged: {quiet.damage}')
-    if decodable.content is not content:  # a copy is quiet anyway
+    if decodable.content != recognizable:  # a converted copy is quiet anyway
         return decodable._replace(remark=quiet.remark, doubt=quiet.doubt)
     return decodable._replace(content=quiet.content, remark=quiet.remark, doubt=quiet.doubt)
 

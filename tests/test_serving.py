@@ -1,0 +1,370 @@
+"""What is asked of an exported model is answered as evaluation answers it, whatever kind of file it is."""
+import contextlib
+import io
+import os
+import struct
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image
+
+import export
+import predict
+import resume
+import session as sessions
+import train
+from configs import default
+from configs import folder as folder_config
+from errors import RunError
+from inputs import folder, jpeg_files, picture_files, pictures, pipeline
+from modeling import steps
+from outputs import files
+from tests import conftest, image_kinds
+from tests.image_kinds import KINDS
+
+EACH = 6  # files of each kind
+
+
+def softmax(logits):
+    shares = np.exp(logits - logits.max(-1, keepdims=True))
+    return shares / shares.sum(-1, keepdims=True)
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    """(config, workdir, {path below the data: kind}) of a small run on files of all kinds."""
+    root = tmp_path_factory.mktemp('serving')
+    kinds = {}
+    for number, (name, kind) in enumerate(sorted(KINDS.items())):
+        for copy in range(EACH):
+            content, _ = kind.make(image_kinds.pixels_of(EACH * number + copy))
+            path = os.path.join('test' if copy else 'train', 'odd' if copy % 2 else 'even', f'{number}_{copy}{kind.suffix}')
+            kinds[path] = name
+            files.make_folder(os.path.dirname(root / 'data' / path))
+            (root / 'data' / path).write_bytes(content)
+    (root / 'data' / 'train' / 'odd').mkdir()
+    for number in range(3):
+        pixels = image_kinds.pixels_of(9999 - number)
+        (root / 'data' / 'train' / 'odd' / f'{number}.png').write_bytes(image_kinds.encoded(pixels, 'PNG'))
+    config = folder_config.get_config()
+    config.update(dict(image_size=32, batch_size=16, eval_batch_size=32, train_for='8 steps', ema_decay=0.0))
+    config.model.update(dict(name='tiny', drop_path=0.0))
+    config.schedule.peak_lr = 1e-2
+    config.dataset.data_dir = str(root / 'data')
+    with pytest.MonkeyPatch.context() as patch, conftest.reading_here():
+        patch.setattr(picture_files.tfds.core.constants, 'DATA_DIR', str(root / 'kept'))
+        assert train.run(config, str(root / 'run')) == 0
+        yield config, str(root / 'run'), kinds
+
+
+@pytest.fixture(scope='module')
+def evaluated(trained):
+    """{path below the data: probabilities} as evaluation computes them: its batches, its weights."""
+    config, workdir, _ = trained
+    session = sessions.open_session(config, workdir, trains=False)
+    session.checkpoints.restore(partly=True)
+    batches, _ = pipeline.evaluation_batches(session.source, config, session.plan, session.strategy)
+    answer = steps.make_predict(session.state)
+    logits = np.concatenate([answer(images).numpy()[mask.numpy() == 1] for images, _, mask in batches])
+    in_order = folder.find(config.dataset).splits['test']
+    paths = [os.path.relpath(in_order[number].original, config.dataset.data_dir) for number in session.source.split('test').ids.numpy()]
+    return dict(zip(paths, softmax(logits), strict=True))
+
+
+def test_300_files_of_all_kinds_are_there(trained, evaluated):
+    _, _, kinds = trained
+    assert len(kinds) >= 300 and len(evaluated) == len(kinds) * (EACH - 1) / EACH
+    assert len(np.unique(np.round(list(evaluated.values()), 4), axis=0)) > 200  # the answers tell files apart
+
+
+def test_predict_answers_as_evaluation_does(trained, evaluated, capsys):
+    config, workdir, _ = trained
+    model, labels = predict.load(workdir)
+    paths = [os.path.join(config.dataset.data_dir, path) for path in evaluated]
+    images = list(predict.files_to_try(paths, predict.white_level_of(workdir)))
+    for image, (path, expected) in zip(images, evaluated.items(), strict=True):
+        answer = predict.classify(model, labels, image.title, image.read())
+        found = dict(answer.classes)
+        np.testing.assert_allclose([found[label] for label in labels], expected, atol=2e-5, err_msg=path)
+
+
+def test_the_export_answers_as_evaluation_does(trained, evaluated):
+    """It gets the file itself where its documentation says so, else what `as_decodable` makes of it."""
+    config, workdir, kinds = trained
+    model = tf.saved_model.load(os.path.join(workdir, 'export'))
+    for path, expected in evaluated.items():
+        content = files.read(os.path.join(config.dataset.data_dir, path))
+        asked = content if KINDS[kinds[path]].in_graph else picture_files.as_decodable(content)
+        answer = model.signatures['classify_encoded'](encoded=tf.constant([asked]))['probabilities'][0]
+        np.testing.assert_allclose(answer, expected, atol=2e-5, err_msg=f'{path}, {kinds[path]}')
+        assert asked is content or asked != content
+
+
+def test_the_export_was_checked_on_the_users_own_files(trained, evaluated):
+    _, workdir, kinds = trained
+    summary = files.read_json(os.path.join(workdir, 'summary.json'))
+    converted = sum(not KINDS[kinds[path]].in_graph or kinds[path] == 'BMP' for path in evaluated)
+    assert summary['export/examples'] == len(evaluated) and summary['export/converted_examples'] == converted
+    assert summary['export/accuracy'] == summary['export/model_accuracy'] == summary['eval/accuracy']
+
+
+def test_an_export_that_reads_other_pictures_is_refused(trained, monkeypatch):
+    """The check would see it if serving forgot what training does to a file."""
+    config, workdir, _ = trained
+    monkeypatch.setattr(export.picture_files, 'as_decodable', lambda content, white_level: image_kinds.encoded(image_kinds.pixels_of(5), 'PNG'))
+    resume.require_same_config(config, workdir)
+    with conftest.reading_here(), pytest.raises(RunError, match='answers otherwise than the model: classify_encoded'):
+        export.run(config, workdir)
+    files.delete(os.path.join(workdir, 'export.part'))
+
+
+@pytest.mark.parametrize('name', KINDS)
+def test_a_file_shows_what_a_viewer_shows(name):
+    kind = KINDS[name]
+    content, shown = kind.make(image_kinds.pixels_of(1))
+    decodable = picture_files.as_decodable(content)
+    found = pictures.decode(decodable).numpy().astype(float)
+    assert found.shape == shown.shape
+    assert np.abs(found - shown).max() <= kind.tolerance
+    assert picture_files.as_decodable(decodable) == decodable
+    if kind.in_graph:
+        np.testing.assert_array_equal(pictures.decode(content), found)
+
+
+def test_transparent_is_laid_over_white_as_pillow_does():
+    color, alpha = np.mgrid[:256, :256].astype(np.uint8)
+    image = np.dstack([color, color[::-1], color, alpha])
+    white = Image.new('RGBA', (256, 256), 'white')
+    expected = np.asarray(Image.alpha_composite(white, Image.fromarray(image)).convert('RGB'))
+    np.testing.assert_array_equal(pictures.decode(image_kinds.encoded(image, 'PNG')), expected)
+
+
+@pytest.mark.parametrize('in_graph', [False, True])
+def test_a_palette_bmp_is_refused_and_not_misread(in_graph):
+    content, _ = image_kinds.palette_bmp(image_kinds.pixels_of(1))
+    decode = tf.function(pictures.decode) if in_graph else pictures.decode
+    with pytest.raises(tf.errors.InvalidArgumentError, match='palette'):
+        decode(tf.constant(content))
+
+
+# What libjpeg complains of.
+
+PROGRESSIVE, INTERVALS = {'progressive': True}, {'restart_marker_blocks': 2}
+MARKERS = {  # of files with these options
+    'baseline': ({}, (0xE0, 0xDB, 0xC0, 0xC4, 0xDA, 0xD9)),
+    'progressive': (PROGRESSIVE, (0xE0, 0xDB, 0xC2, 0xC4, 0xDA, 0xD9)),
+    'intervals': (INTERVALS, (0xE0, 0xDB, 0xC0, 0xC4, 0xDD, 0xDA, 0xD0, 0xD1, 0xD2, 0xD9)),
+}
+
+
+@pytest.mark.parametrize('junk', image_kinds.JUNK)
+@pytest.mark.parametrize('kind, marker', [(kind, marker) for kind, (_, markers) in MARKERS.items() for marker in markers])
+def test_filling_before_any_marker_is_no_damage(kind, marker, junk, capfd):
+    options, _ = MARKERS[kind]
+    content, _ = image_kinds.with_junk(image_kinds.JUNK[junk], {marker}, **options)(image_kinds.pixels_of(2))
+    whole, _ = image_kinds.with_junk(b'', **options)(image_kinds.pixels_of(2))
+    assert content != whole
+    capfd.readouterr()
+    read = picture_files.as_decodable(content)
+    np.testing.assert_array_equal(pictures.decode(read), pictures.decode(whole))
+    assert capfd.readouterr().err == ''  # nor does TensorFlow complain of what is read
+    quiet = jpeg_files.without_stray_bytes(jpeg_files.with_marker_first(content), picture_files._decode_aloud)
+    assert quiet.damage == quiet.doubt == ''
+
+
+@pytest.mark.parametrize('kind', MARKERS)
+def test_bytes_in_the_header_are_no_damage_whatever_they_are(kind):
+    options, markers = MARKERS[kind]
+    for marker in (0xDB, 0xC0, 0xC2, 0xDA):
+        if marker not in markers or (marker == 0xDA and kind == 'progressive'):
+            continue
+        content, _ = image_kinds.with_junk(b'\x12\xff\x00\x34', {marker}, **options)(image_kinds.pixels_of(2))
+        quiet = jpeg_files.without_stray_bytes(content, picture_files._decode_aloud)
+        assert quiet.remark and not quiet.damage and not quiet.doubt
+        np.testing.assert_array_equal(pictures.decode(quiet.content), pictures.decode(content))
+
+
+def edited(marker, edit):
+    file = image_kinds.encoded(image_kinds.pixels_of(2), 'JPEG', quality=95)
+    return b''.join(edit(part) if kind == marker else part for kind, part in image_kinds.jpeg_parts(file))
+
+
+@pytest.mark.parametrize('content, says', [
+    (edited(0xDA, lambda part: part[:-3] + b'\x00\x00\x00'), 'Invalid SOS parameters'),
+    (edited(0xE0, lambda part: part[:9] + b'\x03\x07' + part[11:]), 'unknown JFIF revision'),
+])
+def test_odd_headers_are_read_without_a_warning(content, says, capfd):
+    _, complaint = picture_files._decode_aloud(content)
+    assert says in complaint
+    capfd.readouterr()
+    read = picture_files.as_decodable(content)
+    np.testing.assert_array_equal(pictures.decode(read), pictures.decode(image_kinds.encoded(image_kinds.pixels_of(2), 'JPEG', quality=95)))
+    assert capfd.readouterr().err == ''
+
+
+@pytest.fixture
+def examine(tmp_path, monkeypatch):
+    """Examines files, {name: content}."""
+    monkeypatch.setattr(picture_files.tfds.core.constants, 'DATA_DIR', str(tmp_path / 'kept'))
+
+    def examine_files(contents, **values):
+        (tmp_path / 'data').mkdir(exist_ok=True)
+        for name, content in contents.items():
+            (tmp_path / 'data' / name).write_bytes(content)
+        return picture_files.examine(str(tmp_path / 'data'), sorted(contents), **values)
+
+    return examine_files
+
+
+def drone_file(number):
+    """Bytes of any value between the last block and the end of the image."""
+    pixels = np.random.RandomState(number).randint(0, 256, (48, 64, 3)).astype(np.uint8)
+    junk = b'\x31\x41\x59\x26\x53\x58\x97\x93\x23\x84'
+    return image_kinds.put_before_markers(image_kinds.encoded(pixels, 'JPEG', quality=90), junk, {0xD9})
+
+
+def test_an_odd_end_is_accepted_where_nearly_all_files_have_it(examine, capfd):
+    odd = {f'{number}.jpg': drone_file(number) for number in range(36)}
+    plain = {f'plain{number}.jpg': image_kinds.encoded(image_kinds.pixels_of(number), 'JPEG') for number in range(3)}
+    verdicts = examine(odd | plain | {'other.png': image_kinds.encoded(image_kinds.pixels_of(1), 'PNG')})
+    assert not any(verdict.broken for verdict in verdicts.values())
+    assert all(verdicts[name].doubt for name in odd) and not any(verdicts[name].doubt for name in plain)
+    capfd.readouterr()
+    for name, content in odd.items():
+        np.testing.assert_array_equal(pictures.decode(files.read(verdicts[name].copy)), pictures.decode(content))
+    assert capfd.readouterr().err.count('extraneous') == len(odd)  # of the originals alone
+
+
+def test_an_odd_end_is_damage_where_few_files_have_it(examine):
+    odd = {f'{number}.jpg': drone_file(number) for number in range(12)}
+    plain = {f'plain{number}.jpg': image_kinds.encoded(image_kinds.pixels_of(number), 'JPEG') for number in range(3)}
+    verdicts = examine(odd | plain)
+    assert all(verdicts[name].broken.startswith('damaged: ') for name in odd)
+    assert not any(verdicts[name].broken for name in plain)
+
+
+# Images of 16 bits that use fewer of them.
+
+def twelve_bits(number):
+    return image_kinds.pixels_of(number)[..., 0].astype(np.uint16) * 16 + 15  # up to 4,095
+
+
+DEEP = {
+    'grey PNG': lambda values: tf.io.encode_png(values[..., None]).numpy(),
+    'RGB PNG': lambda values: tf.io.encode_png(np.repeat(values[..., None], 3, -1)).numpy(),
+    'grey TIFF': lambda values: image_kinds.encoded(values, 'TIFF'),
+    'PGM': lambda values: image_kinds.encoded(values, 'PPM'),
+}
+
+
+@pytest.mark.parametrize('kind', DEEP)
+def test_a_white_level_makes_twelve_bits_bright(kind):
+    values = twelve_bits(3)
+    content = DEEP[kind](values)
+    dark, bright = (pictures.decode(picture_files.as_decodable(content, white)).numpy() for white in (65535, 4095))
+    assert dark.max() <= 16
+    np.testing.assert_allclose(bright, np.repeat(values[..., None] / 4095 * 255, 3, -1), atol=0.51)
+
+
+def test_a_white_level_is_nothing_to_files_of_eight_bits():
+    for name in ('PNG', 'JPEG', '8-bit RGBA PNG', 'TIFF'):
+        content, _ = KINDS[name].make(image_kinds.pixels_of(1))
+        assert picture_files.as_decodable(content, 4095) == picture_files.as_decodable(content)
+
+
+def test_a_white_level_is_no_guess_where_only_the_upper_bits_can_be_read():
+    rgb = struct.pack('<4H', *[16] * 4)  # a TIFF file of 2 x 2 pixels, three channels of 16 bits, written by hand
+    tags = [(256, 3, 1, 2), (257, 3, 1, 2), (258, 3, 3, 8), (259, 3, 1, 1), (262, 3, 1, 2), (273, 4, 1, 16), (277, 3, 1, 3), (278, 3, 1, 2), (279, 4, 1, 24)]
+    directory = struct.pack('<H', len(tags)) + b''.join(struct.pack('<HHII', *tag) for tag in tags) + bytes(4)
+    content = b'II*\0' + struct.pack('<I', 40) + rgb + struct.pack('<12H', *[1000] * 12) + directory
+    assert Image.open(io.BytesIO(content)).mode == 'RGB'
+    assert pictures.decode(picture_files.as_decodable(content)).numpy().max() == 3
+    with pytest.raises(picture_files.Broken, match='16-bit colours.* save it as a PNG of 16 bits'):
+        picture_files.as_decodable(content, 4095)
+
+
+def notes_of(tmp_path, monkeypatch, values_of, **values):
+    monkeypatch.setattr(picture_files.tfds.core.constants, 'DATA_DIR', str(tmp_path / 'kept'))
+    for label in ('cat', 'dog'):
+        (tmp_path / 'data' / label).mkdir(parents=True, exist_ok=True)
+        for number in range(3):
+            content = DEEP['grey PNG'](values_of(number + 10 * (label == 'dog')))
+            (tmp_path / 'data' / label / f'{number}.png').write_bytes(content)
+    config = default.get_config().dataset
+    config.update({'name': 'folder', 'data_dir': str(tmp_path / 'data'), **values})
+    found = folder.find(config)
+    return [note for note in found.notes if 'white' in note], found
+
+
+def test_nearly_black_files_are_noted_with_what_to_write(tmp_path, monkeypatch):
+    (note,), _ = notes_of(tmp_path, monkeypatch, twelve_bits)
+    assert '6 pictures of 16 bits' in note and note.endswith('--config.dataset.white_level=4095')
+    notes, found = notes_of(tmp_path, monkeypatch, twelve_bits, white_level=4095)
+    assert notes == []
+    brightest = max(pictures.decode(files.read(picture.path)).numpy().max() for split in found.splits.values() for picture in split)
+    assert brightest > 200
+    (note,), _ = notes_of(tmp_path, monkeypatch, twelve_bits, white_level=1023)
+    assert 'cut off at config.dataset.white_level=1023' in note
+
+
+def test_files_that_use_their_range_are_not_noted(tmp_path, monkeypatch):
+    assert notes_of(tmp_path, monkeypatch, lambda number: image_kinds.pixels_of(number)[..., 0].astype(np.uint16) * 257)[0] == []
+
+
+# predict.py on what people have.
+
+def run_predict(trained, *paths):
+    _, workdir, _ = trained
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.MonkeyPatch.context() as patch:
+        for name in ('TPU_LOAD_LIBRARY', 'TPU_SKIP_MDS_QUERY', 'CUDA_VISIBLE_DEVICES', 'TF_CPP_MIN_LOG_LEVEL'):
+            patch.setenv(name, os.environ.get(name, '0'))
+        status = predict.main([workdir, *map(str, paths)])
+    return status, out.getvalue().splitlines(), err.getvalue().splitlines()
+
+
+def test_a_broken_file_is_named_and_the_others_are_answered(trained, tmp_path):
+    good = image_kinds.encoded(image_kinds.pixels_of(1), 'PNG')
+    for name, content in {'a.png': good, 'b.jpg': b'<html>', 'c.jpg': b'', 'd.png': good}.items():
+        (tmp_path / name).write_bytes(content)
+    status, out, err = run_predict(trained, *(tmp_path / name for name in ('a.png', 'b.jpg', 'absent.jpg', 'c.jpg', 'd.png')))
+    assert status == 1
+    assert [line.split(': ')[0] for line in out[:-1]] == [f'{tmp_path}/a.png', f'{tmp_path}/d.png'] and out[-1].startswith('drawn in')
+    assert [line.split(': ')[1] for line in err[:-1]] == [f'{tmp_path}/{name}' for name in ('b.jpg', 'absent.jpg', 'c.jpg')]
+    assert 'no picture that can be read' in err[0] and 'No such file' in err[1] and 'empty' in err[2]
+    assert err[-1] == 'error: 3 of 5 images could not be read'
+
+
+def test_a_folder_is_all_the_files_below_it(trained, tmp_path):
+    good = image_kinds.encoded(image_kinds.pixels_of(1), 'PNG')
+    (tmp_path / 'more').mkdir()
+    for name in ('b.png', 'notes.txt', '.hidden.png', 'more/c.png'):
+        (tmp_path / name).write_bytes(good)
+    status, out, _ = run_predict(trained, tmp_path)
+    assert status == 0 and [line.split(': ')[0] for line in out[:-1]] == [f'{tmp_path}/b.png', f'{tmp_path}/more/c.png']
+    (tmp_path / 'empty').mkdir()
+    status, out, err = run_predict(trained, tmp_path / 'empty')
+    assert (status, out) == (1, []) and len(err) == 1 and 'has no file that is called like an image' in err[0]
+
+
+NAMES = {b'latin-\xe4.png': r"'latin-\udce4.png'", 'two\nlines.png': r"'two\nlines.png'", '猫 dog.png': '猫 dog.png', '$x$ \\alpha.png': '$x$ \\alpha.png'}
+
+
+@pytest.mark.filterwarnings('error')
+@pytest.mark.parametrize('name', NAMES)
+def test_a_file_may_have_any_name(trained, tmp_path, name):
+    path = os.path.join(os.fsencode(tmp_path), os.fsencode(name))
+    with open(path, 'wb') as file:
+        file.write(image_kinds.encoded(image_kinds.pixels_of(1), 'PNG'))
+    status, out, err = run_predict(trained, os.fsdecode(path))
+    assert (status, err, len(out)) == (0, [], 2)
+    assert NAMES[name].strip("'") in out[0]
+
+
+def test_many_answers_are_drawn_in_part(trained, tmp_path):
+    for number in range(predict.MOST_DRAWN + 5):
+        (tmp_path / f'{number:03}.png').write_bytes(image_kinds.encoded(image_kinds.pixels_of(number), 'PNG'))
+    status, out, _ = run_predict(trained, tmp_path)
+    assert status == 0 and len(out) == predict.MOST_DRAWN + 6
+    assert out[-1].startswith(f'the first {predict.MOST_DRAWN} of {predict.MOST_DRAWN + 5} are drawn in ')
