@@ -176,10 +176,15 @@ def draw(path: str, answers: list[Answer], num_answers: int) -> None:
     """Draws images with their most likely classes, and says where."""
     from outputs.plots import plot_answers
 
-    titles = [answer.title[-TITLE_LENGTH:] for answer in answers]  # of a path, its end
+    titles = [end_of(answer.title) for answer in answers]
     plot_answers(path, [answer.pixels for answer in answers], titles, [answer.classes for answer in answers])
     part = f'the first {len(answers)} of {num_answers:,} are ' if len(answers) < num_answers else ''
     print(f'{part}drawn in {path}')
+
+
+def end_of(title: str) -> str:
+    """Returns the end of a long title: of a path it says most."""
+    return title if len(title) <= TITLE_LENGTH else '...' + title[3 - TITLE_LENGTH:]
 
 
 if __name__ == '__main__':

@@ -4,7 +4,8 @@
 
 Classes and counts are found. Without DIR/test a fifth of each class is held out to evaluate; which pictures that is,
 config.dataset.split_seed says. JPEG, PNG, GIF (first frame), BMP, WebP, TIFF and what else Pillow reads, of any colours
-and turned as their cameras say; what is transparent becomes white. Files that are broken are skipped and named in report.md;
+and turned as their cameras say; what is transparent becomes white. Cameras and scanners that store 10, 12 or 14 bits in 16
+need config.dataset.white_level=1023, 4095 or 16383. Files that are broken are skipped and named in report.md;
 more than config.dataset.max_broken of them end the run. For few pictures start from pretrained weights instead, with
 configs/finetune.py.
 
