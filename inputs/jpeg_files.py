@@ -111,7 +111,7 @@ def _repairs(content: bytes, complaint: str) -> Iterator[_Repair]:
 
 def _parts(content: bytes) -> Iterator[tuple[int, int, int]]:
     """Yields (kind, begin, end) of each part up to the end of the image: a marker's number, SCAN, or STRAY."""
-    place = 0
+    place, in_scan = 0, False
     while marker := MARKER.search(content, place):
         if marker.start() > place:
             yield STRAY, place, marker.start()
@@ -122,7 +122,8 @@ def _parts(content: bytes) -> Iterator[tuple[int, int, int]]:
         if kind == END:
             return
         place = end
-        if kind == SCAN_HEADER or kind in RESTARTS:
+        in_scan = kind == SCAN_HEADER or (in_scan and kind in RESTARTS)
+        if in_scan:
             following = MARKER.search(content, place)
             end = following.start() if following else len(content)
             yield SCAN, place, end

@@ -4,7 +4,8 @@ import tensorflow as tf
 PNG_SIGNATURE = b'\x89PNG\r\n\x1a\n'
 PNG_DEPTH_AT = 24  # the byte that says how many bits a channel has
 BMP_SIGNATURE = b'BM'
-BMP_DEPTHS = (b'\x18', b'\x20')  # 24 and 32 bits a pixel, at byte 28; others have a palette
+GIF_SIGNATURE = b'GIF8'
+PLAIN_BMP = (b'\x18\0\0\0\0\0', b'\x20\0\0\0\0\0')  # from byte 28 on: 24 or 32 bits a pixel, neither compressed nor with masks
 
 
 def decode(encoded):
@@ -14,25 +15,29 @@ def decode(encoded):
     transparent parts of a GIF as black: `picture_files.as_decodable` does both, to files, before they come here.
 
     Args:
-        encoded: string [], a JPEG or PNG file, the first frame of a GIF, or a BMP file without palette.
+        encoded: string [], a JPEG or PNG file, the first frame of a GIF, or a BMP file without palette and masks.
 
     Returns: uint8 [height, width, 3].
 
     Raises: tf.errors.InvalidArgumentError: not such a file, or a damaged one.
     """
-    is_png = tf.strings.substr(encoded, 0, len(PNG_SIGNATURE)) == PNG_SIGNATURE
-    image = tf.cond(is_png, lambda: _decode_png(encoded), lambda: _decode_opaque(encoded))
+    image = tf.cond(_begins_with(encoded, PNG_SIGNATURE), lambda: _decode_png(encoded), lambda: _decode_opaque(encoded))
     return tf.ensure_shape(image, [None, None, 3])
 
 
 def _decode_opaque(encoded):
     """Decodes a JPEG, GIF or BMP file, string [], to uint8 [height, width, 3]."""
-    is_bmp = tf.strings.substr(encoded, 0, len(BMP_SIGNATURE)) == BMP_SIGNATURE
-    depth = tf.cond(is_bmp, lambda: tf.strings.substr(encoded, 28, 1), lambda: tf.constant(BMP_DEPTHS[0]))
-    # TensorFlow would take the numbers of a palette for greys.
-    known_depth = tf.debugging.Assert(tf.reduce_any(depth == BMP_DEPTHS), ['a BMP file with a palette: convert it to PNG'])
-    with tf.control_dependencies([known_depth] if known_depth is not None else []):
+    is_bmp = _begins_with(encoded, BMP_SIGNATURE)
+    # TensorFlow would take the numbers of a palette for greys, and pass over masks.
+    is_plain_bmp = tf.cond(is_bmp, lambda: tf.reduce_any(tf.strings.substr(encoded, 28, 6) == PLAIN_BMP), lambda: False)
+    is_readable = tf.io.is_jpeg(encoded) | _begins_with(encoded, GIF_SIGNATURE) | is_plain_bmp
+    check = tf.debugging.Assert(is_readable, ['neither JPEG nor PNG, nor a GIF or plain BMP: convert it to PNG'])
+    with tf.control_dependencies([check] if check is not None else []):
         return tf.io.decode_image(encoded, channels=3, expand_animations=False)
+
+
+def _begins_with(encoded, signature):
+    return tf.strings.substr(encoded, 0, len(signature)) == signature
 
 
 def _decode_png(encoded):

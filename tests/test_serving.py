@@ -140,12 +140,32 @@ def test_transparent_is_laid_over_white_as_pillow_does():
     np.testing.assert_array_equal(pictures.decode(image_kinds.encoded(image, 'PNG')), expected)
 
 
+def bmp_with_masks(pixels):
+    """A BMP file of 32 bits whose masks say that a byte without meaning comes first, written by hand."""
+    height, width, _ = pixels.shape
+    rows = np.dstack([np.zeros([height, width], np.uint8), pixels[..., ::-1]])[::-1].tobytes()
+    header = struct.pack('<IiiHHIIiiII', 40, width, height, 1, 32, 3, len(rows), 0, 0, 0, 0)
+    masks = struct.pack('<III', 0xFF000000, 0xFF0000, 0xFF00)
+    return b'BM' + struct.pack('<IHHI', 66 + len(rows), 0, 0, 66) + header + masks + rows, pixels
+
+
+UNREADABLE = {'palette BMP': image_kinds.palette_bmp, 'BMP with masks': bmp_with_masks, 'WebP': KINDS['WebP with alpha'].make,
+              'TIFF': KINDS['TIFF'].make, 'text': lambda pixels: (b'<html>', None), 'nothing': lambda pixels: (b'', None),
+              'start of a BMP': lambda pixels: (b'BM', None)}
+
+
 @pytest.mark.parametrize('in_graph', [False, True])
-def test_a_palette_bmp_is_refused_and_not_misread(in_graph):
-    content, _ = image_kinds.palette_bmp(image_kinds.pixels_of(1))
+@pytest.mark.parametrize('kind', UNREADABLE)
+def test_what_a_graph_would_misread_is_refused(kind, in_graph):
+    content, _ = UNREADABLE[kind](image_kinds.pixels_of(1))
     decode = tf.function(pictures.decode) if in_graph else pictures.decode
-    with pytest.raises(tf.errors.InvalidArgumentError, match='palette'):
+    with pytest.raises(tf.errors.InvalidArgumentError):
         decode(tf.constant(content))
+
+
+def test_masks_of_a_bmp_are_followed():
+    content, shown = bmp_with_masks(image_kinds.pixels_of(1))
+    np.testing.assert_array_equal(pictures.decode(picture_files.as_decodable(content)), shown)
 
 
 # What libjpeg complains of.
@@ -183,6 +203,15 @@ def test_bytes_in_the_header_are_no_damage_whatever_they_are(kind):
         quiet = jpeg_files.without_stray_bytes(content, picture_files._decode_aloud)
         assert quiet.remark and not quiet.damage and not quiet.doubt
         np.testing.assert_array_equal(pictures.decode(quiet.content), pictures.decode(content))
+
+
+def test_exif_data_of_a_wrong_length_are_no_damage():
+    """What is left over may hold what looks like a marker."""
+    whole = image_kinds.encoded(image_kinds.pixels_of(2), 'JPEG', quality=95)
+    content = image_kinds.put_before_markers(whole, b'\x12\x34\xff\xd0\x56\xff\xd1\x78', {0xC0})
+    quiet = jpeg_files.without_stray_bytes(content, picture_files._decode_aloud)
+    assert quiet.remark and not quiet.damage and not quiet.doubt
+    np.testing.assert_array_equal(pictures.decode(quiet.content), pictures.decode(whole))
 
 
 def edited(marker, edit):
