@@ -13,6 +13,7 @@ over `xp`, which is `numpy` (float64) or `keras.ops` (float32, also inside a com
 """
 import difflib
 import math
+import warnings
 from typing import NamedTuple
 
 import keras
@@ -106,7 +107,9 @@ class WarmupCosineDecayCallback(keras.callbacks.Callback):
             always, and their change stays, as a factor on the rest of the curve; where the planned rate is 0 no factor
             can be told, and a change is not kept. It begins at 1.0. To go on in a new process, carry it over.
 
-    A run that begins at update 0 begins with empty `lrs` and a factor of 1.0. Raises ValueError as `learning_rate` does,
+    A run whose first batch is update 0 begins with empty `lrs` and a factor of 1.0; `BackupAndRestore` may come before
+    this callback or after it. It works under any `tf.distribute` strategy. Warns when training begins past the end of
+    the curve, or at a later epoch with an optimizer that has made no update. Raises ValueError as `learning_rate` does,
     and when training begins with an optimizer whose learning rate is a schedule.
     """
 
@@ -119,6 +122,8 @@ class WarmupCosineDecayCallback(keras.callbacks.Callback):
                                    target_lr, end_lr)
         self.lrs, self.factor = [], 1.0
         self._planned = self._set = None
+        self._first_epoch = None
+        self._has_begun = False
 
     def on_train_begin(self, logs=None):
         optimizer = self.model.optimizer
@@ -126,30 +131,49 @@ class WarmupCosineDecayCallback(keras.callbacks.Callback):
         if not isinstance(optimizer.learning_rate, keras.Variable):
             raise ValueError("the optimizer's learning rate is a schedule, which this callback cannot set: compile with a "
                              'number, as in learning_rate=0.1, or leave the callback out')
-        if int(optimizer.iterations) == 0:
-            self.lrs, self.factor = [], 1.0
         # What happened to the rate between two runs is no callback's doing.
         self._planned = self._set = None
+        self._first_epoch = None
+        self._has_begun = False
+
+    def on_epoch_begin(self, epoch, logs=None):
+        if self._first_epoch is None:
+            self._first_epoch = epoch
 
     def on_train_batch_begin(self, batch, logs=None):
-        self._keep_change()
         optimizer = self.model.optimizer
-        step = int(optimizer.iterations)
+        step = int(_read(optimizer.iterations))
+        if not self._has_begun:  # only now has every callback restored what it restores
+            self._begin(step)
+        self._keep_change()
         if self._decays or step <= self._arguments.decay_begins:
             self._planned = float(_rate(np, np.int64(step), self._arguments))
             optimizer.learning_rate = self._planned * self.factor
         else:
             self._planned = None
         # Read back: the variable holds the float32 nearest to what was written.
-        self._set = float(optimizer.learning_rate)
+        self._set = float(_read(optimizer.learning_rate))
         self.lrs.append(self._set)
 
     def on_train_end(self, logs=None):
         # Other callbacks may have changed the rate at the end of the last epoch.
         self._keep_change()
 
+    def _begin(self, step):
+        self._has_begun = True
+        total_steps = self._arguments.total_steps
+        if step == 0:
+            self.lrs, self.factor = [], 1.0
+            if self._first_epoch:
+                warnings.warn(f'fit begins at epoch {self._first_epoch}, but the optimizer has made no update, so the curve starts '
+                              'over with its warmup: restore the optimizer together with the weights, or count with '
+                              'model.optimizer.iterations.assign(UPDATES)', stacklevel=2)
+        elif self._decays and step >= total_steps:
+            warnings.warn(f'training begins at update {step}, but the curve has ended at total_steps={total_steps}: the rate stays '
+                          f'at end_lr={self._arguments.end_lr}; write a larger total_steps to go on along the curve', stacklevel=2)
+
     def _keep_change(self):
-        rate = float(self.model.optimizer.learning_rate)
+        rate = float(_read(self.model.optimizer.learning_rate))
         if self._planned and rate != self._set:
             self.factor = rate / self._planned
             self._set = rate
@@ -178,19 +202,25 @@ class _Arguments(NamedTuple):
 def _rate(xp, step, a):
     """The whole schedule, for an int64 `step` and `_Arguments` `a`; `xp` is `numpy` or `keras.ops`."""
     step = xp.maximum(step, 0)
+    target_lr, end_lr = _floats(xp, a.target_lr), _floats(xp, a.end_lr)
     warming = a.start_lr + (a.target_lr - a.start_lr) * _ratio(xp, step, a.warmup_steps)
-    decaying = a.end_lr
+    decaying = end_lr
     if a.decay_steps > 0:
         # Clipped, because `where` computes both its sides for every step.
         s = xp.clip(step - a.decay_begins, 0, a.decay_steps)
         decaying = CURVES[a.curve](xp, s, a, **a.curve_arguments)
-    decaying = xp.where(step < a.total_steps, decaying, a.end_lr)
-    return xp.where(step < a.warmup_steps, warming, xp.where(step <= a.decay_begins, a.target_lr, decaying))
+    decaying = xp.where(step < a.total_steps, decaying, end_lr)
+    return xp.where(step < a.warmup_steps, warming, xp.where(step <= a.decay_begins, target_lr, decaying))
+
+
+def _floats(xp, values):
+    """Numbers as float64 of numpy, or float32 of Keras, whatever `keras.config.floatx` says."""
+    return xp.array(values, dtype='float64' if xp is np else 'float32')
 
 
 def _ratio(xp, steps, of):
     """`steps / of` as a float. Differences of steps are taken before, between integers, where they lose nothing."""
-    return xp.array(steps, dtype='float64' if xp is np else 'float32') / float(max(of, 1))
+    return _floats(xp, steps) / float(max(of, 1))
 
 
 def _between(a, share):
@@ -209,7 +239,7 @@ def _cosine(xp, s, a):
 
 def _constant(xp, s, a):
     """target_lr, also past the last step."""
-    return a.target_lr
+    return _floats(xp, a.target_lr)
 
 
 def _linear(xp, s, a):
@@ -243,10 +273,10 @@ def _piecewise(xp, s, a, *, boundaries=(1 / 3, 2 / 3, 8 / 9), factors=(0.1, 0.01
     if sorted(steps) != steps or not all(a.decay_begins < step <= a.total_steps for step in steps):
         raise ValueError(f'boundaries={boundaries} are the steps {steps}: write them in increasing order, after warmup and '
                          f'hold ({a.decay_begins}) and up to total_steps ({a.total_steps})')
-    rate = a.target_lr
+    rate = _floats(xp, a.target_lr)
     for step, factor in zip(steps, factors):
         lowered = max(a.end_lr, a.target_lr * _number('factors', factor, high=1.0))
-        rate = xp.where(s >= step - a.decay_begins, lowered, rate)
+        rate = xp.where(s >= step - a.decay_begins, _floats(xp, lowered), rate)
     return rate
 
 
@@ -278,7 +308,7 @@ def _cosine_restarts(xp, s, a, *, cycles=4, cycle_mul=1.0, cycle_decay=1.0):
     if not all(begin < end for begin, end in zip(b, b[1:])):
         raise ValueError(f'cycles={cycles} with cycle_mul={cycle_mul:g} leaves a cycle without a step, as there are '
                          f'{a.decay_steps} after warmup and hold: write fewer cycles')
-    share = 0.0
+    share = _floats(xp, 0.0)
     for k, (begin, end) in enumerate(zip(b, b[1:])):
         cosine = 0.5 * (1.0 + xp.cos(math.pi * _ratio(xp, xp.clip(s - begin, 0, end - begin), end - begin)))
         share = xp.where(s >= begin, cycle_decay ** k * cosine, share)
@@ -314,6 +344,10 @@ CURVES = {'cosine': _cosine, 'constant': _constant, 'linear': _linear, 'polynomi
           'cosine_restarts': _cosine_restarts, 'rsqrt': _rsqrt, 'trapezoid': _trapezoid}
 
 
+# What tf.data's `Dataset.cardinality()` says where it cannot say a number.
+LENGTHS = {-1: 'a data set without end; ', -2: 'a data set of unknown length: count its batches; '}
+
+
 def _checked(curve, warmup_steps, total_steps, hold, start_lr, target_lr, end_lr, curve_arguments=()):
     """`_Arguments`, or a ValueError of one line that says what is wrong and what to write."""
     if curve not in CURVES:
@@ -323,7 +357,7 @@ def _checked(curve, warmup_steps, total_steps, hold, start_lr, target_lr, end_lr
         if name not in defaults:
             raise _unknown(f'curve {curve!r} has no argument', name, [*defaults, *_Arguments._fields[1:-1]])
     # As they come back from a saved model: lists, and numbers of Python.
-    given = {name: value if value is None or isinstance(value, str) else np.asarray(value).tolist()
+    given = {name: value if value is None or isinstance(value, str) else _read(value).tolist()
              for name, value in {**defaults, **dict(curve_arguments)}.items()}
     a = _Arguments(curve, _whole('warmup_steps', warmup_steps), _whole('total_steps', total_steps, low=1),
                    _whole('hold', hold), _number('start_lr', start_lr), _number('target_lr', target_lr),
@@ -351,20 +385,42 @@ def _checked_steps(step):
 
 
 def _whole(name, value, low=0):
-    number = value.item() if isinstance(value, np.generic) else value
+    number = _plain(name, value)
     if isinstance(number, bool) or not isinstance(number, (int, float)) or number % 1 or number < low:
-        raise ValueError(f'{name}={value!r}: write a whole number, {low} or more')
+        hint = LENGTHS.get(number, '') if keras.ops.is_tensor(value) and isinstance(number, int) else ''
+        raise ValueError(f'{name}={number if hint else value!r}: {hint}write a whole number, {low} or more')
     return int(number)
 
 
 def _number(name, value, high=math.inf):
+    plain = _plain(name, value)
     try:
-        number = math.nan if isinstance(value, (str, bool)) else float(value)
+        number = math.nan if isinstance(plain, (str, bool)) else float(plain)
     except (TypeError, ValueError):
         number = math.nan
     if not 0.0 <= number <= high or math.isinf(number):
         raise ValueError(f'{name}={value!r}: write a number, ' + ('0 or more' if high == math.inf else f'from 0 to {high}'))
     return number
+
+
+def _plain(name, value):
+    """A number of Python, where `value` is a scalar of numpy, a tensor or a variable; else `value` itself."""
+    is_tensor = keras.ops.is_tensor(value) or isinstance(value, keras.Variable)
+    if not is_tensor and not isinstance(value, (np.generic, np.ndarray)):
+        return value
+    try:
+        array = _read(value)
+    except (NotImplementedError, TypeError, ValueError) as error:
+        raise ValueError(f'{name} is a tensor whose value is not known yet: write a number, or make the schedule outside of '
+                         'tf.function') from error
+    return array.item() if array.ndim == 0 else value
+
+
+def _read(value):
+    """The value of a tensor or variable, also of one that has a copy on each replica, as numpy array."""
+    if isinstance(value, keras.Variable):
+        value = keras.ops.convert_to_tensor(value)
+    return np.asarray(keras.ops.convert_to_numpy(value))
 
 
 def _steps(name, value, total_steps, low=1):

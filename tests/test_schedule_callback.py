@@ -1,7 +1,10 @@
 """What `WarmupCosineDecayCallback` promises to someone who calls `model.fit`."""
+import warnings
+
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from schedules import WarmupCosineDecay, WarmupCosineDecayCallback, lr_warmup_cosine_decay
 
@@ -189,3 +192,103 @@ def test_an_optimizer_with_a_schedule_is_refused_in_one_line(wrapped):
 def test_an_end_lr_without_a_decay_is_refused():
     with pytest.raises(ValueError, match='end_lr=0.001 would never be used'):
         WarmupCosineDecayCallback(**ARGUMENTS | dict(total_steps=None))
+
+
+# ---- Other people's programs
+
+
+def two_devices():
+    return tf.distribute.MirroredStrategy(['CPU:0', 'CPU:1'])
+
+
+def fit_on(strategy, *callbacks, optimizer=keras.optimizers.SGD, epochs=3):
+    """As `fit`, with an example for each of two replicas."""
+    with strategy.scope():
+        model = a_model(optimizer=optimizer(0.5), run_eagerly=False)
+    x = np.linspace(-1, 1, 16).reshape(8, 2)
+    model.fit(x, 3 * x.sum(1, keepdims=True), batch_size=2, shuffle=False, verbose=0, callbacks=list(callbacks), epochs=epochs)
+    return model
+
+
+def scaling(rate):
+    return keras.optimizers.LossScaleOptimizer(keras.optimizers.Adam(rate), initial_scale=2.0)
+
+
+@pytest.mark.parametrize('strategy', [two_devices, lambda: tf.distribute.OneDeviceStrategy('CPU:0')], ids=['mirrored', 'one device'])
+@pytest.mark.parametrize('optimizer', [keras.optimizers.SGD, keras.optimizers.AdamW, scaling])
+def test_it_sets_the_rate_of_every_replica(strategy, optimizer):
+    callback, strategy = WarmupCosineDecayCallback(**ARGUMENTS), strategy()
+    model = fit_on(strategy, callback, optimizer=optimizer)
+    np.testing.assert_allclose(callback.lrs, PLANNED[:12], rtol=1e-6)
+    rate = model.optimizer.learning_rate.value
+    copies = strategy.experimental_local_results(rate)
+    np.testing.assert_allclose([float(copy) for copy in copies], PLANNED[11], rtol=1e-6)
+
+
+def test_two_devices_and_one_use_the_same_rates_beside_reduce_lr_on_plateau():
+    plateau = keras.callbacks.ReduceLROnPlateau('loss', factor=0.5, patience=1, min_delta=1e9)
+    callback = WarmupCosineDecayCallback(**ARGUMENTS)
+    fit_on(two_devices(), callback, plateau, epochs=4)
+    np.testing.assert_allclose(callback.lrs, PLANNED[:16] * np.repeat([1, 1, 0.5, 0.25], 4), rtol=1e-5)
+
+
+def test_two_devices_and_one_end_in_the_same_weights():
+    models = [fit_on(strategy, WarmupCosineDecayCallback(**ARGUMENTS)) for strategy in (two_devices(), tf.distribute.OneDeviceStrategy('CPU:0'))]
+    for one, other in zip(*(model.get_weights() for model in models)):
+        np.testing.assert_allclose(one, other, rtol=1e-5)
+
+
+class Stops(keras.callbacks.Callback):
+    """The process ends in the middle of a run."""
+
+    def on_epoch_begin(self, epoch, logs=None):
+        if epoch == 2:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize('callback_first', [True, False])
+def test_a_run_that_backup_and_restore_brings_back_goes_on_with_its_factor(tmp_path, callback_first):
+    def interrupted(callback):
+        backup = keras.callbacks.BackupAndRestore(tmp_path / 'backup')
+        return [callback, backup] if callback_first else [backup, callback]
+
+    callback = WarmupCosineDecayCallback(**ARGUMENTS)
+    with pytest.raises(KeyboardInterrupt):
+        fit(a_model(), *interrupted(callback), SetsRate({0: 0.5}), Stops(), epochs=4)
+    assert callback.factor == pytest.approx(0.5)
+    carried = WarmupCosineDecayCallback(**ARGUMENTS)
+    carried.factor = callback.factor
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', UserWarning)
+        fit(a_model(), *interrupted(carried), epochs=4)
+    np.testing.assert_allclose(carried.lrs, 0.5 * PLANNED[8:16], rtol=1e-5)
+
+
+def test_weights_without_their_optimizer_start_the_warmup_over_with_a_warning():
+    callback = WarmupCosineDecayCallback(**ARGUMENTS)
+    with pytest.warns(UserWarning, match=r'fit begins at epoch 2, but the optimizer has made no update.*iterations\.assign') as caught:
+        fit(a_model(), callback, initial_epoch=2, epochs=4)
+    said = [str(warning.message) for warning in caught if warning.category is UserWarning]
+    assert len(said) == 1 and '\n' not in said[0]
+    np.testing.assert_allclose(callback.lrs, PLANNED[:8], rtol=1e-6)
+
+
+@pytest.mark.parametrize('step, warns', [(11, False), (12, True), (30, True)])
+def test_training_past_the_end_of_the_curve_is_said(step, warns):
+    model = a_model()
+    model.optimizer.iterations.assign(step)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        fit(model, WarmupCosineDecayCallback(**ARGUMENTS), epochs=2)
+    said = [str(warning.message) for warning in caught if warning.category is UserWarning]
+    expected = f'training begins at update {step}, but the curve has ended at total_steps=12: the rate stays at end_lr=0.001'
+    assert [text.startswith(expected) for text in said] == [True] * warns
+
+
+@pytest.mark.filterwarnings('error::UserWarning')
+def test_usual_runs_are_not_warned_of():
+    callback = WarmupCosineDecayCallback(**ARGUMENTS)
+    model = a_model()
+    fit(model, callback, epochs=2)
+    fit(model, callback, initial_epoch=2, epochs=3)
+    fit(a_model(), WarmupCosineDecayCallback(0.01, 0.1, 2), epochs=4)  # without an end there is none to be past

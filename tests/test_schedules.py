@@ -2,6 +2,10 @@
 import inspect
 import json
 import math
+import os
+import re
+import subprocess
+import sys
 
 import hypothesis
 import keras
@@ -12,7 +16,7 @@ import tensorflow as tf
 from hypothesis import strategies as st
 
 import schedules
-from schedules import WarmupCosineDecay, WarmupDecay, learning_rate, lr_warmup_cosine_decay
+from schedules import WarmupCosineDecay, WarmupCosineDecayCallback, WarmupDecay, learning_rate, lr_warmup_cosine_decay
 
 COSINE_SETTINGS = [
     dict(warmup_steps=10, total_steps=100, start_lr=0.0, target_lr=0.1, end_lr=0.0),
@@ -582,3 +586,87 @@ def test_whole_numbers_may_be_of_any_type():
     rates = [learning_rate(np.float64(5.0), warmup_steps=np.int32(10), hold=10.0, total_steps=np.float64(100), target_lr=0.1),
              learning_rate(5, **RIGHT)]
     assert rates[0] == rates[1] == 0.05
+
+
+LENGTH = tf.data.Dataset.range(100).cardinality()  # an int64 tensor
+
+
+@pytest.mark.parametrize('hundred', [LENGTH, np.array(100), np.int64(100), np.array(100.0), 100.0, tf.constant(100.0), keras.Variable(100)],
+                         ids=lambda value: type(value).__name__)
+def test_a_whole_number_may_be_a_scalar_of_any_kind(hundred):
+    ten = type(hundred)(10) if isinstance(hundred, float) else hundred // 10
+    schedule = WarmupDecay(curve='cosine_restarts', cycles=ten, warmup_steps=ten, hold=ten, total_steps=hundred, target_lr=tf.constant(0.1),
+                           start_lr=np.array(0.01))
+    expected = WarmupDecay(curve='cosine_restarts', cycles=10, warmup_steps=10, hold=10, total_steps=100, target_lr=0.1, start_lr=0.01)
+    for step in (0, 5, 15, 50, 99, 100):
+        assert float(schedule(step)) == pytest.approx(float(expected(step)), rel=1e-6)
+    assert {type(value) for value in schedule.get_config().values()} <= {str, int, float}
+    assert WarmupCosineDecayCallback(0.0, 0.1, ten, hundred)._arguments.total_steps == 100
+
+
+@pytest.mark.parametrize(('length', 'says'), [
+    (tf.data.Dataset.range(3).repeat().cardinality(), 'total_steps=-1: a data set without end; write a whole number, 1 or more'),
+    (tf.data.Dataset.range(3).filter(lambda x: True).cardinality(), 'total_steps=-2: a data set of unknown length: count its batches; write'),
+    (np.array([100]), 'write a whole number'),
+    (tf.constant([100, 100]), 'write a whole number'),
+    (tf.constant(2.5), 'write a whole number'),
+    (tf.constant(True), 'write a whole number'),
+    (np.array('100'), 'write a whole number'),
+], ids=range(7))
+def test_a_length_that_is_no_number_is_answered_in_one_line(length, says):
+    for make in (lambda: WarmupCosineDecay(0.0, 0.1, 1, length), lambda: WarmupCosineDecayCallback(0.0, 0.1, 1, length)):
+        with pytest.raises(ValueError, match=re.escape(says)) as error:
+            make()
+        assert '\n' not in str(error.value)
+
+
+def test_a_length_that_is_not_known_yet_is_answered_in_one_line():
+    @tf.function
+    def build(length):
+        return WarmupCosineDecay(0.0, 0.1, 1, length)(3)
+
+    with pytest.raises(ValueError, match='total_steps is a tensor whose value is not known yet'):
+        build(tf.constant(100))
+
+
+@pytest.fixture
+def restore_floatx():
+    yield
+    keras.config.set_floatx('float32')
+
+
+@pytest.mark.parametrize('how', ['eager', 'function', 'jit'])
+@pytest.mark.parametrize('floatx', ['float16', 'bfloat16', 'float64'])
+@pytest.mark.parametrize('curve', schedules.CURVES)
+def test_a_schedule_is_float32_whatever_floatx_says(curve, floatx, how, restore_floatx):
+    arguments = dict(curve=curve, warmup_steps=10, hold=10, total_steps=100, start_lr=3e-9, target_lr=1e-8)
+    if curve != 'constant':
+        arguments['end_lr'] = 1e-10
+    steps = [0, 3, 10, 15, 20, 21, 50, 70, 95, 99, 100, 120]
+    expected = learning_rate(steps, **arguments)
+    keras.config.set_floatx(floatx)
+    schedule = WarmupDecay(**arguments)
+    rates = {'eager': schedule, 'function': tf.function(schedule), 'jit': tf.function(schedule, jit_compile=True)}[how](tf.constant(steps))
+    assert rates.dtype == tf.float32
+    np.testing.assert_allclose(rates, expected, rtol=2e-6, atol=1e-15)
+
+
+def test_it_works_with_keras_on_jax():
+    pytest.importorskip('jax')
+    code = """
+import keras, numpy as np, schedules
+assert keras.backend.backend() == 'jax'
+for curve in schedules.CURVES:
+    arguments = dict(curve=curve, warmup_steps=10, hold=10, total_steps=100, start_lr=0.01, target_lr=0.1)
+    steps = np.arange(0, 120, 7)
+    np.testing.assert_allclose(schedules.WarmupDecay(**arguments)(steps), schedules.learning_rate(steps, **arguments), rtol=1e-5, atol=1e-9)
+model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+model.compile(keras.optimizers.SGD(0.5), 'mse')
+callback = schedules.WarmupCosineDecayCallback(0.01, 0.1, 2, np.array(8))
+model.fit(np.ones((4, 2)), np.ones((4, 1)), batch_size=1, epochs=2, verbose=0, callbacks=[callback])
+np.testing.assert_allclose(callback.lrs, schedules.lr_warmup_cosine_decay(np.arange(8), 2, 0, 8, 0.01, 0.1), rtol=1e-5)
+"""
+    root = os.path.dirname(os.path.abspath(schedules.__file__))
+    done = subprocess.run([sys.executable, '-c', code], cwd=root, env={**os.environ, 'KERAS_BACKEND': 'jax', 'JAX_PLATFORMS': 'cpu'},
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
