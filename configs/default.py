@@ -15,6 +15,8 @@ def get_config():
     config.dataset.data_dir = ''  # '': TFDS's own default, $TFDS_DATA_DIR or ~/tensorflow_datasets
     config.dataset.train_split = 'train'  # a TFDS split: 'train', 'train[:90%]', ...; for a folder, a subfolder
     config.dataset.eval_split = 'test'
+    config.dataset.image_key = ''  # of a TFDS data set: the feature that is the image, such as 'photo' or 'views/front'; '': found
+    config.dataset.label_key = ''  # and the one that is the class label
     config.dataset.eval_share = 0.2  # of a folder without such a subfolder: so much of each class is held out
     config.dataset.split_seed = 0  # which pictures that is: not config.seed, so runs of several seeds compare
     config.dataset.max_broken = 0.01  # of a folder: a larger share of files that cannot be used ends the run

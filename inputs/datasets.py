@@ -18,7 +18,7 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 
 from errors import ConfigError, RunError, did_you_mean, one_line
-from inputs import folder, picture_files, reading
+from inputs import folder, picture_files, reading, tfds_features
 
 MOST_NAMED = 50  # broken files in the report
 
@@ -133,26 +133,32 @@ class Digits(tfds.core.GeneratorBasedBuilder):
 
 
 def _tfds(dataset_config, needs_training):
-    builder, label_feature = find_builder(dataset_config)
+    builder, columns = find_builder(dataset_config)
     if not builder.is_prepared():
         _prepare(builder, data_folder(dataset_config))
+    label_feature = tfds_features.feature_at(builder.info.features, columns.label)
     if label_feature.num_classes < 2:
         raise RunError(f'{dataset_config.name} in {builder.data_dir} has {label_feature.num_classes} class; a classifier needs at least two')
+    num_train = split_size(builder.name, builder.info.splits, 'train_split', dataset_config, needed=needs_training)
+    num_eval = split_size(builder.name, builder.info.splits, 'eval_split', dataset_config, needed=True)
+    reading.require_tfrecord(builder)
+    for key in ('train_split', 'eval_split') if needs_training else ('eval_split',):
+        tfds_features.check_labels(builder, key, dataset_config[key], columns)
     return Source(
         name=dataset_config.name,
         class_names=tuple(label_feature.names),
         train_split=dataset_config.train_split,
         eval_split=dataset_config.eval_split,
-        num_train=split_size(builder.name, builder.info.splits, 'train_split', dataset_config, needed=needs_training),
-        num_eval=split_size(builder.name, builder.info.splits, 'eval_split', dataset_config, needed=True),
+        num_train=num_train,
+        num_eval=num_eval,
         memory_bytes=int(dataset_config.memory_gib * 2**30),
-        find=functools.partial(reading.of_builder, builder),
-        identity=f'{builder.info.full_name} {dataset_config.train_split}',
+        find=functools.partial(reading.of_builder, builder, columns),
+        identity=' '.join([builder.info.full_name, dataset_config.train_split, *filter(None, (dataset_config.image_key, dataset_config.label_key))]),
     )
 
 
 def find_builder(dataset_config):
-    """(the TFDS builder, its feature of the class label), whether it is prepared or not. Raises ConfigError where there is none of pictures."""
+    """(the TFDS builder, `Columns` of the image and its label), whether it is prepared or not. Raises ConfigError where there is none of images."""
     name = dataset_config.name
     try:
         builder = tfds.builder(name, data_dir=os.path.expanduser(dataset_config.data_dir) or None)
@@ -161,12 +167,7 @@ def find_builder(dataset_config):
         raise ConfigError(f'config.dataset.name={name!r} is no TFDS data set{hint}') from None
     except (ValueError, AssertionError) as error:
         raise ConfigError(f"config.dataset.name={name!r} is no TFDS data set ({one_line(error, 100)}): write its name, 'digits' or 'folder'") from error
-    supervised = builder.info.supervised_keys
-    image_feature = builder.info.features[supervised[0]] if supervised and len(supervised) == 2 else None
-    label_feature = builder.info.features[supervised[1]] if image_feature else None
-    if not isinstance(image_feature, tfds.features.Image) or not isinstance(label_feature, tfds.features.ClassLabel):
-        raise ConfigError(f'config.dataset.name={name!r} is no image classification data set: it needs one image and one class label')
-    return builder, label_feature
+    return builder, tfds_features.find_columns(builder.info.features, builder.info.supervised_keys, dataset_config)
 
 
 def data_folder(dataset_config):

@@ -6,7 +6,7 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 
 from errors import RunError
-from inputs import datasets, folder
+from inputs import datasets, folder, reading, tfds_features
 
 ARCHIVES = {'imagenet2012': ('ILSVRC2012_img_train.tar', 'ILSVRC2012_img_val.tar')}  # that are put there by hand; of others TFDS knows the page only
 SIZES = {  # of the splits of what configs/ names, for before they are prepared. Source: the catalog of TFDS
@@ -55,16 +55,18 @@ def look(dataset_config):
         class_names, sizes, num_bytes = folder.count(dataset_config)
         return Presence('here', os.path.expanduser(dataset_config.data_dir), class_names, sizes[dataset_config.train_split],
                         sizes[dataset_config.eval_split], num_bytes)
-    builder, label = datasets.find_builder(dataset_config)
+    builder, columns = datasets.find_builder(dataset_config)
+    label = tfds_features.feature_at(builder.info.features, columns.label)
     if builder.is_prepared():
-        return _prepared(builder, label, dataset_config)
+        found = _prepared(builder, label, dataset_config)
+        for key in ('train_split', 'eval_split'):
+            tfds_features.check_labels(builder, key, dataset_config[key], columns)
+        return found
     return _not_prepared(builder, label, dataset_config)
 
 
 def _prepared(builder, label, dataset_config):
-    if builder.info.file_format != tfds.core.FileFormat.TFRECORD:
-        raise RunError(f'{builder.name} in {builder.data_dir} is prepared as {builder.info.file_format.value}: '
-                       'point --config.dataset.data_dir at a folder where it is prepared as tfrecord')
+    reading.require_tfrecord(builder)
     here = set(tf.io.gfile.listdir(str(builder.data_dir)))
     lost = [path for split in builder.info.splits.values() for path in map(str, split.filepaths) if os.path.basename(path) not in here]
     if lost:

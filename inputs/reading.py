@@ -15,6 +15,7 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 
 from errors import RunError
+from inputs import tfds_features
 
 PIECES = 1000  # per epoch, at least, where there are as many examples
 RECORD_OVERHEAD = 16  # bytes around each record of a TFRecord file: length, two checksums
@@ -30,7 +31,7 @@ class Records:
         filenames: string [pieces].
         offsets: int64 [pieces], where in its file each begins, in bytes.
         features: of the data set; parse a record.
-        keys: names of the image and of the label among the features.
+        columns: which of them are the image and the label.
         num_bytes: of all encoded examples, about.
     """
 
@@ -39,12 +40,14 @@ class Records:
     filenames: np.ndarray
     offsets: np.ndarray
     features: tfds.features.FeaturesDict
-    keys: tuple[str, str]
+    columns: tfds_features.Columns
     num_bytes: int
 
     def read(self, pieces):
         """A tf.data.Dataset of (id int64 [], encoded string [], label int64 []) of `pieces`, int64 [n], in an order of its own."""
-        image_key, label_key = self.keys
+        features = tfds_features.selected(self.features, self.columns)
+        num_classes = tfds_features.feature_at(self.features, self.columns.label).num_classes
+        as_stored = tfds_features.nested({self.columns.image: tfds.decode.SkipDecoding()})
         filenames, offsets, counts, first_ids = map(tf.constant, (self.filenames, self.offsets, self.counts, self.first_ids))
 
         def piece(index):
@@ -55,8 +58,9 @@ class Records:
             return records.take(counts[index]).enumerate(first_ids[index])
 
         def parse(number, record):
-            example = self.features.deserialize_example(record, decoders={image_key: tfds.decode.SkipDecoding()})
-            return number, example[image_key], example[label_key]
+            example = features.deserialize_example(record, decoders=as_stored)
+            encoded, label = (tfds_features.feature_at(example, path) for path in self.columns)
+            return number, encoded, tfds_features.require_class(label, num_classes)
 
         dataset = tf.data.Dataset.from_tensor_slices(pieces)
         return dataset.interleave(piece, cycle_length=4, num_parallel_calls=4, deterministic=True).map(parse)
@@ -89,20 +93,23 @@ class Singles:
             lambda index: (self.ids[index], self.load(self.stored[index]), self.labels[index]), tf.data.AUTOTUNE)
 
 
-def of_builder(builder, split, share=(0, 1), longest=None):
+def require_tfrecord(builder):
+    """Raises RunError if a data set is prepared in another format."""
+    if builder.info.file_format != tfds.core.FileFormat.TFRECORD:
+        raise RunError(f'{builder.name} in {builder.data_dir} is prepared as {builder.info.file_format.value}: prepare it as tfrecord, '
+                       'or point --config.dataset.data_dir at a folder where it is')
+
+
+def of_builder(builder, columns, split, share=(0, 1), longest=None):
     """`Records` of a prepared TFDS split.
 
     Args:
         builder: prepared as TFRecord files.
+        columns: which features are the image and the label.
         split: a TFDS split, such as 'train[:90%]'.
         share: (index, number) of a host: which of how many even shares, as `tfds.even_splits` cuts them.
         longest: how many examples a piece may have; without it, so many that an epoch has at least `PIECES`. With 1 their order is that of examples in memory.
-
-    Raises: RunError if it is prepared in another format.
     """
-    if builder.info.file_format != tfds.core.FileFormat.TFRECORD:
-        raise RunError(f'{builder.name} in {builder.data_dir} is prepared as {builder.info.file_format.value}: prepare it as tfrecord, '
-                       'or point config.dataset.data_dir at a folder where it is')
     info = builder.info.splits[split]
     begin, end = share_of(info.num_examples, share)
     whole = builder.info.splits[re.split(r'[\[+]', split)[0].strip()]
@@ -118,7 +125,7 @@ def of_builder(builder, split, share=(0, 1), longest=None):
         pieces = [piece for found in pool.map(lambda run: _pieces_of_run(*run, longest), runs) for piece in found]
     filenames, offsets, counts, first_ids = map(np.array, zip(*pieces))
     return Records(counts=counts.astype(np.int64), first_ids=first_ids.astype(np.int64), filenames=filenames, offsets=offsets.astype(np.int64),
-                   features=builder.info.features, keys=builder.info.supervised_keys,
+                   features=builder.info.features, columns=columns,
                    num_bytes=int(whole_bytes / whole.num_examples * (end - begin)))
 
 
