@@ -18,7 +18,7 @@ from typing import NamedTuple
 import tensorflow as tf
 
 from errors import ConfigError, RunError, did_you_mean, one_line
-from inputs import picture_files
+from inputs import file_signatures, picture_files
 from inputs.picture_files import shown
 
 USUAL = ('train', 'training', 'val', 'valid', 'validation', 'dev', 'test', 'testing', 'eval', 'evaluation')  # names of splits
@@ -299,8 +299,11 @@ def _check_classes_of(tree, split: str, names: list[str], asked: tuple[str, str]
 def _notes_on_names(tree, bases: dict[str, _Split], endings: collections.Counter) -> list[str]:
     """What is left out by its name or place."""
     notes = []
-    if endings:
-        notes.append('not used, as their names do not end like a picture\'s: ' + ', '.join(f'{count:,} {ending}' for ending, count in endings.most_common(NAMED)))
+    unread = collections.Counter({ending: count for ending, count in endings.items() if ending in file_signatures.ENDINGS})
+    if unread:
+        notes.append(f'not used, pictures in formats that are not read: {_counted(unread, NAMED)}; convert them to JPEG or PNG')
+    if endings - unread:
+        notes.append(f'not used, as their names do not end like a picture\'s: {_counted(endings - unread, NAMED)}')
     for folder in dict.fromkeys(split.folder for split in bases.values()):
         loose = len(_pictures(tree.entries(folder)[1]))
         if loose:
@@ -324,9 +327,12 @@ def _class_names(tree: '_Tree', bases: dict[str, _Split], files: list[_File]) ->
         if len(same) > 1:
             raise RunError(f'{base.place} has class folders that one takes for the same: {", ".join(map(repr, same))}; merge or rename them')
     filled = {file.class_name for file in files if file.split == split}
-    empty = [f'{name} ({_content(tree, base.classes[name], base.folder)})' for name in names if name not in filled]
-    if empty:
-        raise RunError(f'{base.place} has class folders without pictures: {_named(empty)}; fill them, or take them away')
+    content = {name: _content(tree, base.classes[name], base.folder) for name in names if name not in filled}
+    if content:
+        empty = [f'{name} ({_counted(endings, 3) or "empty"})' for name, endings in content.items()]
+        unread = set().union(*content.values()) & file_signatures.ENDINGS
+        advice = f'convert {_named(unread)} to JPEG or PNG, ' if unread else ''
+        raise RunError(f'{base.place} has class folders without pictures: {_named(empty)}; {advice}fill them, or take them away')
     for _, other in others:
         unknown = [name for name in other.classes if name not in base.classes]
         if unknown:
@@ -433,10 +439,13 @@ def _files(tree: '_Tree', bases: dict[str, _Split]) -> tuple[list[_File], collec
     return found, endings
 
 
-def _content(tree: '_Tree', folder: str, base: str) -> str:
-    """What a class folder without pictures holds, in words."""
-    endings = collections.Counter(_ending(name) for *_, names in tree.walk(folder, base) for name in names)
-    return ', '.join(f'{count:,} {ending}' for ending, count in endings.most_common(3)) or 'empty'
+def _content(tree: '_Tree', folder: str, base: str) -> collections.Counter:
+    """What a class folder without pictures holds: {ending: number of files}."""
+    return collections.Counter(_ending(name) for *_, names in tree.walk(folder, base) for name in names)
+
+
+def _counted(endings: collections.Counter, most: int) -> str:
+    return ', '.join(f'{count:,} {ending}' for ending, count in endings.most_common(most))
 
 
 def _ending(name: str) -> str:
