@@ -12,7 +12,7 @@ import tensorflow as tf
 from errors import RunError, one_line
 from inputs import picture_files
 from inputs.pictures import decode, resize_picture
-from modeling import models, steps, transfer
+from modeling import labels_file, models, steps, transfer
 from outputs import files
 from resume import require_same_config
 from session import open_session
@@ -58,7 +58,7 @@ def write(session, directory):
     with files.written_beside(directory) as partial:
         with files.explained(partial):
             _write_saved_model(session, partial)
-        files.write(os.path.join(partial, 'labels.txt'), ''.join(f'{name}\n' for name in session.source.class_names))
+        files.write(os.path.join(partial, labels_file.NAME), labels_file.to_text(session.source.class_names))
         return _compare(session, partial)
 
 

@@ -68,10 +68,10 @@ def load(run):
     directory = os.path.join(run, 'export')
     if not files.exists(os.path.join(directory, 'saved_model.pb')):
         raise RunError(f'{run} has no export: train it to its end, or python main.py --config=... --workdir={run} --mode=export')
-    from modeling import saved_model
+    from modeling import labels_file, saved_model
 
     try:
-        return saved_model.load(directory), files.read(os.path.join(directory, 'labels.txt')).decode().splitlines()
+        return saved_model.load(directory), labels_file.from_text(files.read(os.path.join(directory, labels_file.NAME)).decode())
     except RunError:
         raise
     except Exception as error:  # of many kinds, by where it is damaged

@@ -229,8 +229,9 @@ def _folder(dataset_config, needs_training):
 
 def _damage(before, dataset_config, needs_training):
     gone = [picture.path for pictures in before.splits.values() for picture in pictures if not tf.io.gfile.exists(os.fsencode(picture.path))]
+    known = set(before.broken)
     try:
-        broken = [f'{folder.shown(path)} ({reason})' for path, reason in folder.find(dataset_config, needs_training).broken if (path, reason) not in before.broken]
+        broken = [f'{folder.shown(path)} ({reason})' for path, reason in folder.find(dataset_config, needs_training).broken if (path, reason) not in known]
     except (ConfigError, RunError) as error:
         return str(error)
     named = [f'{folder.shown(path)} (it has gone)' for path in gone] + broken

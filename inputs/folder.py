@@ -1,6 +1,7 @@
 """A folder of one's own pictures: its classes, which of its files can be used, and which of them are for evaluation.
 
     DIR/train/CLASS/**  and  DIR/test/CLASS/**    the two splits as they are
+    DIR/CLASS/train/**  and  DIR/CLASS/test/**    the same, with the classes above
     DIR/train/CLASS/**  or   DIR/CLASS/**         a share of each class is held out for evaluation
 
 What a file is good for, `picture_files` says. Nothing is written into the user's folder.
@@ -10,17 +11,24 @@ import dataclasses
 import hashlib
 import math
 import os
+import re
 import unicodedata
 from typing import NamedTuple
 
 import tensorflow as tf
 
 from errors import ConfigError, RunError, did_you_mean, one_line
-from inputs import picture_files
+from inputs import file_signatures, picture_files
 from inputs.picture_files import shown
 
 USUAL = ('train', 'training', 'val', 'valid', 'validation', 'dev', 'test', 'testing', 'eval', 'evaluation')  # names of splits
-NOT_OURS = ('__MACOSX', '@eaDir')  # what a Mac's archive and a network disk leave behind
+HELD_OUT = 'held_out'  # the name of an evaluation split that is never a folder
+# What systems leave in any folder or at the top of a disk, in small letters: Mac archives, Windows, ext4, Synology, QNAP and
+# NetApp disks, Android cards. Names that begin with a dot are left out anyway. Some of these may not even be read.
+NOT_OURS = ('__macosx', 'thumbs.db', 'ehthumbs.db', 'desktop.ini', '$recycle.bin', 'system volume information', 'lost+found',
+            '@eadir', '#recycle', '#snapshot', '@tmp', '@recycle', '@recently-snapshot', '@__thumb', '~snapshot', 'lost.dir',
+            'network trash folder', 'temporary items', 'thevolumesettingsfolder', '__pycache__')
+NOT_OURS_PATTERN = re.compile(r'found\.[0-9]{3}')  # of Windows, after a repair of the disk
 NAMED = 10  # names in one line
 DEEP_BITS = (10, 12, 14)  # that cameras and scanners have, and store in 16
 SORT = 'put the pictures of each class into a folder of its own'
@@ -53,6 +61,20 @@ class Folder:
     notes: tuple[str, ...]
 
 
+class _Split(NamedTuple):
+    """Where the pictures of a split are.
+
+    Attributes:
+        place: in words: 'DIR/train', or 'DIR/CLASS/train' where the classes are above.
+        folder: the one that holds the class folders.
+        classes: {class name: the folder of its pictures of this split}.
+    """
+
+    place: str
+    folder: str
+    classes: dict[str, str]
+
+
 class _File(NamedTuple):
     split: str
     class_name: str
@@ -73,13 +95,14 @@ def find(dataset_config, needs_training=True):
     """
     root, train_split, eval_split = os.path.expanduser(dataset_config.data_dir), dataset_config.train_split, dataset_config.eval_split
     bases, notes, files, class_names = _survey(dataset_config, needs_training)
+    label_of = {name: label for label, name in enumerate(class_names)}
     verdicts = picture_files.examine(root, sorted(file.path for file in files), dataset_config.white_level)
     broken = tuple((path, verdict.broken) for path, verdict in verdicts.items() if verdict.broken)
     notes += _check_broken(root, broken, len(verdicts), dataset_config.max_broken)
     files = [file._replace(verdict=verdicts[file.path]) for file in files if not verdicts[file.path].broken]
     if eval_split not in bases:
         files = _hold_out(files, eval_split, dataset_config.eval_share, dataset_config.split_seed)
-        notes.append(f'{dataset_config.eval_share:.3g} of each class in {shown(bases[train_split])} is held out as {eval_split}; '
+        notes.append(f'{dataset_config.eval_share:.3g} of each class in {bases[train_split].place} is held out as {eval_split}; '
                      f'config.dataset.split_seed={dataset_config.split_seed} says which pictures')
     _check_enough(root, bases, files, class_names, eval_split)
     notes += _notes_on_pictures(files, class_names, eval_split)
@@ -90,7 +113,7 @@ def find(dataset_config, needs_training=True):
     for file in sorted(files, key=lambda file: (file.verdict.digest, file.path)):  # as good as shuffled: any part has all classes
         original = os.path.join(root, file.path)
         path = file.verdict.copy or original
-        label = class_names.index(file.class_name)
+        label = label_of[file.class_name]
         splits[file.split].append(Picture(path, label, file.verdict.num_bytes, file.verdict.digest, original))
     return Folder(class_names, splits, broken, tuple(notes))
 
@@ -112,16 +135,17 @@ def count(dataset_config):
 
 
 def _survey(dataset_config, needs_training):
-    """(folders of the splits, notes, files, class names), from names alone."""
+    """({split: _Split}, notes, files, class names), from names alone."""
     root, train_split, eval_split = os.path.expanduser(dataset_config.data_dir), dataset_config.train_split, dataset_config.eval_split
     _check_config(root, train_split, eval_split)
+    tree = _Tree(root)
     try:
-        bases, notes = _layout(root, train_split, eval_split, needs_training)
-        files = [file for split, base in bases.items() for file in _files(root, split, base)]
-        class_names = _class_names(bases, files)
+        bases, notes = _layout(tree, train_split, eval_split, needs_training)
+        files, endings = _files(tree, bases)
+        class_names = _class_names(tree, bases, files)
     except (OSError, tf.errors.OpError) as error:
         raise RunError(f'{shown(root)} cannot be read: {shown(one_line(error))}') from error
-    return bases, notes, files, class_names
+    return bases, notes + _notes_on_names(tree, bases, endings), files, class_names
 
 
 def _check_config(root, train_split, eval_split):
@@ -140,73 +164,207 @@ def _check_config(root, train_split, eval_split):
         raise RunError(f'config.dataset.data_dir={shown(root)} is no folder: it should hold {expected(shown(root))}')
 
 
-def _layout(root, train_split, eval_split, needs_training):
-    """({split: folder of its class folders}, notes); without `eval_split` where it is to be held out of the other."""
-    folders, _ = _entries(root)
-    like_splits = [name for name in folders if name in (train_split, eval_split) or name.casefold() in USUAL]
-    subfolders = {name: _entries(os.path.join(root, name))[0] for name in like_splits}
+def _layout(tree: '_Tree', train_split: str, eval_split: str, needs_training: bool) -> tuple[dict[str, _Split], list[str]]:
+    """({split: _Split}, notes); without `eval_split` where it is to be held out of the other."""
+    root = tree.root
+    folders, _ = tree.entries(root)
+    asked = (train_split, eval_split)
+    subfolders = {name: tree.entries(os.path.join(root, name))[0] for name in folders if _is_like_split(name, asked)}
     splits = [name for name in subfolders if subfolders[name]]  # 'train' may be a class, too: of pictures of trains
+    if not splits:
+        return _layout_of_classes(tree, folders, asked, subfolders, needs_training)
+    if eval_split in subfolders and eval_split not in splits and train_split in splits:
+        raise RunError(f'{shown(root)}/{eval_split} has no class folders: sort its pictures into them, '
+                       f'or write --config.dataset.eval_split={HELD_OUT} to hold out a part of {train_split}')
+    chosen = _choose(shown(root), splits, asked, needs_training, 'with class folders')
+    for split in chosen:
+        _check_classes_of(tree, split, subfolders[split], asked)
+    bases = {split: _classes_in(os.path.join(root, split), subfolders[split]) for split in chosen}
+    unused = [name for name in folders if name not in bases]
+    return bases, [f'not used: {_named(unused)} in {shown(root)}'] if unused else []
+
+
+def _classes_in(folder: str, names: list[str]) -> _Split:
+    return _Split(shown(folder), folder, {name: os.path.join(folder, name) for name in names})
+
+
+def _is_like_split(name: str, asked: tuple[str, str]) -> bool:
+    return name in asked or name.casefold() in USUAL
+
+
+def _choose(place: str, splits: list[str], asked: tuple[str, str], needs_training: bool, having: str) -> list[str]:
+    """Which of the `splits` that are there are used: those that are asked for, or training alone to hold a part out."""
+    train_split, eval_split = asked
+    for split in asked:
+        same = [name for name in splits if name.casefold() == split.casefold()]
+        if len(same) > 1:
+            raise RunError(f'{place} has splits that one takes for the same: {_named(same)}; merge or rename them')
     if eval_split in splits and (train_split in splits or not needs_training):
-        bases = {split: os.path.join(root, split) for split in (train_split, eval_split) if split in splits}
-    elif train_split in splits:
-        others = [name for name in splits if name != train_split]
-        if eval_split in subfolders:
-            raise RunError(f'{shown(root)}/{eval_split} has no class folders: sort its pictures into them, '
-                           f'or write --config.dataset.eval_split=held_out to hold out a part of {train_split}')
-        if others:
-            raise RunError(f'{shown(root)} has no {eval_split}, but {_named(others)}: write --config.dataset.eval_split={others[0]}')
-        bases = {train_split: os.path.join(root, train_split)}
-    elif splits:
+        return [split for split in asked if split in splits]
+    if train_split not in splits:
         train_like = next((name for name in splits if name.casefold().startswith('train')), 'NAME')
-        eval_like = next((name for name in splits if name != train_like), 'held_out')
-        raise RunError(f'{shown(root)} has no {train_split} with class folders, but {_named(splits)}: '
+        eval_like = next((name for name in splits if name != train_like), HELD_OUT)
+        raise RunError(f'{place} has no {train_split} {having}, but {_named(splits)}: '
                        f'write --config.dataset.train_split={train_like} --config.dataset.eval_split={eval_like}')
-    elif folders and len(subfolders) == len(folders):
+    others = [name for name in splits if name != train_split]
+    if others and eval_split != HELD_OUT:
+        raise RunError(f'{place} has no {eval_split}, but {_named(others)}: write --config.dataset.eval_split={others[0]}')
+    return [train_split]
+
+
+def _layout_of_classes(tree, folders, asked, subfolders, needs_training) -> tuple[dict[str, _Split], list[str]]:
+    """What `_layout` returns of a folder whose folders are classes, as no split is among them."""
+    root = tree.root
+    if folders and len(subfolders) == len(folders):
         raise RunError(f'{shown(root)} has {_named(folders)}, but no class folders in them: {SORT}')
-    elif len(folders) == 1 and _entries(os.path.join(root, folders[0]))[0]:
+    if len(folders) == 1 and tree.entries(os.path.join(root, folders[0]))[0]:
         inner = os.path.join(shown(root), shown(folders[0]))
         raise RunError(f'{shown(root)} has one folder alone, which has folders itself: write --config.dataset.data_dir={inner}')
-    else:
-        bases = {train_split: root}
-
-    unused = [name for name in folders if root not in bases.values() and name not in bases]
-    notes = [f'not used: {_named(unused)} in {shown(root)}'] if unused else []
-    others = collections.Counter(os.path.splitext(name)[1].lower() or 'without ending' for base in bases.values() for class_name in _entries(base)[0]
-                                 for *_, names in _walk(os.path.join(base, class_name), base, root) for name in names if not _is_picture(name))
-    if others:
-        notes.append('not used, as their names do not end like a picture\'s: ' + ', '.join(f'{count:,} {ending}' for ending, count in others.most_common(NAMED)))
-    for base in bases.values():
-        loose = sum(_is_picture(name) for name in _entries(base)[1])
-        if loose:
-            notes.append(f'not used: {loose:,} pictures that lie in {shown(base)} itself, in no class folder')
+    everything = _classes_in(root, folders)
+    inside = [place for name, folder in everything.classes.items() for place in _splits_inside(tree, name, folder, asked)]
+    found = sorted({place.split for place in inside})
+    if len(found) < 2 and (needs_training or found != [asked[1]]):  # nothing that could be mixed
+        return {asked[0]: everything}, []
+    _check_splits_of_classes(root, inside, asked)
+    chosen = _choose(f'{shown(root)}/CLASS', found, asked, needs_training, 'with pictures')
+    having = {split: {place.class_name for place in inside if place.split == split} for split in found}
+    lacking = [name for name in folders if name not in having[chosen[0]]]
+    if lacking:
+        raise RunError(f'{shown(root)} has {" and ".join(found)} in its class folders, but {_named(lacking)} without {chosen[0]}: '
+                       'sort the pictures of every class into such folders, or of none')
+    bases = {}
+    for split in chosen:
+        folders_of = {name: os.path.join(root, name, split) for name in folders if name in having[split]}
+        bases[split] = _Split(f'{shown(root)}/CLASS/{split}', root, folders_of)
+    notes = [f'the splits are the folders {" and ".join(chosen)} in each class folder of {shown(root)}']
+    unused = 0
+    for folder in everything.classes.values():
+        for place, _, files in tree.walk(folder, root):
+            if os.path.relpath(place, folder).split(os.sep)[0] not in chosen:
+                unused += len(_pictures(files))
+    if unused:
+        notes.append(f'not used: {unused:,} pictures in class folders of {shown(root)}, in no {" or ".join(chosen)}')
     return bases, notes
 
 
-def _class_names(bases, files):
+class _Inside(NamedTuple):
+    """A folder that is called as a split is, below a class folder, with pictures in or below it."""
+
+    class_name: str
+    above: str  # between the class folder and it, '' for nothing
+    split: str
+    below: str  # the first folder between it and the pictures, '' for nothing
+
+
+def _splits_inside(tree, class_name: str, folder: str, asked: tuple[str, str]) -> list[_Inside]:
+    found = set()
+    for place, _, files in tree.walk(folder, tree.root):
+        if place == folder or not _pictures(files):
+            continue
+        parts = os.path.relpath(place, folder).split(os.sep)
+        depth = next((depth for depth, part in enumerate(parts) if _is_like_split(part, asked)), None)
+        if depth is not None:
+            found.add(_Inside(class_name, os.sep.join(parts[:depth]), parts[depth], ''.join(parts[depth + 1:depth + 2])))
+    return sorted(found)
+
+
+def _check_splits_of_classes(root: str, inside: list[_Inside], asked: tuple[str, str]) -> None:
+    """Raises RunError unless every split lies directly in a class folder and holds pictures, not classes of its own."""
+    train_split, eval_split = asked
+    deep = next((place for place in inside if place.above), None)
+    classes_below = sorted({place.below for place in inside if place.below})
+    if deep is None and len(classes_below) < 2:  # one folder, such as `images`, may lie between
+        return
+    place = deep or next(place for place in inside if place.below)
+    above = os.path.join(shown(root), shown(place.class_name), *filter(None, [shown(place.above)]))
+    its_splits = sorted({other.split for other in inside if (other.class_name, other.above) == (place.class_name, place.above)})
+    if place.below:
+        held = f'{above} is a data set of its own, with {" and ".join(its_splits)}: write --config.dataset.data_dir={above}; or, if'
+    else:
+        held = f'{above} holds {" and ".join(its_splits)}, which would be mixed in one class: if'
+    raise RunError(f'{held} {shown(place.class_name)} is a class, sort its pictures into {shown(root)}/{train_split}/{shown(place.class_name)} '
+                   f'and {shown(root)}/{eval_split}/{shown(place.class_name)}')
+
+
+def _check_classes_of(tree, split: str, names: list[str], asked: tuple[str, str]) -> None:
+    """Raises RunError if what lies in the folder of a split are splits again, or splits are below its classes."""
+    base = os.path.join(tree.root, split)
+    place = f'{shown(tree.root)}/{split}'
+    if len(names) > 1 and all(_is_like_split(name, asked) for name in names):
+        raise RunError(f'{place} has no class folders, but {_named(names)}, which are called as splits are: '
+                       f'write --config.dataset.data_dir={place}')
+    for name in names:
+        found = {}
+        for inside in _splits_inside(tree, name, os.path.join(base, name), asked):
+            found.setdefault(inside.split, os.path.join(name, inside.above, inside.split))
+        if len(found) > 1:
+            raise RunError(f'{place} holds {_named(found.values())}, which would be mixed in one class: '
+                           f'sort the pictures into {shown(tree.root)}/{asked[0]}/CLASS and {shown(tree.root)}/{asked[1]}/CLASS')
+
+
+def _notes_on_names(tree, bases: dict[str, _Split], endings: collections.Counter) -> list[str]:
+    """What is left out by its name or place."""
+    notes = []
+    unread = collections.Counter({ending: count for ending, count in endings.items() if ending in file_signatures.ENDINGS})
+    if unread:
+        notes.append(f'not used, pictures in formats that are not read: {_counted(unread, NAMED)}; convert them to JPEG or PNG')
+    if endings - unread:
+        notes.append(f'not used, as their names do not end like a picture\'s: {_counted(endings - unread, NAMED)}')
+    for folder in dict.fromkeys(split.folder for split in bases.values()):
+        loose = len(_pictures(tree.entries(folder)[1]))
+        if loose:
+            notes.append(f'not used: {loose:,} pictures that lie in {shown(folder)} itself, in no class folder')
+    return notes
+
+
+def _class_names(tree: '_Tree', bases: dict[str, _Split], files: list[_File]) -> tuple[str, ...]:
     """The names of the class folders, sorted. Raises RunError where they are no classes to train on."""
     (split, base), *others = bases.items()
-    names, loose = _entries(base)
+    names = list(base.classes)
     if len(names) < 2:
-        held = f'one class folder, {shown(names[0])}' if names else f'{len(loose):,} files, but no class folder'
-        raise RunError(f'{shown(base)} has {held}; a classifier needs at least two: {SORT}')
-    odd = [name for name in names if shown(name) != name]
+        raise RunError(_too_few_classes(tree, base, others))
+    odd = [name for name in names if not _is_one_line(name)]
     if odd:
-        raise RunError(f'{shown(base)} has class folders whose names cannot be written as one line of text: {_named(odd)}; rename them')
+        raise RunError(f'{base.place} has class folders whose names cannot be written as one line of text: {_named(odd)}; rename them')
     alike = collections.defaultdict(list)
     for name in names:
         alike[unicodedata.normalize('NFC', name.strip()).casefold()].append(name)
     for same in alike.values():
         if len(same) > 1:
-            raise RunError(f'{shown(base)} has class folders that one takes for the same: {", ".join(map(repr, same))}; merge or rename them')
+            raise RunError(f'{base.place} has class folders that one takes for the same: {", ".join(map(repr, same))}; merge or rename them')
     filled = {file.class_name for file in files if file.split == split}
-    empty = [f'{name} ({_content(base, name)})' for name in names if name not in filled]
-    if empty:
-        raise RunError(f'{shown(base)} has class folders without pictures: {_named(empty)}; fill them, or take them away')
-    for other, other_base in others:
-        unknown = [name for name in _entries(other_base)[0] if name not in names]
+    content = {name: _content(tree, base.classes[name], base.folder) for name in names if name not in filled}
+    if content:
+        empty = [f'{name} ({_counted(endings, 3) or "empty"})' for name, endings in content.items()]
+        unread = set().union(*content.values()) & file_signatures.ENDINGS
+        advice = f'convert {_named(unread)} to JPEG or PNG, ' if unread else ''
+        raise RunError(f'{base.place} has class folders without pictures: {_named(empty)}; {advice}fill them, or take them away')
+    for _, other in others:
+        unknown = [name for name in other.classes if name not in base.classes]
         if unknown:
-            raise RunError(f'{shown(other_base)} has classes that {split} has not: {_named(unknown)}{did_you_mean(unknown[0], names)}')
+            raise RunError(f'{other.place} has classes that {split} has not: {_named(unknown)}{did_you_mean(unknown[0], names)}')
     return tuple(names)
+
+
+def _too_few_classes(tree: '_Tree', base: _Split, others: list[tuple[str, _Split]]) -> str:
+    """What is wrong with a split that has no class folder or a single one, and what to do."""
+    if not base.classes:
+        return f'{base.place} has {len(tree.entries(base.folder)[1]):,} files, but no class folder; a classifier needs at least two: {SORT}'
+    (name, folder), = base.classes.items()
+    text = f'{base.place} has one class folder, {shown(name)}; a classifier needs at least two'
+    richer = next((split for split, other in others if len(other.classes) > 1), None)
+    if richer:  # data sets for finding what is unlike all training pictures are so
+        return (f'{text}, with training pictures of each. {richer} has more: write --config.dataset.train_split={richer} '
+                f'--config.dataset.eval_split={HELD_OUT} to train on a part of it')
+    inner = next((folders for _, folders, _ in tree.walk(folder, base.folder) if len(folders) > 1), [])
+    if inner:
+        return f'{text}: if {_named(inner)} in it are the classes, move them up into {base.place}'
+    return f'{text}: {SORT}'
+
+
+def _is_one_line(name: str) -> bool:
+    """Whether a name is text without line breaks and other control characters."""
+    return not any(unicodedata.category(letter) in ('Cc', 'Cs') for letter in name)
 
 
 def _check_broken(root, broken, num_files, max_broken):
@@ -247,10 +405,11 @@ def _check_enough(root, bases, files, class_names, eval_split):
     split, base = next(iter(bases.items()))
     spoilt = set(class_names) - {file.class_name for file in files if file.split == split}
     if spoilt:
-        raise RunError(f'{shown(base)} has classes of broken files alone: {_named(spoilt)}; see {picture_files.list_of_broken(root)}')
+        raise RunError(f'{base.place} has classes of broken files alone: {_named(spoilt)}; see {picture_files.list_of_broken(root)}')
     if not any(file.split == eval_split for file in files):
         advice = 'fill its class folders' if eval_split in bases else 'a class of one picture needs it for training; add some'
-        raise RunError(f'{shown(bases.get(eval_split, root))} has no picture to evaluate: {advice}')
+        place = bases[eval_split].place if eval_split in bases else shown(root)
+        raise RunError(f'{place} has no picture to evaluate: {advice}')
 
 
 def _notes_on_pictures(files, class_names, eval_split):
@@ -304,50 +463,106 @@ def _notes_on_odd_jpegs(files):
     return notes
 
 
-def _files(root, split, base):
-    """Yields the files below each class folder that may be pictures."""
-    for name in _entries(base)[0]:
-        for folder, _, names in _walk(os.path.join(base, name), base, root):
-            below = os.path.relpath(folder, root)
-            yield from (_File(split, name, os.path.join(below, file)) for file in names if _is_picture(file))
-
-
 def image_paths(root):
     """Yields the files below a folder whose names end like an image's, relative to it, sorted folder by folder."""
-    for folder, _, names in _walk(root):
-        yield from (os.path.relpath(os.path.join(folder, name), root) for name in names if _is_picture(name))
+    for folder, _, names in _Tree(root).walk(root):
+        yield from (os.path.relpath(os.path.join(folder, name), root) for name in _pictures(names))
 
 
-def _content(base, name):
-    """What a class folder without pictures holds, in words."""
-    endings = collections.Counter(os.path.splitext(file)[1].lower() or 'without ending' for *_, names in _walk(os.path.join(base, name), base)
-                                  for file in names)
-    return ', '.join(f'{count:,} {ending}' for ending, count in endings.most_common(3)) or 'empty'
+def _files(tree: '_Tree', bases: dict[str, _Split]) -> tuple[list[_File], collections.Counter]:
+    """(the files below the class folders that may be pictures, how many others there are of each ending)."""
+    found, endings = [], collections.Counter()
+    for split, base in bases.items():
+        for class_name, class_folder in base.classes.items():
+            for folder, _, names in tree.walk(class_folder, base.folder, tree.root):
+                pictures = _pictures(names)
+                below = os.path.relpath(folder, tree.root)
+                found += [_File(split, class_name, os.path.join(below, name)) for name in pictures]
+                if len(pictures) < len(names):
+                    endings.update(_ending(name) for name in names if not _is_picture(name))
+    return found, endings
+
+
+def _content(tree: '_Tree', folder: str, base: str) -> collections.Counter:
+    """What a class folder without pictures holds: {ending: number of files}."""
+    return collections.Counter(_ending(name) for *_, names in tree.walk(folder, base) for name in names)
+
+
+def _counted(endings: collections.Counter, most: int) -> str:
+    return ', '.join(f'{count:,} {ending}' for ending, count in endings.most_common(most))
+
+
+def _ending(name: str) -> str:
+    return os.path.splitext(name)[1].lower() or 'without ending'
+
+
+def _pictures(names: list[str]) -> list[str]:
+    return [name for name in names if _is_picture(name)]
 
 
 def _is_picture(name):
     return name.lower().endswith(picture_files.SUFFIXES)
 
 
-def _entries(folder):
-    """(folders, files): sorted names of what is in a folder."""
-    _, folders, files = next(_walk(folder))
+class _Tree:
+    """The user's folder, on any file system, of which each folder is read once.
+
+    Left out is what is hidden and what NOT_OURS names: these are not read at all, as often they may not be.
+    """
+
+    def __init__(self, root: str):
+        self.root = root
+        self._entries, self._places = {}, {}
+
+    def entries(self, folder: str) -> tuple[list[str], list[str]]:
+        """(folders, files): sorted names of what is in a folder. Raises OSError or tf.errors.OpError."""
+        if folder not in self._entries:
+            folders, files = (_read_remote if '://' in folder else _read_local)(folder)
+            self._entries[folder] = sorted(filter(_is_ours, folders)), sorted(filter(_is_ours, files))
+        return self._entries[folder]
+
+    def walk(self, folder: str, *above: str):
+        """Like os.walk, sorted; links lead to no place twice, nor to those `above`."""
+        entered, waiting = {self._place(place) for place in above}, [folder]
+        while waiting:
+            here = waiting.pop()
+            place = self._place(here)
+            if place in entered:
+                continue
+            entered.add(place)
+            folders, files = self.entries(here)
+            yield here, folders, files
+            waiting += [os.path.join(here, name) for name in reversed(folders)]
+
+    def _place(self, folder: str) -> str:
+        if folder not in self._places:
+            self._places[folder] = os.path.realpath(folder)
+        return self._places[folder]
+
+
+def _is_ours(name: str) -> bool:
+    folded = name.casefold()
+    return not (name.startswith('.') or folded in NOT_OURS or NOT_OURS_PATTERN.fullmatch(folded))
+
+
+def _read_local(folder: str) -> tuple[list[str], list[str]]:
+    folders, files = [], []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            try:
+                is_folder = entry.is_dir()
+            except OSError:  # such as a link that leads to itself
+                is_folder = False
+            (folders if is_folder else files).append(entry.name)
     return folders, files
 
 
-def _walk(folder, *above):
-    """Like os.walk on any file system, sorted, without what is hidden; links lead to no place twice, nor to those `above`."""
+def _read_remote(folder: str) -> tuple[list[str], list[str]]:
     def fail(error):
         raise error
 
-    entered = {os.path.realpath(place) for place in above}
-    walk = tf.io.gfile.walk(folder, onerror=fail) if '://' in folder else os.walk(folder, onerror=fail, followlinks=True)
-    for here, folders, files in walk:
-        new = os.path.realpath(here) not in entered
-        entered.add(os.path.realpath(here))
-        folders[:] = sorted(name.rstrip('/') for name in folders if not name.startswith('.') and name.rstrip('/') not in NOT_OURS) if new else []
-        if new:
-            yield here, folders, sorted(name for name in files if not name.startswith('.'))
+    _, folders, files = next(tf.io.gfile.walk(folder, onerror=fail))
+    return [name.rstrip('/') for name in folders], list(files)
 
 
 def _named(names):

@@ -25,15 +25,15 @@ import tqdm
 from PIL import ExifTags, Image
 
 from errors import RunError, one_line
-from inputs import jpeg_files, pictures
+from inputs import file_signatures, heif, jpeg_files, pictures
 
-# What is looked at; what a file then is, its content decides. The last four are there to be named: Pillow reads none of them.
+# What is looked at; what a file then is, its content decides. The last two are there to be named: Pillow reads none of them.
 SUFFIXES = ('.jpg', '.jpeg', '.jpe', '.jfif', '.mpo', '.png', '.apng', '.gif', '.bmp', '.dib', '.webp', '.tif', '.tiff', '.avif',
-            '.jp2', '.j2k', '.ppm', '.pgm', '.pbm', '.pnm', '.heic', '.heif', '.jxl', '.svg')
+            '.jp2', '.j2k', '.ppm', '.pgm', '.pbm', '.pnm', '.heic', '.heif', '.hif', '.jxl', '.svg')
 # Formats that begin with a mark of their own, and that Pillow reads without another program (EPS would start Ghostscript).
-FORMATS = ('JPEG', 'PNG', 'GIF', 'BMP', 'DIB', 'WEBP', 'TIFF', 'AVIF', 'JPEG2000', 'PPM')
+FORMATS = ('JPEG', 'PNG', 'GIF', 'BMP', 'DIB', 'WEBP', 'TIFF', 'AVIF', 'JPEG2000', 'PPM', *heif.FORMATS)
 JPEGS = ('JPEG', 'MPO')  # MPO: a JPEG file with further pictures behind the first
-LOSSY = (*JPEGS, 'WEBP', 'AVIF', 'JPEG2000')
+LOSSY = (*JPEGS, 'WEBP', 'AVIF', 'JPEG2000', 'HEIF')
 MOST_PIXELS = 2**27  # 400 MB as uint8 [height, width, 3]
 MOST_BYTES = 8 * MOST_PIXELS  # of a file: as many pixels, with four channels of 16 bits
 WHITE_LEVEL = 2**16 - 1  # of an image of 16 bits, unless its makers used fewer of them
@@ -49,7 +49,8 @@ TURNS = {  # EXIF orientation (EXIF 2.32, tag 0x0112) -> what a viewer does
 BITS_PER_SAMPLE = 258  # TIFF 6.0, page 29
 NEARLY_ALL, LEAST_HABIT = 0.9, 10  # share and number of JPEG files with one fault that make it a habit of their writer
 CHUNK = 64  # files that are examined between two looks at what was said to standard error
-RULES = f'2, Pillow {PIL.__version__}, TensorFlow {tf.__version__}'  # that verdicts were found by; count up what changes them
+READERS = [f'Pillow {PIL.__version__}', f'TensorFlow {tf.__version__}', *([f'pillow-heif {heif.VERSION}'] if heif.VERSION else [])]
+RULES = ', '.join(['2', *READERS])  # that verdicts were found by; count up what changes them
 
 
 class Broken(Exception):
@@ -323,9 +324,12 @@ def _convert(content, white_level):
     try:
         image = Image.open(io.BytesIO(content), formats=FORMATS)
     except PIL.UnidentifiedImageError:
-        raise Broken(f'no picture that can be read: it begins with {content[:16]!r}') from None
+        raise Broken(file_signatures.reason(content)) from None
     except Image.DecompressionBombError:
         raise Broken(f'too large: more than {MOST_PIXELS:,} pixels') from None
+    raw = file_signatures.reason_of_raw(image, content)
+    if raw:
+        raise Broken(raw)
     width, height = image.size
     if not 0 < width * height <= MOST_PIXELS:
         raise Broken(f'too large: {width} x {height} is more than {MOST_PIXELS:,} pixels' if width * height else 'no pixels')

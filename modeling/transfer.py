@@ -7,7 +7,7 @@ import re
 import tensorflow as tf
 
 from errors import ConfigError, RunError, did_you_mean, one_line
-from modeling import saved_model
+from modeling import labels_file, saved_model
 from modeling.models import application, input_shape, weights
 
 KERAS_FILES = ('.h5', '.keras')  # of the weights of a model of keras.applications without its head
@@ -144,21 +144,21 @@ def _class_names_beside(path):
     folder = path
     for _ in range(3):  # of a run: checkpoints/step-500/variables
         folder = os.path.dirname(folder)
-        if tf.io.gfile.exists(os.path.join(folder, 'labels.txt')):
-            return _read_labels(os.path.join(folder, 'labels.txt'))
+        if tf.io.gfile.exists(os.path.join(folder, labels_file.NAME)):
+            return _read_labels(os.path.join(folder, labels_file.NAME))
         if tf.io.gfile.exists(os.path.join(folder, 'environment.json')):
             return _read(os.path.join(folder, 'environment.json'), json.load).get('class_names')
     return None
 
 
 def _read_labels(path):
-    return _read(path, lambda file: file.read().splitlines())
+    return _read(path, lambda file: labels_file.from_text(file.read().decode()))
 
 
 def _read(path, read):
-    """What `read` makes of a text file. Raises RunError for a damaged one."""
+    """What `read` makes of a file of bytes. Raises RunError for a damaged one."""
     try:
-        with tf.io.gfile.GFile(path) as file:
+        with tf.io.gfile.GFile(path, 'rb') as file:
             return read(file)
     except (ValueError, tf.errors.OpError) as error:
         raise RunError(f'{path} is damaged ({one_line(error, 100)}): it says which classes these weights know') from error
@@ -187,9 +187,8 @@ def _saved_teacher(source, class_names):
     path = next((path for path in (os.path.join(source, 'export'), source) if tf.io.gfile.exists(os.path.join(path, 'saved_model.pb'))), None)
     if path is None:
         raise RunError(f'config.distill.teacher={source!r} is neither a SavedModel nor a run that has exported one: train the teacher first')
-    labels = os.path.join(path, 'labels.txt')
-    has_labels = tf.io.gfile.exists(labels)
-    if has_labels and _read_labels(labels) != list(class_names):
+    has_labels = tf.io.gfile.exists(os.path.join(path, labels_file.NAME))
+    if has_labels and _read_labels(os.path.join(path, labels_file.NAME)) != list(class_names):
         raise RunError(f'{path} knows other classes than this data set, or in another order: train the teacher on the same data')
     try:
         loaded = saved_model.load(path)

@@ -1,7 +1,11 @@
 """A folder of pictures: what can be read is read right, what cannot is named, and nothing hangs or trains on garbage."""
 import collections
+import cProfile
 import io
+import itertools
 import os
+import pstats
+import re
 import socket
 import struct
 import subprocess
@@ -343,6 +347,37 @@ def test_a_file_says_what_it_is_itself_and_other_files_are_left_alone(tmp_path):
     assert note.startswith('not used, as their names do not end like') and '1 .txt' in note and '1 without ending' in note
 
 
+LEFT_BY_SYSTEMS = ['lost+found', '$RECYCLE.BIN', 'System Volume Information', '.Trashes', '.Spotlight-V100', '.fseventsd', '@eaDir', '__MACOSX', '#recycle',
+                   '#snapshot', '@Recycle', '@Recently-Snapshot', '.@__thumb', '.ipynb_checkpoints', '__pycache__', 'LOST.DIR', 'FOUND.000',
+                   'Network Trash Folder', 'Temporary Items', '.AppleDouble', '.git', '$recycle.bin', 'SYSTEM VOLUME INFORMATION', 'Lost+Found', '@EADIR']
+
+
+@pytest.mark.parametrize('name', LEFT_BY_SYSTEMS)
+@pytest.mark.parametrize('place', ['', 'cat', 'train', 'train/cat'])
+def test_what_a_system_leaves_is_not_even_read(tmp_path, monkeypatch, place, name):
+    root = tmp_path / 'data'
+    fill(root, split='train' if place.startswith('train') else '')
+    before = folder.find(dataset_config(root))
+    write(root / place / name / 'S-1-5-18' / '0.png', flat(77))
+    for file in ('Thumbs.db', 'THUMBS.DB', 'desktop.ini', 'Desktop.ini', '.DS_Store', '._0.png'):
+        write(root / place / file, b'nonsense')
+    scandir = os.scandir
+
+    def refuse(path):
+        if name in str(path):
+            raise PermissionError(13, 'Permission denied', path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, 'scandir', refuse)
+    assert folder.find(dataset_config(root)) == before and before.class_names == ('cat', 'dog')
+
+
+@pytest.mark.parametrize('name', ['found', 'lost', 'recycle', 'found.1', 'desktop', 'thumbs', 'recycled', '$100', '#1', '@home', 'system volume'])
+def test_a_class_may_be_called_almost_as_what_a_system_leaves(tmp_path, name):
+    fill(tmp_path, ('cat', name))
+    assert folder.find(dataset_config(tmp_path)).class_names == tuple(sorted(('cat', name)))
+
+
 def test_links_are_followed_once(tmp_path):
     fill(tmp_path / 'data')
     fill(tmp_path, ['elsewhere'], count=7)
@@ -406,6 +441,14 @@ def one_each(root):
     fill(root, count=1)
 
 
+def mvtec(root):
+    """Two data sets side by side, as MVTec AD comes: each has good parts to train on, and other ones to test."""
+    for name in ('bottle', 'cable'):
+        fill(root, ('good',), split=f'{name}/train')
+        fill(root, ('good', 'broken_large', 'contamination'), split=f'{name}/test')
+        fill(root, ('broken_large', 'contamination'), split=f'{name}/ground_truth')
+
+
 IMPOSSIBLE = {
     'no folder named': (lambda root: '', {}, ConfigError, 'needs --config.dataset.data_dir=DIR with DIR/train/CLASS'),
     'folder that is not there': (no_such_folder, {}, RunError, 'is no folder: it should hold'),
@@ -449,6 +492,35 @@ IMPOSSIBLE = {
                                    RunError, 'test has no class folders: sort its pictures into them, or write --config.dataset.eval_split=held_out'),
     'one level too high': (make('cat', 'dog', split='mine/train'), {},
                            RunError, 'which has folders itself: write --config.dataset.data_dir='),
+    'data sets side by side': (mvtec, {}, RunError, '/bottle is a data set of its own, with test and train: write --config.dataset.data_dir='),
+    'data set for finding what is unlike the rest': (then(make('good', split='train'), make('good', 'broken', split='test')), {}, RunError,
+                                                     'test has more: write --config.dataset.train_split=test --config.dataset.eval_split=held_out'),
+    'data set beside something else': (then(make('cat', 'dog', split='photos/train'), make('cat', 'dog', split='photos/test'), make('tools')), {},
+                                       RunError, '/photos is a data set of its own, with test and train: write --config.dataset.data_dir='),
+    'splits of one class of several': (then(make('cat', 'dog'), make('train', 'test', split='cow')), {},
+                                       RunError, 'has test and train in its class folders, but cat, dog without train'),
+    'one split in each class, not the same': (then(make('train', split='cat'), make('test', split='dog')), {},
+                                              RunError, 'has test and train in its class folders, but dog without train'),
+    'splits below something in a class': (then(make('train', 'test', split='cat/images'), make('dog')), {}, RunError,
+                                          '/cat/images holds test and train, which would be mixed in one class: if cat is a class, sort its pictures into'),
+    'parts of classes below splits': (then(make('a', 'b', split='cat/train'), make('a', 'b', split='cat/test'), make('dog')), {},
+                                      RunError, 'or, if cat is a class, sort its pictures into'),
+    'splits below a split': (then(make('train', 'val', split='train/cat'), make('dog', split='train')), {},
+                             RunError, '/train holds cat/train, cat/val, which would be mixed in one class'),
+    'splits in a split': (then(make('cat', 'dog', split='train/train'), make('cat', 'dog', split='train/val')), {},
+                          RunError, '/train has no class folders, but train, val, which are called as splits are: write --config.dataset.data_dir='),
+    'splits that differ in case': (then(make('cat', 'dog', split='train'), make('cat', 'dog', split='Train')), {},
+                                   RunError, 'has splits that one takes for the same: Train, train; merge or rename them'),
+    'splits in classes that differ in case': (then(make('train', 'test', split='cat'), make('Train', 'test', split='dog')), {},
+                                              RunError, 'CLASS has splits that one takes for the same: Train, train'),
+    'other names in classes': (then(make('Train', 'Val', split='cat'), make('Train', 'Val', split='dog')), {},
+                               RunError, 'CLASS has no train with pictures, but Train, Val: write --config.dataset.train_split=Train '
+                                         '--config.dataset.eval_split=Val'),
+    'another name to evaluate in classes': (then(make('train', 'val', split='cat'), make('train', 'val', split='dog')), {},
+                                            RunError, 'CLASS has no test, but val: write --config.dataset.eval_split=val'),
+    'classes below something in a split': (then(make('cat', 'dog', split='train/images'), make('cat', 'dog', split='test/images')), {},
+                                           RunError, 'train has one class folder, images; a classifier needs at least two: if cat, dog in it are the classes, '
+                                                     'move them up into'),
     'one picture in each class': (one_each, {}, RunError, 'has no picture to evaluate'),
     'too many broken files': (then(make('cat', 'dog'), file_in('cat/x.jpg', b''), file_in('dog/y.jpg', b'text')), {},
                               RunError, '2 of 12 files in'),
@@ -557,6 +629,117 @@ def test_a_part_of_each_class_is_held_out_by_a_seed(tmp_path, split):
     os.rename(tmp_path / split / 'cat' / '0.png', tmp_path / split / 'cat' / 'z.png')
     cats, before = ({name for name in names_of(result, 'test') if 'cat' in name} for result in (folder.find(dataset_config(tmp_path)), found))
     assert cats == {'cat/z.png' if name == 'cat/0.png' else name for name in before}
+
+
+def contents(found):
+    """{split: sorted (label, digest) of its pictures}."""
+    return {split: sorted((picture.label, picture.digest) for picture in pictures) for split, pictures in found.splits.items()}
+
+
+@pytest.mark.parametrize('where', ['{name}/{split}', '{name}/{split}/images', '{split}/{name}/images', '{split}/{name}/images/of/it'])
+@pytest.mark.parametrize('splits, values', [
+    (('train', 'test'), {}),
+    (('train', 'test', 'val'), {}),
+    (('train', 'test', 'val'), {'eval_split': 'val'}),
+    (('Training', 'Validation'), {'train_split': 'Training', 'eval_split': 'Validation'}),
+    (('train', 'test'), {'train_split': 'test', 'eval_split': 'train'}),
+    (('train', 'test'), {'eval_split': 'held_out'}),
+    (('train', 'test'), {'train_split': 'test', 'eval_split': 'held_out'}),
+])
+def test_classes_may_stand_above_the_splits(tmp_path, where, splits, values):
+    for root, place in (('usual', '{split}/{name}'), ('other', where)):
+        for number, (split, name) in enumerate(itertools.product(splits, ('cat', 'dog'))):
+            for index in range(5):
+                write(tmp_path / root / place.format(split=split, name=name) / f'{index}.png', flat(100 * number + index))
+    usual, other = (folder.find(dataset_config(tmp_path / root, **values)) for root in ('usual', 'other'))
+    assert contents(other) == contents(usual) and other.class_names == usual.class_names == ('cat', 'dog')
+    assert all(len(pictures) in (2, 8, 10) for pictures in other.splits.values())
+
+
+ARRANGEMENTS = sorted({'/'.join(parts) for extra in ((), ('x',), ('images', 'x')) for parts in itertools.permutations(('{name}', '{split}', *extra))})
+
+
+@pytest.mark.parametrize('where', ARRANGEMENTS)
+def test_pictures_of_two_splits_are_never_mixed(tmp_path, where):
+    paths = [where.format(name=name, split=split) for name in ('cat', 'dog') for split in ('train', 'test')]
+    for number, path in enumerate(paths):
+        for index in range(5):
+            write(tmp_path / 'data' / path / f'{index}.png', flat(100 * number + index))
+    try:
+        found = folder.find(dataset_config(tmp_path / 'data'))
+    except RunError as error:
+        assert '\n' not in str(error) and ('write --config.dataset.data_dir=' in str(error) or 'sort' in str(error) or 'move them up' in str(error))
+        assert not re.fullmatch('({name}/{split}|{split}/{name})(/images)?(/x)?', where)
+    else:
+        assert {split: len(pictures) for split, pictures in found.splits.items()} == {'train': 10, 'test': 10} and found.class_names == ('cat', 'dog')
+        for split, pictures in found.splits.items():
+            assert all(split in picture.path.split(os.sep) and found.class_names[picture.label] in picture.path for picture in pictures)
+
+
+def test_what_lies_beside_the_splits_of_classes_is_counted(tmp_path):
+    for name in ('cat', 'dog'):
+        fill(tmp_path, ('train', 'test', 'val'), split=name)
+    for number, path in enumerate(('cat/0.png', 'dog/more/0.png', 'cat/train/0.txt', '0.png')):
+        write(tmp_path / path, flat(50_000 + number))
+    found = folder.find(dataset_config(tmp_path))
+    assert {split: len(pictures) for split, pictures in found.splits.items()} == {'train': 10, 'test': 10}
+    assert found.notes[:4] == (
+        f'the splits are the folders train and test in each class folder of {tmp_path}',
+        f'not used: 12 pictures in class folders of {tmp_path}, in no train or test',
+        'not used, as their names do not end like a picture\'s: 1 .txt',
+        f'not used: 1 pictures that lie in {tmp_path} itself, in no class folder')
+
+
+def test_a_single_split_in_each_class_is_a_folder_like_any_other(tmp_path):
+    for name in ('cat', 'dog'):
+        fill(tmp_path, ('train',), split=name)
+    assert {split: len(pictures) for split, pictures in folder.find(dataset_config(tmp_path)).splits.items()} == {'train': 8, 'test': 2}
+
+
+def test_pictures_to_evaluate_in_each_class_are_enough_where_nothing_is_trained(tmp_path):
+    for name in ('cat', 'dog'):
+        fill(tmp_path, ('test',), split=name)
+    source = datasets.load(dataset_config(tmp_path), needs_training=False)
+    assert (source.num_train, source.num_eval, source.class_names) == (0, 10, ('cat', 'dog'))
+
+
+def test_a_part_can_be_held_out_beside_other_splits(tmp_path):
+    for split in ('train', 'val', 'test'):
+        fill(tmp_path, split=split)
+    found = folder.find(dataset_config(tmp_path, eval_split='held_out'))
+    assert {split: len(pictures) for split, pictures in found.splits.items()} == {'train': 8, 'held_out': 2}
+    assert found.notes[0] == f'not used: test, val in {tmp_path}'
+
+
+def test_data_for_finding_what_is_unlike_the_rest_are_classified_as_it_is_advised(tmp_path):
+    mvtec(tmp_path)
+    found = folder.find(dataset_config(tmp_path / 'bottle', train_split='test', eval_split='held_out'))
+    assert found.class_names == ('broken_large', 'contamination', 'good') and found.notes[0].startswith('not used: ground_truth, train in ')
+    assert {split: len(pictures) for split, pictures in found.splits.items()} == {'test': 12, 'held_out': 3}
+
+
+# How much is done: a folder of 20,000 pictures is looked at, at every start.
+
+@pytest.mark.parametrize('split', ['', 'train'])
+@pytest.mark.parametrize('do', [folder.find, folder.count])
+def test_each_folder_is_listed_once(tmp_path, monkeypatch, do, split):
+    fill(tmp_path, [f'class{number}' for number in range(30)], count=2, split=split)
+    write(tmp_path / split / 'class0' / 'more' / '0.png', flat(1))
+    listed, scandir = [], os.scandir
+    monkeypatch.setattr(os, 'scandir', lambda path: listed.append(os.path.relpath(path, tmp_path)) or scandir(path))
+    do(dataset_config(tmp_path))
+    monkeypatch.undo()
+    assert sorted(listed) == sorted(os.path.relpath(place, tmp_path) for place, _, _ in os.walk(tmp_path))
+
+
+def test_no_list_is_searched_for_each_file(tmp_path):
+    """A search goes through a list, so that one for each file takes a time that grows with files times classes."""
+    fill(tmp_path, [f'class{number}' for number in range(30)], count=4)
+    profile = cProfile.Profile()
+    profile.runcall(folder.find, dataset_config(tmp_path))
+    calls = {name: number for (_, _, name), (number, *_) in pstats.Stats(profile).stats.items()}
+    assert calls['_stamp'] == 120
+    assert sum(number for name, number in calls.items() if re.search(r"method '(index|count|remove|insert)' of '(tuple|list)'", name)) < 30
 
 
 def test_a_class_may_be_called_as_a_split_is(tmp_path):
@@ -684,7 +867,7 @@ def test_a_run_goes_to_its_end_beside_a_broken_file_and_its_report_names_it(tmp_
     assert done.returncode == 0 and 'Traceback' not in done.stderr, done.stderr
     assert '1 of 12 files are broken and skipped' in done.stdout
     report = (tmp_path / 'run' / 'report.md').read_text()
-    assert "dog/page.jpg: no picture that can be read: it begins with b'<html>'" in report and '1 of 12 files are broken' in report
+    assert "dog/page.jpg: no picture that can be read: a web page (HTML), which begins with b'<html>'; " in report and '1 of 12 files are broken' in report
     assert (tmp_path / 'run' / 'export' / 'labels.txt').read_text().split() == ['cat', 'dog']
 
 

@@ -1,0 +1,166 @@
+"""What a file is that Pillow does not take for a picture: its first bytes say it, and so what to do about it.
+
+Sources: the formats' own documents, the register of ISO base media brands (mp4ra.org), and the magic file of `file`.
+"""
+import re
+
+from PIL import Image, TiffImagePlugin, features
+
+from inputs import heif
+
+DAMAGED = 'it is damaged: copy or download it again'
+CONVERT = 'convert it: magick FILE.{0} FILE.png'
+RAW = 'convert it: darktable-cli FILE.{0} FILE.jpg'
+FRAMES = 'extract frames: ffmpeg -i FILE.{0} -vf fps=1 FILE-%04d.jpg'
+UNPACK = 'unpack it, and name the folder'
+
+# Pillow's own formats, which it has refused: (pattern of the first bytes, name, Pillow's feature without which it reads none).
+READ = (
+    (rb'\xff\xd8\xff', 'a JPEG file', None),
+    (rb'\x89PNG', 'a PNG file', None),
+    (rb'GIF8', 'a GIF file', None),
+    (rb'RIFF....WEBP', 'a WebP file', 'webp'),
+    (rb'\x00\x00\x00\x0cjP  |\xff\x4f\xff\x51', 'a JPEG 2000 file', 'jpg_2000'),
+    (rb'II[*+]\x00|MM\x00[*+]', 'a TIFF file', None),
+    (rb'BM....\x00\x00\x00\x00', 'a BMP file', None),
+    (rb'P[1-7][ \t\r\n]', 'a PPM file', None),
+)
+# What is not read: (pattern, name, what to do). The first that fits counts.
+OTHERS = (
+    (rb'\xff\xd8\xff\xf7', 'a JPEG-LS picture', CONVERT.format('jls')),
+    (rb'\xff\x0a|\x00\x00\x00\x0cJXL ', 'a JPEG XL picture', 'convert it: djxl FILE.jxl FILE.png'),
+    (rb'II\xbc', 'a JPEG XR picture', 'convert it: JxrDecApp -i FILE.jxr -o FILE.tif'),
+    (rb'BPG\xfb', 'a BPG picture', 'convert it: bpgdec -o FILE.png FILE.bpg'),
+    (rb'FLIF', 'a FLIF picture', 'convert it: flif -d FILE.flif FILE.png'),
+    (rb'qoif', 'a QOI picture', CONVERT.format('qoi')),
+    (rb'8BPS', 'a Photoshop file (PSD)', "convert it: magick 'FILE.psd[0]' FILE.png"),
+    (rb'gimp xcf', 'a file of GIMP (XCF)', CONVERT.format('xcf')),
+    (rb'\x00\x00[\x01\x02]\x00[^\x00]\x00', 'a Windows icon or cursor', CONVERT.format('ico')),
+    (rb'icns', 'a Mac icon', CONVERT.format('icns')),
+    (rb'DDS ', 'a DDS texture', CONVERT.format('dds')),
+    (rb'v/1\x01', 'an OpenEXR picture', CONVERT.format('exr')),
+    (rb'#\?(RADIANCE|RGBE)', 'a Radiance HDR picture', CONVERT.format('hdr')),
+    (rb'\x0a[\x00\x02-\x05]\x01[\x01\x02\x04\x08]', 'a PCX picture', CONVERT.format('pcx')),
+    (rb'SIMPLE  =', 'a FITS picture', CONVERT.format('fits')),
+    (rb'.{128}DICM', 'a DICOM file', 'convert it: dcmj2pnm +on FILE.dcm FILE.png'),
+    (rb'AT&TFORM', 'a DjVu document', 'convert it: ddjvu -format=tiff FILE.djvu FILE.tif'),
+    (rb'%!PS|\xc5\xd0\xd3\xc6', 'PostScript', 'convert it: magick -density 300 FILE.eps FILE.png'),
+    (rb'.{0,64}%PDF', 'a PDF document', 'convert it: pdftoppm -png FILE.pdf FILE'),
+    (rb'FUJIFILMCCD-RAW', 'a raw file of a Fujifilm camera (RAF)', RAW.format('raf')),
+    (rb'IIU\x00', 'a raw file of a Panasonic camera (RW2)', RAW.format('rw2')),
+    (rb'IIR[OS]|MMOR', 'a raw file of an Olympus camera (ORF)', RAW.format('orf')),
+    (rb'FOVb', 'a raw file of a Sigma camera (X3F)', RAW.format('x3f')),
+    (rb'\x00MRM', 'a raw file of a Minolta camera (MRW)', RAW.format('mrw')),
+    (rb'RIFF....AVI ', 'an AVI video', FRAMES.format('avi')),
+    (rb'\x1aE\xdf\xa3', 'a Matroska or WebM video', FRAMES.format('mkv')),
+    (rb'\x00\x00\x01[\xb3\xba]', 'an MPEG video', FRAMES.format('mpg')),
+    (rb'FLV\x01', 'a Flash video', FRAMES.format('flv')),
+    (rb'0&\xb2u\x8ef\xcf\x11', 'a Windows Media video', FRAMES.format('wmv')),
+    (rb'[\x00-\x1f]...(moov|mdat|wide|free|skip|pnot)', 'a QuickTime video', FRAMES.format('mov')),
+    (rb'version https://git-lfs', 'a pointer of Git LFS', 'the picture is not here yet: git lfs pull'),
+    (rb'[./]*(git/)?annex/objects/', 'a pointer of git-annex', 'the picture is not here yet: git annex get .'),
+    (rb'\x00\x05\x16[\x00\x07]', "what a Mac keeps beside a file (AppleDouble)", 'delete it'),
+    (rb'PK(\x03\x04|\x05\x06)', 'a zip archive', UNPACK),
+    (rb'\x1f\x8b', 'a gzip archive', UNPACK),
+    (rb'BZh[1-9]', 'a bzip2 archive', UNPACK),
+    (rb'\xfd7zXZ', 'an xz archive', UNPACK),
+    (rb'\x28\xb5\x2f\xfd', 'a Zstandard archive', UNPACK),
+    (rb'7z\xbc\xaf', 'a 7-Zip archive', UNPACK),
+    (rb'Rar!', 'a RAR archive', UNPACK),
+    (rb'.{257}ustar', 'a tar archive', UNPACK),
+    (rb'\x93NUMPY', 'a NumPy array', 'save it as PNG: Image.fromarray(numpy.load(FILE)).save(...)'),
+    (rb'\x89HDF', 'an HDF5 file', 'save its pictures as PNG files'),
+    (rb'\xd0\xcf\x11\xe0', 'an Office document or Thumbs.db', 'delete it, or save its pictures'),
+)
+# Markup, which may begin with a mark of its encoding, spaces and comments.
+MARKUP = (
+    (rb'<svg', 'a drawing (SVG)', 'convert it: rsvg-convert FILE.svg -o FILE.png'),
+    (rb'<!doctype html|<html|<head|<body', 'a web page (HTML)', 'the download failed, or needs a login: get it again'),
+    (rb'<\?xml|<error', 'XML', 'the download failed, perhaps: look at it, and get it again'),
+    (rb'[{\[]\s*["{\[\]}]', 'JSON', 'the download failed, perhaps: look at it, and get it again'),
+)
+HEIC = (b'heic', b'heix', b'heim', b'heis', b'hevc', b'hevx', b'hevm', b'hevs')
+HEIF = (b'mif1', b'mif2', b'msf1', b'miaf')  # one of several ways to compress is inside
+AVIF = (b'avif', b'avis')
+
+# Of pictures that are not looked at, because no reader of ours knows them: files of cameras stand beside their JPEG files.
+ENDINGS = frozenset('''.3fr .arw .bpg .cr2 .cr3 .crw .cur .dcm .dcr .dds .djvu .dng .eps .erf .exr .fits .flif .hdr .icns .ico .iiq .jls .jxr .k25
+    .kdc .mef .mos .mrw .nef .nrw .orf .pcx .pdf .pef .ps .psb .psd .qoi .raf .raw .rw2 .rwl .sr2 .srf .srw .tga .wdp .x3f .xcf'''.split())
+
+
+def reason(content: bytes) -> str:
+    """Returns why this file, which Pillow does not recognize, is no picture that can be read, in a line of at most 200 letters."""
+    what, advice = _name(content)
+    if not what:
+        return f'no picture that can be read: it begins with {content[:16]!r}'
+    return f'no picture that can be read: {what}, which begins with {content[:16]!r}; {advice}'
+
+
+def reason_of_raw(image: Image.Image, content: bytes) -> str:
+    """Returns the same of a camera's raw file, which is a TIFF file whose first page is a thumbnail; '' for what is none.
+
+    DNG, NEF, ARW and others are TIFF/EP: the first page says that it is a reduced one, and names where the whole one is.
+    """
+    if not isinstance(image, TiffImagePlugin.TiffImageFile):
+        return ''
+    tags = image.tag_v2
+    is_reduced = bool(int(tags.get(254, 0)) & 1)  # NewSubfileType
+    has_others = 330 in tags  # SubIFDs
+    is_dng = 50706 in tags  # DNGVersion
+    is_cr2 = content[8:10] == b'CR'
+    if not (is_dng or is_cr2 or (is_reduced and has_others)):
+        return ''
+    ending = {(True, False): 'dng', (False, True): 'cr2'}.get((is_dng, is_cr2), 'nef')
+    return f"no picture that can be read: a camera's raw file, of which a TIFF reader sees the thumbnail; {RAW.format(ending)}"
+
+
+def _name(content: bytes) -> tuple[str, str]:
+    """(what the file is, what to do about it), or ('', '')."""
+    if content[4:8] == b'ftyp':
+        return _name_of_brands(content)
+    for pattern, what, advice in OTHERS:
+        if re.match(pattern, content[:512], re.DOTALL):
+            return what, advice
+    if content[-18:-2] == b'TRUEVISION-XFILE':
+        return 'a TGA picture', CONVERT.format('tga')
+    for pattern, what, feature in READ:
+        if re.match(pattern, content[:16], re.DOTALL):
+            return what, _of_read(feature)
+    begin = content[:1024].removeprefix(b'\xef\xbb\xbf').lstrip().lower()
+    if begin.startswith((b'<?xml', b'<!--', b'<!doctype svg')) and b'<svg' in content[:4096].lower():
+        begin = b'<svg'
+    for pattern, what, advice in MARKUP:
+        if re.match(pattern, begin):
+            return what, advice
+    return ('nothing but zeros', DAMAGED) if not content.strip(b'\0') else ('', '')
+
+
+def _of_read(feature: str | None) -> str:
+    if feature and not features.check(feature):
+        return 'this build of Pillow reads none: python -m pip install --force-reinstall pillow'
+    return DAMAGED
+
+
+def _name_of_brands(content: bytes) -> tuple[str, str]:
+    """The same of a file in the ISO base media format, by its brands: ISO/IEC 14496-12, 4.3."""
+    length = min(int.from_bytes(content[:4], 'big'), len(content), 256)
+    main, brands = content[8:12], {content[8:12]} | {content[begin:begin + 4] for begin in range(16, length - 3, 4)}
+    if main in AVIF or main in HEIF and brands.intersection(AVIF):
+        return 'an AVIF picture', _of_read('avif')
+    if main in HEIC or main in HEIF and brands.intersection(HEIC):
+        return 'an HEIC picture', _of_heif('heic')
+    if main in HEIF:
+        return 'an HEIF picture', _of_heif('heif')
+    if main == b'crx ':
+        return 'a raw file of a Canon camera (CR3)', RAW.format('cr3')
+    if main == b'jxl ':
+        return 'a JPEG XL picture', 'convert it: djxl FILE.jxl FILE.png'
+    if main == b'qt  ':
+        return 'a QuickTime video', FRAMES.format('mov')
+    return 'an MP4 video', FRAMES.format('mp4')
+
+
+def _of_heif(ending: str) -> str:
+    if heif.VERSION:
+        return DAMAGED
+    return f'python -m pip install pillow-heif to read it, or convert it: heif-convert FILE.{ending} FILE.jpg'
