@@ -1,5 +1,6 @@
 """Several runs side by side: python compare.py RUN [RUN ...] [--output=comparison.png]"""
 import argparse
+import math
 import os
 import sys
 
@@ -69,10 +70,12 @@ def _cell(config, rows, source, key, style):
                 return '-'
         return style.format(config)
     values = [row[key] for row in rows if key in row]
-    if not values:
+    numbers = [value for value in values if math.isfinite(value)]
+    if source == 'metrics':
+        return style.format(values[-1]) if values else '-'
+    if not numbers:
         return '-'
-    chosen = {'metrics': values[-1], 'best': max(values), 'median': sorted(values)[len(values) // 2]}[source]
-    return style.format(chosen)
+    return style.format(max(numbers) if source == 'best' else sorted(numbers)[len(numbers) // 2])
 
 
 def _short_names(paths):

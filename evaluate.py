@@ -1,6 +1,5 @@
 """Evaluation over every example of the split exactly once, on any number of replicas."""
 import collections
-import json
 import os
 
 import tensorflow as tf
@@ -8,7 +7,7 @@ import tensorflow as tf
 from errors import RunError
 from inputs import pipeline
 from modeling import loops, steps
-from outputs.files import write_json
+from outputs.files import as_json, write_json
 from resume import FREE_KEYS, require_same_config
 from session import open_session
 
@@ -22,8 +21,9 @@ def run(config, workdir, which='last'):
     step, _ = session.checkpoints.restore(which, partly=True)
     metrics = make_evaluation(session)()
     if session.is_chief:
-        write_json(os.path.join(workdir, 'evaluation.json'), {'checkpoint': which, 'step': step, **metrics})
-        print(json.dumps({'checkpoint': which, 'step': step, **metrics}))
+        found = {'checkpoint': which, 'step': step, **metrics}
+        write_json(os.path.join(workdir, 'evaluation.json'), found)
+        print(as_json(found))
     return metrics
 
 

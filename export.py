@@ -1,5 +1,4 @@
 """The SavedModel: pictures in, classes out, preprocessing inside; checked in a fresh process that has TensorFlow alone."""
-import json
 import os
 import subprocess
 import sys
@@ -29,11 +28,15 @@ def run(config, workdir, which='last'):
     """Exports the last or the best checkpoint of `workdir` into `workdir`/export, and checks it."""
     require_same_config(config, workdir)
     session = open_session(config, workdir, trains=False)
-    session.checkpoints.restore(which, partly=True)
+    step, _ = session.checkpoints.restore(which, partly=True)
     if not session.is_chief:
         return None
-    exported = write(session, os.path.join(workdir, 'export'))
-    print(json.dumps(exported))
+    exported = {
+        'export/checkpoint': which,
+        'export/step': step,
+        **write(session, os.path.join(workdir, 'export')),
+    }
+    print(files.as_json(exported))
     return exported
 
 

@@ -4,6 +4,9 @@ import dataclasses
 import functools
 import math
 from fractions import Fraction
+from typing import NamedTuple
+
+import numpy as np
 
 import schedules
 from errors import ConfigError
@@ -12,9 +15,26 @@ from settings import UNITS, parse_duration
 MOST_STEPS = 2**31 - 1  # a loop's steps are counted in 32 bits
 
 
+class Ahead(NamedTuple):
+    """How much further a run is than its updates would be with batches of today's size.
+
+    All is 0 unless the batch size has changed during the run.
+
+    Attributes:
+        updates: by which the schedule is ahead of the updates that were made.
+        examples: seen beyond those of that many batches.
+        distinct: the same without the copies of `augment.repeats`: by which the stream of examples
+            is ahead.
+    """
+
+    updates: int = 0
+    examples: int = 0
+    distinct: int = 0
+
+
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The numbers of a run. Steps are updates of the weights."""
+    """The numbers of a run. Steps are updates of the weights, whatever their batch size was."""
 
     train_examples: int
     eval_examples: int
@@ -30,6 +50,7 @@ class Plan:
     checkpoint_every: int | None  # steps, or None when in seconds
     checkpoint_seconds: float | None
     patience: int | None  # steps without a better evaluation after which the run ends, or None
+    ahead: Ahead = Ahead()  # see `continued`
 
     @property
     def steps_per_epoch(self):
@@ -42,19 +63,33 @@ class Plan:
         return tuple(filter(None, (self.log_every, self.eval_every, self.checkpoint_every)))
 
     @property
+    def schedule_steps(self) -> int:
+        """The length of the schedule, which is that of the run in batches of today's size."""
+        return self.total_steps + self.ahead.updates
+
+    @property
     def epochs(self):
-        return self.total_steps / self.steps_per_epoch
+        return (self.total_steps * self.batch_size + self.ahead.examples) / self.train_examples
+
+    def stream_position(self, step: int, repeats: int) -> int:
+        """Returns how many examples the first `step` updates take from the stream."""
+        return step * (self.batch_size // repeats) + self.ahead.distinct
 
     def describe(self):
         """What the durations of the config came to, as text of a few lines."""
         saving = f'{self.checkpoint_every:,} steps' if self.checkpoint_every else f'{self.checkpoint_seconds / 60:g} minutes'
         per_replica = self.batch_size // self.num_replicas
+        epochs, steps_per_epoch = f'{self.epochs:.4g} epochs', f'{self.steps_per_epoch:.6g} steps'
+        length = f'{self.total_steps:,} = {epochs} x {steps_per_epoch}'
+        if any(self.ahead):
+            other_sizes = 'some of them with batches of another size'
+            length = f'{self.total_steps:,}, {other_sizes}; {epochs}, now of {steps_per_epoch}'
         return '\n'.join((
             f'data      {self.train_examples:,} training and {self.eval_examples:,} evaluation examples, {self.num_classes:,} classes',
             f'batch     {self.batch_size:,} = {per_replica:,} x {self.num_replicas} replica{"s" * (self.num_replicas > 1)}',
-            f'steps     {self.total_steps:,} = {self.epochs:.4g} epochs x {self.steps_per_epoch:.6g} steps',
+            f'steps     {length}',
             f'schedule  warmup {self.warmup_steps:,}, hold {self.hold_steps:,}, '
-            f'decay {self.total_steps - self.warmup_steps - self.hold_steps:,} steps',
+            f'decay {self.schedule_steps - self.warmup_steps - self.hold_steps:,} steps',
             f'every     log {self.log_every:,}, evaluate {self.eval_every:,} steps, checkpoint {saving}',
         ))
 
@@ -138,6 +173,34 @@ def make_plan(config, train_examples, eval_examples, num_classes, num_replicas):
     return plan
 
 
+def continued(plan: Plan, config, step: int, examples_seen: int, distinct_seen: int) -> Plan:
+    """Returns the plan of a run that has made `step` updates, perhaps with batches of other sizes.
+
+    The position of a run is the number of examples it has seen. There the stream of examples goes
+    on, exactly, and the schedule, in whole updates of today's size, rounded down: the run is at
+    most one batch longer than `config.train_for`, and its rate at most one update behind the curve.
+    Where `config.train_for` counts updates, the position of the schedule is their number.
+
+    Args:
+        plan: of `make_plan`, or of this function.
+        config: the config of that plan.
+        step, examples_seen, distinct_seen: see `outputs.progress.Progress`.
+    """
+    _, unit = parse_duration('train_for', config.train_for, UNITS['train_for'])
+    position = step if unit == 'steps' else examples_seen // plan.batch_size
+    ahead = Ahead(
+        updates=position - step,
+        examples=examples_seen - step * plan.batch_size,
+        distinct=distinct_seen - step * (plan.batch_size // config.augment.repeats),
+    )
+    return moved(plan, ahead)
+
+
+def moved(plan: Plan, ahead: Ahead) -> Plan:
+    """Returns the same plan for a run that is so far ahead."""
+    return dataclasses.replace(plan, total_steps=plan.schedule_steps - ahead.updates, ahead=ahead)
+
+
 def stages(config, plan):
     """The parts of a run with progressive learning (Tan and Le, EfficientNetV2, 2021); one part without it.
 
@@ -160,7 +223,7 @@ def stages(config, plan):
             stage.augment.policy.magnitude *= strength
             for key in ('color_jitter', 'mixup', 'cutmix'):
                 stage.augment[key] *= strength
-        parts.append((plan.total_steps * (index + 1) // number, stage))
+        parts.append((plan.schedule_steps * (index + 1) // number - plan.ahead.updates, stage))
     return parts
 
 
@@ -171,14 +234,17 @@ def describe_stages(config, plan):
 
 
 def schedule_arguments(config, plan):
-    """The arguments of `schedules.learning_rate` and `schedules.WarmupDecay` for this run."""
+    """The arguments of `schedules.learning_rate` and `schedules.WarmupDecay` for this run.
+
+    Their updates are those of the schedule, which may be ahead of those of the run: see `Ahead`.
+    """
     named = ('name', 'peak_lr', 'start_lr', 'end_lr', 'warmup', 'hold')
     curve_arguments = {key: value for key, value in config.schedule.items() if key not in named}
     return dict(
         curve=config.schedule.name,
         warmup_steps=plan.warmup_steps,
         hold=plan.hold_steps,
-        total_steps=plan.total_steps,
+        total_steps=plan.schedule_steps,
         start_lr=config.schedule.start_lr,
         target_lr=config.schedule.peak_lr,
         end_lr=config.schedule.end_lr,
@@ -188,12 +254,14 @@ def schedule_arguments(config, plan):
 
 def learning_rate_of(config, plan):
     """The learning rate of this run: a function of the update, or of an array of them."""
-    return functools.partial(schedules.learning_rate, **schedule_arguments(config, plan))
+    curve = functools.partial(schedules.learning_rate, **schedule_arguments(config, plan))
+    return lambda step: curve(np.asarray(step) + plan.ahead.updates)
 
 
 def planned_rates(config, plan, most=2000):
     """About `most` steps, evenly from the first to the last, and the learning rate at each: two lists."""
-    chosen = list(range(0, plan.total_steps + 1, max(1, plan.total_steps // most)))
+    first = max(0, -plan.ahead.updates)  # in batches of today's size the schedule begins there
+    chosen = list(range(first, plan.total_steps + 1, max(1, plan.total_steps // most)))
     return chosen, learning_rate_of(config, plan)(chosen)
 
 

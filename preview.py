@@ -25,7 +25,10 @@ def run(config, workdir, step=None):
     print(plan.describe(), planning.describe_stages(config, plan), sep='\n', flush=True)
     skipped = os.path.join(workdir, SKIPPED)
     if step is None and files.exists(skipped):
-        step = files.read_json(skipped)['first_update']
+        found = files.read_json(skipped)
+        step = found['first_update']
+        # As the run was: before, batches may have had another size.
+        plan = planning.moved(plan, planning.Ahead(*found.get('ahead', ())))
         print(f'update {step:,} and those after it were skipped: their loss or gradient was not finite')
     if step is not None and not 0 <= step < plan.total_steps:
         raise ConfigError(f'--step={step} is no update of this run: it has 0 to {plan.total_steps - 1:,}')

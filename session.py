@@ -14,6 +14,7 @@ from inputs import datasets
 from modeling import loops, models, optimizers, steps, transfer
 from outputs import files
 from outputs.checkpoints import Checkpoints, find
+from outputs.progress import Progress
 
 
 @dataclasses.dataclass
@@ -37,6 +38,14 @@ class Session:
     loaded: str  # what was taken from config.model.weights, in words; '' for random weights
     teacher: object  # a function, or None: see transfer.make_teacher
     teacher_name: str
+
+    def continue_from(self, progress: Progress) -> None:
+        """Puts plan and learning rate where a restored run stands, whatever its batches were."""
+        position = progress.step, progress.examples_seen, progress.distinct_seen
+        self.plan = planning.continued(self.plan, self.config, *position)
+        if self.plan.ahead.updates:
+            arguments = planning.schedule_arguments(self.config, self.plan)
+            optimizers.shift_schedule(self.state.optimizer, arguments, self.plan.ahead.updates)
 
     def describe(self):
         """What was chosen and what the durations came to, as a few lines of text."""
@@ -100,7 +109,7 @@ def load_weights(model, config, workdir, class_names):
     """
     if not config.model.weights:
         return ''
-    if resume.begun(workdir):
+    if resume.begun(workdir) or resume.has_checkpoints(workdir):
         path = os.path.join(workdir, resume.ENVIRONMENT)
         return files.read_json(path).get('weights', '') if files.exists(path) else ''
     return transfer.load_weights(model, config, class_names, find)

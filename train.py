@@ -18,11 +18,12 @@ import plan as planning
 import resume
 from devices import stopping
 from devices import strategy as devices
-from errors import RunError
+from errors import RunError, one_line
 from inputs import augment, pipeline, service
 from modeling import loops, models, steps
 from outputs import files, lock, plots, report
 from outputs.logbook import Logbook, read_metrics
+from outputs.progress import Progress
 from session import open_session
 
 LONG_LOOP = 15.0  # seconds: half of the 30 that a cloud gives between its notice and the end; the checkpoint takes its time too
@@ -42,7 +43,8 @@ def run(config, workdir, continues='same'):
         if continues != 'never':
             changes = resume.unknown_config(workdir) or resume.config_changes(config, workdir)
             if changes and continues == 'same':
-                raise resume.refusal(workdir, changes)
+                raise resume.refusal(workdir, config, changes)
+            resume.require_fit(workdir, config, changes)
             if not changes and resume.is_finished(workdir):
                 print(f'{workdir} is finished: see {os.path.join(workdir, "report.md")}')
                 return 0
@@ -52,7 +54,7 @@ def run(config, workdir, continues='same'):
         if is_chief:
             return lead(session, workdir, changes, held)
     with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(io.StringIO()):  # one worker writes and speaks for all
-        return follow(session, scratch)
+        return follow(session, scratch, changes)
 
 
 def lead(session, workdir, changes, held):
@@ -65,10 +67,8 @@ def lead(session, workdir, changes, held):
 
     session.checkpoints.before_commit = before_commit
     with stopping.watch() as stop:
-        progress = resume.restore(session, workdir)
-        if changes:
-            progress.forget(changes)
-        resumed_from, notes = resume.record_start(session, workdir, progress.step, changes)
+        progress = resume.restore(session, workdir, changes)
+        resumed_from, notes = resume.record_start(session, workdir, progress, changes)
         stop_signal = train_until_stopped(session, workdir, progress, stop)
     if stop_signal is not None:
         saved = session.checkpoints.latest_step()
@@ -77,28 +77,71 @@ def lead(session, workdir, changes, held):
         return stopping.exit_status(stop_signal)
 
     if progress.step < session.plan.total_steps:
-        notes.append(f'ended at step {progress.step:,} of {session.plan.total_steps:,}: no {session.config.best_metric} was better than that of step '
-                     f'{progress.best_step or 0:,} for {session.config.patience}, config.patience; with another one --resume=changed trains on')
+        notes.append(why_it_ended(session, progress))
         print(f'patience  {notes[-1]}', flush=True)
-    exported = export.write(session, os.path.join(workdir, 'export'))
+    last_weights = weights_digest(session)
+    of_exported = load_exported(session, progress)
+    if of_exported['export/step'] != progress.step:
+        print(f'exports   the weights after update {of_exported["export/step"]:,}, the best by '
+              f'{session.config.best_metric}: config.patience is set; --mode=export '
+              f'--checkpoint=last takes those after update {progress.step:,}', flush=True)
+    exported = {**of_exported, **export.write(session, os.path.join(workdir, 'export'))}
     rows = read_metrics(workdir)
     plots.plot_learning_rate(os.path.join(workdir, 'plots', 'learning_rate.png'), *planning.planned_rates(session.config, session.plan), rows,
-                             session.plan.warmup_steps, session.plan.hold_steps)
+                             session.plan.warmup_steps, session.plan.hold_steps,
+                             begin=-session.plan.ahead.updates)
     plots.plot_curves(os.path.join(workdir, 'plots', 'curves.png'), {os.path.basename(workdir): rows})
-    summary = summarize(session, progress, rows, exported, resumed_from)
-    report.write_report(workdir, summary, session.describe(), (*session.source.notes, *session.data_changes, *notes))
+    summary = summarize(session, progress, rows, exported, resumed_from, last_weights)
+    data_notes = (*session.source.notes, *session.data_changes)
+    report.write_report(workdir, summary, session.describe(), data_notes, notes)
     files.write_json(os.path.join(workdir, resume.SUMMARY), summary)  # the last file: it says that all is done
-    print(f'{summary["eval/accuracy"]:.2%} of {summary["eval/examples"]:,} evaluation examples; report in {os.path.join(workdir, "report.md")}')
+    print(f'{report.headline(summary)}; report in {os.path.join(workdir, "report.md")}')
     session.agree([1])  # the others may go
     return 0
 
 
-def follow(session, scratch):
+def why_it_ended(session, progress: Progress) -> str:
+    """Returns a line about a run that is out of patience."""
+    config = session.config
+    than, since = '', f'since step {progress.patience_from:,}, '
+    if progress.best_step is not None:
+        than = f'than that of step {progress.best_step:,} '
+        since = since if progress.best_step < progress.patience_from else ''
+    return (f'ended at step {progress.step:,} of {session.plan.total_steps:,}: '
+            f'no {config.best_metric} was better {than}{since}for {config.patience}, '
+            'config.patience; with another one --resume=changed trains on')
+
+
+def load_exported(session, progress: Progress) -> dict:
+    """Gives the session the weights that are to be exported: with `config.patience` the best.
+
+    Otherwise they are the last. All workers call it together.
+
+    Returns: {'export/step', 'export/eval_accuracy', 'export/eval_loss', 'export/eval_top5'}: after
+        which update that was, and what its evaluation gave over the whole split.
+    """
+    step, metrics = progress.step, progress.metrics
+    if session.config.patience and progress.best_step not in (None, step):
+        session.agree([1])  # the last checkpoint, which names the best, is written
+        try:
+            step, best = session.checkpoints.restore('best')
+            metrics = files.nan_for_null(best['metrics'])
+        except (RunError, tf.errors.OpError) as error:
+            reason = one_line(error)
+            print(f'note      {reason}; the weights of the last update are exported', flush=True)
+    names = ('accuracy', 'loss', 'top5')
+    evaluated = {f'export/eval_{name}': metrics[f'eval/{name}'] for name in names}
+    return {'export/step': step, **evaluated}
+
+
+def follow(session, scratch, changes):
     """The run as one of several workers that does not write, except into a folder of its own; returns the exit status."""
     with stopping.watch() as stop:
-        stop_signal = train_until_stopped(session, scratch, resume.restore(session, scratch), stop)
+        progress = resume.restore(session, scratch, changes)
+        stop_signal = train_until_stopped(session, scratch, progress, stop)
     if stop_signal is not None:
         return stopping.exit_status(stop_signal)
+    load_exported(session, progress)
     session.agree([1])  # waits for the report: a worker that leaves takes the connection with it
     return 0
 
@@ -151,7 +194,7 @@ def train(session, logbook, progress, stop):
         began = time.monotonic()
         results = {key: float(value) for key, value in train_loop(iterator, tf.constant(until - step)).items()}  # waits for the devices
         seconds = time.monotonic() - began
-        progress.add(until, results, seconds, plan.batch_size)
+        progress.add(until, results, seconds, plan.batch_size, config.augment.repeats)
         logbook.advance(until)
         if seconds > LONG_LOOP and step > stage_begin and not warned:  # the first one of a stage is traced and compiled as well
             logbook.say(f'note      a loop takes {seconds:.0f} s, and a machine that is taken back gives about 30: lower config.steps_per_loop to stop in time')
@@ -180,7 +223,8 @@ def require_numbers(session, progress, workdir):
     saved = session.checkpoints.latest_step()
     first, last = progress.step - progress.skipped_in_a_row if most else progress.window_start, progress.step - 1
     teacher = f'see whether the answers of the teacher {session.teacher_name} are numbers, ' if session.teacher else ''
-    files.write_json(os.path.join(workdir, resume.SKIPPED), {'first_update': first, 'last_update': last})
+    skipped = {'first_update': first, 'last_update': last, 'ahead': session.plan.ahead}
+    files.write_json(os.path.join(workdir, resume.SKIPPED), skipped)
     raise RunError(f'the loss or its gradient was not finite {"in" if most else "somewhere in"} updates {first:,} to {last:,}{", which were skipped" * (most > 0)}: {teacher}'
                      'look at the first batch with --mode=preview; lower config.schedule.peak_lr, lengthen config.schedule.warmup or set config.grad_clip_norm, '
                      + (f'and go on from step {saved:,}, which is saved, with --resume=changed' if saved else 'and start again; no step is saved yet'))
@@ -206,12 +250,17 @@ def next_multiple(step, every):
     return (step // every + 1) * every
 
 
-def summarize(session, progress, rows, exported, resumed_from):
-    """The content of summary.json."""
-    speeds = [row['train/examples_per_second'] for row in rows if 'train/examples_per_second' in row]
+def weights_digest(session) -> str:
+    """Returns the SHA-256 of the weights as they are, in hexadecimal digits."""
     digest = hashlib.sha256()
     for variable in models.weights(session.state.model):
         digest.update(variable.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def summarize(session, progress, rows, exported, resumed_from, last_weights):
+    """The content of summary.json: of the last update, except for best/... and export/..."""
+    speeds = [row['train/examples_per_second'] for row in rows if 'train/examples_per_second' in row]
     return {
         'steps': progress.step,
         'examples_seen': progress.examples_seen,
@@ -223,6 +272,6 @@ def summarize(session, progress, rows, exported, resumed_from):
         'examples_per_second': statistics.median(speeds) if speeds else 0.0,  # nothing where metrics.jsonl was lost
         'input_wait_fraction': min(1.0, progress.input_seconds / progress.train_seconds) if progress.train_seconds else 0.0,
         'resumed_from': resumed_from,
-        'weights_sha256': digest.hexdigest(),
+        'weights_sha256': last_weights,
         **exported,
     }

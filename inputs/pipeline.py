@@ -36,8 +36,8 @@ def training_batches(source, config, plan, begin_step, end_step, strategy):
 
     def on_host(context):
         split = source.split(source.train_split, _share(context), in_memory=not config.dataset.service)
-        distinct = plan.batch_size // context.num_input_pipelines // repeats  # examples of a batch, on this host
-        examples = ordered_examples(split, config.seed, source.memory_bytes // 4, begin_step * distinct)
+        begin = plan.stream_position(begin_step, repeats) // context.num_input_pipelines
+        examples = ordered_examples(split, config.seed, source.memory_bytes // 4, begin)
         examples = repeated(examples, plan.batch_size // plan.num_replicas, repeats)
         batches = service.prepare(examples, picture, plan.batch_size // plan.num_replicas, config.dataset.service, AUTOTUNE)
         replicas = plan.num_replicas // context.num_input_pipelines

@@ -69,6 +69,31 @@ def build_optimizer(config, schedule_arguments, variables):
     return optimizer
 
 
+def shift_schedule(
+    optimizer: keras.optimizers.Optimizer, schedule_arguments: dict, updates: int
+) -> None:
+    """Puts the schedule of `optimizer` so many updates ahead of its `iterations`.
+
+    Call it before the step is traced. `iterations` stay the number of updates that were made: they
+    correct the bias of Adam's averages and draw the masks of dropout.
+    """
+    optimizer.learning_rate = Shifted(schedules.WarmupDecay(**schedule_arguments), updates)
+
+
+class Shifted(keras.optimizers.schedules.LearningRateSchedule):
+    """The rate that `schedule` has `updates` further on."""
+
+    def __init__(self, schedule: keras.optimizers.schedules.LearningRateSchedule, updates: int):
+        super().__init__()
+        self.schedule, self.updates = schedule, updates
+
+    def __call__(self, step):
+        return self.schedule(keras.ops.cast(step, 'int64') + self.updates)
+
+    def get_config(self):
+        return {'schedule': self.schedule, 'updates': self.updates}
+
+
 def decays(variable):
     """Whether weight decay and L2 apply: to kernels, not to biases and the scales of normalisation layers."""
     return len(variable.shape) > 1

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import threading
 
 import numpy as np
@@ -107,7 +108,12 @@ class Checkpoints:
         differs = [f'{key} is {found.get(key, "missing")} there and {wanted[key]} here' for key in wanted if found.get(key) != wanted[key]]
         more = [f'{key} is there and not here' for key in sorted(found) if key not in wanted and not partly]
         if differs or more:
-            raise RunError(f'{folder} does not fit this config ({(differs + more)[0]}): take the config it was made with, or begin anew with --resume=never')
+            otherwise = 'begin anew with --resume=never'
+            if _model_shapes(found) == _model_shapes(wanted):  # else the weights fit no better
+                otherwise = ('begin a new run with its weights: '
+                             f'--workdir=NEW --config.model.weights={shlex.quote(folder)}')
+            raise RunError(f'{folder} does not fit this config ({(differs + more)[0]}): '
+                           f'take the config it was made with, or {otherwise}')
         for variable, value in zip(self._variables.values(), self._load(prefix)):
             variable.assign(value)
 
@@ -135,7 +141,8 @@ class Checkpoints:
         self.before_commit()  # a folder that has vanished is not made again
         folder = _folder(self.directory, step)
         written = self._write_variables(folder, step, values) if values else self._good[step]['files']
-        content = json.dumps({'step': step, 'best_step': best_step, 'progress': progress, 'files': written}, sort_keys=True)
+        manifest = {'step': step, 'best_step': best_step, 'progress': progress, 'files': written}
+        content = files.as_json(manifest, sort_keys=True)
         self.before_commit()
         files.write(os.path.join(folder, MANIFEST), f'{{"sha256": "{_checksum(content.encode())}", "manifest": {content}}}\n')
         for above in (self.directory, os.path.dirname(self.directory)):  # may be new
@@ -236,6 +243,11 @@ def find(path):
             folder = _folder(directory, best_step)
     verify(folder)
     return os.path.join(folder, VARIABLES)
+
+
+def _model_shapes(variables: dict) -> dict:
+    """Returns {key: shape} of the weights among {key: (dtype, shape)}."""
+    return {key: shape for key, (_, shape) in variables.items() if key.startswith('model/')}
 
 
 def _folder(directory, step):

@@ -5,6 +5,8 @@ A file is written whole or not at all, also when the power is cut, and what goes
 import contextlib
 import errno
 import json
+import math
+import numbers
 import os
 import shutil
 import tempfile
@@ -50,8 +52,12 @@ def list_folder(path):
 
 
 def make_folder(path):
+    """Makes a folder, and those above it, unless it is there.
+
+    '' is the current one: `os.path.dirname` says so of a name without a folder.
+    """
     with explained(path):
-        _gfile().makedirs(path) if is_remote(path) else os.makedirs(path, exist_ok=True)
+        _gfile().makedirs(path) if is_remote(path) else os.makedirs(path or '.', exist_ok=True)
 
 
 def delete(path):
@@ -144,8 +150,36 @@ def written_beside(folder):
     delete(partial)
 
 
+def as_json(value: object, **options) -> str:
+    """Returns `value` as JSON, with null for numbers that are not finite, which JSON cannot say.
+
+    Args:
+        value: numbers, also NumPy's, texts, None, and dicts, lists and tuples of them. What is
+            something else becomes its text.
+        options: of `json.dumps`.
+    """
+    return json.dumps(_finite(value), allow_nan=False, default=str, **options)
+
+
+def nan_for_null(numbers_by_name: dict) -> dict:
+    """Returns a dict that `as_json` wrote with NaN in place of None: all are numbers again."""
+    return {name: math.nan if value is None else value for name, value in numbers_by_name.items()}
+
+
+def _finite(value):
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    if isinstance(value, (bool, int)) or not isinstance(value, numbers.Real):
+        return value
+    if isinstance(value, numbers.Integral):  # of NumPy
+        return int(value)
+    return float(value) if math.isfinite(value) else None
+
+
 def write_json(path, value):
-    write(path, json.dumps(value, indent=2, default=str) + '\n')
+    write(path, as_json(value, indent=2) + '\n')
 
 
 def read_json(path):

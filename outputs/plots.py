@@ -40,7 +40,7 @@ def drawable(text: str) -> str:
     return ''.join(letter if ord(letter) in letters else letter.encode('unicode_escape').decode() for letter in text)
 
 
-def plot_learning_rate(path, planned_steps, planned, rows, warmup_steps, hold_steps):
+def plot_learning_rate(path, planned_steps, planned, rows, warmup_steps, hold_steps, begin=0):
     """The planned rate of every step, and the rates that the optimizer really used.
 
     Args:
@@ -48,10 +48,15 @@ def plot_learning_rate(path, planned_steps, planned, rows, warmup_steps, hold_st
         planned_steps, planned: sequences of the same length.
         rows: of metrics.jsonl; those with `train/learning_rate` are drawn: the rate of the update before `step`.
         warmup_steps, hold_steps: marked.
+        begin: the update at which the schedule begins; below 0 it has begun before the first.
     """
     figure, axes = plt.subplots(figsize=(8, 4.5), layout='constrained')
-    axes.axvspan(0, warmup_steps, alpha=0.12, color='C1', label=f'warmup, {warmup_steps:,} steps', linewidth=0)
-    axes.axvspan(warmup_steps, warmup_steps + hold_steps, alpha=0.12, color='C2', label=f'hold, {hold_steps:,} steps', linewidth=0)
+    warmup_end = begin + warmup_steps
+    hold_end = warmup_end + hold_steps
+    corners = [max(0, corner) for corner in (begin, warmup_end, hold_end)]
+    shade = dict(alpha=0.12, linewidth=0)
+    axes.axvspan(*corners[:2], color='C1', label=f'warmup, {warmup_steps:,} steps', **shade)
+    axes.axvspan(*corners[1:], color='C2', label=f'hold, {hold_steps:,} steps', **shade)
     axes.plot(planned_steps, planned, color='C0', linewidth=2, label='planned')
     used = [(row['step'] - 1, row['train/learning_rate']) for row in rows if 'train/learning_rate' in row]
     axes.plot(*zip(*used), '.', color='C3', markersize=5, label='used') if used else None

@@ -1,8 +1,22 @@
 """What a run knows beside its variables; saved with each checkpoint, so that a run goes on as if it had not stopped."""
 import dataclasses
 import math
+from collections.abc import Collection
 
 LOWER_IS_BETTER = ('eval/loss',)
+ANY_KEY = '*'  # stands for all keys of a config, where nobody knows which have changed
+EVALUATION_KEYS = ('image_size', 'eval_crop', 'model.name', 'precision')
+LOADING_KEYS = ('dataset.memory_gib', 'dataset.service', 'dataset.max_broken')
+
+
+def changes_evaluation(key: str) -> bool:
+    """Returns whether an evaluation of the same weights may depend on this key of the config.
+
+    It does not on `ema_decay`: the averages go on from where they are.
+    """
+    if key.startswith('dataset.'):
+        return key not in LOADING_KEYS
+    return key in (ANY_KEY, *EVALUATION_KEYS)
 
 
 @dataclasses.dataclass
@@ -11,16 +25,22 @@ class Progress:
 
     Attributes:
         step, examples_seen: updates done, and examples in them.
+        distinct_seen: how many of these were no copies, see `augment.repeats`: how far the stream
+            of training examples has come.
         window_start, window, window_seconds: sums over the updates since the last row of metrics.jsonl, and how long they took.
         learning_rate: of the last update.
         skipped_updates, skipped_in_a_row: see `TrainState`.
         train_seconds, input_seconds: in the training loop and of it waiting for batches, since the run began.
         evaluated_at, metrics: the step of the last evaluation, and what it gave.
         best_step, best: where `config.best_metric` was best, and how good.
+        patience_from: the step from which on `config.patience` counts, if nothing was better since.
+        config: {key: value}, the config that all of this was measured under, without the keys that
+            may differ between starts; None where an older version of this program wrote it.
     """
 
     step: int = 0
     examples_seen: int = 0
+    distinct_seen: int = 0
     window_start: int = 0
     window: dict = dataclasses.field(default_factory=dict)
     window_seconds: float = 0.0
@@ -33,10 +53,16 @@ class Progress:
     metrics: dict = dataclasses.field(default_factory=dict)
     best_step: int | None = None
     best: float | None = None
+    patience_from: int = 0
+    config: dict | None = None
 
-    def add(self, step, results, seconds, batch_size):
-        """Adds what a train loop up to `step` returned, as floats, and how long it took."""
+    def add(self, step, results, seconds, batch_size, repeats=1):
+        """Adds what a train loop up to `step` returned, as floats, and how long it took.
+
+        A batch has `batch_size` examples, each of them `repeats` times.
+        """
         self.examples_seen += (step - self.step) * batch_size
+        self.distinct_seen += (step - self.step) * (batch_size // repeats)
         self.step, self.learning_rate, self.skipped_in_a_row = step, results['learning_rate'], round(results['skipped_in_a_row'])
         self.skipped_updates += round(results['skipped'])
         for key in ('loss', 'correct', 'grad_norm', 'skipped', 'input_seconds'):
@@ -75,12 +101,19 @@ class Progress:
             self.best_step, self.best = self.step, value
         return better
 
-    def forget(self, changes):
-        """Lets go of what does not hold any more under a config with these changes, texts that begin with the key."""
+    def forget(self, keys: Collection[str]) -> None:
+        """Lets go of what does not hold any more when these keys of the config have changed."""
+        if not keys:
+            return
         self.window_start, self.window, self.window_seconds = self.step, {}, 0.0
-        if any(change.startswith(('best_metric ', 'dataset.')) for change in changes):
+        if any(key == 'best_metric' or changes_evaluation(key) for key in keys):
+            self.evaluated_at, self.metrics = None, {}
             self.best_step = self.best = None
+        if set(keys) != {'patience'}:  # what is trained now has had no chance yet to be better
+            self.patience_from = self.step
 
     def out_of_patience(self, patience):
         """Whether the last evaluation, at this step, is `patience` updates or more after the best one; None never is."""
-        return patience is not None and self.evaluated_at == self.step and self.step - (self.best_step or 0) >= patience
+        if patience is None or self.evaluated_at != self.step:
+            return False
+        return self.step - max(self.best_step or 0, self.patience_from) >= patience

@@ -7,14 +7,27 @@ from outputs.files import read_json
 INPUT_BOUND = 0.2  # from this share of the time spent waiting for batches on, the input is what limits
 
 
-def write_report(workdir, summary, description, notes=()):
+def headline(summary: dict) -> str:
+    """Returns how well the exported weights did, in a line."""
+    accuracy, examples = summary['export/eval_accuracy'], summary['eval/examples']
+    right = f'{accuracy:.2%} of {examples:,} evaluation examples'
+    if summary['export/step'] == summary['steps']:
+        return right
+    last = f'{summary["eval/accuracy"]:.2%} after the last, {summary["steps"]:,}'
+    return f'{right} after update {summary["export/step"]:,}, which is exported; {last}'
+
+
+def write_report(workdir, summary, description, data_notes=(), changes=()):
     """Writes report.md into `workdir`.
 
     Args:
         workdir: the folder of the run, with config.json, environment.json and plots/.
         summary: the content of summary.json.
         description: lines of text about strategy, precision and plan.
-        notes: lines of text about the data that the user may not expect, such as broken files that were skipped.
+        data_notes: lines of text about the data that the user may not expect, such as broken files
+            that were skipped.
+        changes: lines of text about what has changed during the run, such as its config, and why it
+            ended early.
     """
     config, environment = (read_json(os.path.join(workdir, name)) for name in ('config.json', 'environment.json'))
     waiting = summary['input_wait_fraction']
@@ -23,20 +36,19 @@ def write_report(workdir, summary, description, notes=()):
     packages = ', '.join(f'{name} {version}' for name, version in environment['packages'].items())
     commit = environment['git_commit'] or 'unknown'
     changed = f' with {len(environment["git_changed_files"])} changed files' if environment['git_changed_files'] else ''
-    about_data = '\n'.join(('## What to know about the data', '', '```', *notes, '```', '', '')) if notes else ''
+    sections = _section('Changes during the run', changes)
+    sections += _section('What to know about the data', data_notes)
     resumed = ', '.join(f'{step:,}' for step in summary['resumed_from']) or 'never'
     name = config['best_metric'].removeprefix('eval/')
-    best = 'none' if summary['best/step'] is None else f'{summary[f"best/{name}"]:.4g} after update {summary["best/step"]:,}'
     text = f"""# {config['model']['name']} on {config['dataset']['name']}
 
-**{summary['eval/accuracy']:.2%}** of {summary['eval/examples']:,} evaluation examples are right
-({summary['eval/top5']:.2%} among the first five), with the {'averaged ' if config['ema_decay'] else ''}weights after the last of {summary['steps']:,} updates.
+{_first_lines(summary, config)}
 
 | | |
 | --- | --- |
-| loss on the evaluation split | {summary['eval/loss']:.4f} |
-| best {name} on the way | {best} |
-| accuracy of the exported model, loaded with TensorFlow alone | {summary['export/accuracy']:.2%} of {summary['export/examples']:,} examples |
+| loss on the evaluation split | {summary['export/eval_loss']:.4f} |
+| best {name} on the way | {_best(summary, name)} |
+| accuracy of the exported model, loaded with TensorFlow alone | {_accuracy_of_export(summary)} |
 | largest difference of its logits from the model's | {summary['export/max_difference']:.2g} |
 | examples seen | {summary['examples_seen']:,} |
 | updates skipped, because their loss or gradient was not finite | {summary['skipped_updates']:,} |
@@ -44,7 +56,7 @@ def write_report(workdir, summary, description, notes=()):
 | speed | {summary['examples_per_second']:,.0f} examples/s (median) |
 | what limited it | {limit} |
 | resumed at step | {resumed} |
-| SHA-256 of the weights | `{summary['weights_sha256']}` |
+| SHA-256 of the weights after the last update | `{summary['weights_sha256']}` |
 
 ![curves](plots/curves.png)
 
@@ -58,7 +70,7 @@ def write_report(workdir, summary, description, notes=()):
 
 config.json has every value of the config.
 
-{about_data}## On what
+{sections}## On what
 
 - {environment['platform']}, {environment['cpu_cores']} CPU cores
 - {', '.join(environment['devices'])}
@@ -66,3 +78,50 @@ config.json has every value of the config.
 - commit {commit}{changed}
 """
     files.write(os.path.join(workdir, 'report.md'), text)
+
+
+def _first_lines(summary, config) -> str:
+    """Returns how good the exported weights are, which they are, and how to get the last ones."""
+    step, last = summary['export/step'], summary['steps']
+    accuracy, top5 = summary['export/eval_accuracy'], summary['export/eval_top5']
+    weights = 'averaged weights' if config['ema_decay'] else 'weights'
+    with_weights = f'({top5:.2%} among the first five), with the {weights} after'
+    lines = [
+        f'**{accuracy:.2%}** of {summary["eval/examples"]:,} evaluation examples are right',
+        f'{with_weights} the last of {last:,} updates.',
+    ]
+    if step != last:
+        lines[1:] = [
+            f'{with_weights} update {step:,} of {last:,}:',
+            f'the best by {config["best_metric"]}, exported because `patience` is set.',
+            f'After the last update {summary["eval/accuracy"]:.2%} are right;',
+            '`--mode=export --checkpoint=last` exports those weights.',
+        ]
+    return '\n'.join(lines)
+
+
+def _best(summary, name) -> str:
+    step = summary['best/step']
+    if step is None:
+        return 'none'
+    best = f'{summary[f"best/{name}"]:.4g} after update {step:,}'
+    if step in (summary['export/step'], summary['steps']):
+        return best
+    return f'{best}; `--mode=export --checkpoint=best` exports it'
+
+
+def _accuracy_of_export(summary) -> str:
+    """Returns the accuracy of the exported model beside that of the model on the same examples."""
+    examples = summary['export/examples']
+    which = 'examples taken evenly from the split'
+    if examples == summary['eval/examples']:
+        which = 'evaluation examples, which are all'
+    text = f'{summary["export/accuracy"]:.2%} of {examples:,} {which}'
+    itself = summary.get('export/model_accuracy')
+    if itself is None:
+        return text
+    return f'{text} (the model itself on the same examples: {itself:.2%})'
+
+
+def _section(title, lines) -> str:
+    return '\n'.join((f'## {title}', '', '```', *lines, '```', '', '')) if lines else ''

@@ -78,6 +78,77 @@ def test_a_plan_is_exact_arithmetic(epochs, examples, batch_size, warmup, hold):
     assert 1 <= numbers.log_every <= max(1, numbers.total_steps)
 
 
+def at_batch(batch_size, train_for='27 epochs'):
+    config = default.get_config()
+    config.batch_size, config.train_for = batch_size, train_for
+    return config, plan.make_plan(config, 1437, 360, 10, 1)
+
+
+def test_a_run_that_goes_on_with_half_the_batch_has_as_many_epochs_left():
+    before, _ = at_batch(64)
+    config, numbers = at_batch(32)
+    assert numbers.total_steps == 1212
+    numbers = plan.continued(numbers, config, 303, 303 * 64, 303 * 64)  # after half of 606 updates
+    assert numbers.total_steps - 303 == 606
+    assert numbers.epochs == pytest.approx(27, abs=32 / 1437)
+    assert (numbers.total_steps - 303) * 32 / 1437 == pytest.approx(13.5, abs=64 / 1437)
+    rate, of_before = plan.learning_rate_of(config, numbers), plan.learning_rate_of(*at_batch(64))
+    for examples in range(303 * 64, 27 * 1437 - 64, 64 * 17):
+        assert rate(303 + (examples - 303 * 64) // 32) == pytest.approx(
+            of_before(examples // 64), abs=1e-6
+        )
+    assert plan.stages(config, numbers)[-1][0] == 909
+    chosen, rates = plan.planned_rates(config, numbers)
+    assert (chosen[0], chosen[-1], rates[-1]) == (0, 909, config.schedule.end_lr)
+
+
+def test_a_run_counted_in_updates_goes_on_at_the_same_update():
+    config, numbers = at_batch(4, '30 steps')
+    moved = plan.continued(numbers, config, 14, 14 * 32, 14 * 32)
+    assert (moved.total_steps, moved.ahead.updates) == (30, 0)
+    assert moved.stream_position(14, 1) == 448 and moved.stream_position(30, 1) == 448 + 64
+    assert moved.epochs == (448 + 64) / 1437
+
+
+def test_stages_and_curve_begin_later_where_batches_have_become_larger():
+    config, _ = at_batch(64)
+    config.progressive.stages = 2
+    numbers = plan.make_plan(config, 1437, 360, 10, 1)
+    moved = plan.continued(numbers, config, 606, 606 * 32, 606 * 32)  # position 303 of 606
+    assert [end for end, _ in plan.stages(config, moved)] == [606, 909]
+    assert plan.planned_rates(config, moved)[0][0] == 303 and moved.total_steps == 909
+    assert (
+        'some of them with batches of another size; 26.99 epochs, now of 22.4531 steps'
+        in moved.describe()
+    )
+
+
+@given(
+    parts=st.lists(st.tuples(st.integers(1, 300), st.integers(1, 40)), min_size=1, max_size=4),
+    batch_size=st.integers(1, 300),
+    more=st.integers(0, 50),
+    unit=st.sampled_from(['27 epochs', '9000 steps', '40_000 examples']),
+)
+def test_a_position_follows_from_what_was_seen_whenever_it_is_asked_for(
+    parts, batch_size, more, unit
+):
+    config, numbers = at_batch(batch_size, unit)
+    step, seen = sum(count for _, count in parts), sum(size * count for size, count in parts)
+    moved = plan.continued(numbers, config, step, seen, seen)
+    assert (
+        plan.continued(
+            moved, config, step + more, seen + more * batch_size, seen + more * batch_size
+        )
+        == moved
+    )  # after any stop
+    assert moved.stream_position(step, 1) == seen
+    if unit != '9000 steps':
+        examples = seen + (moved.total_steps - step) * batch_size
+        assert numbers.total_steps * batch_size <= examples < (numbers.total_steps + 1) * batch_size
+    if all(size == batch_size for size, _ in parts):
+        assert moved == numbers
+
+
 @pytest.mark.parametrize('key, value, says', [
     ('train_for', '20', "'20 epochs'"),
     ('train_for', '5%', 'no duration'),
