@@ -294,7 +294,8 @@ def _files(tree: Tree, bases: dict[str, Split]) -> tuple[list[_File], collection
                 pictures = pictures_in(names)
                 found += [_File(split, class_name, os.path.join(below, name)) for name in pictures]
                 if len(pictures) < len(names):
-                    endings.update(map(_ending, set(names).difference(pictures)))
+                    known = set(pictures)
+                    endings.update(_ending(name) for name in names if name not in known)
     return found, endings
 
 
