@@ -1,6 +1,7 @@
-"""What a file is that Pillow does not take for a picture: its first bytes say it, and so what to do about it.
+"""Says by its first bytes what a file is that is not read, and what to do about it.
 
-Sources: the formats' own documents, the register of ISO base media brands (mp4ra.org), and the magic file of `file`.
+Sources: the formats' own documents, the register of ISO base media brands (mp4ra.org), and the
+magic file of `file`.
 """
 import re
 
@@ -14,7 +15,8 @@ RAW = 'convert it: darktable-cli FILE.{0} FILE.jpg'
 FRAMES = 'extract frames: ffmpeg -i FILE.{0} -vf fps=1 FILE-%04d.jpg'
 UNPACK = 'unpack it, and name the folder'
 
-# Pillow's own formats, which it has refused: (pattern of the first bytes, name, Pillow's feature without which it reads none).
+# Formats that Pillow reads, of files that it has refused all the same: (pattern of the first bytes,
+# name, the feature of Pillow that it takes).
 READ = (
     (rb'\xff\xd8\xff', 'a JPEG file', None),
     (rb'\x89PNG', 'a PNG file', None),
@@ -57,8 +59,9 @@ OTHERS = (
     (rb'FLV\x01', 'a Flash video', FRAMES.format('flv')),
     (rb'0&\xb2u\x8ef\xcf\x11', 'a Windows Media video', FRAMES.format('wmv')),
     (rb'[\x00-\x1f]...(moov|mdat|wide|free|skip|pnot)', 'a QuickTime video', FRAMES.format('mov')),
-    (rb'version https://git-lfs', 'a pointer of Git LFS', 'the picture is not here yet: git lfs pull'),
-    (rb'[./]*(git/)?annex/objects/', 'a pointer of git-annex', 'the picture is not here yet: git annex get .'),
+    (rb'version https://git-lfs', 'a pointer of Git LFS', 'the picture is elsewhere: git lfs pull'),
+    (rb'[./]*(git/)?annex/objects/', 'a pointer of git-annex',
+     'the picture is elsewhere: git annex get .'),
     (rb'\x00\x05\x16[\x00\x07]', "what a Mac keeps beside a file (AppleDouble)", 'delete it'),
     (rb'PK(\x03\x04|\x05\x06)', 'a zip archive', UNPACK),
     (rb'\x1f\x8b', 'a gzip archive', UNPACK),
@@ -75,7 +78,8 @@ OTHERS = (
 # Markup, which may begin with a mark of its encoding, spaces and comments.
 MARKUP = (
     (rb'<svg', 'a drawing (SVG)', 'convert it: rsvg-convert FILE.svg -o FILE.png'),
-    (rb'<!doctype html|<html|<head|<body', 'a web page (HTML)', 'the download failed, or needs a login: get it again'),
+    (rb'<!doctype html|<html|<head|<body', 'a web page (HTML)',
+     'the download failed, or needs a login: get it again'),
     (rb'<\?xml|<error', 'XML', 'the download failed, perhaps: look at it, and get it again'),
     (rb'[{\[]\s*["{\[\]}]', 'JSON', 'the download failed, perhaps: look at it, and get it again'),
 )
@@ -83,13 +87,18 @@ HEIC = (b'heic', b'heix', b'heim', b'heis', b'hevc', b'hevx', b'hevm', b'hevs')
 HEIF = (b'mif1', b'mif2', b'msf1', b'miaf')  # one of several ways to compress is inside
 AVIF = (b'avif', b'avis')
 
-# Of pictures that are not looked at, because no reader of ours knows them: files of cameras stand beside their JPEG files.
-ENDINGS = frozenset('''.3fr .arw .bpg .cr2 .cr3 .crw .cur .dcm .dcr .dds .djvu .dng .eps .erf .exr .fits .flif .hdr .icns .ico .iiq .jls .jxr .k25
-    .kdc .mef .mos .mrw .nef .nrw .orf .pcx .pdf .pef .ps .psb .psd .qoi .raf .raw .rw2 .rwl .sr2 .srf .srw .tga .wdp .x3f .xcf'''.split())
+# Of pictures that are not looked at, because no reader of ours knows them. They do not count as
+# broken: cameras write raw files beside their JPEG files.
+ENDINGS = frozenset('''
+    .3fr .arw .cr2 .cr3 .crw .dcr .dng .erf .iiq .k25 .kdc .mef .mos .mrw .nef .nrw .orf .pef .raf
+    .raw .rw2 .rwl .sr2 .srf .srw .x3f
+    .bpg .cur .dcm .dds .djvu .eps .exr .fits .flif .hdr .icns .ico .jls .jxr .pcx .pdf .ps .psb
+    .psd .qoi .tga .wdp .xcf
+'''.split())
 
 
 def reason(content: bytes) -> str:
-    """Returns why this file, which Pillow does not recognize, is no picture that can be read, in a line of at most 200 letters."""
+    """Returns why a file that Pillow does not recognize cannot be read, in at most 200 letters."""
     what, advice = _name(content)
     if not what:
         return f'no picture that can be read: it begins with {content[:16]!r}'
@@ -97,9 +106,10 @@ def reason(content: bytes) -> str:
 
 
 def reason_of_raw(image: Image.Image, content: bytes) -> str:
-    """Returns the same of a camera's raw file, which is a TIFF file whose first page is a thumbnail; '' for what is none.
+    """Returns why a camera's raw file, which Pillow takes for TIFF, cannot be read; else ''.
 
-    DNG, NEF, ARW and others are TIFF/EP: the first page says that it is a reduced one, and names where the whole one is.
+    DNG, NEF, ARW and others are TIFF/EP: their first page is a thumbnail, which says that it is a
+    reduced one, and where the whole one is.
     """
     if not isinstance(image, TiffImagePlugin.TiffImageFile):
         return ''
@@ -111,7 +121,8 @@ def reason_of_raw(image: Image.Image, content: bytes) -> str:
     if not (is_dng or is_cr2 or (is_reduced and has_others)):
         return ''
     ending = {(True, False): 'dng', (False, True): 'cr2'}.get((is_dng, is_cr2), 'nef')
-    return f"no picture that can be read: a camera's raw file, of which a TIFF reader sees the thumbnail; {RAW.format(ending)}"
+    return ("no picture that can be read: a camera's raw file, of which a TIFF reader sees the "
+            f'thumbnail; {RAW.format(ending)}')
 
 
 def _name(content: bytes) -> tuple[str, str]:
@@ -127,7 +138,8 @@ def _name(content: bytes) -> tuple[str, str]:
         if re.match(pattern, content[:16], re.DOTALL):
             return what, _of_read(feature)
     begin = content[:1024].removeprefix(b'\xef\xbb\xbf').lstrip().lower()
-    if begin.startswith((b'<?xml', b'<!--', b'<!doctype svg')) and b'<svg' in content[:4096].lower():
+    is_xml = begin.startswith((b'<?xml', b'<!--', b'<!doctype svg'))
+    if is_xml and b'<svg' in content[:4096].lower():
         begin = b'<svg'
     for pattern, what, advice in MARKUP:
         if re.match(pattern, begin):
@@ -144,10 +156,11 @@ def _of_read(feature: str | None) -> str:
 def _name_of_brands(content: bytes) -> tuple[str, str]:
     """The same of a file in the ISO base media format, by its brands: ISO/IEC 14496-12, 4.3."""
     length = min(int.from_bytes(content[:4], 'big'), len(content), 256)
-    main, brands = content[8:12], {content[8:12]} | {content[begin:begin + 4] for begin in range(16, length - 3, 4)}
-    if main in AVIF or main in HEIF and brands.intersection(AVIF):
+    main = content[8:12]
+    compatible = {content[begin:begin + 4] for begin in range(16, length - 3, 4)}
+    if main in AVIF or (main in HEIF and compatible.intersection(AVIF)):
         return 'an AVIF picture', _of_read('avif')
-    if main in HEIC or main in HEIF and brands.intersection(HEIC):
+    if main in HEIC or (main in HEIF and compatible.intersection(HEIC)):
         return 'an HEIC picture', _of_heif('heic')
     if main in HEIF:
         return 'an HEIF picture', _of_heif('heif')
@@ -163,4 +176,5 @@ def _name_of_brands(content: bytes) -> tuple[str, str]:
 def _of_heif(ending: str) -> str:
     if heif.VERSION:
         return DAMAGED
-    return f'python -m pip install pillow-heif to read it, or convert it: heif-convert FILE.{ending} FILE.jpg'
+    return ('python -m pip install pillow-heif to read it, or convert it: '
+            f'heif-convert FILE.{ending} FILE.jpg')

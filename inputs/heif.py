@@ -1,4 +1,4 @@
-"""HEIC and HEIF pictures, as phones and cameras write them: read where the extra `heif` is installed, which is pillow-heif."""
+"""HEIC and HEIF pictures, as phones write them: read where the extra `heif` is installed."""
 try:
     import pillow_heif
 except ImportError:

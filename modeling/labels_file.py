@@ -1,8 +1,8 @@
 """labels.txt beside a SavedModel: the names of its classes in the order of the head, one a line.
 
-A name that would not come back as the same line is written as a JSON string: one with a line break of any kind, an empty
-one, and one that could itself be taken for such a string. All others stand there as they are, so that `cat labels.txt`
-and a loop over its lines give the names.
+A name that would not come back as the same line is written as a JSON string: one with a line break
+of any kind, an empty one, and one that could itself be taken for such a string. All others stand
+there as they are, so that `cat labels.txt` and a loop over its lines give the names.
 """
 import json
 from collections.abc import Iterable
@@ -16,13 +16,16 @@ def to_text(names: Iterable[str]) -> str:
 
 
 def from_text(text: str) -> list[str]:
-    """Returns the names in the content of labels.txt; lines may also end as on Windows, and the last one not at all."""
+    """Returns the names in the content of labels.txt.
+
+    Lines may also end as on Windows, and the last one may have no end.
+    """
     lines = text.replace('\r\n', '\n').removesuffix('\n').split('\n')
     return [_from_line(line) for line in lines] if text else []
 
 
 def _to_line(name: str) -> str:
-    is_one_line = name.splitlines() == [name]  # by every line break that Python knows: others may read the file with it
+    is_one_line = name.splitlines() == [name]  # others may read the file so
     return name if is_one_line and _from_line(name) == name else json.dumps(name)
 
 
@@ -31,5 +34,6 @@ def _from_line(line: str) -> str:
         name = json.loads(line) if line.startswith('"') else line
     except ValueError:
         return line
-    # A class may really be called "cat", with the quotes: only what `_to_line` writes as a JSON string is read as one.
+    # A class may really be called "cat", with the quotes: only what `_to_line` writes as a JSON
+    # string is read as one.
     return name if name == line or _to_line(name) == line else line

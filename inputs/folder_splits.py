@@ -1,0 +1,217 @@
+"""Tells splits from classes among the user's folders, by name. Two splits are never mixed."""
+import os
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from errors import RunError
+from inputs import picture_files
+from inputs.folder_tree import Tree
+from inputs.picture_files import shown
+
+USUAL = frozenset((  # names of splits
+    'train', 'training', 'val', 'valid', 'validation', 'dev', 'test', 'testing', 'eval',
+    'evaluation',
+))
+HELD_OUT = 'held_out'  # an evaluation split that is no folder, whatever folders there are
+NAMED = 10  # names in one line
+SORT = 'put the pictures of each class into a folder of its own'
+
+
+class Asked(NamedTuple):
+    """The splits that the config names."""
+
+    train: str
+    eval: str
+    needs_training: bool  # False where pictures to evaluate are enough
+
+
+class Split(NamedTuple):
+    """Where the pictures of a split are.
+
+    Attributes:
+        place: in words: 'DIR/train', or 'DIR/CLASS/train' where the classes are above.
+        folder: the one that holds the class folders.
+        classes: {class name: the folder of its pictures of this split}.
+    """
+
+    place: str
+    folder: str
+    classes: dict[str, str]
+
+
+class _Inside(NamedTuple):
+    """A folder that is called as a split is, below a class folder, with pictures in or below it."""
+
+    class_name: str
+    above: str  # between the class folder and it, '' for nothing
+    split: str
+    below: str  # the first folder between it and the pictures, '' for nothing
+
+
+def find(tree: Tree, asked: Asked) -> tuple[dict[str, Split], list[str]]:
+    """Finds the splits.
+
+    Returns: ({name: Split}, without `asked.eval` where it is to be held out of the other; notes).
+
+    Raises: RunError, with what to do, where splits would be mixed or one of `asked` is not there.
+    """
+    root = tree.root
+    folders, _ = tree.entries(root)
+    like_splits = [name for name in folders if _is_like_split(name, asked)]
+    subfolders = {name: tree.entries(os.path.join(root, name))[0] for name in like_splits}
+    splits = [name for name in like_splits if subfolders[name]]  # 'train' may be a class: of trains
+    if not splits:
+        _check_classes(tree, folders, like_splits)
+        return _find_in_classes(tree, folders, asked)
+    if asked.train in splits and asked.eval in subfolders and asked.eval not in splits:
+        raise RunError(
+            f'{shown(root)}/{asked.eval} has no class folders: sort its pictures into them, '
+            f'or write --config.dataset.eval_split={HELD_OUT} to hold out a part of {asked.train}')
+    chosen = _choose(shown(root), splits, asked, 'with class folders')
+    found = {}
+    for name in chosen:
+        found[name] = _with_classes(os.path.join(root, name), subfolders[name])
+        _check_classes_of_split(tree, found[name], asked)
+    unused = [name for name in folders if name not in chosen]
+    return found, [f'not used: {named(unused)} in {shown(root)}'] if unused else []
+
+
+def named(names: Iterable[str]) -> str:
+    """Returns the first of these names, sorted, in words."""
+    names = sorted(names)
+    more = f' and {len(names) - NAMED:,} more' if len(names) > NAMED else ''
+    return ', '.join(map(shown, names[:NAMED])) + more
+
+
+def pictures_in(files: list[str]) -> list[str]:
+    """Returns the names that end like a picture's."""
+    return [name for name in files if name.lower().endswith(picture_files.SUFFIXES)]
+
+
+def _is_like_split(name: str, asked: Asked) -> bool:
+    return name in (asked.train, asked.eval) or name.casefold() in USUAL
+
+
+def _with_classes(folder: str, names: list[str]) -> Split:
+    return Split(shown(folder), folder, {name: os.path.join(folder, name) for name in names})
+
+
+def _choose(place: str, splits: list[str], asked: Asked, having: str) -> list[str]:
+    """Returns those of `splits` that are used: `asked`, or training alone to hold a part out of."""
+    for split in (asked.train, asked.eval):
+        same = [name for name in splits if name.casefold() == split.casefold()]
+        if len(same) > 1:
+            raise RunError(f'{place} has splits that one takes for the same: {named(same)}; '
+                           'merge or rename them')
+    if asked.eval in splits and (asked.train in splits or not asked.needs_training):
+        return [split for split in (asked.train, asked.eval) if split in splits]
+    others = [name for name in splits if name != asked.train]
+    if asked.train not in splits:
+        train_like = next((name for name in splits if name.casefold().startswith('train')), 'NAME')
+        eval_like = next((name for name in splits if name != train_like), HELD_OUT)
+        raise RunError(
+            f'{place} has no {asked.train} {having}, but {named(splits)}: write '
+            f'--config.dataset.train_split={train_like} --config.dataset.eval_split={eval_like}')
+    if others and asked.eval != HELD_OUT:
+        raise RunError(f'{place} has no {asked.eval}, but {named(others)}: '
+                       f'write --config.dataset.eval_split={others[0]}')
+    return [asked.train]
+
+
+def _check_classes(tree: Tree, folders: list[str], like_splits: list[str]) -> None:
+    """Raises RunError if the folders at the top, of which none is a split, can be no classes."""
+    root = shown(tree.root)
+    if folders and len(like_splits) == len(folders):
+        raise RunError(f'{root} has {named(folders)}, but no class folders in them: {SORT}')
+    if len(folders) == 1 and tree.entries(os.path.join(tree.root, folders[0]))[0]:
+        raise RunError(f'{root} has one folder alone, which has folders itself: '
+                       f'write --config.dataset.data_dir={os.path.join(root, shown(folders[0]))}')
+
+
+def _find_in_classes(
+        tree: Tree, folders: list[str], asked: Asked) -> tuple[dict[str, Split], list[str]]:
+    """What `find` returns where the folders at the top are classes; splits may be below them."""
+    root = shown(tree.root)
+    everything = _with_classes(tree.root, folders)
+    inside = [place for name in folders for place in _splits_inside(tree, everything, name, asked)]
+    names = sorted({place.split for place in inside})
+    is_for_evaluation = names == [asked.eval] and not asked.needs_training
+    if len(names) < 2 and not is_for_evaluation:  # nothing that could be mixed
+        return {asked.train: everything}, []
+    _check_splits_of_classes(tree, inside, asked)
+    chosen = _choose(f'{root}/CLASS', names, asked, 'with pictures')
+    having = {name: {place.class_name for place in inside if place.split == name} for name in names}
+    lacking = [name for name in folders if name not in having[chosen[0]]]
+    if lacking:
+        raise RunError(
+            f'{root} has {" and ".join(names)} in its class folders, but {named(lacking)} without '
+            f'{chosen[0]}: sort the pictures of every class into such folders, or of none')
+    found = {}
+    for split in chosen:
+        classes = [name for name in folders if name in having[split]]
+        places = {name: os.path.join(tree.root, name, split) for name in classes}
+        found[split] = Split(f'{root}/CLASS/{split}', tree.root, places)
+    notes = [f'the splits are the folders {" and ".join(chosen)} in each class folder of {root}']
+    unused = sum(_count_outside(tree, folder, chosen) for folder in everything.classes.values())
+    if unused:
+        notes.append(f'not used: {unused:,} pictures in class folders of {root}, '
+                     f'in no {" or ".join(chosen)}')
+    return found, notes
+
+
+def _splits_inside(tree: Tree, split: Split, class_name: str, asked: Asked) -> list[_Inside]:
+    """The folders below a class folder that are called as splits are, and hold pictures."""
+    folder = split.classes[class_name]
+    found = set()
+    for place, _, files in tree.walk(folder, split.folder, tree.root):
+        if place == folder or not pictures_in(files):
+            continue
+        parts = os.path.relpath(place, folder).split(os.sep)
+        depths = [depth for depth, part in enumerate(parts) if _is_like_split(part, asked)]
+        if depths:
+            depth = depths[0]
+            above, below = os.sep.join(parts[:depth]), ''.join(parts[depth + 1:depth + 2])
+            found.add(_Inside(class_name, above, parts[depth], below))
+    return sorted(found)
+
+
+def _count_outside(tree: Tree, folder: str, splits: list[str]) -> int:
+    """Pictures of a class folder that are in none of these folders of it."""
+    return sum(len(pictures_in(files)) for place, _, files in tree.walk(folder, tree.root)
+               if os.path.relpath(place, folder).split(os.sep)[0] not in splits)
+
+
+def _check_splits_of_classes(tree: Tree, inside: list[_Inside], asked: Asked) -> None:
+    """Raises RunError unless every split is right in a class folder, and has no classes itself."""
+    deep = [place for place in inside if place.above]
+    with_folders = [place for place in inside if place.below]
+    if not deep and len({place.below for place in with_folders}) < 2:  # as `images` may be
+        return
+    place = (deep or with_folders)[0]
+    root, class_name = shown(tree.root), shown(place.class_name)
+    above = os.path.join(root, class_name, shown(place.above)).rstrip('/')
+    splits = sorted({other.split for other in inside if other[:2] == place[:2]})
+    if place.below:
+        problem = (f'{above} is a data set of its own, with {" and ".join(splits)}: '
+                   f'write --config.dataset.data_dir={above}; or, if')
+    else:
+        problem = f'{above} holds {" and ".join(splits)}, which would be mixed in one class: if'
+    raise RunError(
+        f'{problem} {class_name} is a class, sort its pictures into '
+        f'{root}/{asked.train}/{class_name} and {root}/{asked.eval}/{class_name}')
+
+
+def _check_classes_of_split(tree: Tree, split: Split, asked: Asked) -> None:
+    """Raises RunError if the class folders of a split are splits again, or hold some."""
+    names = list(split.classes)
+    if len(names) > 1 and all(_is_like_split(name, asked) for name in names):
+        raise RunError(f'{split.place} has no class folders, but {named(names)}, which are called '
+                       f'as splits are: write --config.dataset.data_dir={split.place}')
+    for name in names:
+        inside = _splits_inside(tree, split, name, asked)
+        found = {place.split: os.path.join(name, place.above, place.split) for place in inside}
+        if len(found) > 1:
+            root = shown(tree.root)
+            raise RunError(
+                f'{split.place} holds {named(found.values())}, which would be mixed in one class: '
+                f'sort the pictures into {root}/{asked.train}/CLASS and {root}/{asked.eval}/CLASS')
