@@ -9,6 +9,8 @@ import numpy as np
 import tensorflow as tf
 from PIL import Image, features
 
+from inputs import heif
+
 SHAPE = (24, 32)
 ORIENTATIONS = range(2, 9)
 JUNK = {'a zero': b'\0', 'zeros': bytes(5), 'a filling': b'\x55' * 20}
@@ -242,3 +244,5 @@ KINDS = {
 }
 if features.check('avif'):
     KINDS['AVIF'] = Kind('.avif', plain('AVIF', quality=95), 40, False)
+if heif.VERSION:
+    KINDS['HEIC'] = Kind('.heic', plain('HEIF', quality=95), 40, False)

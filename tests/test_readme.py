@@ -50,6 +50,7 @@ COMMANDS = {
     '--config.dataset.train_split=train --config.dataset.eval_split=test': Runs(
         f"{FOLDER} --config.model.weights=''", says='report in runs/finetune/report.md'),
     f'{PYTHON} main.py --config=configs/folder.py --config.dataset.data_dir=DIR --mode=preview': Runs(FOLDER, says='preview/batch_0.png'),
+    ".venv/bin/python -m pip install -c requirements/cpu.txt '.[heif]'": Not('installs; tests/test_file_signatures.py reads HEIC'),
     '--config.dataset.name=cifar10': Not('downloads the data set; tests/test_datasets.py reads made-up ones'),
     f'{PYTHON} main.py --config=configs/imagenet.py': Runs(status=1, says='ILSVRC2012_img_train.tar'),
     f'{PYTHON} main.py --config=configs/imagenet.py --config.progressive.stages=4 --config.progressive.image_size=128': Runs(
