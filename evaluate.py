@@ -11,7 +11,10 @@ from outputs.files import as_json, write_json
 from resume import FREE_KEYS, require_same_config
 from session import open_session
 
-ANY_DATA = ('dataset.name', 'dataset.train_split', 'dataset.eval_split', 'eval_crop')  # another test set, such as imagenet_v2
+ANY_DATA = (  # another test set, such as imagenet_v2
+    'dataset.name', 'dataset.train_split', 'dataset.eval_split', 'dataset.image_key',
+    'dataset.label_key', 'eval_crop',
+)
 
 
 def run(config, workdir, which='last'):

@@ -10,6 +10,7 @@ import preview
 from errors import ConfigError
 from inputs import augment, datasets, pipeline
 from outputs import plots
+from outputs.files import write_json
 
 
 @pytest.fixture
@@ -33,6 +34,16 @@ def test_a_batch_is_drawn_as_the_model_gets_it(tiny, tmp_path, drawn, virtual_de
     assert os.path.basename(path) == 'batch_3.png'
     for text, label in zip(captions, labels.numpy(), strict=True):
         assert text.split()[0] == str(label.argmax()) and text.count('%') == (0 if label.max() > 0.995 else 2)
+
+
+def test_a_skipped_batch_is_that_of_a_run_whose_batches_had_another_size(tiny, tmp_path, drawn):
+    ahead = planning.Ahead(updates=0, examples=192 - 4 * 32, distinct=192 - 4 * 32)  # after 4 updates of 48
+    write_json(str(tmp_path / 'skipped.json'), {'first_update': 4, 'last_update': 5, 'ahead': ahead})
+    preview.run(tiny, str(tmp_path))
+    preview.run(tiny, str(tmp_path), step=6)  # of a run of 32 from its start: the same 192 examples are behind it
+    (path, images, captions, _), (_, expected, same, _) = drawn
+    assert os.path.basename(path) == 'batch_4.png' and captions == same
+    np.testing.assert_array_equal(images, expected)
 
 
 def test_the_files_are_there_and_nothing_else(tiny, tmp_path):

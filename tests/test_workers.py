@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -71,6 +72,21 @@ def test_one_worker_writes_and_speaks_for_all(finished):
     assert summary['eval/examples'] == 360 and summary['steps'] == 30 and summary['export/accuracy'] == summary['eval/accuracy']
     assert sorted(os.listdir(workdir)) == ['checkpoints', 'config.json', 'environment.json', 'export', 'metrics.jsonl', 'plots', 'report.md',
                                            'summary.json', 'tensorboard']
+
+
+def test_workers_forget_the_same_and_export_the_best_together(finished, tmp_path):
+    """If one of them evaluated or stopped where another does not, both would wait for ever."""
+    arguments, before, _ = finished
+    workdir = str(tmp_path / 'run')
+    shutil.copytree(before, workdir)
+    changes = ['--config.dataset.eval_split=train[:300]', '--config.train_for=60 steps', '--config.patience=10 steps', '--config.batch_size=16',
+               '--config.schedule.peak_lr=1e3', '--config.max_skipped_updates=0']
+    ended = finish(start([*arguments, f'--workdir={workdir}', '--resume=changed', *changes]))
+    assert [status for status, *_ in ended] == [0, 0], ended
+    summary = read_json(os.path.join(workdir, 'summary.json'))
+    assert (summary['steps'], summary['export/step'], summary['best/step']) == (40, 30, 30)
+    assert summary['eval/examples'] == 300 and summary['export/accuracy'] == summary['export/eval_accuracy'] > summary['eval/accuracy']
+    assert summary['examples_seen'] == 30 * 32 + 10 * 16
 
 
 def training(tmp_path):
