@@ -13,7 +13,7 @@ import math
 
 import tensorflow as tf
 
-from inputs.pictures import decode, resize_picture, to_uint8
+from inputs.pictures import decode, resize, resize_picture, to_uint8
 
 LUMA = (0.299, 0.587, 0.114)  # grey from red, green and blue: ITU-R BT.601
 SEEDS = 8  # of each example: `seed + (0, n)` for n below
@@ -47,8 +47,8 @@ def on_host(settings, size):
 
     def prepare(encoded, seed, central_share):
         if settings.crop == 'random':
-            image = tf.image.resize(random_crop(encoded, seed, settings.crop_area), (size, size))  # stays in 0..255
-            image = tf.cast(image + 0.5, tf.uint8)
+            crop = random_crop(encoded, seed, settings.crop_area, size)
+            image = tf.cast(tf.round(resize(crop, (size, size))), tf.uint8)  # it stays in 0..255
         else:
             image = resize_picture(decode(encoded), size, central_share)
         if moves:
@@ -60,15 +60,17 @@ def on_host(settings, size):
     return prepare
 
 
-def random_crop(encoded, seed, area):
+def random_crop(encoded, seed, area, size):
     """The window of a random resized crop (Szegedy et al. 2015): a share of the picture in `area`, aspect 3/4 to 4/3.
 
     Args:
         encoded: a JPEG, PNG, GIF or BMP file, string []. Of a JPEG only the window is decoded.
         seed: int64 [2].
         area: (low, high) shares of the picture.
+        size: pixels, height and width, to which the crop will be resized.
 
-    Returns: uint8 [height, width, 3] of any size.
+    Returns: uint8 [height, width, 3]: the window as it is, or of a JPEG shrunk to 1/2, 1/4 or 1/8
+        where both sides stay at least `size`.
     """
     def window(shape):
         begin, extent, _ = tf.image.stateless_sample_distorted_bounding_box(
@@ -77,7 +79,7 @@ def random_crop(encoded, seed, area):
         return begin[:2], extent[:2]
 
     def crop_jpeg():
-        return tf.image.decode_and_crop_jpeg(encoded, tf.concat(window(tf.io.extract_jpeg_shape(encoded)), axis=0), channels=3)
+        return decode_jpeg_window(encoded, *window(tf.io.extract_jpeg_shape(encoded)), size)
 
     def crop_decoded():
         image = decode(encoded)
@@ -85,6 +87,36 @@ def random_crop(encoded, seed, area):
         return image[top:top + height, left:left + width]
 
     return tf.ensure_shape(tf.cond(tf.io.is_jpeg(encoded), crop_jpeg, crop_decoded), [None, None, 3])
+
+
+def decode_jpeg_window(
+    encoded: tf.Tensor, begin: tf.Tensor, extent: tf.Tensor, size: int
+) -> tf.Tensor:
+    """Decodes a window of a JPEG, shrunk by the largest ratio that leaves both sides at least `size`.
+
+    With a ratio the decoder computes the mean of ratio x ratio pixels from the frequencies, for a part
+    of the cost. The window is rounded to such pixels, so it moves by less than half a pixel of the
+    result; `extent >= ratio * size` stays true of the rounded one.
+
+    Args:
+        encoded: string [].
+        begin: (top, left), int32 [2].
+        extent: (height, width), int32 [2].
+        size: pixels.
+
+    Returns: uint8 [height / ratio, width / ratio, 3].
+    """
+    ratios = (1, 2, 4, 8)  # what libjpeg offers
+    chosen = tf.reduce_sum(tf.cast(tf.reduce_min(extent) >= [size * ratio for ratio in ratios[1:]], tf.int32))
+    ratio = tf.gather(ratios, chosen)
+    first = (begin + ratio // 2) // ratio
+    last = (begin + extent + ratio // 2) // ratio
+    window = tf.concat([first, last - first], axis=0)
+
+    def decode_by(ratio):
+        return lambda: tf.image.decode_and_crop_jpeg(encoded, window, channels=3, ratio=ratio)
+
+    return tf.switch_case(chosen, [decode_by(ratio) for ratio in ratios])
 
 
 def apply_policy(image, seed, policy):
@@ -231,8 +263,23 @@ def _moved(image, seed, settings):
     """Random translation, rotation and zoom, each at most its share both ways."""
     by = tf.random.stateless_uniform([5], seed, -1.0, 1.0)
     height, width = tf.unstack(tf.cast(tf.shape(image)[:2], tf.float32))
+    zoom_x, zoom_y = 1 + by[3] * settings.zoom, 1 + by[4] * settings.zoom
+    if settings.zoom > 0.5:
+        image = _without_details(image, tf.stack([zoom_y, zoom_x]))
     return affine(image, turn=by[0] * settings.rotate * 2 * math.pi, left=by[1] * settings.translate * width, up=by[2] * settings.translate * height,
-                  zoom_x=1 + by[3] * settings.zoom, zoom_y=1 + by[4] * settings.zoom)
+                  zoom_x=zoom_x, zoom_y=zoom_y)
+
+
+def _without_details(image: tf.Tensor, zoom: tf.Tensor) -> tf.Tensor:
+    """Takes out of a picture what will be too small to see at `zoom`, float32 [2], down and across.
+
+    `affine` takes each pixel from the nearest two by two, so it skips none down to a zoom of 1/2.
+    Below that, a side is averaged to as many pixels as it will have.
+    """
+    shape = tf.shape(image)[:2]
+    zoomed = tf.cast(tf.math.ceil(tf.cast(shape, tf.float32) * zoom), tf.int32)
+    coarse = resize(image, tf.where(zoom < 0.5, zoomed, shape))
+    return tf.ensure_shape(to_uint8(resize(coarse, shape)), image.shape)
 
 
 def _rectangle(shape, height, width, down, across):

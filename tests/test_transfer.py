@@ -15,6 +15,7 @@ import trial
 from benchmarks.same_step import without_batch
 from tests.conftest import tiny_config
 from errors import ConfigError, RunError
+from inputs import pictures
 from modeling import loops, models, optimizers, steps, transfer
 from outputs.checkpoints import find
 from outputs.files import read_json
@@ -292,6 +293,26 @@ def test_a_saved_model_of_somebody_else_can_teach(still, tmp_path):
     assert name.endswith('whose classes are taken to be these, in this order')
     resized = tf.cast(tf.round(tf.image.resize(IMAGES.astype('float32'), (8, 8))), tf.uint8)
     np.testing.assert_allclose(tf.nn.softmax(teacher(tf.cast(IMAGES, tf.float32))), module.serve(resized)['probabilities'], rtol=1e-4)
+
+
+@pytest.mark.parametrize('jit_compile', [False, True])
+@pytest.mark.parametrize('size', [(8, 8), (11, 5), (16, 7), (7, 20), (16, 16), (30, 40)])
+def test_a_teacher_of_a_fixed_size_sees_pictures_resized_as_the_inputs_are(size, jit_compile):
+    images = np.random.RandomState(0).uniform(0, 255, (2, 16, 16, 3)).astype(np.float32)
+    resized = tf.function(transfer.resize, jit_compile=jit_compile)(images, size)
+    np.testing.assert_allclose(resized, pictures.resize(images, size), atol=1e-3)
+
+
+def test_a_teacher_of_a_smaller_size_sees_no_pattern_that_is_not_there(still, tmp_path):
+    """Dots too fine for it, at 24 pixels: sampled at 8, every third, they would be all there is."""
+    module = write_foreign_teacher(str(tmp_path / 'foreign'))
+    still.distill.teacher = str(tmp_path / 'foreign')
+    teacher, _ = transfer.make_teacher(still, NAMES)
+    rows, columns = np.mgrid[:24, :24] % 3 == 1
+    dots = np.where(rows & columns, 255.0, 0.0)[None, :, :, None].repeat(3, -1)
+    grey = np.full((1, 8, 8, 3), round(255 / 9), np.uint8)
+    expected = module.serve(tf.constant(grey))['probabilities']
+    np.testing.assert_allclose(tf.nn.softmax(teacher(tf.constant(dots, tf.float32))), expected, rtol=1e-4)
 
 
 @pytest.mark.parametrize('name, module, size', [('MobileNetV2', keras.applications.mobilenet_v2, 224), ('MobileNetV3Small', keras.applications.mobilenet_v3, 64)])  # of any size
