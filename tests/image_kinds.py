@@ -245,4 +245,4 @@ KINDS = {
 if features.check('avif'):
     KINDS['AVIF'] = Kind('.avif', plain('AVIF', quality=95), 40, False)
 if heif.VERSION:
-    KINDS['HEIC'] = Kind('.heic', plain('HEIF', quality=95), 40, False)
+    KINDS['HEIC'] = Kind('.heic', plain('HEIF', quality=95), 60, False)
