@@ -196,6 +196,9 @@ def restore(session, workdir, changes: Sequence[ConfigChange] = ()) -> Progress:
         lost = f'; what came after it, up to step {rows[-1]["step"]:,}, is done again' if rows and rows[-1]['step'] > saved else ''
         print(f'resumes   at step {saved:,}{lost}', flush=True)
         session.continue_from(progress)
+        if any(session.plan.ahead):
+            print(f'          after {progress.examples_seen:,} examples, in batches of several sizes: '
+                  f'the run has {session.plan.total_steps:,} updates', flush=True)
         if saved > session.plan.total_steps:
             raise ConfigError(f'the run is at step {saved:,}, after the end of this config at step {session.plan.total_steps:,}: raise config.train_for')
         return progress

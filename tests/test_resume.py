@@ -839,8 +839,8 @@ def test_another_batch_size_goes_on_at_the_same_example(still):
     )
 
 
-def test_a_run_of_two_batch_sizes_that_is_stopped_is_the_same_run(
-    tiny, workdir, other_batch, monkeypatch
+def test_a_run_of_two_batch_sizes_that_is_stopped_is_the_same(
+    tiny, workdir, other_batch, monkeypatch, capsys
 ):
     one_epoch(tiny, 64)
     stopped_at(tiny, workdir, 11, monkeypatch)
@@ -848,7 +848,10 @@ def test_a_run_of_two_batch_sizes_that_is_stopped_is_the_same_run(
     with monkeypatch.context() as patch:
         stop_at(patch, 20)
         assert train.run(tiny, workdir, 'changed') == 143
+    capsys.readouterr()
     assert train.run(tiny, workdir) == 0
+    said = 'after 992 examples, in batches of several sizes: the run has 33 updates'
+    assert said in capsys.readouterr().out
     assert_same_run(workdir, other_batch[0])
 
 
