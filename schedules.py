@@ -8,13 +8,15 @@ Let `W = warmup_steps`, `H = hold`, `T = total_steps`, and `t` the 0-based index
     t >= T             end_lr; but target_lr if nothing decays, at t = T = W + H and always on the constant curve
 
 `CURVES` names the curves, and the functions in it document their formulas and arguments. Every formula is written once,
-over `xp`, which is `numpy` (float64) or `keras.ops` (float32, also inside a compiled step). It comes in three forms:
-`learning_rate`, a function; `WarmupDecay`, for an optimizer; and `WarmupCosineDecayCallback`, for `model.fit`.
+over `xp`, which is `numpy` (float64) or `keras.ops` (float32 whatever `keras.config.floatx()` says,
+also inside a compiled step). It comes in three forms: `learning_rate`, a function; `WarmupDecay`,
+for an optimizer; and `WarmupCosineDecayCallback`, for `model.fit`.
 """
 import difflib
 import math
+import reprlib
 import warnings
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
@@ -28,7 +30,9 @@ def learning_rate(step, *, curve='cosine', warmup_steps, total_steps, hold=0, st
         step: 0-based index of the update: a whole number, or an array or list of them of any shape; or an integer
             tensor or variable of any shape, also inside a `tf.function` with `jit_compile=True`.
         curve: what follows warmup and hold, a name in `CURVES`; `curve_arguments` are that curve's own arguments.
-        warmup_steps, hold, total_steps: in updates; `total_steps` includes warmup and hold.
+        warmup_steps, hold, total_steps: in updates; `total_steps` includes warmup and hold. These
+            and all other numbers may also be a scalar array, tensor or variable, such as
+            `ds.cardinality()`. Its value is read once.
         start_lr, target_lr, end_lr: the rate of update 0, the peak, and the rate past the last update.
 
     Returns: a float for a number, a float64 array for an array, a float32 tensor for a tensor; the shape is step's.
@@ -38,7 +42,7 @@ def learning_rate(step, *, curve='cosine', warmup_steps, total_steps, hold=0, st
             step counts as 0, and a fraction is cut off.
     """
     arguments = _checked(curve, warmup_steps, total_steps, hold, start_lr, target_lr, end_lr, curve_arguments)
-    if keras.ops.is_tensor(step):
+    if _is_tensor(step):
         return _rate(keras.ops, keras.ops.cast(step, 'int64'), arguments)
     rates = _rate(np, _checked_steps(step), arguments)
     return float(rates) if rates.ndim == 0 else rates
@@ -59,6 +63,14 @@ class WarmupDecay(keras.optimizers.schedules.LearningRateSchedule):
 
     A saved model holds the schedule with all its arguments. Loading the model brings back that very curve, whatever the
     length of the run that continues it; for another curve, compile the model with a new schedule.
+
+    The optimizer's count is all that a schedule knows. When weights are restored beside a new
+    optimizer, warmup starts over, and past `total_steps` the rate is `end_lr`. The callback warns of
+    both; a schedule cannot.
+
+    The rate is float32, and an optimizer casts it to the dtype of each variable. For float16
+    variables, which `keras.config.set_floatx('float16')` makes, rates below 3e-8 become 0. The
+    policy 'mixed_float16' keeps variables in float32.
     """
 
     def __init__(self, *, curve='cosine', warmup_steps, total_steps, hold=0, start_lr=0.0, target_lr, end_lr=0.0,
@@ -105,12 +117,25 @@ class WarmupCosineDecayCallback(keras.callbacks.Callback):
             batches, and the rate changes only as often.
         factor: what other callbacks, such as `ReduceLROnPlateau`, made of the planned rate. They change the rate as
             always, and their change stays, as a factor on the rest of the curve; where the planned rate is 0 no factor
-            can be told, and a change is not kept. It begins at 1.0. To go on in a new process, carry it over.
+            can be told, and a change is not kept. It begins at 1.0. It can be read at any time, and
+            includes every change made until then. Neither a saved model nor
+            `keras.callbacks.BackupAndRestore` contains it. To go on in a new process, carry it
+            over: save it at the end of each epoch, after the callbacks that change the rate, and
+            set it before `fit`.
 
-    A run whose first batch is update 0 begins with empty `lrs` and a factor of 1.0; `BackupAndRestore` may come before
-    this callback or after it. It works under any `tf.distribute` strategy. Warns when training begins past the end of
-    the curve, or at a later epoch with an optimizer that has made no update. Raises ValueError as `learning_rate` does,
-    and when training begins with an optimizer whose learning rate is a schedule.
+    A `fit` whose first batch finds the optimizer without any update begins a new run, with empty
+    `lrs` and a factor of 1.0. By then every callback has restored what it restores, in whatever
+    order they are given.
+
+    Raises ValueError as `learning_rate` does, and when training begins with an optimizer whose learning rate is a
+    schedule.
+
+    Warns once in a `fit`, and says what to do, when
+        - it begins in a later epoch and the optimizer has made no update: the schedule starts over;
+        - it begins past `total_steps`, or gets there and `end_lr` is 0;
+        - the optimizer comes with another rate than the planned one, as when `factor` was not
+          carried over: the planned rate replaces it;
+        - the optimizer's rate is a float16 variable, which cannot hold the planned rate.
     """
 
     def __init__(self, start_lr, target_lr, warmup_steps, total_steps=None, hold=0, end_lr=0.0):
@@ -120,62 +145,128 @@ class WarmupCosineDecayCallback(keras.callbacks.Callback):
             total_steps = max(1, _whole('warmup_steps', warmup_steps) + _whole('hold', hold))
         self._arguments = _checked('cosine' if self._decays else 'constant', warmup_steps, total_steps, hold, start_lr,
                                    target_lr, end_lr)
-        self.lrs, self.factor = [], 1.0
-        self._planned = self._set = None
-        self._first_epoch = None
-        self._has_begun = False
+        self.lrs, self._factor = [], 1.0
+        # What was planned and set last, and of which optimizer.
+        self._planned = self._set = self._optimizer = None
+        self._first_epoch, self._at_first_batch = 0, True
+        self._warned = set()
+
+    @property
+    def factor(self) -> float:
+        self._keep_change()
+        return self._factor
+
+    @factor.setter
+    def factor(self, factor: float) -> None:
+        self._keep_change()
+        self._factor = factor
 
     def on_train_begin(self, logs=None):
-        optimizer = self.model.optimizer
         # A rate that can be set is a variable; a schedule gives a tensor.
-        if not isinstance(optimizer.learning_rate, keras.Variable):
+        if not isinstance(self.model.optimizer.learning_rate, keras.Variable):
             raise ValueError("the optimizer's learning rate is a schedule, which this callback cannot set: compile with a "
                              'number, as in learning_rate=0.1, or leave the callback out')
         # What happened to the rate between two runs is no callback's doing.
         self._planned = self._set = None
-        self._first_epoch = None
-        self._has_begun = False
+        self._first_epoch, self._at_first_batch = None, True
+        self._warned = set()
 
     def on_epoch_begin(self, epoch, logs=None):
         if self._first_epoch is None:
             self._first_epoch = epoch
 
     def on_train_batch_begin(self, batch, logs=None):
-        optimizer = self.model.optimizer
-        step = int(_read(optimizer.iterations))
-        if not self._has_begun:  # only now has every callback restored what it restores
-            self._begin(step)
         self._keep_change()
+        self._optimizer = optimizer = self.model.optimizer
+        step = int(_value(optimizer.iterations))
+        if self._at_first_batch:
+            self._begin(optimizer, step)
         if self._decays or step <= self._arguments.decay_begins:
             self._planned = float(_rate(np, np.int64(step), self._arguments))
-            optimizer.learning_rate = self._planned * self.factor
+            optimizer.learning_rate = self._planned * self._factor
         else:
             self._planned = None
         # Read back: the variable holds the float32 nearest to what was written.
-        self._set = float(_read(optimizer.learning_rate))
+        self._set = float(_value(optimizer.learning_rate))
         self.lrs.append(self._set)
+        self._warn_of_rounding(optimizer)
+        self._warn_of_end(step)
+        self._at_first_batch = False
 
     def on_train_end(self, logs=None):
         # Other callbacks may have changed the rate at the end of the last epoch.
         self._keep_change()
+        self._planned = None
 
-    def _begin(self, step):
-        self._has_begun = True
-        total_steps = self._arguments.total_steps
-        if step == 0:
-            self.lrs, self.factor = [], 1.0
-            if self._first_epoch:
-                warnings.warn(f'fit begins at epoch {self._first_epoch}, but the optimizer has made no update, so the curve starts '
-                              'over with its warmup: restore the optimizer together with the weights, or count with '
-                              'model.optimizer.iterations.assign(UPDATES)', stacklevel=2)
-        elif self._decays and step >= total_steps:
-            warnings.warn(f'training begins at update {step}, but the curve has ended at total_steps={total_steps}: the rate stays '
-                          f'at end_lr={self._arguments.end_lr}; write a larger total_steps to go on along the curve', stacklevel=2)
+    def _begin(self, optimizer: keras.optimizers.Optimizer, step: int) -> None:
+        """Decides whether a run begins or goes on, before the first batch of a `fit`."""
+        if step > 0 or _has_seen_batches(optimizer):
+            self._warn_of_lost_factor(optimizer, step)
+            return
+        self.lrs, self._factor = [], 1.0
+        if self._first_epoch:
+            self._warn_of_start_over(optimizer)
+
+    def _warn_of_start_over(self, optimizer: keras.optimizers.Optimizer) -> None:
+        remedy = 'restore the optimizer too, as keras.models.load_model does'
+        if isinstance(optimizer.iterations, keras.Variable):
+            remedy += ', or before fit set model.optimizer.iterations.assign(UPDATES)'
+        self._warn('start', (
+            f'training begins with initial_epoch={self._first_epoch}, but the optimizer has made '
+            f'no update, so the schedule starts over at update 0: {remedy}'))
+
+    def _warn_of_lost_factor(self, optimizer: keras.optimizers.Optimizer, step: int) -> None:
+        """Warns where the restored rate shows a factor that was not carried over."""
+        is_planned = self._decays or step <= self._arguments.decay_begins
+        if self._factor != 1.0 or step == 0 or not is_planned:
+            return
+        # The rate was set before one of these; before `step` itself if gradients are accumulated.
+        steps_per_execution = getattr(self.model, 'steps_per_execution', 1)
+        steps = np.arange(max(0, step - steps_per_execution), step + 1)
+        planned = _rate(np, steps, self._arguments)
+        rate = float(_value(optimizer.learning_rate))
+        if planned[-2] == 0.0 or np.isclose(rate, planned, rtol=0.01, atol=0.0).any():
+            return
+        factor = rate / planned[-2]
+        self._warn('factor', (
+            f'before update {step} the optimizer has a learning rate of {rate:.4g}, {factor:.4g} '
+            'times the planned one, and it is not kept: if another callback changed it, set '
+            f'factor = {factor:.4g} on WarmupCosineDecayCallback before fit'))
+
+    def _warn_of_rounding(self, optimizer: keras.optimizers.Optimizer) -> None:
+        wanted = None if self._planned is None else self._planned * self._factor
+        if wanted is None or math.isclose(self._set, wanted, rel_tol=0.01):
+            return
+        dtype = keras.backend.standardize_dtype(optimizer.learning_rate.dtype)
+        self._warn('rounding', (
+            f'the optimizer keeps its learning rate in {dtype}, which turns {wanted:.4g} into '
+            f"{self._set:.4g}: create the optimizer with keras.config.floatx() at 'float32'; for "
+            "computing in float16 there is keras.config.set_dtype_policy('mixed_float16')"))
+
+    def _warn_of_end(self, step: int) -> None:
+        a = self._arguments
+        is_past = self._decays and step >= a.total_steps and self._planned == a.end_lr
+        if is_past and (self._at_first_batch or a.end_lr == 0.0):
+            self._warn('end', (
+                f'{step} updates are done and total_steps={a.total_steps}, so the learning rate '
+                f'stays at end_lr={a.end_lr:g}: write a larger total_steps, or train no further'))
+
+    def _warn(self, subject: str, message: str) -> None:
+        """Warns of each subject once in a `fit`."""
+        if subject not in self._warned:
+            self._warned.add(subject)
+            warnings.warn(message, stacklevel=2)
 
     def _keep_change(self):
-        rate = float(_read(self.model.optimizer.learning_rate))
-        if self._planned and rate != self._set:
-            self.factor = rate / self._planned
+        if not self._planned or self.model.optimizer is not self._optimizer:
+            return
+        rate = float(_value(self._optimizer.learning_rate))
+        if rate != self._set:
+            # Others change the rate that was set, which in float16 is not quite the planned one.
+            if self._set:
+                self._factor *= rate / self._set
+            else:
+                self._factor = rate / self._planned
             self._set = rate
 
 
@@ -202,25 +293,26 @@ class _Arguments(NamedTuple):
 def _rate(xp, step, a):
     """The whole schedule, for an int64 `step` and `_Arguments` `a`; `xp` is `numpy` or `keras.ops`."""
     step = xp.maximum(step, 0)
-    target_lr, end_lr = _floats(xp, a.target_lr), _floats(xp, a.end_lr)
     warming = a.start_lr + (a.target_lr - a.start_lr) * _ratio(xp, step, a.warmup_steps)
+    target_lr, end_lr = _float(xp, a.target_lr), _float(xp, a.end_lr)
     decaying = end_lr
     if a.decay_steps > 0:
         # Clipped, because `where` computes both its sides for every step.
         s = xp.clip(step - a.decay_begins, 0, a.decay_steps)
         decaying = CURVES[a.curve](xp, s, a, **a.curve_arguments)
     decaying = xp.where(step < a.total_steps, decaying, end_lr)
-    return xp.where(step < a.warmup_steps, warming, xp.where(step <= a.decay_begins, target_lr, decaying))
+    after_warmup = xp.where(step <= a.decay_begins, target_lr, decaying)
+    return xp.where(step < a.warmup_steps, warming, after_warmup)
 
 
-def _floats(xp, values):
-    """Numbers as float64 of numpy, or float32 of Keras, whatever `keras.config.floatx` says."""
+def _float(xp, values):
+    """`values` as floats. `keras.ops` would make two Python floats `keras.config.floatx()`."""
     return xp.array(values, dtype='float64' if xp is np else 'float32')
 
 
 def _ratio(xp, steps, of):
     """`steps / of` as a float. Differences of steps are taken before, between integers, where they lose nothing."""
-    return _floats(xp, steps) / float(max(of, 1))
+    return _float(xp, steps) / float(max(of, 1))
 
 
 def _between(a, share):
@@ -239,7 +331,7 @@ def _cosine(xp, s, a):
 
 def _constant(xp, s, a):
     """target_lr, also past the last step."""
-    return _floats(xp, a.target_lr)
+    return _float(xp, a.target_lr)
 
 
 def _linear(xp, s, a):
@@ -273,10 +365,10 @@ def _piecewise(xp, s, a, *, boundaries=(1 / 3, 2 / 3, 8 / 9), factors=(0.1, 0.01
     if sorted(steps) != steps or not all(a.decay_begins < step <= a.total_steps for step in steps):
         raise ValueError(f'boundaries={boundaries} are the steps {steps}: write them in increasing order, after warmup and '
                          f'hold ({a.decay_begins}) and up to total_steps ({a.total_steps})')
-    rate = _floats(xp, a.target_lr)
+    rate = _float(xp, a.target_lr)
     for step, factor in zip(steps, factors):
         lowered = max(a.end_lr, a.target_lr * _number('factors', factor, high=1.0))
-        rate = xp.where(s >= step - a.decay_begins, _floats(xp, lowered), rate)
+        rate = xp.where(s >= step - a.decay_begins, _float(xp, lowered), rate)
     return rate
 
 
@@ -308,7 +400,7 @@ def _cosine_restarts(xp, s, a, *, cycles=4, cycle_mul=1.0, cycle_decay=1.0):
     if not all(begin < end for begin, end in zip(b, b[1:])):
         raise ValueError(f'cycles={cycles} with cycle_mul={cycle_mul:g} leaves a cycle without a step, as there are '
                          f'{a.decay_steps} after warmup and hold: write fewer cycles')
-    share = _floats(xp, 0.0)
+    share = 0.0
     for k, (begin, end) in enumerate(zip(b, b[1:])):
         cosine = 0.5 * (1.0 + xp.cos(math.pi * _ratio(xp, xp.clip(s - begin, 0, end - begin), end - begin)))
         share = xp.where(s >= begin, cycle_decay ** k * cosine, share)
@@ -344,10 +436,6 @@ CURVES = {'cosine': _cosine, 'constant': _constant, 'linear': _linear, 'polynomi
           'cosine_restarts': _cosine_restarts, 'rsqrt': _rsqrt, 'trapezoid': _trapezoid}
 
 
-# What tf.data's `Dataset.cardinality()` says where it cannot say a number.
-LENGTHS = {-1: 'a data set without end; ', -2: 'a data set of unknown length: count its batches; '}
-
-
 def _checked(curve, warmup_steps, total_steps, hold, start_lr, target_lr, end_lr, curve_arguments=()):
     """`_Arguments`, or a ValueError of one line that says what is wrong and what to write."""
     if curve not in CURVES:
@@ -357,8 +445,8 @@ def _checked(curve, warmup_steps, total_steps, hold, start_lr, target_lr, end_lr
         if name not in defaults:
             raise _unknown(f'curve {curve!r} has no argument', name, [*defaults, *_Arguments._fields[1:-1]])
     # As they come back from a saved model: lists, and numbers of Python.
-    given = {name: value if value is None or isinstance(value, str) else _read(value).tolist()
-             for name, value in {**defaults, **dict(curve_arguments)}.items()}
+    curve_arguments = {**defaults, **dict(curve_arguments)}
+    given = {name: _plain(name, value) for name, value in curve_arguments.items()}
     a = _Arguments(curve, _whole('warmup_steps', warmup_steps), _whole('total_steps', total_steps, low=1),
                    _whole('hold', hold), _number('start_lr', start_lr), _number('target_lr', target_lr),
                    _number('end_lr', end_lr), given)
@@ -384,43 +472,67 @@ def _checked_steps(step):
     return steps.astype(np.int64)
 
 
+def _is_tensor(value: Any) -> bool:
+    return keras.ops.is_tensor(value) or isinstance(value, keras.Variable)
+
+
+def _value(tensor: Any) -> np.ndarray:
+    """The value of a tensor or variable; `int` and `float` do not take mirrored variables."""
+    if isinstance(tensor, keras.Variable):
+        tensor = tensor.value
+    if keras.backend.standardize_dtype(tensor.dtype) == 'bfloat16':
+        # Scalars of this type do not become arrays.
+        tensor = keras.ops.cast(tensor, 'float32')
+    return keras.ops.convert_to_numpy(tensor)
+
+
+def _has_seen_batches(optimizer: keras.optimizers.Optimizer) -> bool:
+    """Whether gradients were computed, even if they are still accumulated for a first update."""
+    return any(v.name == 'iteration' and _value(v) > 0 for v in optimizer.variables)
+
+
+def _plain(name: str, value: Any) -> Any:
+    """`value` made of Python's numbers and lists, as it comes back from a saved model."""
+    if isinstance(value, (list, tuple, range)):
+        return [_plain(name, item) for item in value]
+    if not hasattr(value, '__array__'):
+        return value
+    try:
+        # Tensors of another backend, as tf.data has, are arrays to numpy.
+        array = _value(value) if _is_tensor(value) else np.asarray(value)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f'{name} is a symbolic tensor, which has no value yet: write a number') from error
+    return array.tolist()
+
+
 def _whole(name, value, low=0):
     number = _plain(name, value)
-    if isinstance(number, bool) or not isinstance(number, (int, float)) or number % 1 or number < low:
-        hint = LENGTHS.get(number, '') if keras.ops.is_tensor(value) and isinstance(number, int) else ''
-        raise ValueError(f'{name}={number if hint else value!r}: {hint}write a whole number, {low} or more')
+    is_number = isinstance(number, (int, float)) and not isinstance(number, bool)
+    if not is_number or number % 1 or number < low:
+        raise ValueError(f'{name}={reprlib.repr(number)}: write a whole number, {low} or more'
+                         + _cardinality_hint(name, number if is_number else 0))
     return int(number)
+
+
+def _cardinality_hint(name: str, number: float) -> str:
+    """What to add about a negative number of steps, which `cardinality()` may have made."""
+    if name not in ('warmup_steps', 'total_steps', 'hold') or not number < 0:
+        return ''
+    return ('; if it comes from the cardinality() of a tf.data.Dataset, which is -1 for a data '
+            'set without end and -2 for an unknown length, write steps_per_epoch * epochs')
 
 
 def _number(name, value, high=math.inf):
     plain = _plain(name, value)
     try:
-        number = math.nan if isinstance(plain, (str, bool)) else float(plain)
+        number = math.nan if isinstance(plain, (str, bytes, bool)) else float(plain)
     except (TypeError, ValueError):
         number = math.nan
     if not 0.0 <= number <= high or math.isinf(number):
-        raise ValueError(f'{name}={value!r}: write a number, ' + ('0 or more' if high == math.inf else f'from 0 to {high}'))
+        raise ValueError(f'{name}={reprlib.repr(plain)}: write a number, '
+                         + ('0 or more' if high == math.inf else f'from 0 to {high}'))
     return number
-
-
-def _plain(name, value):
-    """A number of Python, where `value` is a scalar of numpy, a tensor or a variable; else `value` itself."""
-    is_tensor = keras.ops.is_tensor(value) or isinstance(value, keras.Variable)
-    if not is_tensor and not isinstance(value, (np.generic, np.ndarray)):
-        return value
-    try:
-        array = _read(value)
-    except (NotImplementedError, TypeError, ValueError) as error:
-        raise ValueError(f'{name} is a tensor whose value is not known yet: write a number, or make the schedule outside of '
-                         'tf.function') from error
-    return array.item() if array.ndim == 0 else value
-
-
-def _read(value):
-    """The value of a tensor or variable, also of one that has a copy on each replica, as numpy array."""
-    if isinstance(value, keras.Variable):
-        value = keras.ops.convert_to_tensor(value)
-    return np.asarray(keras.ops.convert_to_numpy(value))
 
 
 def _steps(name, value, total_steps, low=1):

@@ -1,4 +1,5 @@
 """What `WarmupCosineDecayCallback` promises to someone who calls `model.fit`."""
+import contextlib
 import warnings
 
 import keras
@@ -28,6 +29,23 @@ def fit(model, *callbacks, batches=4, **arguments):
 
 def rate_of(model):
     return float(model.optimizer.learning_rate)
+
+
+def the_warning(model, *callbacks, **arguments):
+    """The only warning of a `fit`, in one line."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always', UserWarning)
+        fit(model, *callbacks, **arguments)
+    messages = [str(warning.message) for warning in caught if warning.category is UserWarning]
+    assert len(messages) == 1 and '\n' not in messages[0]
+    return messages[0]
+
+
+@contextlib.contextmanager
+def no_warning():
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', UserWarning)
+        yield
 
 
 class SetsRate(keras.callbacks.Callback):
@@ -76,7 +94,9 @@ def test_callback_sets_the_rate_of_its_own_model_and_continues_a_resumed_run(tmp
 def test_callback_continues_where_a_restored_optimizer_stands_whatever_rate_it_was_compiled_with():
     model, callback = a_model(0.77), WarmupCosineDecayCallback(**ARGUMENTS)
     model.optimizer.iterations.assign(5)
-    fit(model, callback, epochs=1)
+    assert 'a learning rate of 0.77, 7.937 times the planned one' in the_warning(
+        model, callback, epochs=1
+    )
     np.testing.assert_allclose(callback.lrs, PLANNED[5:9], rtol=1e-6)
 
 
@@ -89,7 +109,9 @@ def test_what_reduce_lr_on_plateau_did_stays_as_a_factor():
     np.testing.assert_allclose(callback.lrs, PLANNED[:12] * np.repeat([1, 1, 0.5], 4), rtol=1e-5)
     # The end of the last epoch reduced it as well, and that stays when the model is trained on.
     assert callback.factor == pytest.approx(0.25)
-    fit(model, callback, initial_epoch=3, epochs=4)
+    assert '12 updates are done and total_steps=12' in the_warning(
+        model, callback, initial_epoch=3, epochs=4
+    )
     np.testing.assert_allclose(callback.lrs[12:], PLANNED[12:16] * 0.25, rtol=1e-5)
 
 
@@ -109,7 +131,9 @@ def test_a_change_where_the_planned_rate_is_zero_is_not_kept():
 
     # One batch in an epoch, so that the change follows the first step, whose rate is 0.
     model, callback = a_model(), WarmupCosineDecayCallback(0.0, 0.1, 2, 6)
-    fit(model, callback, SetsAFixedRate(), batches=1, epochs=8)
+    assert 'stays at end_lr=0' in the_warning(
+        model, callback, SetsAFixedRate(), batches=1, epochs=8
+    )
     np.testing.assert_allclose(callback.lrs, lr_warmup_cosine_decay(np.arange(8), 2, 0, 6, 0.0, 0.1), rtol=1e-6)
 
 
@@ -194,101 +218,348 @@ def test_an_end_lr_without_a_decay_is_refused():
         WarmupCosineDecayCallback(**ARGUMENTS | dict(total_steps=None))
 
 
-# ---- Other people's programs
+# ---- On several devices
 
 
+class RecordsReplicas(keras.callbacks.Callback):
+    """Keeps the rate of each replica before each batch; to be placed after what sets it."""
+
+    def __init__(self):
+        super().__init__()
+        self.rates = []
+
+    def on_train_batch_begin(self, batch, logs=None):
+        rate = self.model.optimizer.learning_rate.value
+        replicas = self.model.distribute_strategy.experimental_local_results(rate)
+        self.rates.append([float(rate) for rate in replicas])
+
+
+def sgd():
+    return keras.optimizers.SGD(0.5)
+
+
+def loss_scaling():
+    return keras.optimizers.LossScaleOptimizer(sgd(), initial_scale=2.0)
+
+
+@pytest.fixture(scope='module')
 def two_devices():
     return tf.distribute.MirroredStrategy(['CPU:0', 'CPU:1'])
 
 
-def fit_on(strategy, *callbacks, optimizer=keras.optimizers.SGD, epochs=3):
-    """As `fit`, with an example for each of two replicas."""
+def fit_on(strategy, arguments=ARGUMENTS, optimizer=sgd, plateau=True):
     with strategy.scope():
-        model = a_model(optimizer=optimizer(0.5), run_eagerly=False)
+        model = a_model(optimizer=optimizer(), run_eagerly=False, jit_compile=False)
+    callback, replicas = WarmupCosineDecayCallback(**arguments), RecordsReplicas()
+    others = []
+    if plateau:
+        others = [keras.callbacks.ReduceLROnPlateau('loss', factor=0.5, patience=1, min_delta=1e9)]
     x = np.linspace(-1, 1, 16).reshape(8, 2)
-    model.fit(x, 3 * x.sum(1, keepdims=True), batch_size=2, shuffle=False, verbose=0, callbacks=list(callbacks), epochs=epochs)
-    return model
+    model.fit(
+        x,
+        3 * x.sum(1, keepdims=True),
+        batch_size=2,
+        shuffle=False,
+        verbose=0,
+        epochs=4,
+        callbacks=[callback, replicas, *others],
+    )
+    return callback, np.array(replicas.rates), model
 
 
-def scaling(rate):
-    return keras.optimizers.LossScaleOptimizer(keras.optimizers.Adam(rate), initial_scale=2.0)
+# Under MirroredStrategy Keras' fit itself fails with accumulation, XLA and steps_per_execution.
+@pytest.mark.parametrize(
+    ('optimizer', 'plateau'), [(sgd, False), (sgd, True), (loss_scaling, True)]
+)
+def test_two_devices_train_with_the_rates_of_one(two_devices, optimizer, plateau):
+    arguments = ARGUMENTS | dict(total_steps=16)
+    planned = lr_warmup_cosine_decay(np.arange(16), 2, 1, 16, 0.01, 0.1, 0.001)
+    alone, _, model_alone = fit_on(tf.distribute.get_strategy(), arguments, optimizer, plateau)
+    together, of_replicas, model_together = fit_on(two_devices, arguments, optimizer, plateau)
+    factors = np.repeat([1, 1, 0.5, 0.25], 4) if plateau else 1.0
+    np.testing.assert_allclose(alone.lrs, planned * factors, rtol=1e-5)
+    assert together.lrs == alone.lrs
+    assert together.factor == alone.factor == (0.125 if plateau else 1.0)
+    np.testing.assert_array_equal(of_replicas, np.stack([alone.lrs, alone.lrs], axis=1))
+    # The weights tell which rates were really used.
+    for one, other in zip(model_together.get_weights(), model_alone.get_weights()):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize('strategy', [two_devices, lambda: tf.distribute.OneDeviceStrategy('CPU:0')], ids=['mirrored', 'one device'])
-@pytest.mark.parametrize('optimizer', [keras.optimizers.SGD, keras.optimizers.AdamW, scaling])
-def test_it_sets_the_rate_of_every_replica(strategy, optimizer):
-    callback, strategy = WarmupCosineDecayCallback(**ARGUMENTS), strategy()
-    model = fit_on(strategy, callback, optimizer=optimizer)
-    np.testing.assert_allclose(callback.lrs, PLANNED[:12], rtol=1e-6)
-    rate = model.optimizer.learning_rate.value
-    copies = strategy.experimental_local_results(rate)
-    np.testing.assert_allclose([float(copy) for copy in copies], PLANNED[11], rtol=1e-6)
+def test_two_devices_leave_the_rate_alone_after_warmup_alone(two_devices):
+    callback, of_replicas, _ = fit_on(two_devices, ARGUMENTS | dict(total_steps=None, end_lr=0.0))
+    np.testing.assert_allclose(
+        callback.lrs, [0.01, 0.055] + 6 * [0.1] + 4 * [0.05] + 4 * [0.025], rtol=1e-6
+    )
+    np.testing.assert_array_equal(of_replicas[:, 0], of_replicas[:, 1])
 
 
-def test_two_devices_and_one_use_the_same_rates_beside_reduce_lr_on_plateau():
-    plateau = keras.callbacks.ReduceLROnPlateau('loss', factor=0.5, patience=1, min_delta=1e9)
-    callback = WarmupCosineDecayCallback(**ARGUMENTS)
-    fit_on(two_devices(), callback, plateau, epochs=4)
-    np.testing.assert_allclose(callback.lrs, PLANNED[:16] * np.repeat([1, 1, 0.5, 0.25], 4), rtol=1e-5)
+def test_accumulated_batches_share_an_update_on_two_devices(two_devices):
+    with two_devices.scope():
+        model = a_model(optimizer=keras.optimizers.SGD(0.5, gradient_accumulation_steps=2))
+    callback, replicas = WarmupCosineDecayCallback(**ARGUMENTS), RecordsReplicas()
+    for each in (callback, replicas):
+        each.set_model(model)
+    # Keras' fit cannot accumulate in a graph here, so the updates are only counted.
+    callback.on_train_begin()
+    for batch in range(8):
+        callback.on_train_batch_begin(batch)
+        replicas.on_train_batch_begin(batch)
+        model.optimizer._iterations.assign_add(1)
+        if batch == 3:
+            # As a callback at the end of an epoch does.
+            model.optimizer.learning_rate = 0.5 * callback.lrs[-1]
+    expected = PLANNED[np.arange(8) // 2] * np.repeat([1, 0.5], 4)
+    np.testing.assert_allclose(callback.lrs, expected, rtol=1e-6)
+    np.testing.assert_allclose(replicas.rates, np.stack([expected, expected], axis=1), rtol=1e-6)
 
 
-def test_two_devices_and_one_end_in_the_same_weights():
-    models = [fit_on(strategy, WarmupCosineDecayCallback(**ARGUMENTS)) for strategy in (two_devices(), tf.distribute.OneDeviceStrategy('CPU:0'))]
-    for one, other in zip(*(model.get_weights() for model in models)):
-        np.testing.assert_allclose(one, other, rtol=1e-5)
+def test_a_strategy_of_one_device_trains_with_the_same_rates():
+    callback, _, _ = fit_on(
+        tf.distribute.OneDeviceStrategy('CPU:1'), ARGUMENTS | dict(total_steps=40), plateau=False
+    )
+    expected = lr_warmup_cosine_decay(np.arange(16), 2, 1, 40, 0.01, 0.1, 0.001)
+    np.testing.assert_allclose(callback.lrs, expected, rtol=1e-6)
 
 
-class Stops(keras.callbacks.Callback):
-    """The process ends in the middle of a run."""
+def test_a_schedule_is_refused_on_two_devices_too(two_devices):
+    with pytest.raises(ValueError, match='is a schedule, which this callback cannot set'):
+        fit_on(two_devices, optimizer=lambda: keras.optimizers.SGD(WarmupCosineDecay(**ARGUMENTS)))
+
+
+def test_in_mixed_precision_skipped_updates_do_not_count():
+    class Counts(keras.callbacks.Callback):
+        updates = []
+
+        def on_train_batch_begin(self, batch, logs=None):
+            self.updates.append(int(self.model.optimizer.iterations))
+
+    keras.config.set_dtype_policy('mixed_float16')
+    model, callback = a_model(1.0), WarmupCosineDecayCallback(**ARGUMENTS)
+    fit(model, callback, SetsRate({0: 0.5}), Counts(), epochs=2)
+    # `compile` has wrapped the optimizer, whose first scales are so large that gradients overflow.
+    assert isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
+    assert 0 < Counts.updates[-1] < 7
+    np.testing.assert_allclose(
+        callback.lrs, PLANNED[Counts.updates] * np.repeat([1, 0.5], 4), rtol=1e-5
+    )
+
+
+# ---- A run that goes on
+
+
+class Crash(Exception):
+    pass
+
+
+class CrashesInEpoch(keras.callbacks.Callback):
+    def __init__(self, epoch):
+        super().__init__()
+        self.epoch = epoch
 
     def on_epoch_begin(self, epoch, logs=None):
-        if epoch == 2:
-            raise KeyboardInterrupt
+        if epoch == self.epoch:
+            raise Crash
 
 
 @pytest.mark.parametrize('callback_first', [True, False])
-def test_a_run_that_backup_and_restore_brings_back_goes_on_with_its_factor(tmp_path, callback_first):
-    def interrupted(callback):
+@pytest.mark.parametrize('new_process', [True, False])
+def test_a_run_restored_while_fit_begins_keeps_its_factor(tmp_path, callback_first, new_process):
+    def callbacks(callback, *others):
         backup = keras.callbacks.BackupAndRestore(tmp_path / 'backup')
-        return [callback, backup] if callback_first else [backup, callback]
+        return [callback, *others, backup] if callback_first else [backup, callback, *others]
 
     callback = WarmupCosineDecayCallback(**ARGUMENTS)
-    with pytest.raises(KeyboardInterrupt):
-        fit(a_model(), *interrupted(callback), SetsRate({0: 0.5}), Stops(), epochs=4)
+    with pytest.raises(Crash):
+        fit(a_model(), *callbacks(callback, SetsRate({0: 0.5}), CrashesInEpoch(2)), epochs=3)
     assert callback.factor == pytest.approx(0.5)
-    carried = WarmupCosineDecayCallback(**ARGUMENTS)
-    carried.factor = callback.factor
-    with warnings.catch_warnings():
-        warnings.simplefilter('error', UserWarning)
-        fit(a_model(), *interrupted(carried), epochs=4)
-    np.testing.assert_allclose(carried.lrs, 0.5 * PLANNED[8:16], rtol=1e-5)
+    if new_process:
+        factor, callback = callback.factor, WarmupCosineDecayCallback(**ARGUMENTS)
+        callback.factor = factor
+    used = len(callback.lrs)
+    with no_warning():
+        fit(a_model(), *callbacks(callback), epochs=3)
+    np.testing.assert_allclose(callback.lrs[used:], 0.5 * PLANNED[8:12], rtol=1e-5)
+    assert used == (0 if new_process else 8)
 
 
-def test_weights_without_their_optimizer_start_the_warmup_over_with_a_warning():
+def test_a_new_run_beside_backup_and_restore_starts_anew(tmp_path):
     callback = WarmupCosineDecayCallback(**ARGUMENTS)
-    with pytest.warns(UserWarning, match=r'fit begins at epoch 2, but the optimizer has made no update.*iterations\.assign') as caught:
-        fit(a_model(), callback, initial_epoch=2, epochs=4)
-    said = [str(warning.message) for warning in caught if warning.category is UserWarning]
-    assert len(said) == 1 and '\n' not in said[0]
-    np.testing.assert_allclose(callback.lrs, PLANNED[:8], rtol=1e-6)
+    fit(a_model(), callback, SetsRate({0: 0.1}), epochs=1)
+    with no_warning():
+        fit(a_model(), callback, keras.callbacks.BackupAndRestore(tmp_path / 'backup'), epochs=1)
+    np.testing.assert_allclose(callback.lrs, PLANNED[:4], rtol=1e-6)
 
 
-@pytest.mark.parametrize('step, warns', [(11, False), (12, True), (30, True)])
-def test_training_past_the_end_of_the_curve_is_said(step, warns):
-    model = a_model()
+def test_a_run_still_accumulating_its_first_update_keeps_factor():
+    model = a_model(optimizer=keras.optimizers.SGD(0.5, gradient_accumulation_steps=6))
+    callback = WarmupCosineDecayCallback(**ARGUMENTS)
+    fit(model, callback, SetsRate({0: 0.5}), epochs=1)
+    assert int(model.optimizer.iterations) == 0
+    fit(model, callback, initial_epoch=1, epochs=2)
+    np.testing.assert_allclose(
+        callback.lrs, PLANNED[[0] * 6 + [1] * 2] * ([1] * 4 + [0.5] * 4), rtol=1e-5
+    )
+
+
+def test_the_factor_can_be_saved_at_the_end_of_each_epoch():
+    class Saves(keras.callbacks.Callback):
+        factors = []
+
+        def on_epoch_end(self, epoch, logs=None):
+            self.factors.append(callback.factor)
+
+    callback = WarmupCosineDecayCallback(**ARGUMENTS)
+    fit(a_model(), callback, SetsRate({0: 0.5, 1: 0.1}), Saves(), epochs=3)
+    np.testing.assert_allclose(Saves.factors, [0.5, 0.05, 0.05], rtol=1e-6)
+    np.testing.assert_allclose(callback.lrs, PLANNED[:12] * np.repeat([1, 0.5, 0.05], 4), rtol=1e-5)
+
+
+def test_the_factor_does_not_follow_the_rate_after_training():
+    model, callback = a_model(), WarmupCosineDecayCallback(**ARGUMENTS)
+    fit(model, callback, epochs=1)
+    model.optimizer.learning_rate = 0.3
+    assert callback.factor == 1.0
+
+
+def test_a_factor_set_in_training_replaces_what_others_did():
+    class Sets(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            callback.factor = 2.0
+
+    callback = WarmupCosineDecayCallback(**ARGUMENTS)
+    fit(a_model(), callback, SetsRate({0: 0.5}), Sets(), epochs=2)
+    np.testing.assert_allclose(callback.lrs, PLANNED[:8] * np.repeat([1, 2], 4), rtol=1e-5)
+
+
+# ---- Rates that nobody wants are not used in silence
+
+
+@pytest.mark.parametrize('total_steps', [12, None])
+def test_a_run_resumed_from_weights_alone_says_so(total_steps):
+    arguments = ARGUMENTS | (
+        dict(total_steps=12) if total_steps else dict(total_steps=None, end_lr=0.0)
+    )
+    trained, model = a_model(), a_model()
+    fit(trained, WarmupCosineDecayCallback(**arguments), epochs=2)
+    model.set_weights(trained.get_weights())
+    callback = WarmupCosineDecayCallback(**arguments)
+    message = the_warning(model, callback, initial_epoch=2, epochs=3)
+    assert message.startswith(
+        'training begins with initial_epoch=2, but the optimizer has made no update, '
+        'so the schedule starts over'
+    )
+    assert 'keras.models.load_model' in message
+    assert 'model.optimizer.iterations.assign(UPDATES)' in message
+    np.testing.assert_allclose(
+        callback.lrs, PLANNED[:4] if total_steps else [0.01, 0.055, 0.1, 0.1], rtol=1e-6
+    )
+
+
+def test_an_accumulating_optimizer_is_not_told_to_assign():
+    model = a_model(optimizer=keras.optimizers.SGD(0.5, gradient_accumulation_steps=2))
+    message = the_warning(model, WarmupCosineDecayCallback(**ARGUMENTS), initial_epoch=2, epochs=3)
+    assert 'load_model' in message and 'assign' not in message
+
+
+def test_what_the_warning_says_to_assign_continues_the_curve():
+    model, callback = a_model(PLANNED[7]), WarmupCosineDecayCallback(**ARGUMENTS)
+    model.optimizer.iterations.assign(8)
+    with no_warning():
+        fit(model, callback, initial_epoch=2, epochs=3)
+    np.testing.assert_allclose(callback.lrs, PLANNED[8:12], rtol=1e-6)
+
+
+@pytest.mark.parametrize(('step', 'end_lr'), [(12, 0.001), (12, 0.0), (30, 0.001)])
+def test_a_run_that_begins_past_the_schedule_says_so(step, end_lr):
+    callback = WarmupCosineDecayCallback(**ARGUMENTS | dict(end_lr=end_lr))
+    model = a_model(end_lr)
     model.optimizer.iterations.assign(step)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter('always')
-        fit(model, WarmupCosineDecayCallback(**ARGUMENTS), epochs=2)
-    said = [str(warning.message) for warning in caught if warning.category is UserWarning]
-    expected = f'training begins at update {step}, but the curve has ended at total_steps=12: the rate stays at end_lr=0.001'
-    assert [text.startswith(expected) for text in said] == [True] * warns
+    assert the_warning(model, callback, epochs=2) == (
+        f'{step} updates are done and total_steps=12, so the learning rate stays at '
+        f'end_lr={end_lr:g}: write a larger total_steps, or train no further'
+    )
+    np.testing.assert_allclose(callback.lrs, end_lr, rtol=1e-6)
 
 
-@pytest.mark.filterwarnings('error::UserWarning')
-def test_usual_runs_are_not_warned_of():
-    callback = WarmupCosineDecayCallback(**ARGUMENTS)
+def test_a_run_that_gets_to_a_rate_of_zero_says_so_once():
+    callback = WarmupCosineDecayCallback(**ARGUMENTS | dict(end_lr=0.0))
+    assert the_warning(a_model(), callback, epochs=5).startswith(
+        '12 updates are done and total_steps=12'
+    )
+    # An end_lr that was chosen is there to be trained with.
+    with no_warning():
+        fit(a_model(), WarmupCosineDecayCallback(**ARGUMENTS), epochs=5)
+
+
+def test_a_factor_that_was_not_carried_over_is_named(tmp_path):
     model = a_model()
-    fit(model, callback, epochs=2)
-    fit(model, callback, initial_epoch=2, epochs=3)
-    fit(a_model(), WarmupCosineDecayCallback(0.01, 0.1, 2), epochs=4)  # without an end there is none to be past
+    fit(model, WarmupCosineDecayCallback(**ARGUMENTS), SetsRate({0: 0.5}), epochs=2)
+    model.save(tmp_path / 'model.keras')
+    restored = keras.models.load_model(tmp_path / 'model.keras')
+    message = the_warning(
+        restored, WarmupCosineDecayCallback(**ARGUMENTS), initial_epoch=2, epochs=3
+    )
+    assert message.startswith(
+        f'before update 8 the optimizer has a learning rate of {PLANNED[7] / 2:.4g}, '
+        '0.5 times the planned one'
+    )
+    assert 'set factor = 0.5 on WarmupCosineDecayCallback before fit' in message
+    restored = keras.models.load_model(tmp_path / 'model.keras')
+    callback = WarmupCosineDecayCallback(**ARGUMENTS)
+    callback.factor = 0.5
+    with no_warning():
+        fit(restored, callback, initial_epoch=2, epochs=3)
+    np.testing.assert_allclose(callback.lrs, 0.5 * PLANNED[8:12], rtol=1e-5)
+
+
+USUAL = dict(
+    plain=dict(),
+    accumulating=dict(optimizer=lambda: keras.optimizers.SGD(0.5, gradient_accumulation_steps=3)),
+    several_steps=dict(run_eagerly=False, jit_compile=False, steps_per_execution=3),
+    loss_scaling=dict(optimizer=loss_scaling),
+)
+
+
+@pytest.mark.parametrize('compiled', USUAL.values(), ids=USUAL)
+@pytest.mark.parametrize('decays', [True, False])
+def test_usual_runs_and_their_continuation_do_not_warn(tmp_path, compiled, decays):
+    arguments = ARGUMENTS | (dict(total_steps=40) if decays else dict(total_steps=None, end_lr=0.0))
+    optimizer = compiled.get('optimizer', sgd)()
+    model = a_model(**compiled | dict(optimizer=optimizer))
+    with no_warning():
+        fit(model, WarmupCosineDecayCallback(**arguments), epochs=1)
+        model.save(tmp_path / 'model.keras')
+        for continued in (model, keras.models.load_model(tmp_path / 'model.keras')):
+            continued.run_eagerly = compiled.get('run_eagerly', True)
+            fit(continued, WarmupCosineDecayCallback(**arguments), initial_epoch=1, epochs=3)
+
+
+@pytest.mark.parametrize('floatx', ['float16', 'bfloat16', 'float64'])
+def test_the_factor_is_exact_whatever_floatx_says(floatx):
+    plateau = keras.callbacks.ReduceLROnPlateau('loss', factor=0.5, patience=1, min_delta=1e9)
+    keras.config.set_floatx(floatx)
+    try:
+        callback = WarmupCosineDecayCallback(**ARGUMENTS)
+        with no_warning():
+            fit(a_model(), callback, plateau, epochs=3)
+        assert callback.factor == 0.25
+        rounding = dict(float16=2**-11, bfloat16=2**-8, float64=1e-15)[floatx]
+        np.testing.assert_allclose(
+            callback.lrs, PLANNED[:12] * np.repeat([1, 1, 0.5], 4), rtol=1.01 * rounding
+        )
+    finally:
+        keras.config.set_floatx('float32')
+
+
+def test_a_rate_that_the_optimizer_cannot_hold_is_named():
+    keras.config.set_floatx('float16')
+    try:
+        model = a_model()
+    finally:
+        keras.config.set_floatx('float32')
+    message = the_warning(model, WarmupCosineDecayCallback(0.0, 1e-8, 2, 12), epochs=2)
+    assert message.startswith(
+        'the optimizer keeps its learning rate in float16, which turns 5e-09 into 0:'
+    )
+    assert "keras.config.set_dtype_policy('mixed_float16')" in message
