@@ -47,7 +47,7 @@ TURNS = {  # EXIF orientation (EXIF 2.32, tag 0x0112) -> what a viewer does
     8: Image.Transpose.ROTATE_90,
 }
 BITS_PER_SAMPLE = 258  # TIFF 6.0, page 29
-NEARLY_ALL, LEAST_HABIT = 0.9, 10  # share and number of JPEG files with one fault that make it a habit of their writer
+NEARLY_ALL, LEAST_HABIT = 0.9, 3  # share and number of JPEG files with one fault that make it a habit of their writer
 CHUNK = 64  # files that are examined between two looks at what was said to standard error
 READERS = [f'Pillow {PIL.__version__}', f'TensorFlow {tf.__version__}', *([f'pillow-heif {heif.VERSION}'] if heif.VERSION else [])]
 RULES = ', '.join(['2', *READERS])  # that verdicts were found by; count up what changes them

@@ -265,6 +265,13 @@ def test_an_odd_end_is_accepted_where_nearly_all_files_have_it(examine, capfd):
     assert capfd.readouterr().err.count('extraneous') == len(odd)  # of the originals alone
 
 
+def test_three_files_are_enough_for_a_habit(examine):
+    odd = {f'{number}.jpg': drone_file(number) for number in range(3)}
+    assert not any(verdict.broken for verdict in examine(odd).values())
+    two = examine({name: odd[name] for name in ('0.jpg', '1.jpg')})
+    assert all(verdict.broken for verdict in two.values())
+
+
 def test_an_odd_end_is_damage_where_few_files_have_it(examine):
     odd = {f'{number}.jpg': drone_file(number) for number in range(12)}
     plain = {f'plain{number}.jpg': image_kinds.encoded(image_kinds.pixels_of(number), 'JPEG') for number in range(3)}
