@@ -1,97 +1,241 @@
-"""Training pictures per second on the host: this pipeline beside the usual ones, from JPEG files of 500x375 pixels.
+"""Training pictures per second on the host: this pipeline beside the usual ones, from JPEG files.
 
-    python benchmarks/inputs.py [--seconds=4] [--rounds=7] [--output=benchmarks/results/inputs.json]
+    python benchmarks/inputs.py [--pictures=500x375,1600x1200] [--seconds=4] [--rounds=7]
+        [--torch_python=PYTHON] [--output=benchmarks/results/inputs.json]
 
-ours           inputs/pipeline.py: random crop while decoding, uint8; flips wait for the device
-usual          tf.data: decode all, crop, resize, flip, float32, normalise
-torchvision    DataLoader with RandomResizedCrop, a flip and normalisation, one worker for each core; where it is installed
-decoding       decode each whole picture and do nothing with it: what no pipeline of whole pictures can pass
+ours                  inputs/pipeline.py: random crop while decoding, uint8; flips are the device's
+usual                 tf.data: decode all, crop, resize with antialiasing, flip, float32, normalise
+usual, aliased        the same without antialiasing
+torchvision, PIL      ImageFolder and DataLoader, a worker for each core: RandomResizedCrop, flip,
+                      normalise
+torchvision, tensors  the same with torchvision's own decoder and transforms.v2 on uint8 tensors
+decoding              decode whole pictures and do nothing with them: a bound for all who do that
 
-The pictures are made from scikit-learn's two sample photographs. All take turns in one process, and the figures are
-medians over the rounds: of the speeds, and of the ratio to `ours` within a round, because a machine's speed drifts.
+The pictures are made from scikit-learn's two sample photographs. Each peer has a process of its own
+and all take turns: while one runs the others are stopped by a signal, workers and threads that read
+ahead included. The figures are medians over the rounds: of the speeds, and of the ratio to `ours`
+within a round, because a machine's speed drifts. torchvision need not be in the environment of this
+program: --torch_python names an interpreter that has it.
 """
 import argparse
+import functools
 import io
 import json
 import os
+import signal
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 
 import numpy as np
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SIZE, BATCH_SIZE, PICTURES = 224, 64, 1024
+PIXELS = (500, 375)
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+SETTLE = 0.5  # seconds of each turn before its pictures count
 
 
 def main():
     parser = argparse.ArgumentParser()
+    parser.add_argument('--pictures', type=sizes, default='500x375,1600x1200', help='sizes')
     parser.add_argument('--seconds', type=float, default=4.0)
     parser.add_argument('--rounds', type=int, default=7)
+    parser.add_argument('--torch_python', help='an interpreter with torchvision; default: this one')
     parser.add_argument('--output')
+    parser.add_argument('--peer', choices=PEERS, help=argparse.SUPPRESS)  # how one is started
+    parser.add_argument('--folder', help=argparse.SUPPRESS)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        mean_bytes = write_pictures(folder)
-        print(f'{PICTURES} JPEG files of 500x375 pixels, {mean_bytes / 1000:.0f} KB on average', flush=True)
-        streams = {'ours': ours(folder), 'usual': usual(folder), 'decoding': decoding(folder)}
-        try:
-            streams['torchvision'] = torchvision(folder)
-        except ImportError:
-            print('torchvision is not installed: left out')
-        speeds = {name: [] for name in streams}
-        for _ in range(options.rounds + 1):  # the first one warms up
-            for name, stream in streams.items():
-                speeds[name].append(pictures_per_second(stream, options.seconds))
-    report = {}
-    for name, measured in speeds.items():
-        ratios = [other / one for one, other in zip(measured[1:], speeds['ours'][1:])]
-        report[name] = {'pictures_per_second': round(statistics.median(measured[1:])), 'ours_divided_by_it': round(statistics.median(ratios), 3)}
-        print(f'{name:12} {report[name]["pictures_per_second"]:6,} pictures/s   ours / it {report[name]["ours_divided_by_it"]:.2f}')
+    if options.peer:
+        take_turns(PEERS[options.peer](options.folder))
+        return
+    pythons = interpreters(options.torch_python)
+    report = {'cpu_cores': os.cpu_count(), 'rounds': options.rounds, 'seconds': options.seconds}
+    report['image_size'] = SIZE
+    report['pictures'] = {}
+    for width, height in options.pictures:
+        with tempfile.TemporaryDirectory() as folder:
+            measured = measure((width, height), pythons, options.rounds, options.seconds, folder)
+        report['pictures'][f'{width}x{height}'] = measured
     if options.output:
         with open(options.output, 'w') as file:
-            json.dump({'cpu_cores': os.cpu_count(), 'mean_bytes': round(mean_bytes), 'rounds': options.rounds, 'streams': report}, file, indent=1)
+            json.dump(report, file, indent=1)
 
 
-def write_pictures(folder, count=PICTURES):
-    """FOLDER/train/CLASS/*.jpg and one test picture for each class; returns their mean size in bytes."""
+def sizes(text: str) -> list[tuple[int, int]]:
+    """Returns [(width, height)] of '500x375,1600x1200'."""
+    return [tuple(int(side) for side in pixels.split('x')) for pixels in text.split(',')]
+
+
+def interpreters(torch_python: str | None) -> dict[str, str]:
+    """Returns {peer: the Python that runs it}, without torchvision's where no Python has it."""
+    python = torch_python or sys.executable
+    tried = subprocess.run([python, '-c', 'import torchvision'], capture_output=True)
+    found = tried.returncode == 0
+    if torch_python and not found:
+        sys.exit(f'error: {torch_python} cannot import torchvision')
+    if not found:
+        print('torchvision is not installed: left out; '
+              '--torch_python names an interpreter that has it')
+    pythons = {}
+    for name in PEERS:
+        if not name.startswith('torchvision'):
+            pythons[name] = sys.executable
+        elif found:
+            pythons[name] = python
+    return pythons
+
+
+def measure(
+    pixels: tuple[int, int], pythons: dict[str, str], rounds: int, seconds: float, folder: str
+) -> dict:
+    """Lets all peers take turns on pictures of one size, (width, height), made in `folder`.
+
+    Returns: what the report says of them.
+    """
+    as_large = PIXELS[0] * PIXELS[1] / (pixels[0] * pixels[1])
+    count = round(PICTURES * min(1.0, as_large))
+    mean_bytes = write_pictures(os.path.join(folder, 'pictures'), count, pixels)
+    kilobytes = mean_bytes / 1000
+    print(f'{count} JPEG files of {pixels[0]}x{pixels[1]} pixels, {kilobytes:.0f} KB on average')
+    peers, speeds = {}, {}
+    try:
+        for name, python in pythons.items():
+            peers[name] = Peer(python, name, folder)
+            speeds[name] = []
+        for _ in range(rounds + 1):
+            for name, peer in peers.items():
+                speeds[name].append(peer.pictures_per_second(seconds))
+    finally:
+        for peer in peers.values():
+            peer.end()
+    streams = {}
+    for name, measured in speeds.items():
+        counted = measured[1:]  # the first round warms up
+        ratios = [ours / other for ours, other in zip(speeds['ours'][1:], counted)]
+        speed, ratio = statistics.median(counted), statistics.median(ratios)
+        streams[name] = {'pictures_per_second': round(speed), 'ours_divided_by_it': round(ratio, 3)}
+        print(f'{name:21} {speed:6,.0f} pictures/s   ours / it {ratio:.2f}', flush=True)
+    return {'files': count, 'mean_bytes': round(mean_bytes), 'streams': streams}
+
+
+class Peer:
+    """A pipeline in a process of its own, which is stopped whenever it is not its turn."""
+
+    def __init__(self, python: str, name: str, folder: str):
+        self.name = name
+        self.log = os.path.join(folder, f'{name}.log')
+        environment = {
+            **os.environ, 'CUDA_VISIBLE_DEVICES': '-1', 'KERAS_BACKEND': 'tensorflow',
+            'TF_CPP_MIN_LOG_LEVEL': '2', 'TFDS_DATA_DIR': os.path.join(folder, 'tfds'),
+        }
+        command = [python, os.path.abspath(__file__), f'--peer={name}']
+        command.append('--folder=' + os.path.join(folder, 'pictures'))
+        with open(self.log, 'w') as log:
+            self.process = subprocess.Popen(
+                command, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                stderr=log, preexec_fn=os.setpgrp)  # a group: its workers are stopped with it
+        self._answer()  # it is ready
+        self._signal(signal.SIGSTOP)
+
+    def pictures_per_second(self, seconds: float) -> float:
+        """Gives it a turn."""
+        self._signal(signal.SIGCONT)
+        print(seconds, file=self.process.stdin, flush=True)
+        speed = float(self._answer())
+        self._signal(signal.SIGSTOP)
+        return speed
+
+    def end(self) -> None:
+        self._signal(signal.SIGKILL)
+        self.process.wait()
+
+    def _answer(self) -> str:
+        answer = self.process.stdout.readline()
+        if not answer:
+            with open(self.log) as log:
+                said = log.read()
+            sys.exit(f'{said}error: {self.name} ended with status {self.process.wait()}')
+        return answer
+
+    def _signal(self, number: int) -> None:
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, number)
+
+
+def take_turns(batches: Iterator[int]) -> None:
+    """Runs a peer: answers each number of seconds on standard input with its pictures a second.
+
+    Args:
+        batches: the number of pictures in each batch, without end.
+    """
+    answers = os.fdopen(os.dup(1), 'w')
+    os.dup2(2, 1)  # what a library prints is no answer
+    next(batches)
+    print('ready', file=answers, flush=True)
+    for line in sys.stdin:
+        count_pictures(batches, SETTLE)
+        count, seconds = count_pictures(batches, float(line))
+        print(count / seconds, file=answers, flush=True)
+
+
+def count_pictures(batches: Iterator[int], seconds: float) -> tuple[int, float]:
+    """Returns how many pictures came in a time of at least `seconds`, and the time."""
+    began, count = time.perf_counter(), 0
+    while time.perf_counter() - began < seconds:
+        count += next(batches)
+    return count, time.perf_counter() - began
+
+
+def write_pictures(folder, count=PICTURES, pixels=PIXELS):
+    """Writes FOLDER/train/CLASS/*.jpg and one test picture for each class.
+
+    Those wider than 500 pixels are put together from several, for the detail of a photograph.
+
+    Returns: their mean size in bytes.
+    """
     from PIL import Image
     from sklearn.datasets import load_sample_images
 
     photographs = [Image.fromarray(photograph) for photograph in load_sample_images().images]
-    random, sizes = np.random.RandomState(0), []
+    random, num_bytes = np.random.RandomState(0), []
+    parts = -(-pixels[0] // PIXELS[0])  # along each side
+    width, height = pixels[0] // parts, pixels[1] // parts
     for index in range(count + 2):
-        photograph = photographs[index % 2]
-        width = random.randint(400, photograph.height * 4 // 3)
-        height = width * 3 // 4
-        left, top = random.randint(photograph.width - width + 1), random.randint(photograph.height - height + 1)
+        picture = Image.new('RGB', (parts * width, parts * height))
+        for place in range(parts**2):
+            part = random_part(photographs[(index + place) % 2], random)
+            part = part.resize((width, height), Image.LANCZOS)
+            picture.paste(part, (place % parts * width, place // parts * height))
         buffer = io.BytesIO()
-        photograph.crop((left, top, left + width, top + height)).resize((500, 375), Image.LANCZOS).save(buffer, 'JPEG', quality=95)
-        path = os.path.join(folder, 'train' if index < count else 'test', f'class{index % 2}', f'{index}.jpg')
+        picture.save(buffer, 'JPEG', quality=95)
+        split = 'train' if index < count else 'test'
+        path = os.path.join(folder, split, f'class{index % 2}', f'{index}.jpg')
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with open(path, 'wb') as file:
             file.write(buffer.getvalue())
-        sizes.append(len(buffer.getvalue()))
-    return float(np.mean(sizes))
+        num_bytes.append(len(buffer.getvalue()))
+    return float(np.mean(num_bytes))
+
+
+def random_part(photograph, random):
+    """Cuts a window of aspect 4:3, at least 400 pixels wide, out of a PIL image."""
+    width = random.randint(400, photograph.height * 4 // 3)
+    height = width * 3 // 4
+    left = random.randint(photograph.width - width + 1)
+    top = random.randint(photograph.height - height + 1)
+    return photograph.crop((left, top, left + width, top + height))
 
 
 def paths_of(folder):
     return sorted(os.path.join(root, name) for root, _, names in os.walk(os.path.join(folder, 'train')) for name in names)
 
 
-def pictures_per_second(stream, seconds):
-    """Of one of the endless streams of (number of pictures), over `seconds`."""
-    next(stream)
-    began, count = time.perf_counter(), 0
-    while time.perf_counter() - began < seconds:
-        count += next(stream)
-    return count / (time.perf_counter() - began)
-
-
 def ours(folder):
     sys.path.insert(0, ROOT)
-    os.environ.update(KERAS_BACKEND='tensorflow', TF_CPP_MIN_LOG_LEVEL='2')
     import tensorflow as tf
 
     import plan as planning
@@ -107,14 +251,14 @@ def ours(folder):
         yield len(images)
 
 
-def usual(folder):
+def usual(folder, antialias=True):
     import tensorflow as tf
 
     def picture(path):
         image = tf.image.decode_jpeg(tf.io.read_file(path), channels=3)
         begin, extent, _ = tf.image.sample_distorted_bounding_box(
             tf.shape(image), tf.constant([[[0.0, 0.0, 1.0, 1.0]]]), min_object_covered=0.0, aspect_ratio_range=(3 / 4, 4 / 3), area_range=(0.08, 1.0))
-        image = tf.image.resize(tf.slice(image, begin, extent), (SIZE, SIZE))
+        image = tf.image.resize(tf.slice(image, begin, extent), (SIZE, SIZE), antialias=antialias)
         return (tf.image.random_flip_left_right(tf.ensure_shape(image, (SIZE, SIZE, 3))) / 255 - MEAN) / DEVIATION
 
     paths = tf.data.Dataset.from_tensor_slices(paths_of(folder)).shuffle(PICTURES).repeat()
@@ -131,21 +275,57 @@ def decoding(folder):
         yield len(corner)
 
 
-def torchvision(folder):
-    import torch
+def torchvision_pil(folder):
     from torchvision import datasets, transforms
 
-    change = transforms.Compose([transforms.RandomResizedCrop(SIZE), transforms.RandomHorizontalFlip(), transforms.ToTensor(),
-                                 transforms.Normalize(MEAN, DEVIATION)])
-    loader = torch.utils.data.DataLoader(datasets.ImageFolder(os.path.join(folder, 'train'), change), BATCH_SIZE, shuffle=True,
-                                         num_workers=os.cpu_count(), persistent_workers=True, drop_last=True)
+    change = transforms.Compose([
+        transforms.RandomResizedCrop(SIZE),
+        transforms.RandomHorizontalFlip(),
+        transforms.ToTensor(),
+        transforms.Normalize(MEAN, DEVIATION),
+    ])
+    return torch_batches(datasets.ImageFolder(os.path.join(folder, 'train'), change))
 
-    def batches():
-        while True:
-            for images, _ in loader:
-                yield len(images)
 
-    return batches()
+def torchvision_tensors(folder):
+    import torch
+    from torchvision import datasets, io
+    from torchvision.transforms import v2
+
+    change = v2.Compose([
+        v2.RandomResizedCrop(SIZE),
+        v2.RandomHorizontalFlip(),
+        v2.ToDtype(torch.float32, scale=True),
+        v2.Normalize(MEAN, DEVIATION),
+    ])
+
+    def load(path):
+        return io.decode_image(path, io.ImageReadMode.RGB)
+
+    return torch_batches(datasets.ImageFolder(os.path.join(folder, 'train'), change, loader=load))
+
+
+def torch_batches(dataset) -> Iterator[int]:
+    """Reads a torchvision data set with a worker for each core.
+
+    The sampler knows no epochs: workers would wait for each other at the end of each.
+    """
+    from torch.utils import data
+
+    sampler = data.RandomSampler(dataset, replacement=True, num_samples=10**9)
+    loader = data.DataLoader(dataset, BATCH_SIZE, sampler=sampler, num_workers=os.cpu_count())
+    for images, _ in loader:
+        yield len(images)
+
+
+PEERS = {
+    'ours': ours,
+    'usual': usual,
+    'usual, aliased': functools.partial(usual, antialias=False),
+    'torchvision, PIL': torchvision_pil,
+    'torchvision, tensors': torchvision_tensors,
+    'decoding': decoding,
+}
 
 
 if __name__ == '__main__':

@@ -92,11 +92,11 @@ def random_crop(encoded, seed, area, size):
 def decode_jpeg_window(
     encoded: tf.Tensor, begin: tf.Tensor, extent: tf.Tensor, size: int
 ) -> tf.Tensor:
-    """Decodes a window of a JPEG, shrunk by the largest ratio that leaves both sides at least `size`.
+    """Decodes a window of a JPEG, shrunk by the largest ratio that leaves no side below `size`.
 
-    With a ratio the decoder computes the mean of ratio x ratio pixels from the frequencies, for a part
-    of the cost. The window is rounded to such pixels, so it moves by less than half a pixel of the
-    result; `extent >= ratio * size` stays true of the rounded one.
+    With a ratio the decoder computes means of ratio x ratio pixels from the frequencies, at less
+    cost. The window is rounded to such pixels, which moves it by half a pixel of the result at
+    most; sides of at least `ratio * size` remain at least `size` pixels then.
 
     Args:
         encoded: string [].
@@ -107,7 +107,8 @@ def decode_jpeg_window(
     Returns: uint8 [height / ratio, width / ratio, 3].
     """
     ratios = (1, 2, 4, 8)  # what libjpeg offers
-    chosen = tf.reduce_sum(tf.cast(tf.reduce_min(extent) >= [size * ratio for ratio in ratios[1:]], tf.int32))
+    is_enough = tf.reduce_min(extent) >= [size * ratio for ratio in ratios[1:]]
+    chosen = tf.reduce_sum(tf.cast(is_enough, tf.int32))
     ratio = tf.gather(ratios, chosen)
     first = (begin + ratio // 2) // ratio
     last = (begin + extent + ratio // 2) // ratio

@@ -83,12 +83,13 @@ def resize(images: tf.Tensor, size: tuple[int, int]) -> tf.Tensor:
     for side, equation in ((0, 'oh,bhwc->bowc'), (1, 'ow,bhwc->bhoc')):
         pixels, wanted = images.shape[1 + side], size[side]
         if pixels > wanted:
-            images = tf.einsum(equation, tf.constant(_box_filter(pixels, wanted), images.dtype), images)
+            shares = tf.constant(_box_filter(pixels, wanted), images.dtype)
+            images = tf.einsum(equation, shares, images)
     return tf.image.resize(images, size)
 
 
 def _box_filter(pixels: int, wanted: int) -> np.ndarray:
-    """Returns the share of each pixel in the mean that a pixel of the result is: float64 [wanted, pixels]."""
+    """Returns the share that each pixel has in each of the result: float64 [wanted, pixels]."""
     ends = np.arange(wanted + 1)[:, None] * pixels / wanted
     first, last = np.arange(pixels), np.arange(1, pixels + 1)
     covered = np.clip(ends[1:], first, last) - np.clip(ends[:-1], first, last)

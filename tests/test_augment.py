@@ -234,7 +234,7 @@ def box_filtered(image, shape):
 
 @pytest.fixture
 def random_crops(settings):
-    """A function of (encoded, size, crop_area, number): that many random crops, float64 [number, size, size, 3]."""
+    """A function of (encoded, size, crop_area, number) to float64 [number, size, size, 3]."""
     def crops(encoded, size, crop_area=(0.08, 1.0), number=20):
         settings.crop, settings.crop_area = 'random', crop_area
         prepare = tf.function(augment.on_host(settings, size), autograph=False)
@@ -245,7 +245,8 @@ def random_crops(settings):
 
 
 @pytest.mark.parametrize('height, width, shape', [
-    (427, 640, (32, 32)), (427, 640, (224, 224)), (100, 100, (99, 98)), (50, 640, (8, 8)), (9, 7, (1, 1))])
+    (427, 640, (32, 32)), (427, 640, (224, 224)), (100, 100, (99, 98)), (50, 640, (8, 8)),
+    (9, 7, (1, 1))])
 def test_shrinking_takes_the_mean_of_what_a_pixel_covers(height, width, shape):
     image = photograph()[:height, :width]
     np.testing.assert_allclose(resize(image, shape), box_filtered(image, shape), atol=0.02)
@@ -255,7 +256,8 @@ def test_shrinking_takes_the_mean_of_what_a_pixel_covers(height, width, shape):
 def test_shrinking_by_a_whole_ratio_is_the_box_filter_of_pil(ratio):
     image = photograph()[:420, :630]
     theirs = np.asarray(Image.fromarray(image).reduce(ratio)).astype(float)
-    np.testing.assert_allclose(resize(image, (420 // ratio, 630 // ratio)), theirs, atol=0.6)  # PIL rounds
+    ours = resize(image, (420 // ratio, 630 // ratio))
+    np.testing.assert_allclose(ours, theirs, atol=0.6)  # PIL rounds
 
 
 @pytest.mark.parametrize('height, width', [(30, 40), (64, 64), (1, 1), (1, 50)])
@@ -270,14 +272,15 @@ def test_a_side_that_grows_is_bilinear_beside_one_that_shrinks(height, width):
     image = photograph()[:height, :width]
     shrunk = box_filtered(image, (min(height, 64), min(width, 64)))
     bands = [Image.fromarray(shrunk[..., band].astype(np.float32)) for band in range(3)]
-    theirs = np.stack([np.asarray(band.resize((64, 64), Image.BILINEAR)) for band in bands], axis=-1)
+    theirs = np.stack([band.resize((64, 64), Image.BILINEAR) for band in bands], axis=-1)
     np.testing.assert_allclose(resize(image, (64, 64)), theirs, atol=0.05)
 
 
 def test_resizing_keeps_the_mean_of_a_picture():
     image = photograph()
     for shape in ((8, 8), (100, 37), (224, 224), (426, 639)):
-        np.testing.assert_allclose(np.mean(resize(image, shape), (0, 1)), image.mean((0, 1)), atol=0.01)
+        mean = np.mean(resize(image, shape), (0, 1))
+        np.testing.assert_allclose(mean, image.mean((0, 1)), atol=0.01)
 
 
 def test_a_batch_is_resized_as_its_pictures_are():
@@ -290,7 +293,7 @@ def test_a_batch_is_resized_as_its_pictures_are():
 @pytest.mark.parametrize('encode_as', [jpeg, encode])
 def test_what_is_too_fine_for_a_crop_becomes_grey(random_crops, encode_as, size, height, width):
     crops = random_crops(encode_as(checkerboard(height, width)), size, (0.7, 1.0), number=5)
-    # Between shrinking by 2.5 and 3 a pixel covers three fields of one colour at most beside two.
+    # A pixel covers at least 2.5 x 2.5 fields: what one colour has more than the other is little.
     assert np.abs(crops - 127.5).mean() < 12 and crops.std() < 15  # without averaging: 100
 
 
@@ -321,7 +324,8 @@ def test_a_random_crop_looks_as_pil_would_resize_its_window(random_crops, encode
         (top, left), (height, width) = begin.numpy()[:2], extent.numpy()[:2]
         window = (left, top, left + width, top + height)
         theirs = np.asarray(image.resize((size, size), Image.HAMMING, box=window)).astype(float)
-        plain = tf.image.resize(np.asarray(image)[top:top + height, left:left + width], (size, size))
+        inside = np.asarray(image)[top:top + height, left:left + width]
+        plain = tf.image.resize(inside, (size, size))
         assert np.abs(crop - theirs).mean() < 0.6 * np.abs(plain - theirs).mean()
         # TensorFlow's decoder is nearly a level too dark where it does not shrink.
         np.testing.assert_allclose(crop.mean((0, 1)), theirs.mean((0, 1)), atol=2)
@@ -331,13 +335,14 @@ def test_a_random_crop_looks_as_pil_would_resize_its_window(random_crops, encode
 @pytest.mark.parametrize('begin', [(0, 0), (3, 5), (12, 1)])
 @pytest.mark.parametrize('subsampling', ['4:4:4', '4:2:0'])
 def test_a_window_of_a_shrunk_jpeg_is_in_its_place(ratio, begin, subsampling):
-    """To within half a pixel of the result, up to the end of a picture whose sides no ratio divides."""
+    """To half a pixel of the result, up to the end of a picture whose sides no ratio divides."""
     extent = (509 - begin[0], 515 - begin[1])
     size = min(extent) // ratio
     for axis in (0, 1):
         pixel = extent[axis] / size
         period = 8 * pixel
-        encoded = jpeg(pattern(lambda *place: np.sin(2 * np.pi * (place[axis] + 0.5) / period), 509, 515), subsampling=subsampling)
+        waves = pattern(lambda *place: np.sin(2 * np.pi * (place[axis] + 0.5) / period), 509, 515)
+        encoded = jpeg(waves, subsampling=subsampling)
         window = augment.decode_jpeg_window(encoded, tf.constant(begin), tf.constant(extent), size)
         assert size <= min(window.shape[:2]) and max(window.shape[:2]) <= 515 / ratio + 1
         crop = resize(window, (size, size)).numpy().mean((1 - axis, 2))
@@ -351,8 +356,16 @@ def test_a_window_of_a_shrunk_jpeg_is_in_its_place(ratio, begin, subsampling):
 
 def test_a_jpeg_is_shrunk_only_where_both_sides_stay_large_enough():
     encoded = jpeg(photograph())
-    for extent, size, shape in (((200, 400), 100, (100, 200)), ((199, 400), 100, (199, 400)), ((400, 200), 101, (400, 200)),
-                                ((407, 400), 100, (101, 100)), ((8, 8), 1, (1, 1)), ((1, 1), 1, (1, 1)), ((1, 600), 1, (1, 600))):
+    cases = [
+        ((200, 400), 100, (100, 200)),
+        ((199, 400), 100, (199, 400)),
+        ((400, 200), 101, (400, 200)),
+        ((407, 400), 100, (101, 100)),
+        ((8, 8), 1, (1, 1)),
+        ((1, 1), 1, (1, 1)),
+        ((1, 600), 1, (1, 600)),
+    ]
+    for extent, size, shape in cases:
         window = augment.decode_jpeg_window(encoded, tf.constant([2, 2]), tf.constant(extent), size)
         assert window.shape == (*shape, 3)
 
@@ -361,22 +374,25 @@ def test_a_window_that_rounding_makes_no_smaller_than_the_size():
     encoded = jpeg(photograph())
     for begin in range(16):
         for extent in range(32, 80):
-            window = augment.decode_jpeg_window(encoded, tf.constant([begin, begin]), tf.constant([extent, extent]), 8)
+            place = tf.constant([begin, begin]), tf.constant([extent, extent])
+            window = augment.decode_jpeg_window(encoded, *place, 8)
             assert 8 <= min(window.shape[:2]) < 17
 
 
-@pytest.mark.parametrize('encode_as, size, tolerance', [(encode, 16, 0), (encode, 300, 0), (jpeg, 300, 0), (jpeg, 100, 2), (jpeg, 50, 2), (jpeg, 16, 2)])
+@pytest.mark.parametrize('encode_as, size, tolerance', [
+    (encode, 16, 0), (encode, 300, 0), (jpeg, 300, 0), (jpeg, 100, 2), (jpeg, 50, 2),
+    (jpeg, 16, 2)])
 def test_a_crop_of_the_whole_is_the_evaluation_picture(random_crops, encode_as, size, tolerance):
     """Exactly, and within rounding where the JPEG decoder shrinks."""
     encoded = encode_as(photograph()[:400, :400])
-    crops = random_crops(encoded, size, (1.0, 1.0), number=2)  # no aspect but 1 fits, so it is the whole
+    crops = random_crops(encoded, size, (1.0, 1.0), number=2)  # nothing smaller fits: the whole
     expected = resize_picture(decode(encoded), size).numpy().astype(float)
     assert np.abs(crops - expected).mean() <= tolerance
 
 
 @pytest.mark.parametrize('file_format', ['JPEG', 'PNG', 'GIF', 'BMP'])
 @pytest.mark.parametrize('height, width', [(1, 1), (1, 9), (3, 2), (2, 900), (900, 3), (17, 33)])
-def test_tiny_and_narrow_pictures_can_be_cropped(random_crops, settings, file_format, height, width):
+def test_tiny_and_narrow_pictures_can_be_cropped(random_crops, file_format, height, width):
     encoded = encode(np.full((height, width, 3), 180, np.uint8), file_format)
     for size in (8, 40):
         crops = random_crops(encoded, size, number=4)
@@ -397,8 +413,10 @@ def test_a_crop_shows_the_same_window_at_every_size(random_crops):
 
 def test_a_grey_jpeg_is_shrunk_while_it_is_decoded():
     grey = photograph()[:, :, 0]
-    window = augment.decode_jpeg_window(jpeg(grey), tf.constant([0, 0]), tf.constant([424, 640]), 100)
-    np.testing.assert_allclose(window, np.repeat(box_filtered(grey[:424, :, None], (106, 160)), 3, -1), atol=12)
+    place = tf.constant([0, 0]), tf.constant([424, 640])
+    window = augment.decode_jpeg_window(jpeg(grey), *place, 100)
+    expected = box_filtered(grey[:424, :, None], (106, 160))
+    np.testing.assert_allclose(window, np.repeat(expected, 3, axis=-1), atol=12)
 
 
 def test_what_a_zoom_makes_much_smaller_is_averaged(settings):
@@ -413,6 +431,6 @@ def test_what_a_zoom_makes_much_smaller_is_averaged(settings):
             continue
         rows, columns = (slice(int(66 - side / 2), int(62 + side / 2)) for side in (height, width))
         inside = moved(encoded, seed, 1.0).numpy()[rows, columns]
-        assert np.abs(inside.astype(float) - 127.5).max() < 60  # sampled, it is black and white: 100
+        assert np.abs(inside.astype(float) - 127.5).max() < 60  # sampled: 100, black and white
         checked += 1
     assert checked >= 3
