@@ -53,9 +53,9 @@ COMMANDS = {
     ".venv/bin/python -m pip install -c requirements/cpu.txt '.[heif]'": Not('installs; tests/test_file_signatures.py reads HEIC'),
     '--config.dataset.name=cifar10': Not('downloads the data set; tests/test_datasets.py reads made-up ones'),
     f'{PYTHON} main.py --config=configs/imagenet.py': Runs(status=1, says='ILSVRC2012_img_train.tar'),
-    f'{PYTHON} main.py --config=configs/imagenet.py --config.progressive.stages=4 --config.progressive.image_size=128': Runs(
-        status=1, says='ILSVRC2012_img_train.tar'),
-    f'{PYTHON} main.py --config=configs/imagenet_distill.py': Runs(status=1, says='ILSVRC2012_img_train.tar'),
+    f'{PYTHON} main.py --config=configs/imagenet.py --config.progressive.stages=4 --config.progressive.image_size=128': Not(
+        'needs ImageNet; tests/test_train.py trains in stages'),
+    f'{PYTHON} main.py --config=configs/imagenet_distill.py': Not('needs ImageNet and weights; tests/test_transfer.py'),
     f"{PYTHON} main.py --config=configs/digits.py --workdir=runs/try --config.train_for='10 epochs' --config.schedule.name=trapezoid "
     '--config.optimizer.name=lion --config.schedule.peak_lr=3e-4': Runs(DIGITS, says='report in runs/try/report.md'),
     'main.py --config=... [--workdir=DIR]': Runs(whole=f'{OF_DIGITS} {DIGITS}', says='runs/digits is finished'),
@@ -65,9 +65,9 @@ COMMANDS = {
     '... --mode=export': Runs(whole=f'{OF_DIGITS} --mode=export {DIGITS}', says='"export/accuracy"'),
     '... --mode=preflight --topology=v5e:2x2': Not('installs a compiler; tests/test_preflight.py runs it with the tiny model'),
     '--mode=preflight --topology=v5e:2x2': Not('the same'),
-    'compare.py RUN [RUN ...]': Runs(whole=f'{PYTHON} compare.py runs/digits runs/flowers', says='curves in comparison.png'),
-    'predict.py RUN [IMAGE ...]': Runs(whole=f'{PYTHON} predict.py runs/flowers picture.jpg picture.webp', says='picture.webp: '),
-    'predict.py RUN IMAGE_OR_FOLDER ...': Runs(whole=f'{PYTHON} predict.py runs/flowers DIR', says='drawn in'),
+    'compare.py RUN [RUN ...]': Not('runs with the two runs that README compares'),
+    'predict.py RUN [IMAGE ...]': Not('runs with files and a folder'),
+    'predict.py RUN IMAGE_OR_FOLDER ...': Runs(whole=f'{PYTHON} predict.py runs/flowers picture.jpg picture.webp DIR', says='picture.webp: '),
     'python -m inputs.service': Not('serves until it is stopped; tests/test_service.py trains with it'),
     f'{PYTHON} -m inputs.service --port=5050 --host=MACHINE1': Not('the same'),
     f'{PYTHON} main.py ... --config.dataset.service=MACHINE1:5050,MACHINE2:5050': Not('needs two machines; tests/test_service.py'),
