@@ -95,6 +95,10 @@ def failure(error):
         return f'{lost[1]} {lost[2]} does not answer any more: start all workers again, and they continue at the last checkpoint', 1
     if errors and isinstance(error, (errors.DataLossError, errors.OutOfRangeError)):
         return f'a file of the data set is damaged or cut short ({text[:200]}): delete the folder that --mode=check names for it, and prepare it again', 1
+    # The words of inputs/tfds_features.py, each in brackets.
+    label = re.search(r'assertion failed: \[(an example has a label that is none .*)\]', str(error))
+    if errors and isinstance(error, errors.InvalidArgumentError) and label:
+        return label[1].replace('] [', ' '), 1
     if errors and isinstance(error, errors.OpError):
         text = re.sub(r'\{\{.*?\}\}', '', text)  # names of its own
         hint = ' (a picture that cannot be decoded?)' if 'ecode' in text else ''

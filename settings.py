@@ -112,6 +112,11 @@ def check_config(config):
         raise ConfigError(f"config.progressive.image_size={values['progressive.image_size']} is larger than config.image_size={values['image_size']}: pictures grow")
     if not re.fullmatch(r'([^,:\s]+:[0-9]+(,[^,:\s]+:[0-9]+)*)?', values['dataset.service']):
         raise ConfigError(f"config.dataset.service={values['dataset.service']!r} is no address: write HOST:PORT, and a comma between several")
+    for key in ('dataset.image_key', 'dataset.label_key'):
+        if values[key] and values['dataset.name'] == 'folder':
+            raise ConfigError(
+                f'config.{key}={values[key]!r} names a feature of a TFDS data set, '
+                'and a folder has none: leave it out')
     if values['progressive.stages'] > 1 and values['progressive.image_size'] % 32:
         raise ConfigError(f"config.progressive.image_size={values['progressive.image_size']} is impossible: the sizes of stages are multiples of 32")
     if not 0 < low <= high <= 1:

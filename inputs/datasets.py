@@ -18,7 +18,7 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 
 from errors import ConfigError, RunError, did_you_mean, one_line
-from inputs import folder, picture_files, reading, tfds_features
+from inputs import folder, picture_files, reading, tfds_checks, tfds_features
 
 MOST_NAMED = 50  # broken files in the report
 
@@ -136,17 +136,19 @@ def _tfds(dataset_config, needs_training):
     builder, columns = find_builder(dataset_config)
     if not builder.is_prepared():
         _prepare(builder, data_folder(dataset_config))
-    label_feature = tfds_features.feature_at(builder.info.features, columns.label)
-    if label_feature.num_classes < 2:
-        raise RunError(f'{dataset_config.name} in {builder.data_dir} has {label_feature.num_classes} class; a classifier needs at least two')
+    class_names = tfds_checks.names_of_classes(builder, columns)
     num_train = split_size(builder.name, builder.info.splits, 'train_split', dataset_config, needed=needs_training)
     num_eval = split_size(builder.name, builder.info.splits, 'eval_split', dataset_config, needed=True)
     reading.require_tfrecord(builder)
     for key in ('train_split', 'eval_split') if needs_training else ('eval_split',):
-        tfds_features.check_labels(builder, key, dataset_config[key], columns)
+        tfds_checks.require_usable(builder, columns, key, dataset_config)
+    supervised_keys = builder.info.supervised_keys
+    note = tfds_features.describe_choice(columns, supervised_keys, dataset_config)
+    if note:
+        print(f'note      {note}', flush=True)
     return Source(
         name=dataset_config.name,
-        class_names=tuple(label_feature.names),
+        class_names=class_names,
         train_split=dataset_config.train_split,
         eval_split=dataset_config.eval_split,
         num_train=num_train,
@@ -154,6 +156,7 @@ def _tfds(dataset_config, needs_training):
         memory_bytes=int(dataset_config.memory_gib * 2**30),
         find=functools.partial(reading.of_builder, builder, columns),
         identity=' '.join([builder.info.full_name, dataset_config.train_split, *filter(None, (dataset_config.image_key, dataset_config.label_key))]),
+        notes=(note,) if note else (),
     )
 
 

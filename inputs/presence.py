@@ -1,12 +1,12 @@
-"""Whether a data set is there and how large it is, without getting, preparing or decoding anything."""
+"""Whether a data set is there and can be used, and how large it is; gets and prepares nothing."""
 import dataclasses
 import os
 
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
-from errors import RunError
-from inputs import datasets, folder, reading, tfds_features
+from errors import RunError, one_line
+from inputs import datasets, folder, reading, tfds_checks, tfds_features
 
 ARCHIVES = {'imagenet2012': ('ILSVRC2012_img_train.tar', 'ILSVRC2012_img_val.tar')}  # that are put there by hand; of others TFDS knows the page only
 SIZES = {  # of the splits of what configs/ names, for before they are prepared. Source: the catalog of TFDS
@@ -49,23 +49,21 @@ class Presence:
 def look(dataset_config):
     """The Presence of `config.dataset`.
 
-    Raises: ConfigError, RunError: as `datasets.load` does, for what can be known without looking into the data.
+    Raises: ConfigError, RunError: as `datasets.load` does, for what can be known without decoding
+        the files of a folder, or preparing a data set.
     """
     if dataset_config.name == 'folder':
         class_names, sizes, num_bytes = folder.count(dataset_config)
         return Presence('here', os.path.expanduser(dataset_config.data_dir), class_names, sizes[dataset_config.train_split],
                         sizes[dataset_config.eval_split], num_bytes)
     builder, columns = datasets.find_builder(dataset_config)
-    label = tfds_features.feature_at(builder.info.features, columns.label)
     if builder.is_prepared():
-        found = _prepared(builder, label, dataset_config)
-        for key in ('train_split', 'eval_split'):
-            tfds_features.check_labels(builder, key, dataset_config[key], columns)
-        return found
+        return _prepared(builder, columns, dataset_config)
+    label = tfds_features.feature_at(builder.info.features, columns.label)
     return _not_prepared(builder, label, dataset_config)
 
 
-def _prepared(builder, label, dataset_config):
+def _prepared(builder, columns, dataset_config):
     reading.require_tfrecord(builder)
     here = set(tf.io.gfile.listdir(str(builder.data_dir)))
     lost = [path for split in builder.info.splits.values() for path in map(str, split.filepaths) if os.path.basename(path) not in here]
@@ -74,8 +72,17 @@ def _prepared(builder, label, dataset_config):
     short = '' if '://' in str(builder.data_dir) else next((name for name, split in builder.info.splits.items() if _size_on_disk(split) < split.num_bytes), '')
     if short:
         raise RunError(f'files of {builder.name} are shorter than they were, of its split {short}: rm -r {builder.data_dir}')
-    return Presence('here', str(builder.data_dir), tuple(label.names), *_sizes(builder.name, builder.info.splits, dataset_config),
-                    int(builder.info.dataset_size or 0) or None)
+    class_names = tfds_checks.names_of_classes(builder, columns)
+    sizes = _sizes(builder.name, builder.info.splits, dataset_config)
+    try:
+        for key in ('train_split', 'eval_split'):
+            tfds_checks.require_usable(builder, columns, key, dataset_config)
+    except tf.errors.OpError as error:
+        raise RunError(
+            f'files of {builder.name} are damaged ({one_line(error, 100)}): '
+            f'rm -r {builder.data_dir}') from error
+    num_bytes = int(builder.info.dataset_size or 0) or None
+    return Presence('here', str(builder.data_dir), class_names, *sizes, num_bytes)
 
 
 def _size_on_disk(split):
@@ -86,6 +93,10 @@ def _not_prepared(builder, label, dataset_config):
     download = int(builder.info.download_size or 0) or sum(int(info.size or 0) for info in (builder.url_infos or {}).values())  # of all variants that it has
     stored = int(builder.info.dataset_size or 0) or download
     sizes = _sizes(builder.name, _splits(builder), dataset_config) if builder.name in SIZES else (None, None)
+    if label.num_classes is None:
+        raise RunError(
+            f'how many classes {builder.name} has is known when it is prepared: '
+            'let a first start do it, without --mode=check')
     known = dict(place=str(builder.data_dir), class_names=tuple(label.names), num_train=sizes[0], num_eval=sizes[1], num_bytes=stored or None)
     if builder.name == 'digits':
         return Presence('made', room_bytes=2**20, **known | {'num_bytes': 2**20})  # 0.4 MiB of PNG files

@@ -6,6 +6,7 @@ record by record, so a resumed run reads again at most the window that it stoppe
 """
 import concurrent.futures
 import dataclasses
+import os
 import re
 import struct
 from collections.abc import Callable
@@ -18,6 +19,8 @@ from errors import RunError
 from inputs import tfds_features
 
 PIECES = 1000  # per epoch, at least, where there are as many examples
+EXAMPLES_AT_A_PLACE = 4  # of a sample, where a piece has so many
+PARSED_TOGETHER = 1024  # records, where one feature is wanted: ten times as fast as one by one
 RECORD_OVERHEAD = 16  # bytes around each record of a TFRecord file: length, two checksums
 
 
@@ -32,6 +35,7 @@ class Records:
         offsets: int64 [pieces], where in its file each begins, in bytes.
         features: of the data set; parse a record.
         columns: which of them are the image and the label.
+        name: of the data set and the split.
         num_bytes: of all encoded examples, about.
     """
 
@@ -41,13 +45,51 @@ class Records:
     offsets: np.ndarray
     features: tfds.features.FeaturesDict
     columns: tfds_features.Columns
+    name: str
     num_bytes: int
 
     def read(self, pieces):
-        """A tf.data.Dataset of (id int64 [], encoded string [], label int64 []) of `pieces`, int64 [n], in an order of its own."""
-        features = tfds_features.selected(self.features, self.columns)
+        """A tf.data.Dataset of (id int64 [], encoded string [], label int64 []) of `pieces`, int64 [n], in an order of its own.
+
+        A label that is none of the classes ends it: see `tfds_features.require_class`.
+        """
         num_classes = tfds_features.feature_at(self.features, self.columns.label).num_classes
-        as_stored = tfds_features.nested({self.columns.image: tfds.decode.SkipDecoding()})
+        specs = self._specs(*self.columns)
+
+        def parse(number, record):
+            example = tf.io.parse_single_example(record, specs)
+            label = example[self.columns.label]
+            checked = tfds_features.require_class(label, num_classes, self.name, number)
+            return number, example[self.columns.image], checked
+
+        return self._serialized(pieces).map(parse)
+
+    def column(self, path: str) -> np.ndarray:
+        """Reads one feature of all examples, images or labels of any value, in some order."""
+        specs = self._specs(path)
+        batches = self._serialized(np.arange(len(self.counts))).batch(PARSED_TOGETHER)
+        values = batches.map(lambda numbers, records: tf.io.parse_example(records, specs)[path])
+        return np.concatenate(list(values.as_numpy_iterator()))
+
+    def sample(self, num_examples: int) -> 'Records':
+        """Returns at most so many examples, of evenly spread pieces with the first and last."""
+        at_a_place = min(EXAMPLES_AT_A_PLACE, int(self.counts.max()))
+        last = len(self.counts) - 1
+        places = np.unique(np.linspace(0, last, num_examples // at_a_place).astype(np.int64))
+        return dataclasses.replace(
+            self,
+            counts=np.minimum(self.counts[places], at_a_place),
+            first_ids=self.first_ids[places],
+            filenames=self.filenames[places],
+            offsets=self.offsets[places],
+        )
+
+    def _specs(self, *paths: str) -> dict[str, tf.io.FixedLenFeature]:
+        """What of a record is parsed: these features, and nothing is decoded."""
+        return {path: self.features.tf_example_spec[path] for path in paths}
+
+    def _serialized(self, pieces):
+        """A tf.data.Dataset of (id int64 [], record string []) of `pieces`."""
         filenames, offsets, counts, first_ids = map(tf.constant, (self.filenames, self.offsets, self.counts, self.first_ids))
 
         def piece(index):
@@ -57,13 +99,8 @@ class Records:
             records = tf.data.experimental.from_variant(variant, tf.TensorSpec([], tf.string))
             return records.take(counts[index]).enumerate(first_ids[index])
 
-        def parse(number, record):
-            example = features.deserialize_example(record, decoders=as_stored)
-            encoded, label = (tfds_features.feature_at(example, path) for path in self.columns)
-            return number, encoded, tfds_features.require_class(label, num_classes)
-
         dataset = tf.data.Dataset.from_tensor_slices(pieces)
-        return dataset.interleave(piece, cycle_length=4, num_parallel_calls=4, deterministic=True).map(parse)
+        return dataset.interleave(piece, cycle_length=4, num_parallel_calls=4, deterministic=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +163,7 @@ def of_builder(builder, columns, split, share=(0, 1), longest=None):
     filenames, offsets, counts, first_ids = map(np.array, zip(*pieces))
     return Records(counts=counts.astype(np.int64), first_ids=first_ids.astype(np.int64), filenames=filenames, offsets=offsets.astype(np.int64),
                    features=builder.info.features, columns=columns,
+                   name=f'{builder.name}, split {split}',
                    num_bytes=int(whole_bytes / whole.num_examples * (end - begin)))
 
 
@@ -158,7 +196,10 @@ def record_offsets(filename, count):
     with tf.io.gfile.GFile(filename, 'rb') as file:
         for _ in range(count):
             offsets.append(offset)
-            file.seek(offset)
-            length, = struct.unpack('<Q', file.read(8))
+            try:
+                file.seek(offset)
+                length, = struct.unpack('<Q', file.read(8))
+            except (tf.errors.OutOfRangeError, struct.error) as error:
+                raise RunError(f'{filename} was cut short: rm -r {os.path.dirname(filename)}') from error
             offset += length + RECORD_OVERHEAD
     return offsets

@@ -1,16 +1,17 @@
 """Which features of a TFDS data set are the image and its label, and whether both can be trained on."""
-import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
 import tensorflow_datasets as tfds
+from ml_collections import ConfigDict
 
-from errors import ConfigError, RunError, did_you_mean
+from errors import ConfigError, did_you_mean
 
 DTYPES = ('uint8', 'uint16')  # of images; float32 is stored as the four bytes of a colour with alpha
-MOST_FILES, MOST_LABELS = 64, 1000  # that are looked at before a run begins
+MOST_CHANNELS = 4  # grey, grey with alpha, RGB, RGB with alpha
+BAD_LABEL = 'an example has a label that is none of'  # how an error begins: see main.failure
 
 
 class Columns(NamedTuple):
@@ -31,18 +32,33 @@ def find_columns(features: tfds.features.FeaturesDict, supervised_keys: object, 
     Raises: ConfigError: there is none, there are several, or it cannot be read.
     """
     name, leaves = dataset_config.name, dict(_leaves(features))
-    named = set(tf.nest.flatten(supervised_keys)) if supervised_keys else set()
+    inputs, targets = supervised_keys[:2] if supervised_keys else ((), ())
+    named_inputs, named_targets = set(tf.nest.flatten(inputs)), set(tf.nest.flatten(targets))
     images = {path for path, feature in leaves.items() if _is_image(feature)}
     labels = {path for path, feature in leaves.items() if isinstance(feature, tfds.features.ClassLabel)}
     columns = Columns(
-        image=_choose('image', images, named, leaves, dataset_config.image_key, name),
-        label=_choose('class label', labels, named, leaves, dataset_config.label_key, name),
+        image=_choose('image', images, named_inputs, leaves, dataset_config.image_key, name),
+        label=_choose('class label', labels, named_targets, leaves, dataset_config.label_key, name),
     )
-    dtype = np.dtype(leaves[columns.image].np_dtype).name
-    if dtype not in DTYPES:
-        raise ConfigError(f'config.dataset.name={name!r}: its image {columns.image!r} is of {dtype}, which TFDS stores in a way that only '
-                          f'TFDS can read: make the data set with images of {" or ".join(DTYPES)}')
+    problem = _pixel_problem(leaves[columns.image])
+    if problem:
+        raise ConfigError(f'config.dataset.name={name!r}: its image {columns.image!r} {problem}')
     return columns
+
+
+def describe_choice(
+    columns: Columns, supervised_keys: tuple | None, dataset_config: ConfigDict,
+) -> str:
+    """Returns a line on a choice that neither the data set nor the user has made plainly, or ''."""
+    stated = supervised_keys or (None, None)
+    image_is_plain = dataset_config.image_key or stated[0] == columns.image
+    label_is_plain = dataset_config.label_key or stated[1] == columns.label
+    weights = ', '.join(tf.nest.flatten(stated[2])) if len(stated) == 3 else ''
+    if image_is_plain and label_is_plain and not weights:
+        return ''
+    name = dataset_config.name
+    note = f'of {name} the image is {columns.image!r} and the class label {columns.label!r}'
+    return f'{note}; its weights of examples, {weights}, are not used' if weights else note
 
 
 def feature_at(features: tfds.features.FeaturesDict, path: str) -> tfds.features.FeatureConnector:
@@ -52,53 +68,16 @@ def feature_at(features: tfds.features.FeaturesDict, path: str) -> tfds.features
     return features
 
 
-def selected(features: tfds.features.FeaturesDict, paths: tuple[str, ...]) -> tfds.features.FeaturesDict:
-    """Returns features with nothing but these, so that nothing else of a record is decoded."""
-    return tfds.decode.PartialDecoding(nested(dict.fromkeys(paths, True))).extract_features(features)
+def require_class(label: tf.Tensor, num_classes: int, name: str, number: tf.Tensor) -> tf.Tensor:
+    """Returns a label, int64 [], where a graph computes it only if it is one of the classes.
 
-
-def nested(values: dict[str, object]) -> dict:
-    """{'a/b': 1} -> {'a': {'b': 1}}."""
-    tree = {}
-    for path, value in values.items():
-        *folders, name = path.split('/')
-        place = tree
-        for folder in folders:
-            place = place.setdefault(folder, {})
-        place[name] = value
-    return tree
-
-
-def check_labels(builder: tfds.core.DatasetBuilder, key: str, split: str, columns: Columns) -> None:
-    """Looks at labels of a split: at all of a small one, at some of each of several files of a large one.
-
-    Args:
-        builder: prepared as TFRecord files.
-        key: of `config.dataset` that names the split.
-        split: as TFDS writes it.
-        columns: of the image and the label.
-
-    Raises: RunError: some are no classes. TFDS writes -1 where a label is not known, as in the test split of a contest.
+    `name`, of the data set and its split, and `number`, of the example, are for the error.
     """
-    num_classes = feature_at(builder.info.features, columns.label).num_classes
-    labels = _some_labels(builder, split, columns.label)
-    strange = labels[(labels < 0) | (labels >= num_classes)]
-    if not strange.size:
-        return
-    num_examples = builder.info.splits[split].num_examples
-    looked_at = '' if len(labels) == num_examples else f' of {len(labels):,} that were looked at'
-    values = ', '.join(map(str, np.unique(strange)[:3]))
-    meaning = ', which TFDS writes where a label is not known' if (strange == -1).any() else ''
-    others = ', '.join(name for name in builder.info.splits if name != split) or 'none'
-    raise RunError(f'config.dataset.{key}={split!r} of {builder.name} has {num_examples:,} examples, and {len(strange):,}{looked_at} have a label '
-                   f'that is none of the {num_classes:,} classes: {values}{meaning}. Name a split without them; there are also: {others}')
-
-
-def require_class(label: tf.Tensor, num_classes: int) -> tf.Tensor:
-    """Returns a label, int64 [], where a graph computes it only if it is one of the classes."""
     is_class = (label >= 0) & (label < num_classes)
-    says = f'an example has a label that is none of the {num_classes:,} classes, as TFDS writes where it is not known; name another split'
-    with tf.control_dependencies([tf.debugging.Assert(is_class, [says, label])]):
+    says = (f'{BAD_LABEL} the {num_classes:,} classes, as TFDS writes where it is not known; '
+            f'name another split: {name}, example')
+    check = tf.debugging.Assert(is_class, [says, number, 'has', label])
+    with tf.control_dependencies([check]):
         return tf.identity(label)
 
 
@@ -115,6 +94,21 @@ def _is_image(feature: tfds.features.FeatureConnector) -> bool:
     return isinstance(feature, tfds.features.Image) and not isinstance(feature, tfds.features.LabeledImage)
 
 
+def _pixel_problem(feature: tfds.features.Image) -> str:
+    """Returns why an image would be misread, and what to do, as the end of a sentence, or ''."""
+    dtype, shape = np.dtype(feature.np_dtype).name, feature.shape
+    if dtype not in DTYPES:
+        return (f'is of {dtype}, which TFDS stores in a way that only TFDS can read: '
+                f'make the data set with images of {" or ".join(DTYPES)}')
+    if len(shape) != 3:
+        return (f'has the shape {shape}, several frames: '
+                'make the data set with images of height, width and channels')
+    if shape[-1] is not None and not 1 <= shape[-1] <= MOST_CHANNELS:
+        return (f'has {shape[-1]} channels: '
+                f'make the data set with images of 1 to {MOST_CHANNELS} channels')
+    return ''
+
+
 def _choose(what: str, candidates: set[str], named: set[str], leaves: dict, key: str, name: str) -> str:
     """The one of `candidates` that the config names, that TFDS names, or that there is."""
     config_key = {'image': 'image_key', 'class label': 'label_key'}[what]
@@ -122,30 +116,29 @@ def _choose(what: str, candidates: set[str], named: set[str], leaves: dict, key:
         if key in candidates:
             return key
         problem = f'is no {what}' if key in leaves else 'does not exist'
+        if _is_in_sequence(key, leaves):
+            problem = f'is in a sequence of any length, and a classifier needs one {what}'
         raise ConfigError(f'config.dataset.{config_key}={key!r} {problem}: {name} has {_listed(candidates)}{did_you_mean(key, sorted(candidates))}')
-    for found in (candidates & named, candidates):
-        if len(found) == 1:
-            return next(iter(found))
-    if not candidates:
+    readable = {path for path in candidates if what != 'image' or not _pixel_problem(leaves[path])}
+    found = candidates & named or readable or candidates
+    if len(found) == 1:
+        return next(iter(found))
+    if not found:
         raise ConfigError(f'config.dataset.name={name!r} is no image classification data set: it has no {what} for each example')
-    first, plural = sorted(candidates)[0], f'{what}s'
-    raise ConfigError(f'config.dataset.name={name!r} has several features that are {plural}, {_listed(candidates)}: '
-                      f'write --config.dataset.{config_key}={first}')
+    first, plural = sorted(found)[0], f'{what}s'
+    raise ConfigError(
+        f'config.dataset.name={name!r} has several features that are {plural}, {_listed(found)}: '
+        f'write --config.dataset.{config_key}={first}')
+
+
+def _is_in_sequence(key: str, leaves: dict) -> bool:
+    """Whether a name is that of a sequence, such as a Video, or of something inside of one."""
+    for path, feature in leaves.items():
+        is_inside = f'{key}/'.startswith(f'{path}/')
+        if is_inside and isinstance(feature, tfds.features.Sequence):
+            return True
+    return False
 
 
 def _listed(names: set[str]) -> str:
     return ', '.join(sorted(names)) or 'none'
-
-
-def _some_labels(builder: tfds.core.DatasetBuilder, split: str, label: str) -> np.ndarray:
-    """The labels of up to `MOST_LABELS` examples, int64 [n]: the first ones of evenly chosen files."""
-    files = builder.info.splits[split].file_instructions
-    chosen = [files[index] for index in np.unique(np.linspace(0, len(files) - 1, min(MOST_FILES, len(files))).round().astype(int))]
-    each = math.ceil(MOST_LABELS / len(chosen))
-    features = selected(builder.info.features, (label,))
-
-    def labels_of(record: tf.Tensor) -> tf.Tensor:
-        return feature_at(features.deserialize_example(record), label)
-
-    parts = [tf.data.TFRecordDataset(file.filename).skip(file.skip).take(min(each, file.take)).map(labels_of) for file in chosen]
-    return np.array([label for part in parts for label in part.as_numpy_iterator()], np.int64)

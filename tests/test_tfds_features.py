@@ -11,7 +11,7 @@ import tensorflow_datasets as tfds
 
 from configs import default
 from errors import ConfigError, RunError
-from inputs import datasets, pictures, presence, tfds_features
+from inputs import datasets, pictures, presence, tfds_checks, tfds_features
 from tests import image_kinds
 from tests.test_layout import ROOT
 
@@ -30,9 +30,11 @@ def make(folder, features, examples, supervised_keys=None):
         for index, half in enumerate(halves):
             with tf.io.TFRecordWriter(str(directory / f'mine-{split}.tfrecord-{index:05}-of-00002')) as writer:
                 for row in half:
-                    writer.write(features.serialize_example(features.encode_example(row)))
-        splits.append(tfds.core.SplitInfo(name=split, shard_lengths=list(map(len, halves)), num_bytes=1000, filename_template=template))
-    tfds.folder_dataset.write_metadata(data_dir=str(directory), features=features, split_infos=splits, supervised_keys=supervised_keys)
+                    writer.write(features.serialize_example(row))
+        num_bytes = sum(path.stat().st_size for path in directory.glob(f'mine-{split}.*'))
+        splits.append(tfds.core.SplitInfo(name=split, shard_lengths=list(map(len, halves)), num_bytes=num_bytes, filename_template=template))
+    tfds.folder_dataset.write_metadata(data_dir=str(directory), features=features, split_infos=splits, supervised_keys=supervised_keys,
+                                       check_data=False)  # TFDS would decode images
     return config_of(folder)
 
 
@@ -71,6 +73,12 @@ FOUND = {
     'named by dicts': (FLAT | {'x': np.int64}, rows(8, x=1), ({'a': 'image', 'b': 'x'}, 'label'), {}),
     'a pair among several': (FLAT | {'mask': F.Image(), 'other': LABEL}, rows(8, mask=image(1), other=0), ('image', 'label'), {}),
     'a pair of something else': (FLAT | {'text': F.Text()}, rows(8, text='a'), ('text', 'label'), {}),
+    'an image that is the target too': (FLAT | {'mask': F.Image()}, rows(8, mask=image(1)), ('image', 'mask'), {}),
+    'a pair with the label inside': ({'image': F.Image(), 'about': {'kind': LABEL}, 'other': LABEL},
+                                     [{'image': image(number), 'about': {'kind': number % 2}, 'other': 0} for number in range(8)],
+                                     ('image', 'about/kind'), {}),
+    'a depth beside it': (FLAT | {'depth': F.Image(shape=(24, 32, 1), dtype=np.float32)},
+                          rows(8, depth=np.ones([24, 32, 1], np.float32)), None, {}),
     'a map of classes beside it': (FLAT | {'map': F.LabeledImage(labels=3, shape=(24, 32, 1))},
                                    rows(8, map=np.zeros([24, 32, 1], np.uint8)), None, {}),
     'chosen of several': (FLAT | {'mask': F.Image(), 'other': LABEL}, rows(8, mask=image(1), other=0), None,
@@ -101,6 +109,22 @@ NOT_FOUND = {
     'an unknown image': (FLAT, None, {'image_key': 'imag'}, "image_key='imag' does not exist: mine has image; did you mean image?"),
     'an unknown label inside': (DEEP, None, {'image_key': 'views/front', 'label_key': 'about/spezies'}, 'did you mean about/species?'),
     'a label that is an image': (FLAT, None, {'label_key': 'image'}, "label_key='image' is no class label: mine has label"),
+    'several images of a pair': (FLAT | {'mask': F.Image(), 'thumb': F.Image()}, (('image', 'thumb'), 'label'), {},
+                                 'several features that are images, image, thumb: write --config.dataset.image_key=image'),
+    'several labels of a pair': (FLAT | {'b': LABEL, 'c': LABEL}, ('image', {'x': 'b', 'y': 'c'}), {},
+                                 'several features that are class labels, b, c: write --config.dataset.label_key=b'),
+    'only a map of classes': ({'image': F.LabeledImage(labels=3), 'label': LABEL}, ('image', 'label'), {}, 'it has no image for each example'),
+    'a map of classes by name': (FLAT | {'map': F.LabeledImage(labels=3)}, None, {'image_key': 'map'}, "image_key='map' is no image: mine has image"),
+    'numbers in the shape of an image': ({'image': F.Tensor(shape=(24, 32, 3), dtype=np.uint8), 'label': LABEL}, ('image', 'label'), {},
+                                         'it has no image for each example'),
+    'a label in a sequence': (FLAT | {'objects': F.Sequence({'label': LABEL})}, None, {'label_key': 'objects/label'},
+                              "label_key='objects/label' is in a sequence of any length, and a classifier needs one class label: mine has label"),
+    'a video by name': (FLAT | {'video': F.Video(shape=(None, 24, 32, 3))}, None, {'image_key': 'video'},
+                        "image_key='video' is in a sequence of any length, and a classifier needs one image: mine has image"),
+    'floats by name': (FLAT | {'depth': F.Image(shape=(24, 32, 1), dtype=np.float32)}, None, {'image_key': 'depth'}, "its image 'depth' is of float32"),
+    'floats by supervised keys': (FLAT | {'depth': F.Image(shape=(24, 32, 1), dtype=np.float32)}, ('depth', 'label'), {}, "its image 'depth' is of float32"),
+    'several frames': ({'image': F.Image(shape=(None, 24, 32, 3)), 'label': LABEL}, ('image', 'label'), {}, 'has the shape (None, 24, 32, 3), several frames'),
+    'many channels': ({'image': F.Image(shape=(24, 32, 5)), 'label': LABEL}, ('image', 'label'), {}, 'has 5 channels'),
     'an image of floats': ({'image': F.Image(shape=(24, 32, 1), dtype=np.float32), 'label': LABEL}, ('image', 'label'), {}, 'is of float32'),
 }
 
@@ -129,6 +153,11 @@ ALPHA = np.dstack([image(1), image(2)[..., 0]])
 READ = {  # {kind: (feature, what is put in, what is read)}
     'grey': (F.Image(shape=(None, None, 1)), image(1)[..., :1], image_kinds.grey(image(1)[..., 0])),
     'with alpha': (F.Image(shape=(None, None, 4)), ALPHA, image_kinds.over_white(ALPHA[..., :3], ALPHA[..., 3])),
+    'grey with alpha': (F.Image(shape=(None, None, 2)), ALPHA[..., 2:], image_kinds.over_white(ALPHA[..., [2, 2, 2]], ALPHA[..., 3])),
+    'with alpha, of 16 bits': (F.Image(dtype=np.uint16, shape=(None, None, 4)), ALPHA.astype(np.uint16) * 257,
+                               image_kinds.over_white(ALPHA[..., :3], ALPHA[..., 3])),
+    'of a colormap': (F.Image(shape=(None, None, 1), use_colormap=True), image(1)[..., :1], image_kinds.grey(image(1)[..., 0])),
+    'a GIF that is called JPEG': (F.Image(encoding_format='jpeg'), image_kinds.encoded(np.full((24, 32, 3), 90, np.uint8), 'GIF'), np.full((24, 32, 3), 90)),
     'of 16 bits': (F.Image(dtype=np.uint16, shape=(None, None, 3)), image(1).astype(np.uint16) * 257, image(1)),
     'grey of 16 bits': (F.Image(dtype=np.uint16, shape=(None, None, 1)), image(1)[..., :1].astype(np.uint16) * 257, image_kinds.grey(image(1)[..., 0])),
     'JPEG': (F.Image(encoding_format='jpeg'), np.full((24, 32, 3), 90, np.uint8), np.full((24, 32, 3), 90)),
@@ -182,13 +211,14 @@ def test_a_split_that_is_not_used_may_have_them(tmp_path):
 
 
 def test_only_a_part_of_a_large_split_is_looked_at_and_the_rest_when_it_is_read(tmp_path, monkeypatch):
-    labels = [0] * 39 + [-1]
+    labels = [0] * 38 + [-1, 0]  # the sample has the first and the last
     config = unlabeled(tmp_path, test=labels, count=40)
-    monkeypatch.setattr(tfds_features, 'MOST_LABELS', 8)
+    monkeypatch.setattr(tfds_checks, 'READ_WHOLE', 0)
+    monkeypatch.setattr(tfds_checks, 'SAMPLE', 8)
     source = datasets.load(config)
     with pytest.raises(tf.errors.InvalidArgumentError, match='a label that is none of the 2 classes.*name another split'):
         list(source.examples('test'))
-    monkeypatch.setattr(tfds_features, 'MOST_LABELS', 40)
+    monkeypatch.setattr(tfds_checks, 'SAMPLE', 40)
     with pytest.raises(RunError, match='has 40 examples, and 1 have a label'):
         datasets.load(config)
 

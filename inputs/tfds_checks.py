@@ -1,0 +1,123 @@
+"""Whether a run can use a prepared TFDS data set: its labels are known, and its images can be read.
+
+It is found out before the run begins, and without reading all of a large data set.
+"""
+import re
+import sys
+
+import numpy as np
+import tensorflow as tf
+import tensorflow_datasets as tfds
+from ml_collections import ConfigDict
+
+from errors import RunError, one_line
+from inputs import reading
+from inputs.pictures import PNG_SIGNATURE, decode
+from inputs.tfds_features import Columns, feature_at
+
+READ_WHOLE = 2**30  # bytes of a split whose labels are all looked at: 4 s for images of 3 KB
+SAMPLE = 256  # examples of a larger one: a share of 2 % is missed by one sample in 170, 0.98 ** 256
+DECODED = 16  # images of a split that are tried
+DARK_16_BIT = 2**12  # uint16 images below it have 16 shades of grey when they are read as uint8
+
+
+def names_of_classes(builder: tfds.core.DatasetBuilder, columns: Columns) -> tuple[str, ...]:
+    """Returns the class names of a prepared data set. Raises RunError if there are too few."""
+    label = feature_at(builder.info.features, columns.label)
+    where = f'{builder.name} in {builder.data_dir}'
+    num_classes = label.num_classes or 0  # None where TFDS was never told
+    if num_classes < 2:
+        raise RunError(f'{where} has {num_classes} class; a classifier needs at least two')
+    if len(label.names) != num_classes:  # TFDS leaves out empty lines, and says nothing
+        raise RunError(
+            f'{where} has {num_classes} classes, but names for {len(label.names)}: '
+            'write one name a line into its labels.txt, or prepare it again')
+    return tuple(label.names)
+
+
+def require_usable(
+    builder: tfds.core.DatasetBuilder, columns: Columns, key: str, dataset_config: ConfigDict,
+) -> None:
+    """Looks into the split that `dataset_config` names under `key`: at labels and at some images.
+
+    Every label is looked at in a split of up to `READ_WHOLE` bytes, and a sample in a larger one.
+    The others are looked at when they are read: see `reading.Records.read`.
+
+    Raises: RunError: the split cannot be trained or evaluated on.
+    """
+    split = dataset_config[key]
+    records = reading.of_builder(builder, columns, split)
+    if records.num_bytes <= READ_WHOLE:
+        looked_at = reading.of_builder(builder, columns, split, longest=sys.maxsize)
+    else:
+        looked_at = records.sample(SAMPLE)
+    try:
+        labels = looked_at.column(columns.label)
+        images = records.sample(DECODED).column(columns.image)
+    except tf.errors.InvalidArgumentError as error:
+        raise RunError(
+            f'{records.name}: its records are not what its features.json says '
+            f'({one_line(error, 150)}): prepare it again') from error
+    _require_labels(builder, records, labels, key, dataset_config)
+    _require_readable(records, images)
+
+
+def _require_labels(
+    builder: tfds.core.DatasetBuilder, records: reading.Records, labels: np.ndarray, key: str,
+    dataset_config: ConfigDict,
+) -> None:
+    """Raises RunError if labels are no classes; TFDS writes -1 where a label is not known."""
+    num_classes = feature_at(records.features, records.columns.label).num_classes
+    strange = labels[(labels < 0) | (labels >= num_classes)]
+    if not strange.size:
+        return
+    num_examples = int(records.counts.sum())
+    looked_at = '' if len(labels) == num_examples else f' of {len(labels):,} that were looked at'
+    values = ', '.join(map(str, np.unique(strange)[:3]))
+    is_unknown = (strange == -1).any()
+    meaning = ', which TFDS writes where a label is not known' if is_unknown else ''
+    raise RunError(
+        f'config.dataset.{key}={dataset_config[key]!r} of {builder.name} has {num_examples:,} '
+        f'examples, and {len(strange):,}{looked_at} have a label that is none of the '
+        f'{num_classes:,} classes: {values}{meaning}. '
+        f'Name a split without them: {_labeled_instead(builder, key, dataset_config)}')
+
+
+def _labeled_instead(
+    builder: tfds.core.DatasetBuilder, key: str, dataset_config: ConfigDict,
+) -> str:
+    """Returns what to write for a split without labels: another, or a part of that for training."""
+    train_split = dataset_config.train_split
+    in_use = re.findall(r'[\w-]+', f'{train_split} {dataset_config.eval_split}')
+    others = [name for name in builder.info.splits if name not in in_use]
+    if others:
+        return f'--config.dataset.{key}={" or ".join(others)}'
+    if key == 'eval_split' and train_split in builder.info.splits:
+        return (f"--config.dataset.train_split='{train_split}[:90%]' "
+                f"--config.dataset.eval_split='{train_split}[90%:]'")
+    return 'there is no other, so prepare the data set without them'
+
+
+def _require_readable(records: reading.Records, images: np.ndarray) -> None:
+    """Raises RunError if one of some encoded images cannot be read as it was meant."""
+    feature = feature_at(records.features, records.columns.image)
+    has_alpha = feature.shape[-1] in (2, 4)
+    brightest = 0
+    for encoded in images:
+        try:
+            decode(encoded)
+        except tf.errors.OpError as error:
+            raise RunError(
+                f'{records.name}: an image cannot be decoded ({one_line(error, 150)}): '
+                'prepare it as JPEG or PNG files') from error
+        if has_alpha and not encoded.startswith(PNG_SIGNATURE):
+            raise RunError(
+                f'{records.name}: an image of {feature.shape[-1]} channels is no PNG file, '
+                'and of others transparency is not read: prepare it as PNG files')
+        if feature.np_dtype == np.uint16:
+            pixels = tf.io.decode_image(encoded, dtype=tf.uint16, expand_animations=False)
+            brightest = max(brightest, int(tf.reduce_max(pixels)))
+    if 0 < brightest < DARK_16_BIT:
+        raise RunError(
+            f'{records.name}: its uint16 images go up to {brightest:,} of 65,535, nearly black: '
+            f'prepare it with {65_535 // brightest} times these numbers, or as uint8')
