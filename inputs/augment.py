@@ -48,7 +48,7 @@ def on_host(settings, size):
     def prepare(encoded, seed, central_share):
         if settings.crop == 'random':
             crop = random_crop(encoded, seed, settings.crop_area, size)
-            image = tf.cast(tf.round(resize(crop, (size, size))), tf.uint8)  # it stays in 0..255
+            image = to_uint8(resize(crop, (size, size)))
         else:
             image = resize_picture(decode(encoded), size, central_share)
         if moves:
