@@ -45,7 +45,8 @@ def write(session, directory):
 
     Its signatures take pictures of any size, which are cropped and resized as in evaluation:
     `classify` (and serving_default) uint8 [batch, height, width, 3]; `classify_float` float32 in 0..255, the same shape;
-    `classify_encoded` JPEG or PNG files, string [batch]. A graph can lay a transparent PNG over white, and does, but it cannot turn
+    `classify_encoded` JPEG or PNG files, string [batch]. Of 16 bits, `config.dataset.white_level` of the run is white.
+    A graph can lay a transparent PNG over white, and does, but it cannot turn
     a picture as its EXIF data say, nor read other formats: `inputs.picture_files.as_decodable` makes of any file that training
     accepts one that this signature reads as evaluation does. Each returns `logits` and `probabilities`, float32
     [batch, classes], `class_index`, int64 [batch], and `label`, string [batch]. `label_names` returns all labels, and
@@ -67,7 +68,8 @@ def write(session, directory):
 
 def _write_saved_model(session, directory):
     """Builds the model once more without a strategy, gives it the weights that evaluation uses, and writes it."""
-    size, share = session.config.image_size, session.config.eval_crop
+    config = session.config
+    size, share, white_level = config.image_size, config.eval_crop, config.dataset.white_level
     names = tf.constant(session.source.class_names)
     model = models.build_model(session.config, session.plan.num_classes)
     for variable, value in zip(models.weights(model), steps.evaluated_weights(session.state)):
@@ -84,8 +86,11 @@ def _write_saved_model(session, directory):
         return answer(resize_picture(images, size, share))
 
     def classify_encoded(encoded):
-        return answer(tf.map_fn(lambda file: resize_picture(decode(file), size, share), encoded,
-                                fn_output_signature=tf.TensorSpec([size, size, 3], tf.uint8)))
+        def picture(file):
+            return resize_picture(decode(file, white_level), size, share)
+
+        shape = tf.TensorSpec([size, size, 3], tf.uint8)
+        return answer(tf.map_fn(picture, encoded, fn_output_signature=shape))
 
     archive = keras.export.ExportArchive()
     archive.track(model)
@@ -149,12 +154,12 @@ def _write_examples(session, served, evaluated, decoded):
         for encoded, original, label in session.source.sample(session.source.eval_split, MAX_CHECKED):
             question = encoded if original is None else original
             if question != encoded:  # evaluation reads a copy
-                question = picture_files.as_decodable(original, white_level)
+                question = picture_files.as_decodable(original)
                 num_converted += 1
             questions.write(question)
             records.write(encoded)
             if len(labels) < MAX_DECODED:
-                pngs.write(tf.io.encode_png(decode(encoded)).numpy())
+                pngs.write(tf.io.encode_png(decode(encoded, white_level)).numpy())
             labels.append(label)
     return np.array(labels), num_converted
 
@@ -162,6 +167,10 @@ def _write_examples(session, served, evaluated, decoded):
 def _expected_logits(session, evaluated):
     """Computes what evaluation does for the files in a TFRecord file, float32 [files, classes]."""
     config, predict = session.config, steps.make_predict(session.state)
-    records = tf.data.TFRecordDataset(evaluated)
-    images = records.map(lambda file: resize_picture(decode(file), config.image_size, config.eval_crop), tf.data.AUTOTUNE)
+
+    def picture(file):
+        image = decode(file, config.dataset.white_level)
+        return resize_picture(image, config.image_size, config.eval_crop)
+
+    images = tf.data.TFRecordDataset(evaluated).map(picture, tf.data.AUTOTUNE)
     return np.concatenate([predict(batch).numpy() for batch in images.batch(100)])

@@ -51,8 +51,8 @@ def main(arguments):
     try:
         run = os.path.dirname(options.run.rstrip('/')) if files.exists(os.path.join(options.run, 'saved_model.pb')) else options.run
         model, labels = load(run)
-        images = list(files_to_try(options.images, white_level_of(run))) if options.images else evaluation_examples(run, labels)
-        drawn, num_failed = answer_all(model, labels, images)
+        images = list(files_to_try(options.images)) if options.images else evaluation_examples(run, labels)
+        drawn, num_failed = answer_all(model, labels, images, white_level_of(run))
         if drawn:
             draw(options.output or os.path.join(run, 'plots', 'predictions.png'), drawn, len(images) - num_failed)
     except (UserError, OSError) as error:
@@ -79,15 +79,15 @@ def load(run):
 
 
 def white_level_of(run: str) -> int:
-    """Returns `config.dataset.white_level` of a run; the default where an export was copied without its config."""
-    from inputs import picture_files
+    """Returns `config.dataset.white_level` of a run, for drawings; the default where an export was copied without its config."""
+    from inputs import pictures
 
     path = os.path.join(run, 'config.json')
     dataset = files.read_json(path).get('dataset', {}) if files.exists(path) else {}
-    return dataset.get('white_level', picture_files.WHITE_LEVEL)
+    return dataset.get('white_level', pictures.WHITE_LEVEL)
 
 
-def files_to_try(paths: list[str], white_level: int) -> Iterator[Image]:
+def files_to_try(paths: list[str]) -> Iterator[Image]:
     """Yields the files, and those below the folders that are called like images.
 
     Raises: RunError: a folder has none.
@@ -95,7 +95,7 @@ def files_to_try(paths: list[str], white_level: int) -> Iterator[Image]:
     from inputs import folder, picture_files
 
     def reader(path):
-        return lambda: picture_files.as_decodable(picture_files.read(path), white_level)
+        return lambda: picture_files.as_decodable(picture_files.read(path))
 
     for path in paths:
         if not files.is_folder(path):
@@ -128,7 +128,9 @@ def evaluation_examples(run, labels):
             for number, (encoded, label) in enumerate(examples)]
 
 
-def answer_all(model, labels: list[str], images: list[Image]) -> tuple[list[Answer], int]:
+def answer_all(
+    model, labels: list[str], images: list[Image], white_level: int
+) -> tuple[list[Answer], int]:
     """Prints the answer for each image, and a line for each that cannot be read.
 
     Returns: the first answers, as many as are drawn; the number of images that cannot be read.
@@ -138,7 +140,7 @@ def answer_all(model, labels: list[str], images: list[Image]) -> tuple[list[Answ
     drawn, num_failed = [], 0
     for image in images:
         try:
-            answer = classify(model, labels, image.title, image.read())
+            answer = classify(model, labels, image.title, image.read(), white_level)
         except (UserError, picture_files.Broken, OSError) as error:
             num_failed += 1
             print(f'error: {image.title}: {reason(error)}', file=sys.stderr)
@@ -155,15 +157,23 @@ def reason(error: Exception) -> str:
     return one_line(getattr(error, 'strerror', None) or error)
 
 
-def classify(model, labels: list[str], title: str, encoded: bytes) -> Answer:
-    """Asks the model about a JPEG or PNG file. Raises RunError if it cannot be decoded."""
+def classify(
+    model, labels: list[str], title: str, encoded: bytes, white_level: int = 2**16 - 1
+) -> Answer:
+    """Asks the model about a JPEG or PNG file.
+
+    Args:
+        white_level: of files of 16 bits in the drawing; the model knows it.
+
+    Raises: RunError: it cannot be decoded.
+    """
     import tensorflow as tf
 
     from inputs import pictures
 
     try:
         answer = model.signatures['classify_encoded'](encoded=tf.constant([encoded]))
-        pixels = pictures.decode(encoded).numpy()
+        pixels = pictures.decode(encoded, white_level).numpy()
     except tf.errors.OpError as error:
         raise RunError('no picture that the model can decode') from error
     probabilities = answer['probabilities'][0].numpy()  # [classes]

@@ -20,7 +20,7 @@ def get_config():
     config.dataset.eval_share = 0.2  # of a folder without such a subfolder: so much of each class is held out
     config.dataset.split_seed = 0  # which pictures that is: not config.seed, so runs of several seeds compare
     config.dataset.max_broken = 0.01  # of a folder: a larger share of files that cannot be used ends the run
-    config.dataset.white_level = 65535  # of a folder: the value of white in files of 16 bits; 4095 where a camera used 12 of them
+    config.dataset.white_level = 65535  # the value of white in images of 16 bits; 4095 where a camera used 12 of them
     config.dataset.memory_gib = 4.0  # of host memory for encoded pictures and batches that are read ahead
     config.dataset.service = ''  # 'HOST:PORT,HOST:PORT' of tf.data services that prepare the training pictures: see inputs/service.py
     config.image_size = 224  # pixels, height and width of what the model sees

@@ -13,7 +13,7 @@ import math
 
 import tensorflow as tf
 
-from inputs.pictures import decode, resize, resize_picture, to_uint8
+from inputs.pictures import WHITE_LEVEL, decode, resize, resize_picture, to_uint8
 
 LUMA = (0.299, 0.587, 0.114)  # grey from red, green and blue: ITU-R BT.601
 SEEDS = 8  # of each example: `seed + (0, n)` for n below
@@ -38,7 +38,7 @@ RANGES = {
 }
 
 
-def on_host(settings, size):
+def on_host(settings, size, white_level=WHITE_LEVEL):
     """A function of an encoded picture, string [], a seed, int64 [2], and the central share that evaluation takes.
 
     It returns uint8 [size, size, 3]: cropped, resized, and changed as `config.augment` asks for.
@@ -47,10 +47,10 @@ def on_host(settings, size):
 
     def prepare(encoded, seed, central_share):
         if settings.crop == 'random':
-            crop = random_crop(encoded, seed, settings.crop_area, size)
+            crop = random_crop(encoded, seed, settings.crop_area, size, white_level)
             image = to_uint8(resize(crop, (size, size)))
         else:
-            image = resize_picture(decode(encoded), size, central_share)
+            image = resize_picture(decode(encoded, white_level), size, central_share)
         if moves:
             image = _moved(image, seed + (0, 1), settings)
         if settings.policy.name:
@@ -60,7 +60,7 @@ def on_host(settings, size):
     return prepare
 
 
-def random_crop(encoded, seed, area, size):
+def random_crop(encoded, seed, area, size, white_level=WHITE_LEVEL):
     """The window of a random resized crop (Szegedy et al. 2015): a share of the picture in `area`, aspect 3/4 to 4/3.
 
     Args:
@@ -68,6 +68,7 @@ def random_crop(encoded, seed, area, size):
         seed: int64 [2].
         area: (low, high) shares of the picture.
         size: pixels, height and width, to which the crop will be resized.
+        white_level: see `pictures.decode`.
 
     Returns: uint8 [height, width, 3]: the window as it is, or of a JPEG shrunk to 1/2, 1/4 or 1/8
         where both sides stay at least `size`.
@@ -82,7 +83,7 @@ def random_crop(encoded, seed, area, size):
         return decode_jpeg_window(encoded, *window(tf.io.extract_jpeg_shape(encoded)), size)
 
     def crop_decoded():
-        image = decode(encoded)
+        image = decode(encoded, white_level)
         (top, left), (height, width) = map(tf.unstack, window(tf.shape(image)))
         return image[top:top + height, left:left + width]
 

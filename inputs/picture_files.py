@@ -36,7 +36,6 @@ JPEGS = ('JPEG', 'MPO')  # MPO: a JPEG file with further pictures behind the fir
 LOSSY = (*JPEGS, 'WEBP', 'AVIF', 'JPEG2000', 'HEIF')
 MOST_PIXELS = 2**27  # 400 MB as uint8 [height, width, 3]
 MOST_BYTES = 8 * MOST_PIXELS  # of a file: as many pixels, with four channels of 16 bits
-WHITE_LEVEL = 2**16 - 1  # of an image of 16 bits, unless its makers used fewer of them
 TURNS = {  # EXIF orientation (EXIF 2.32, tag 0x0112) -> what a viewer does
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -50,7 +49,7 @@ BITS_PER_SAMPLE = 258  # TIFF 6.0, page 29
 NEARLY_ALL, LEAST_HABIT = 0.9, 3  # share and number of JPEG files with one fault that make it a habit of their writer
 CHUNK = 64  # files that are examined between two looks at what was said to standard error
 READERS = [f'Pillow {PIL.__version__}', f'TensorFlow {tf.__version__}', *([f'pillow-heif {heif.VERSION}'] if heif.VERSION else [])]
-RULES = ', '.join(['2', *READERS])  # that verdicts were found by; count up what changes them
+RULES = ', '.join(['3', *READERS])  # that verdicts were found by; count up what changes them
 
 
 class Broken(Exception):
@@ -69,6 +68,7 @@ class Verdict(NamedTuple):
         peak: the largest value of an image with more than 8 bits, 0 of others.
         remark: what libjpeg complains of although no pixel can have changed, or ''.
         doubt: what it complains of that may be damage, or the habit of a camera, or ''.
+        has_upper_bits_only: whether its colours have 16 bits of which only eight can be read.
     """
 
     digest: str = ''
@@ -79,6 +79,7 @@ class Verdict(NamedTuple):
     peak: int = 0
     remark: str = ''
     doubt: str = ''
+    has_upper_bits_only: bool = False
 
 
 class _Decodable(NamedTuple):
@@ -89,17 +90,17 @@ class _Decodable(NamedTuple):
     peak: int = 0
     remark: str = ''
     doubt: str = ''
+    has_upper_bits_only: bool = False
 
 
-def as_decodable(content: bytes, white_level: int = WHITE_LEVEL) -> bytes:
+def as_decodable(content: bytes) -> bytes:
     """Returns the file that training reads in place of this one: itself, if TensorFlow shows it as a viewer does.
 
-    Otherwise a JPEG or PNG file: turned as EXIF says, laid over white, in three channels of 8 bits. What may be damage
+    Otherwise a JPEG or PNG file: turned as EXIF says, in colours or greys that `pictures.decode` reads. What may be damage
     is passed over: it is `folder.find` that decides, as it sees the files beside this one.
 
     Args:
         content: an image file of any of `FORMATS`.
-        white_level: the value of white in images of 16 bits, `config.dataset.white_level`.
 
     Raises: Broken: it cannot be used; the message says why.
     """
@@ -109,7 +110,7 @@ def as_decodable(content: bytes, white_level: int = WHITE_LEVEL) -> bytes:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # Pillow's: what matters of them is an error here
             with _standard_error() as said:
-                decodable = _convert(content, white_level)
+                decodable = _convert(content)
                 complains = bool(said())
             return _without_complaint(content, decodable).content if complains else decodable.content
     except Broken:
@@ -120,13 +121,13 @@ def as_decodable(content: bytes, white_level: int = WHITE_LEVEL) -> bytes:
         raise Broken(_reason(error)) from error
 
 
-def examine(root, paths, white_level=WHITE_LEVEL):
+def examine(root, paths, white_level=pictures.WHITE_LEVEL):
     """Finds out which files can be used; converts those that TensorFlow would refuse or misread.
 
     Args:
         root: the user's folder.
         paths: of files below it.
-        white_level: see `as_decodable`.
+        white_level: of images of 16 bits, as in `pictures.decode`: not all can do with another than all 16.
 
     Returns: {path: Verdict}, in the order of `paths`. `list_of_broken(root)` then has those that are broken, if any are.
 
@@ -134,7 +135,9 @@ def examine(root, paths, white_level=WHITE_LEVEL):
     """
     try:
         tf.io.gfile.makedirs(_copies(root))
-        verdicts = _without_doubts(_examine_new(root, paths, white_level))
+        verdicts = _without_doubts(_examine_new(root, paths))
+        if white_level != pictures.WHITE_LEVEL:
+            verdicts = _without_upper_bits(verdicts)
         broken = [f'{shown(path)}: {verdicts[path].broken}\n' for path in paths if verdicts[path].broken]
         if broken:
             _write(list_of_broken(root), ''.join(broken).encode())
@@ -172,11 +175,10 @@ def _copies(root):
     return os.path.join(_cache(root), 'copies')
 
 
-def _examine_new(root, paths, white_level):
+def _examine_new(root, paths):
     """Verdicts on all files: those known from before where neither file nor copy has changed since."""
     manifest = os.path.join(_cache(root), 'manifest.json')
-    rules = f'{RULES}, white level {white_level}'
-    known, copies = _read_manifest(manifest, rules), {'', *(os.path.join(_copies(root), name) for name in tf.io.gfile.listdir(_copies(root)))}
+    known, copies = _read_manifest(manifest), {'', *(os.path.join(_copies(root), name) for name in tf.io.gfile.listdir(_copies(root)))}
     verdicts, changed = {}, []
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
         ask = pool.map if '://' in root else map  # a local answer takes less time than to ask for it elsewhere
@@ -191,14 +193,14 @@ def _examine_new(root, paths, white_level):
     if changed:
         print(f'examining {len(changed):,} files of {shown(root)}, once', flush=True)
         try:
-            found = _examine_all([os.path.join(root, path) for path in changed], _copies(root), white_level)
+            found = _examine_all([os.path.join(root, path) for path in changed], _copies(root))
             with tqdm.tqdm(total=len(changed), unit=' files', disable=None, delay=2, leave=False) as bar:
                 for path, verdict in zip(changed, found):
                     verdicts[path] = verdict
                     bar.update()
         finally:  # also what an interrupted start has found out
             known |= {path: (stamps[path], verdicts[path]) for path in changed if path in verdicts and verdicts[path].digest}
-            _write(manifest, json.dumps({'rules': rules, 'files': known}).encode())
+            _write(manifest, json.dumps({'rules': RULES, 'files': known}).encode())
     return verdicts
 
 
@@ -211,12 +213,20 @@ def _without_doubts(verdicts):
     return verdicts | {path: Verdict(verdict.digest, broken=f'damaged: {verdict.doubt}') for path, verdict in doubtful.items()}
 
 
-def _read_manifest(path, rules):
+def _without_upper_bits(verdicts):
+    """The verdicts, with files broken of which only the upper eight of 16 bits can be read."""
+    reason = ('16-bit colours, of which only the upper eight bits can be read: save it as a PNG of 16 bits, '
+              'so that config.dataset.white_level can count')
+    coarse = {path: verdict for path, verdict in verdicts.items() if verdict.has_upper_bits_only}
+    return verdicts | {path: Verdict(verdict.digest, broken=reason) for path, verdict in coarse.items()}
+
+
+def _read_manifest(path):
     """{path: (stamp, Verdict)}; nothing where there is no manifest, or a damaged one."""
     try:
         with tf.io.gfile.GFile(path, 'rb') as file:
             manifest = json.loads(file.read())
-        if manifest['rules'] != rules:
+        if manifest['rules'] != RULES:
             return {}
         return {path: (tuple(stamp), Verdict(*verdict)) for path, (stamp, verdict) in manifest['files'].items()}
     except (tf.errors.OpError, ValueError, TypeError, KeyError, AttributeError):
@@ -237,7 +247,7 @@ def _stamp(path):
     return status.st_size, status.st_mtime_ns
 
 
-def _examine_all(paths, copies, white_level):
+def _examine_all(paths, copies):
     """Yields the Verdict on each file, in order. Raises tf.errors.OpError if a copy cannot be written."""
     Image.init()
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool, warnings.catch_warnings():
@@ -245,10 +255,10 @@ def _examine_all(paths, copies, white_level):
         for begin in range(0, len(paths), CHUNK):
             chunk = paths[begin:begin + CHUNK]
             with _standard_error() as said:
-                verdicts = list(pool.map(lambda path: _verdict(path, copies, white_level), chunk))
+                verdicts = list(pool.map(lambda path: _verdict(path, copies), chunk))
                 complains = bool(said())  # some of them: libjpeg does not say which
             if complains:
-                verdicts = [_listen(path, verdict, copies, white_level) for path, verdict in zip(chunk, verdicts)]
+                verdicts = [_listen(path, verdict, copies) for path, verdict in zip(chunk, verdicts)]
             yield from verdicts
 
 
@@ -273,14 +283,14 @@ def _standard_error():
             os.close(usual)
 
 
-def _verdict(path, copies, white_level, listens=False):
+def _verdict(path, copies, listens=False):
     """Examines one file, and writes its copy if it needs one; with `listens`, hears what libjpeg says of it."""
     digest = file_format = ''
     try:
         content = read(path)
         digest = hashlib.sha256(content).hexdigest()
         file_format = 'JPEG' if content.startswith(jpeg_files.START_OF_IMAGE) else ''
-        decodable = _convert(content, white_level)
+        decodable = _convert(content)
         if listens:
             decodable = _without_complaint(content, decodable)
     except MemoryError:  # there may be enough another time, so without digest
@@ -290,18 +300,17 @@ def _verdict(path, copies, white_level, listens=False):
     copy = ''
     if decodable.content is not content:
         ending = '.png' if decodable.content.startswith(pictures.PNG_SIGNATURE) else '.jpg'
-        suffix = '' if white_level == WHITE_LEVEL else f'-white{white_level}'
-        copy = os.path.join(copies, digest + suffix + ending)
+        copy = os.path.join(copies, digest + ending)
         _write(copy, decodable.content)
     return Verdict(digest, len(decodable.content), copy, '', *decodable[1:])
 
 
-def _listen(path, verdict, copies, white_level):
+def _listen(path, verdict, copies):
     """Examines a file again, by itself, if it may be the one that libjpeg complains of."""
     if verdict.broken or verdict.file_format not in JPEGS:
         return verdict
     with _standard_error():
-        return _verdict(path, copies, white_level, listens=True)
+        return _verdict(path, copies, listens=True)
 
 
 def read(path):
@@ -315,11 +324,11 @@ def read(path):
     return content
 
 
-def _convert(content, white_level):
+def _convert(content):
     """Returns the file as TensorFlow can read it, `_Decodable`: with this very `content` where it reads it right. Raises anything."""
     recognizable = jpeg_files.with_marker_first(content)
     if recognizable is not content:
-        decodable = _convert(recognizable, white_level)
+        decodable = _convert(recognizable)
         return decodable._replace(remark=decodable.remark or 'bytes before the first marker')
     try:
         image = Image.open(io.BytesIO(content), formats=FORMATS)
@@ -334,32 +343,30 @@ def _convert(content, white_level):
     if not 0 < width * height <= MOST_PIXELS:
         raise Broken(f'too large: {width} x {height} is more than {MOST_PIXELS:,} pixels' if width * height else 'no pixels')
     if image.format in JPEGS or image.format == 'PNG':
-        return _convert_decodable(content, image, white_level)
-    pixels, peak = _over_white(image, white_level)
-    if _is_turned(image):
-        pixels = pixels.transpose(_turn(image))
-    return _Decodable(_encoded(pixels, image.format), image.format, peak)
+        return _convert_decodable(content, image)
+    image.load()
+    if image.mode.startswith('I;16') or (image.format, image.mode) == ('PPM', 'I'):
+        greys = np.asarray(image)[..., None].astype(np.uint16)  # Pillow would clip them
+        return _Decodable(_encoded_deep(_as_seen(greys, image)), image.format, int(greys.max()))
+    colors = np.asarray(_over_white(image))
+    if _has_deep_colors(image):  # Pillow keeps the upper eight bits
+        deep = _as_seen(colors, image).astype(np.uint16) * 257
+        return _Decodable(_encoded_deep(deep), image.format, int(colors.max()) * 256 + 255, has_upper_bits_only=True)
+    return _Decodable(_encoded(_as_seen(colors, image), image.format), image.format)
 
 
-def _convert_decodable(content, image, white_level):
+def _convert_decodable(content, image):
     """`_convert` of a JPEG or PNG file: only TensorFlow reads its pixels, so that no two decoders can differ."""
     decoded = pictures.decode(content).numpy()  # also notices damage that Pillow does not, such as a wrong checksum
     width, height = image.size
     if decoded.shape[:2] != (height, width):
         raise Broken(f'{width} x {height} pixels for Pillow, {decoded.shape[1]} x {decoded.shape[0]} for TensorFlow')
-    peak, has_other_white = 0, False
-    if _png_depth(content) == 16:
-        deep = tf.io.decode_png(content, channels=4, dtype=tf.uint16).numpy()  # [height, width, 4]
-        peak, has_other_white = int(deep[..., :3].max()), white_level != WHITE_LEVEL
-        if has_other_white:
-            opacity = _to_bytes(deep[..., 3:], WHITE_LEVEL)
-            decoded = pictures.over_white(np.concatenate([_to_bytes(deep[..., :3], white_level), opacity], -1)).numpy()
-    if not _is_turned(image) and not has_other_white:
-        return _Decodable(content, image.format, peak)
-    pixels = Image.fromarray(decoded)
-    if _is_turned(image):
-        pixels = pixels.transpose(_turn(image))
-    return _Decodable(_encoded(pixels, image.format), image.format, peak)
+    if _png_depth(content) != 16:
+        turned = _encoded(_as_seen(decoded, image), image.format) if _is_turned(image) else content
+        return _Decodable(turned, image.format)
+    deep = tf.io.decode_png(content, channels=4, dtype=tf.uint16).numpy()  # [height, width, 4]
+    turned = _encoded_deep(_as_seen(deep, image)) if _is_turned(image) else content
+    return _Decodable(turned, image.format, int(deep[..., :3].max()))
 
 
 def _png_depth(content):
@@ -368,13 +375,26 @@ def _png_depth(content):
 
 
 def _encoded(pixels, file_format):
-    """The copy of an image in `file_format`: PNG, or JPEG where pixels are lost already."""
+    """The copy of an image, uint8 [height, width, 3], in `file_format`: PNG, or JPEG where pixels are lost already."""
     encoded = io.BytesIO()
     if file_format in LOSSY:
-        pixels.save(encoded, 'JPEG', quality=95, subsampling=0)
+        Image.fromarray(pixels).save(encoded, 'JPEG', quality=95, subsampling=0)
     else:
-        pixels.save(encoded, 'PNG')
+        Image.fromarray(pixels).save(encoded, 'PNG')
     return encoded.getvalue()
+
+
+def _encoded_deep(pixels):
+    """The copy of an image, uint16 [height, width, 1, 3 or 4], which says nothing of the value of white."""
+    return tf.io.encode_png(pixels).numpy()
+
+
+def _as_seen(pixels, image):
+    """Pixels [height, width, channels] turned as the EXIF data of `image` say, [height', width', channels]."""
+    if not _is_turned(image):
+        return pixels
+    channels = [Image.fromarray(pixels[..., index]).transpose(_turn(image)) for index in range(pixels.shape[-1])]
+    return np.stack([np.asarray(channel) for channel in channels], -1)
 
 
 def _turn(image):
@@ -388,38 +408,22 @@ def _is_turned(image):
         return False
 
 
-def _over_white(image, white_level):
-    """The first frame of an image that TensorFlow cannot read, as mode RGB and over white; and its largest value, as in `Verdict`.
+def _over_white(image):
+    """The first frame of an image that TensorFlow cannot read, as mode RGB and over white.
 
     Raises: Broken: the file does not say which value is white.
     """
-    image.load()
-    peak = 0
-    if image.mode.startswith('I;16') or (image.format, image.mode) == ('PPM', 'I'):
-        deep = np.asarray(image)
-        peak = int(deep.max())
-        image = Image.fromarray(_to_bytes(deep, white_level))  # Pillow would clip
-    elif _has_deep_colors(image):  # Pillow keeps the upper eight bits
-        peak = int(np.asarray(image).max()) * 256 + 255
-        if white_level != WHITE_LEVEL:
-            raise Broken(f'a {image.format} file of 16-bit colours, of which only the upper eight bits can be read: save it as a PNG '
-                         f'of 16 bits, so that config.dataset.white_level={white_level} can count')
     if image.mode in ('I', 'F'):
         raise Broken('float or 32-bit pixels, and nothing says which is white: save it with 8 or 16 bits')
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image.convert('RGBA'))
-    return image.convert('RGB'), peak
+    return image.convert('RGB')
 
 
 def _has_deep_colors(image):
     """Whether a TIFF file has several channels of 16 bits."""
     bits = image.tag_v2.get(BITS_PER_SAMPLE, ()) if image.format == 'TIFF' else ()
     return len(bits) > 1 and max(bits) == 16
-
-
-def _to_bytes(values, white_level):
-    """Scales numbers from 0..white_level to uint8; what is above is white."""
-    return np.rint(np.minimum(values, white_level) * (255 / white_level)).astype(np.uint8)
 
 
 def _without_complaint(content, decodable):

@@ -5,10 +5,11 @@ PNG_SIGNATURE = b'\x89PNG\r\n\x1a\n'
 PNG_DEPTH_AT = 24  # the byte that says how many bits a channel has
 BMP_SIGNATURE = b'BM'
 GIF_SIGNATURE = b'GIF8'
+WHITE_LEVEL = 2**16 - 1  # of a PNG file of 16 bits, unless its makers used fewer of them
 PLAIN_BMP = (b'\x18\0\0\0\0\0', b'\x20\0\0\0\0\0')  # from byte 28 on: 24 or 32 bits a pixel, neither compressed nor with masks
 
 
-def decode(encoded):
+def decode(encoded, white_level=WHITE_LEVEL):
     """Decodes an image file for training, evaluation and the exported model alike.
 
     What is transparent in a PNG file is laid over white. A graph cannot follow the orientation in EXIF, and sees the
@@ -16,12 +17,19 @@ def decode(encoded):
 
     Args:
         encoded: string [], a JPEG or PNG file, the first frame of a GIF, or a BMP file without palette and masks.
+        white_level: int, the value of white in PNG files of 16 bits, `config.dataset.white_level`.
 
     Returns: uint8 [height, width, 3].
 
     Raises: tf.errors.InvalidArgumentError: not such a file, or a damaged one.
     """
-    image = tf.cond(_begins_with(encoded, PNG_SIGNATURE), lambda: _decode_png(encoded), lambda: _decode_opaque(encoded))
+    def decode_png():
+        return _decode_png(encoded, white_level)
+
+    def decode_opaque():
+        return _decode_opaque(encoded)
+
+    image = tf.cond(_begins_with(encoded, PNG_SIGNATURE), decode_png, decode_opaque)
     return tf.ensure_shape(image, [None, None, 3])
 
 
@@ -40,13 +48,29 @@ def _begins_with(encoded, signature):
     return tf.strings.substr(encoded, 0, len(signature)) == signature
 
 
-def _decode_png(encoded):
+def _decode_png(encoded, white_level):
     """Decodes a PNG file, string [], to uint8 [height, width, 3]: over white."""
-    image = tf.io.decode_png(encoded, channels=4)
     depth = tf.cast(tf.io.decode_raw(tf.strings.substr(encoded, PNG_DEPTH_AT, 1), tf.uint8)[0], tf.int32)
+
+    def decode_shallow():
+        return tf.io.decode_png(encoded, channels=4)
+
+    def decode_deep():
+        return _with_white_at(white_level, tf.io.decode_png(encoded, channels=4, dtype=tf.uint16))
+
+    if white_level == WHITE_LEVEL:  # TensorFlow takes the upper eight bits
+        image = decode_shallow()
+    else:
+        image = tf.cond(depth == 16, decode_deep, decode_shallow)
     # TensorFlow gives an opaque file of 1, 2 or 4 bits an alpha of 1, 3 or 15.
     opaque = tf.cast(2 ** tf.minimum(depth, 8) - 1, tf.uint8)
     return tf.cond(tf.reduce_all(image[..., 3] == opaque), lambda: image[..., :3], lambda: over_white(image))
+
+
+def _with_white_at(white_level, image):
+    """Scales colours from 0..white_level and alpha from 16 bits: uint16 [..., 4] to uint8 [..., 4]."""
+    whites = tf.constant([white_level] * 3 + [WHITE_LEVEL], tf.float32)
+    return to_uint8(tf.cast(image, tf.float32) * (255 / whites))
 
 
 def over_white(image):

@@ -28,7 +28,8 @@ def training_batches(source, config, plan, begin_step, end_step, strategy):
     Returns: a distributed dataset of (images, labels, draws) per replica: uint8 [batch, size, size, 3], int64 [batch], and
         the dict of random numbers that `augment.on_device` takes, float32 [batch, ...].
     """
-    prepare, repeats = augment.on_host(config.augment, config.image_size), config.augment.repeats
+    prepare = augment.on_host(config.augment, config.image_size, config.dataset.white_level)
+    repeats = config.augment.repeats
 
     def picture(repeat, epoch, number, encoded, label):
         seed = tf.stack([config.seed * 2**31 + epoch, (number * repeats + repeat) * augment.SEEDS])
@@ -52,10 +53,10 @@ def evaluation_batches(source, config, plan, strategy):
     Returns: a distributed dataset of (images, labels, mask) per replica: uint8 [batch, size, size, 3], int64 [batch],
         float32 [batch] with 1 for an example and 0 for padding; and the number of steps.
     """
-    size, steps = config.image_size, []
+    size, white_level, steps = config.image_size, config.dataset.white_level, []
 
     def picture(number, encoded, label):
-        return resize_picture(decode(encoded), size, config.eval_crop), label, tf.constant(1.0)
+        return resize_picture(decode(encoded, white_level), size, config.eval_crop), label, tf.constant(1.0)
 
     def on_host(context):
         split = source.split(source.eval_split, _share(context))

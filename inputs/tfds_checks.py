@@ -18,7 +18,7 @@ from inputs.tfds_features import Columns, feature_at
 READ_WHOLE = 2**30  # bytes of a split whose labels are all looked at: 4 s for images of 3 KB
 SAMPLE = 256  # examples of a larger one: a share of 2 % is missed by one sample in 170, 0.98 ** 256
 DECODED = 16  # images of a split that are tried
-DARK_16_BIT = 2**12  # uint16 images below it have 16 shades of grey when they are read as uint8
+DARKEST_SHARE = 1 / 16  # of white: uint16 images below it have 16 shades of grey when they are read as uint8
 
 
 def names_of_classes(builder: tfds.core.DatasetBuilder, columns: Columns) -> tuple[str, ...]:
@@ -59,7 +59,7 @@ def require_usable(
             f'{records.name}: its records are not what its features.json says '
             f'({one_line(error, 150)}): prepare it again') from error
     _require_labels(builder, records, labels, key, dataset_config)
-    _require_readable(records, images)
+    _require_readable(records, images, dataset_config.white_level)
 
 
 def _require_labels(
@@ -98,7 +98,9 @@ def _labeled_instead(
     return 'there is no other, so prepare the data set without them'
 
 
-def _require_readable(records: reading.Records, images: np.ndarray) -> None:
+def _require_readable(
+    records: reading.Records, images: np.ndarray, white_level: int
+) -> None:
     """Raises RunError if one of some encoded images cannot be read as it was meant."""
     feature = feature_at(records.features, records.columns.image)
     has_alpha = feature.shape[-1] in (2, 4)
@@ -117,7 +119,8 @@ def _require_readable(records: reading.Records, images: np.ndarray) -> None:
         if feature.np_dtype == np.uint16:
             pixels = tf.io.decode_image(encoded, dtype=tf.uint16, expand_animations=False)
             brightest = max(brightest, int(tf.reduce_max(pixels)))
-    if 0 < brightest < DARK_16_BIT:
+    white = max(255, 2 ** brightest.bit_length() - 1)
+    if 0 < brightest < white_level * DARKEST_SHARE:
         raise RunError(
-            f'{records.name}: its uint16 images go up to {brightest:,} of 65,535, nearly black: '
-            f'prepare it with {65_535 // brightest} times these numbers, or as uint8')
+            f'{records.name}: its uint16 images go up to {brightest:,} of {white_level:,}, '
+            f'nearly black: write --config.dataset.white_level={white}')

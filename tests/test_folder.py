@@ -147,8 +147,8 @@ READ = {
     'compressed TIFF': ('x.tiff', encoded(PICTURE, 'TIFF', compression='tiff_lzw'), PICTURE, 0, True),
     'CMYK TIFF': ('x.tif', encoded(PICTURE, 'TIFF', 'CMYK'), PICTURE, 0, True),
     'LAB TIFF': ('x.tif', encoded(np.full((9, 8, 3), [150, 90, 60], np.uint8), 'TIFF', 'LAB'), np.full((9, 8, 3), [150, 90, 60]), 3, True),
-    '16-bit grey TIFF': ('x.tif', encoded(DEEP[..., 0], 'TIFF'), grey(DEEP[..., 0] / 257), 0.5, True),
-    '16-bit PGM': ('x.pgm', encoded(DEEP[..., 0], 'PPM'), grey(DEEP[..., 0] / 257), 0.5, True),
+    '16-bit grey TIFF': ('x.tif', encoded(DEEP[..., 0], 'TIFF'), grey(DEEP[..., 0] / 257), 1, True),
+    '16-bit PGM': ('x.pgm', encoded(DEEP[..., 0], 'PPM'), grey(DEEP[..., 0] / 257), 1, True),
     'JPEG 2000': ('x.jp2', encoded(PICTURE, 'JPEG2000'), PICTURE, 8, True),
     **{f'JPEG with orientation {number}': ('x.jpg', turned(number, 'JPEG', quality=95, subsampling=0), shown, 8, number > 1)
        for number, shown in ORIENTED.items()},

@@ -2,7 +2,9 @@
 import contextlib
 import io
 import os
+import shutil
 import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -82,7 +84,7 @@ def test_predict_answers_as_evaluation_does(trained, evaluated, capsys):
     config, workdir, _ = trained
     model, labels = predict.load(workdir)
     paths = [os.path.join(config.dataset.data_dir, path) for path in evaluated]
-    images = list(predict.files_to_try(paths, predict.white_level_of(workdir)))
+    images = list(predict.files_to_try(paths))
     for image, (path, expected) in zip(images, evaluated.items(), strict=True):
         answer = predict.classify(model, labels, image.title, image.read())
         found = dict(answer.classes)
@@ -112,7 +114,7 @@ def test_the_export_was_checked_on_the_users_own_files(trained, evaluated):
 def test_an_export_that_reads_other_pictures_is_refused(trained, monkeypatch):
     """The check would see it if serving forgot what training does to a file."""
     config, workdir, _ = trained
-    monkeypatch.setattr(export.picture_files, 'as_decodable', lambda content, white_level: image_kinds.encoded(image_kinds.pixels_of(5), 'PNG'))
+    monkeypatch.setattr(export.picture_files, 'as_decodable', lambda content: image_kinds.encoded(image_kinds.pixels_of(5), 'PNG'))
     resume.require_same_config(config, workdir)
     with conftest.reading_here(), pytest.raises(RunError, match='answers otherwise than the model: classify_encoded'):
         export.run(config, workdir)
@@ -298,7 +300,7 @@ DEEP = {
 def test_a_white_level_makes_twelve_bits_bright(kind):
     values = twelve_bits(3)
     content = DEEP[kind](values)
-    dark, bright = (pictures.decode(picture_files.as_decodable(content, white)).numpy() for white in (65535, 4095))
+    dark, bright = (pictures.decode(picture_files.as_decodable(content), white).numpy() for white in (65535, 4095))
     assert dark.max() <= 16
     np.testing.assert_allclose(bright, np.repeat(values[..., None] / 4095 * 255, 3, -1), atol=0.51)
 
@@ -306,18 +308,88 @@ def test_a_white_level_makes_twelve_bits_bright(kind):
 def test_a_white_level_is_nothing_to_files_of_eight_bits():
     for name in ('PNG', 'JPEG', '8-bit RGBA PNG', 'TIFF'):
         content, _ = KINDS[name].make(image_kinds.pixels_of(1))
-        assert picture_files.as_decodable(content, 4095) == picture_files.as_decodable(content)
+        decodable = picture_files.as_decodable(content)
+        np.testing.assert_array_equal(pictures.decode(decodable, 4095), pictures.decode(decodable))
 
 
-def test_a_white_level_is_no_guess_where_only_the_upper_bits_can_be_read():
+def test_a_white_level_is_no_guess_where_only_the_upper_bits_can_be_read(examine):
     rgb = struct.pack('<4H', *[16] * 4)  # a TIFF file of 2 x 2 pixels, three channels of 16 bits, written by hand
     tags = [(256, 3, 1, 2), (257, 3, 1, 2), (258, 3, 3, 8), (259, 3, 1, 1), (262, 3, 1, 2), (273, 4, 1, 16), (277, 3, 1, 3), (278, 3, 1, 2), (279, 4, 1, 24)]
     directory = struct.pack('<H', len(tags)) + b''.join(struct.pack('<HHII', *tag) for tag in tags) + bytes(4)
     content = b'II*\0' + struct.pack('<I', 40) + rgb + struct.pack('<12H', *[1000] * 12) + directory
     assert Image.open(io.BytesIO(content)).mode == 'RGB'
     assert pictures.decode(picture_files.as_decodable(content)).numpy().max() == 3
-    with pytest.raises(picture_files.Broken, match='16-bit colours.* save it as a PNG of 16 bits'):
-        picture_files.as_decodable(content, 4095)
+    assert not examine({'x.tiff': content})['x.tiff'].broken
+    reason = examine({'x.tiff': content}, white_level=4095)['x.tiff'].broken
+    assert reason.startswith('16-bit colours') and 'save it as a PNG of 16 bits' in reason
+    # Serving has no second look: the brightness is right then, if not each shade.
+    bright = pictures.decode(picture_files.as_decodable(content), 4095).numpy()
+    np.testing.assert_allclose(bright, 1000 / 4095 * 255, atol=16)
+
+
+@pytest.mark.parametrize('turn', [None, 6])
+def test_deep_files_that_are_turned_and_transparent_keep_their_bits(turn):
+    image = np.random.RandomState(0).randint(0, 4096, (6, 9, 4)).astype(np.uint16)
+    image[..., 3] = np.random.RandomState(1).randint(0, 2**16, (6, 9))
+    content = with_orientation(tf.io.encode_png(image).numpy(), turn)
+    colors, opacity = image[..., :3] / 4095 * 255, image[..., 3:] / 65535
+    expected = colors * opacity + 255 * (1 - opacity)
+    if turn == 6:
+        expected = np.rot90(expected, -1)
+    found = pictures.decode(picture_files.as_decodable(content), 4095)
+    np.testing.assert_allclose(found, expected, atol=1.01)
+
+
+def with_orientation(png, orientation):
+    """A PNG file with an eXIf chunk behind its header."""
+    if orientation is None:
+        return png
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = exif.tobytes().removeprefix(b'Exif\0\0')
+    chunk = struct.pack('>I', len(data)) + b'eXIf' + data
+    return png[:33] + chunk + struct.pack('>I', zlib.crc32(chunk[4:])) + png[33:]
+
+
+@pytest.fixture(scope='module')
+def of_twelve_bits(tmp_path_factory):
+    """(config, workdir) of a finished run on images of 12 bits in 16, of several formats."""
+    root = tmp_path_factory.mktemp('twelve')
+    for number in range(40):
+        kind, ending = [('grey PNG', 'png'), ('RGB PNG', 'png'), ('grey TIFF', 'tiff')][number % 3]
+        values = twelve_bits(number)
+        values = values if number % 2 else 4095 - values
+        folder_of_class = root / 'data' / ('light', 'dark')[number % 2]
+        folder_of_class.mkdir(parents=True, exist_ok=True)
+        (folder_of_class / f'{number}.{ending}').write_bytes(DEEP[kind](values))
+    config = folder_config.get_config()
+    config.update(dict(image_size=32, batch_size=16, eval_batch_size=32, train_for='8 steps'))
+    config.model.update(dict(name='tiny', drop_path=0.0))
+    config.dataset.update(dict(data_dir=str(root / 'data'), white_level=4095))
+    with pytest.MonkeyPatch.context() as patch, conftest.reading_here():
+        patch.setattr(picture_files.tfds.core.constants, 'DATA_DIR', str(root / 'kept'))
+        assert train.run(config, str(root / 'run')) == 0
+        yield config, str(root / 'run')
+
+
+def test_the_export_knows_the_white_level(of_twelve_bits, tmp_path):
+    """Also one that was copied without its config, and for files that only `as_decodable` can read."""
+    config, workdir = of_twelve_bits
+    summary = files.read_json(os.path.join(workdir, 'summary.json'))
+    assert summary['export/accuracy'] == summary['export/model_accuracy']
+    shutil.copytree(os.path.join(workdir, 'export'), tmp_path / 'export')
+    model, labels = predict.load(str(tmp_path))
+    values = twelve_bits(77)
+    bright = np.repeat(np.rint(values / 4095 * 255).astype(np.uint8)[..., None], 3, -1)
+    expected = model.signatures['serving_default'](images=bright[None])['probabilities'][0]
+    raw = model.signatures['classify_encoded'](encoded=[DEEP['RGB PNG'](values)])['probabilities'][0]
+    np.testing.assert_allclose(raw, expected, atol=2e-5)
+    for kind, make in DEEP.items():
+        path = tmp_path / f'{kind}.bin'
+        path.write_bytes(make(values))
+        (image,) = predict.files_to_try([str(path)])
+        answer = dict(predict.classify(model, labels, image.title, image.read()).classes)
+        np.testing.assert_allclose([answer[label] for label in labels], expected, atol=2e-5, err_msg=kind)
 
 
 def notes_of(tmp_path, monkeypatch, values_of, **values):
@@ -338,8 +410,9 @@ def test_nearly_black_files_are_noted_with_what_to_write(tmp_path, monkeypatch):
     assert '6 pictures of 16 bits' in note and note.endswith('--config.dataset.white_level=4095')
     notes, found = notes_of(tmp_path, monkeypatch, twelve_bits, white_level=4095)
     assert notes == []
-    brightest = max(pictures.decode(files.read(picture.path)).numpy().max() for split in found.splits.values() for picture in split)
-    assert brightest > 200
+    contents = [files.read(picture.path) for split in found.splits.values() for picture in split]
+    assert max(pictures.decode(content, 4095).numpy().max() for content in contents) > 200
+    assert max(pictures.decode(content).numpy().max() for content in contents) <= 16
     (note,), _ = notes_of(tmp_path, monkeypatch, twelve_bits, white_level=1023)
     assert 'cut off at config.dataset.white_level=1023' in note
 
