@@ -22,6 +22,7 @@ NO_LENGTH = (*RESTARTS, START, END, 0x01)
 SCAN, STRAY = -1, -2  # kinds of parts that are no segments
 MOST_REPAIRS = 64  # of a file: libjpeg reports one fault at a time
 MOST_STUFFED = 8  # zeros behind a byte of 0xff, which libjpeg counts in one place and not in another
+BIT_BUFFER = 8  # bytes that libjpeg reads ahead
 MOST_INTERVALS = 16  # places that are tried one by one
 MOST_BEFORE_MARKER = 1024  # bytes between the start of a file and its first marker
 SHORTEST_FILL = 8  # equal bytes, other than zeros, that are no coincidence
@@ -86,7 +87,9 @@ def _repair(content, complaint, pixels, decode):
     """(`_Repair`, the complaint that is left) of the first fault; (None, complaint) if it cannot be taken out."""
     for repair in _repairs(content, complaint):
         found, said = decode(repair.content)
-        if said != complaint and np.array_equal(found, pixels):
+        # What ends too early now has lost bytes that were its own.
+        is_cut = said.startswith(DAMAGE) and not STRAY_BYTES.match(said)
+        if said != complaint and not is_cut and np.array_equal(found, pixels):
             return repair, said
     return None, complaint
 
@@ -147,7 +150,14 @@ def _without_tails(content: bytes, parts: list, count: int, marker: int) -> Iter
     scans = {index: content[begin:end] for index, (kind, begin, end) in enumerate(parts) if kind == SCAN}
     zeros = {index: _num_last_zeros(scan) for index, scan in scans.items()}
     if any(zeros.values()):
-        yield _Repair(_joined(content, parts, zeros), True)
+        # A picture's own last byte may be a zero too, so no more go than libjpeg counted. Those that
+        # its bit buffer has read already it does not count.
+        for most in (*range(count, count + BIT_BUFFER), len(content)):
+            cuts = {index: min(number, most) for index, number in zeros.items()}
+            yield _Repair(_joined(content, parts, cuts), True)
+        of_some = [index for index, number in zeros.items() if number][:MOST_INTERVALS]
+        for index in of_some:
+            yield _Repair(_joined(content, parts, {index: min(zeros[index], count)}), True)
     runs = {index: _num_last_equal(scan) for index, scan in scans.items()}
     fills = {index: number for index, number in runs.items() if number >= SHORTEST_FILL}
     if fills:

@@ -2,6 +2,7 @@
 import contextlib
 import io
 import os
+import re
 import shutil
 import struct
 import zlib
@@ -193,6 +194,33 @@ def test_filling_before_any_marker_is_no_damage(kind, marker, junk, capfd):
     assert capfd.readouterr().err == ''  # nor does TensorFlow complain of what is read
     quiet = jpeg_files.without_stray_bytes(jpeg_files.with_marker_first(content), picture_files._decode_aloud)
     assert quiet.damage == quiet.doubt == ''
+
+
+ENDS_OF_SCANS = {
+    'baseline': ({}, {0xD9}),
+    'restarts': ({'restart_marker_rows': 1}, {*range(0xD0, 0xD8)}),
+    'short intervals': ({'restart_marker_blocks': 1}, {*range(0xD0, 0xD8), 0xD9}),
+    'progressive': ({'progressive': True}, {0xC4, 0xD9}),
+}
+
+
+@pytest.mark.parametrize('kind', ENDS_OF_SCANS)
+def test_zeros_before_a_marker_are_no_damage_however_many(kind):
+    """A scan may end with a zero of its own, which must stay."""
+    options, markers = ENDS_OF_SCANS[kind]
+    random = np.random.RandomState(0)
+    own_zeros = 0
+    for number in range(1, 41):
+        pixels = random.randint(0, 30, (160, 240, 3)).astype(np.uint8)
+        whole = image_kinds.encoded(pixels, 'JPEG', quality=75, **options)
+        own_zeros += len(re.findall(rb'[^\xff]\0\xff[\xd0-\xd9]', whole))
+        content = image_kinds.put_before_markers(whole, bytes(number), markers)
+        quiet = jpeg_files.without_stray_bytes(content, picture_files._decode_aloud)
+        assert not quiet.damage and not quiet.doubt, number
+        found, said = picture_files._decode_aloud(quiet.content)
+        assert said == ''
+        np.testing.assert_array_equal(found, pictures.decode(whole))
+    assert own_zeros or kind in ('baseline', 'progressive')
 
 
 @pytest.mark.parametrize('kind', MARKERS)
