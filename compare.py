@@ -5,6 +5,7 @@ import os
 import sys
 
 from errors import RunError, UserError, one_line
+from main import end_unread
 from outputs import files
 from outputs.files import read_json
 from outputs.logbook import read_metrics
@@ -31,11 +32,13 @@ def main(arguments):
     options = parser.parse_args(arguments)
     try:
         runs = {name: read_run(path) for name, path in zip(_short_names(options.runs), options.runs)}
-        print(table(runs))
+        print(table(runs), flush=True)
         from outputs.plots import plot_curves
 
         plot_curves(options.output, {name: rows for name, (_, rows) in runs.items()})
         print(f'curves in {options.output}')
+    except BrokenPipeError:
+        return end_unread()
     except UserError as error:
         print(f'error: {error}', file=sys.stderr)
         return error.exit_status

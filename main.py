@@ -59,8 +59,7 @@ def main(arguments):
         importlib.import_module(FLAGS.mode).run(config, workdir, *options.get(FLAGS.mode, [FLAGS.checkpoint]))
         return 0
     except BrokenPipeError:  # who read the output has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        return end_unread()
     except KeyboardInterrupt as interrupted:
         if FLAGS.is_parsed() and FLAGS.mode in ('check', 'preflight'):
             print('stopped: nothing was changed', file=sys.stderr)
@@ -191,6 +190,12 @@ def print_what_can_be_printed():
         if getattr(sys, name) is None:  # it was closed
             setattr(sys, name, open(os.devnull, 'w'))
         getattr(sys, name).reconfigure(errors='backslashreplace')
+
+
+def end_unread():
+    """The exit status where nobody reads standard output any more; what is still to be written there goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 1
 
 
 if __name__ == '__main__':

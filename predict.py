@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from devices import tpu_environment
 from errors import RunError, UserError, one_line
-from main import import_tensorflow_quietly, print_what_can_be_printed
+from main import end_unread, import_tensorflow_quietly, print_what_can_be_printed
 from outputs import files
 
 EXAMPLES = 3  # of the evaluation split
@@ -55,6 +55,8 @@ def main(arguments):
         drawn, num_failed = answer_all(model, labels, images, white_level_of(run))
         if drawn:
             draw(options.output or os.path.join(run, 'plots', 'predictions.png'), drawn, len(images) - num_failed)
+    except BrokenPipeError:
+        return end_unread()
     except (UserError, OSError) as error:
         print(f'error: {error}', file=sys.stderr)
         return getattr(error, 'exit_status', 1)
@@ -82,17 +84,35 @@ def white_level_of(run: str) -> int:
     """Returns `config.dataset.white_level` of a run, for drawings; the default where an export was copied without its config."""
     from inputs import pictures
 
+    has_config = files.exists(os.path.join(run, 'config.json'))
+    return dataset_of(run)['white_level'] if has_config else pictures.WHITE_LEVEL
+
+
+def dataset_of(run: str) -> dict:
+    """Returns `config.dataset` of a run, with defaults where a run of before lacks a key.
+
+    Raises: RunError: there is no config, or none that a run has written.
+    """
+    from configs import default
+
     path = os.path.join(run, 'config.json')
-    dataset = files.read_json(path).get('dataset', {}) if files.exists(path) else {}
-    return dataset.get('white_level', pictures.WHITE_LEVEL)
+    dataset = files.read_json(path).get('dataset')
+    if not isinstance(dataset, dict):
+        raise RunError(f'{path} has no section dataset: copy it from the run again')
+    defaults = default.get_config().dataset.to_dict()
+    for key, value in defaults.items():
+        kinds = (int, float) if isinstance(value, float) else type(value)
+        if not isinstance(dataset.get(key, value), kinds):
+            raise RunError(f'{path} has dataset.{key}={dataset[key]!r}: copy it from the run again')
+    return defaults | dataset
 
 
 def files_to_try(paths: list[str]) -> Iterator[Image]:
-    """Yields the files, and those below the folders that are called like images.
-
-    Raises: RunError: a folder has none.
-    """
+    """Yields the files, and those below the folders that are called like images."""
     from inputs import folder, picture_files
+
+    def refuse_empty():
+        raise RunError('a folder without a file that is called like an image, such as x.jpg')
 
     def reader(path):
         return lambda: picture_files.as_decodable(picture_files.read(path))
@@ -103,7 +123,7 @@ def files_to_try(paths: list[str]) -> Iterator[Image]:
             continue
         below = list(folder.image_paths(path))
         if not below:
-            raise RunError(f'{folder.shown(path)} has no file that is called like an image, such as x.jpg')
+            yield Image(folder.shown(path), refuse_empty)
         for name in below:
             yield Image(folder.shown(os.path.join(path, name)), reader(os.path.join(path, name)))
 
@@ -115,11 +135,9 @@ def evaluation_examples(run, labels):
     """
     from ml_collections import ConfigDict
 
-    from configs import default
     from inputs import datasets, folder
 
-    defaults = default.get_config().dataset.to_dict()  # a run of before may lack a key
-    dataset = ConfigDict(defaults | files.read_json(os.path.join(run, 'config.json'))['dataset'])
+    dataset = ConfigDict(dataset_of(run))
     if re.match(r'[\w-]+:[a-zA-Z]', dataset.name):  # a namespace of TFDS; a version begins with a digit
         raise RunError(f'{run} was evaluated on {dataset.name}, for which TFDS downloads code and runs it: give the pictures to try')
     source = datasets.load(dataset, needs_training=False)
@@ -184,10 +202,10 @@ def classify(
 
 def draw(path: str, answers: list[Answer], num_answers: int) -> None:
     """Draws images with their most likely classes, and says where."""
-    from outputs.plots import plot_answers
+    from outputs import plots
 
-    titles = [end_of(answer.title) for answer in answers]
-    plot_answers(path, [answer.pixels for answer in answers], titles, [answer.classes for answer in answers])
+    titles = [end_of(plots.drawable(answer.title)) for answer in answers]
+    plots.plot_answers(path, [answer.pixels for answer in answers], titles, [answer.classes for answer in answers])
     part = f'the first {len(answers)} of {num_answers:,} are ' if len(answers) < num_answers else ''
     print(f'{part}drawn in {path}')
 

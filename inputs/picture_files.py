@@ -47,6 +47,7 @@ TURNS = {  # EXIF orientation (EXIF 2.32, tag 0x0112) -> what a viewer does
 }
 BITS_PER_SAMPLE = 258  # TIFF 6.0, page 29
 NEARLY_ALL, LEAST_HABIT = 0.9, 3  # share and number of JPEG files with one fault that make it a habit of their writer
+EMBEDDINGS = ('LRE', 'RLE', 'LRO', 'RLO', 'PDF', 'LRI', 'RLI', 'FSI', 'PDI')  # Unicode Standard Annex 9, 2.1 to 2.5
 CHUNK = 64  # files that are examined between two looks at what was said to standard error
 READERS = [f'Pillow {PIL.__version__}', f'TensorFlow {tf.__version__}', *([f'pillow-heif {heif.VERSION}'] if heif.VERSION else [])]
 RULES = ', '.join(['3', *READERS])  # that verdicts were found by; count up what changes them
@@ -154,7 +155,12 @@ def list_of_broken(root):
 
 def shown(name):
     """The name of a file as it can be printed, on one line."""
-    return ascii(name) if any(unicodedata.category(letter) in ('Cc', 'Cs') for letter in name) else name
+    return ascii(name) if any(_disturbs(letter) for letter in name) else name
+
+
+def _disturbs(letter):
+    """Whether a letter ends a line, changes the order of what follows it, or cannot be printed."""
+    return unicodedata.category(letter) in ('Cc', 'Cs', 'Zl', 'Zp') or unicodedata.bidirectional(letter) in EMBEDDINGS
 
 
 def _write(path, content):
@@ -242,9 +248,17 @@ def _stamp(path):
         status = os.stat(path)
     except (OSError, tf.errors.OpError) as error:
         return Broken('a link to nothing' if os.path.islink(path) else _reason(error))
-    if not stat.S_ISREG(status.st_mode):  # to open a pipe would be to wait for ever
-        return Broken('no regular file')
+    try:
+        _require_regular(status)
+    except Broken as broken:
+        return broken
     return status.st_size, status.st_mtime_ns
+
+
+def _require_regular(status):
+    """Raises Broken of what is no file: to open a pipe would be to wait for ever."""
+    if not stat.S_ISREG(status.st_mode):
+        raise Broken('no regular file')
 
 
 def _examine_all(paths, copies):
@@ -315,6 +329,8 @@ def _listen(path, verdict, copies):
 
 def read(path):
     """The content of an image file, on a disk or in a bucket. Raises Broken, OSError, tf.errors.OpError."""
+    if '://' not in path:
+        _require_regular(os.stat(path))
     with tf.io.gfile.GFile(path, 'rb') if '://' in path else open(path, 'rb') as file:  # GFile takes no name that is not UTF-8
         content = file.read(MOST_BYTES + 1)
     if not content:

@@ -5,6 +5,8 @@ import os
 import re
 import shutil
 import struct
+import subprocess
+import sys
 import zlib
 
 import numpy as np
@@ -482,7 +484,69 @@ def test_a_folder_is_all_the_files_below_it(trained, tmp_path):
     assert status == 0 and [line.split(': ')[0] for line in out[:-1]] == [f'{tmp_path}/b.png', f'{tmp_path}/more/c.png']
     (tmp_path / 'empty').mkdir()
     status, out, err = run_predict(trained, tmp_path / 'empty')
-    assert (status, out) == (1, []) and len(err) == 1 and 'has no file that is called like an image' in err[0]
+    assert (status, out) == (1, []) and len(err) == 1 and 'a folder without a file that is called like an image' in err[0]
+
+
+def test_what_is_no_file_is_named_without_waiting(trained, tmp_path):
+    os.mkfifo(tmp_path / 'pipe.png')
+    (tmp_path / 'empty').mkdir()
+    (tmp_path / 'good.png').write_bytes(image_kinds.encoded(image_kinds.pixels_of(1), 'PNG'))
+    paths = [tmp_path / 'pipe.png', '/dev/zero', tmp_path / 'empty', tmp_path / 'good.png']
+    status, out, err = run_predict(trained, *paths)
+    assert status == 1 and out[0].startswith(f'{tmp_path}/good.png: ') and len(out) == 2
+    assert err == [
+        f'error: {tmp_path}/pipe.png: no regular file',
+        'error: /dev/zero: no regular file',
+        f'error: {tmp_path}/empty: a folder without a file that is called like an image, such as x.jpg',
+        'error: 3 of 4 images could not be read',
+    ]
+
+
+@pytest.mark.parametrize('config, says', [
+    ('[]', 'is damaged'), ('"x"', 'is damaged'), ('{}', 'has no section dataset'),
+    ('{"dataset": 3}', 'has no section dataset'),
+    ('{"dataset": {"white_level": "bright"}}', "has dataset.white_level='bright'"),
+    ('{"dataset": {"name": null}}', 'has dataset.name=None'),
+])
+def test_a_config_that_no_run_has_written_is_named(trained, tmp_path, config, says):
+    _, workdir, kinds = trained
+    os.symlink(os.path.join(workdir, 'export'), tmp_path / 'export')
+    (tmp_path / 'config.json').write_text(config)
+    (tmp_path / 'good.png').write_bytes(image_kinds.encoded(image_kinds.pixels_of(1), 'PNG'))
+    for paths in ([], [tmp_path / 'good.png']):
+        status, out, err = run_predict((None, str(tmp_path), kinds), *paths)
+        assert status == 1 and len(err) == 1 and says in err[0], err
+
+
+@pytest.mark.parametrize('program', ['predict', 'compare'])
+def test_who_stops_reading_sees_no_error(trained, tmp_path, program):
+    _, workdir, _ = trained
+    for number in range(3):
+        (tmp_path / f'{number}.png').write_bytes(image_kinds.encoded(image_kinds.pixels_of(number), 'PNG'))
+    arguments = {'predict': [workdir, tmp_path], 'compare': [workdir, f'--output={tmp_path}/x.png']}[program]
+    reading, writing = os.pipe()
+    os.close(reading)
+    root = os.path.dirname(os.path.abspath(predict.__file__))
+    ended = subprocess.run([sys.executable, os.path.join(root, f'{program}.py'), *arguments],
+                           stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert (ended.returncode, ended.stderr) == (1, '')
+
+
+@pytest.mark.parametrize('name, printed', [
+    ('line\u2028end', True), ('gnp.\u202ex', True), ('\u2066x', True), ('tab\t', True),
+    ('می\u200cخواهم', False), ('👩\u200d🚀', False), ('é', False), ('e\u0301', False),
+])
+def test_a_name_is_printed_as_it_is_unless_it_disturbs_the_line(name, printed):
+    assert picture_files.shown(name) == (ascii(name) if printed else name)
+
+
+def test_titles_are_shortened_as_they_are_drawn(trained, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr('outputs.plots.plot_answers', lambda path, pixels, titles, classes: drawn.extend(titles))
+    answer = predict.Answer('\U00012000' * 30 + '.png', [], None)
+    predict.draw('x.png', [answer], 1)
+    assert len(drawn[0]) == predict.TITLE_LENGTH and drawn[0].endswith('\\U00012000.png')
 
 
 NAMES = {b'latin-\xe4.png': r"'latin-\udce4.png'", 'two\nlines.png': r"'two\nlines.png'", '猫 dog.png': '猫 dog.png', '$x$ \\alpha.png': '$x$ \\alpha.png'}
