@@ -7,7 +7,7 @@ import re
 
 from PIL import Image, TiffImagePlugin, features
 
-from inputs import heif
+from inputs import heif, jpeg_files
 
 DAMAGED = 'it is damaged: copy or download it again'
 CONVERT = 'convert it: magick FILE.{0} FILE.png'
@@ -103,6 +103,16 @@ def reason(content: bytes) -> str:
     if not what:
         return f'no picture that can be read: it begins with {content[:16]!r}'
     return f'no picture that can be read: {what}, which begins with {content[:16]!r}; {advice}'
+
+
+def ends_too_early(content: bytes) -> bool:
+    """Whether a JPEG, PNG or WebP file lacks the end that it should have."""
+    if content.startswith(b'\xff\xd8'):
+        return not jpeg_files.has_end(content)
+    if content.startswith(b'\x89PNG'):
+        return b'IEND' not in content
+    is_webp = content.startswith(b'RIFF') and content[8:12] == b'WEBP'
+    return is_webp and len(content) < 8 + int.from_bytes(content[4:8], 'little')
 
 
 def reason_of_raw(image: Image.Image, content: bytes) -> str:

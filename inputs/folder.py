@@ -222,7 +222,7 @@ def _empty_classes(tree: Tree, base: Split, names: list[str]) -> str:
 
 def _is_one_line(name: str) -> bool:
     """Whether a name is text without line breaks and other control characters."""
-    return not any(unicodedata.category(letter) in ('Cc', 'Cs') for letter in name)
+    return shown(name) == name
 
 
 def _check_broken(root, broken, num_files, max_broken):
@@ -236,7 +236,9 @@ def _check_broken(root, broken, num_files, max_broken):
         raise RunError(f'{len(broken):,} of {num_files:,} files in {shown(root)} are broken '
                        f'({len(broken) / num_files:.2%}, allowed are {max_broken:.2%}): {some}. '
                        f'All of them are listed in {picture_files.list_of_broken(root)}: replace or remove them{allow}')
-    return [f'{len(broken):,} of {num_files:,} files are broken and skipped; all of them are in {picture_files.list_of_broken(root)}']
+    path, reason = broken[0]
+    return [f'{len(broken):,} of {num_files:,} files are broken and skipped, such as {shown(path)} ({reason}); '
+            f'all of them are in {picture_files.list_of_broken(root)}']
 
 
 def _hold_out(files, eval_split, share, seed):

@@ -75,6 +75,11 @@ def without_stray_bytes(content: bytes, decode: Callable[[bytes], tuple[np.ndarr
     return Quiet(tf.io.encode_png(pixels).numpy(), remark=remark, doubt=doubt or complaint)
 
 
+def has_end(content: bytes) -> bool:
+    """Whether a JPEG file has the marker that ends its image."""
+    return any(kind == END for kind, *_ in _parts(content))
+
+
 def with_marker_first(content: bytes) -> bytes:
     """Returns a JPEG file without what lies between its start and the first marker: decoders take it for no JPEG file."""
     if not content.startswith(START_OF_IMAGE) or content[2:3] == b'\xff':

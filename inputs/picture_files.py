@@ -119,7 +119,7 @@ def as_decodable(content: bytes) -> bytes:
     except MemoryError:
         raise Broken('too large for the memory that is free') from None
     except Exception as error:  # a damaged file can make Pillow raise anything
-        raise Broken(_reason(error)) from error
+        raise Broken(_fault(error, content)) from error
 
 
 def examine(root, paths, white_level=pictures.WHITE_LEVEL):
@@ -299,7 +299,7 @@ def _standard_error():
 
 def _verdict(path, copies, listens=False):
     """Examines one file, and writes its copy if it needs one; with `listens`, hears what libjpeg says of it."""
-    digest = file_format = ''
+    content, digest, file_format = b'', '', ''
     try:
         content = read(path)
         digest = hashlib.sha256(content).hexdigest()
@@ -310,7 +310,7 @@ def _verdict(path, copies, listens=False):
     except MemoryError:  # there may be enough another time, so without digest
         return Verdict(broken='too large for the memory that is free')
     except Exception as error:  # a damaged file can make Pillow raise anything
-        return Verdict(digest, broken=_reason(error), file_format=file_format)
+        return Verdict(digest, broken=_fault(error, content), file_format=file_format)
     copy = ''
     if decodable.content is not content:
         ending = '.png' if decodable.content.startswith(pictures.PNG_SIGNATURE) else '.jpg'
@@ -469,6 +469,16 @@ def _decode_aloud(content):
     with _standard_error() as said:
         pixels = pictures.decode(content).numpy()
         return pixels, one_line(said().decode(errors='replace'))
+
+
+def _fault(error, content):
+    """Why a file cannot be used, on one line; `content` is what could be read of it."""
+    reason = _reason(error)
+    if isinstance(error, Broken) or not content:
+        return reason
+    if file_signatures.ends_too_early(content) or 'truncated' in reason.lower():  # a word of Pillow's
+        return 'the file ends too early: copy or download it again'
+    return f'it cannot be decoded ({reason}): copy or download it again, or convert it to PNG'
 
 
 def _reason(error):

@@ -201,14 +201,15 @@ LARGE, LYING = encoded(NOISE, 'JPEG', quality=95), turned(6, 'JPEG', NOISE)
 PNG, PALETTE, MIDDLE = encoded(NOISE), encoded(NOISE, 'PNG', 'P'), len(LARGE) // 2
 SIZE = LARGE.index(b'\xff\xc0') + 5  # height and width, 16 bits each
 
+TOO_SHORT = 'the file ends too early: copy or download it again'
 # {kind: (file name, content, what is said)}
 BROKEN = {
     'nothing': ('x.jpg', b'', 'empty: 0 bytes'),
-    'JPEG cut off': ('x.jpg', LARGE[:MIDDLE], 'Invalid JPEG data'),
-    'JPEG without its last bytes': ('x.jpg', LARGE[:-20], 'Invalid JPEG data'),
-    'progressive JPEG cut off': ('x.jpg', encoded(NOISE, 'JPEG', progressive=True)[:20_000], 'Invalid JPEG data'),
-    'JPEG on its side, cut off': ('x.jpg', LYING[:20_000], 'Invalid JPEG data'),
-    'JPEG of which half is zeros': ('x.jpg', changed(LARGE, MIDDLE, bytes(len(LARGE) - MIDDLE)), 'Invalid JPEG data'),
+    'JPEG cut off': ('x.jpg', LARGE[:MIDDLE], TOO_SHORT),
+    'JPEG without its last bytes': ('x.jpg', LARGE[:-20], TOO_SHORT),
+    'progressive JPEG cut off': ('x.jpg', encoded(NOISE, 'JPEG', progressive=True)[:20_000], TOO_SHORT),
+    'JPEG on its side, cut off': ('x.jpg', LYING[:20_000], TOO_SHORT),
+    'JPEG of which half is zeros': ('x.jpg', changed(LARGE, MIDDLE, bytes(len(LARGE) - MIDDLE)), TOO_SHORT),
     'JPEG with noise in its middle': ('x.jpg', changed(LARGE, MIDDLE, NOISE.tobytes()[:4096]), 'Invalid JPEG data'),
     'JPEG with a little noise': ('x.jpg', changed(LARGE, MIDDLE, NOISE.tobytes()[:60]), 'damaged: '),
     'JPEG with a disk block of zeros': ('x.jpg', changed(LARGE, MIDDLE, bytes(4096)), 'damaged: '),
@@ -218,17 +219,17 @@ BROKEN = {
     'JPEG that says it is a huge square': ('x.jpg', changed(LARGE, SIZE, struct.pack('>HH', 65_000, 65_000)), 'too large'),
     'JPEG without pixels': ('x.jpg', changed(LARGE, SIZE, struct.pack('>HH', 0, 0)), ''),
     'JPEG of a start and an end': ('x.jpg', b'\xff\xd8\xff\xd9', 'no picture'),
-    'PNG cut off': ('x.png', PNG[:len(PNG) // 2], ''),
-    'PNG without its end': ('x.png', PNG[:-12], 'Invalid PNG data'),
+    'PNG cut off': ('x.png', PNG[:len(PNG) // 2], TOO_SHORT),
+    'PNG without its end': ('x.png', PNG[:-12], TOO_SHORT),
     'PNG with a wrong checksum': ('x.png', changed(PNG, len(PNG) - 20, b'\0'), 'Invalid PNG data'),
     'palette PNG with a wrong checksum': ('x.png', changed(PALETTE, len(PALETTE) - 20, b'\0'), 'Invalid PNG data'),
     'PNG bomb': ('x.png', PNG[:8] + chunk(b'IHDR', struct.pack('>IIBBBBB', 60_000, 60_000, 8, 2, 0, 0, 0)) + chunk(b'IDAT', zlib.compress(b'')),
                  'too large'),
-    'GIF cut off': ('x.gif', encoded(NOISE, 'GIF')[:5000], 'truncated'),
+    'GIF cut off': ('x.gif', encoded(NOISE, 'GIF')[:5000], TOO_SHORT),
     'GIF without a picture': ('x.gif', b'GIF89a\x08\0\x08\0\0\0\0;', ''),
-    'WebP cut off': ('x.webp', encoded(NOISE, 'WEBP')[:5000], ''),
+    'WebP cut off': ('x.webp', encoded(NOISE, 'WEBP')[:5000], TOO_SHORT),
     'WebP of noise': ('x.webp', b'RIFF\x00\x10\0\0WEBPVP8 ' + NOISE.tobytes()[:4096], ''),
-    'BMP cut off': ('x.bmp', encoded(NOISE, 'BMP')[:5000], 'truncated'),
+    'BMP cut off': ('x.bmp', encoded(NOISE, 'BMP')[:5000], TOO_SHORT),
     'BMP with a wrong header': ('x.bmp', changed(encoded(NOISE, 'BMP'), 14, b'\xff\xff'), ''),
     'TIFF cut off': ('x.tif', encoded(NOISE, 'TIFF', compression='tiff_lzw')[:5000], ''),
     'float TIFF': ('x.tif', encoded(GREY.astype(np.float32), 'TIFF'), 'float or 32-bit pixels'),
