@@ -213,6 +213,8 @@ def _folder(dataset_config, needs_training):
     for note in found.notes:
         print(f'note      {note}', flush=True)
     named = [f'  {folder.shown(path)}: {reason}' for path, reason in found.broken[:MOST_NAMED]]
+    for line in named[:1]:
+        print(f'        {line}', flush=True)
     more = [f'  and {len(found.broken) - MOST_NAMED:,} more'] if len(found.broken) > MOST_NAMED else []
     return Source(
         name=dataset_config.name,

@@ -236,9 +236,7 @@ def _check_broken(root, broken, num_files, max_broken):
         raise RunError(f'{len(broken):,} of {num_files:,} files in {shown(root)} are broken '
                        f'({len(broken) / num_files:.2%}, allowed are {max_broken:.2%}): {some}. '
                        f'All of them are listed in {picture_files.list_of_broken(root)}: replace or remove them{allow}')
-    path, reason = broken[0]
-    return [f'{len(broken):,} of {num_files:,} files are broken and skipped, such as {shown(path)} ({reason}); '
-            f'all of them are in {picture_files.list_of_broken(root)}']
+    return [f'{len(broken):,} of {num_files:,} files are broken and skipped; all of them are in {picture_files.list_of_broken(root)}']
 
 
 def _hold_out(files, eval_split, share, seed):

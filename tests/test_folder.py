@@ -867,6 +867,7 @@ def test_a_run_goes_to_its_end_beside_a_broken_file_and_its_report_names_it(tmp_
     done = call(tmp_path)
     assert done.returncode == 0 and 'Traceback' not in done.stderr, done.stderr
     assert '1 of 12 files are broken and skipped' in done.stdout
+    assert '\n          dog/page.jpg: no picture that can be read' in done.stdout
     report = (tmp_path / 'run' / 'report.md').read_text()
     assert "dog/page.jpg: no picture that can be read: a web page (HTML), which begins with b'<html>'; " in report and '1 of 12 files are broken' in report
     assert (tmp_path / 'run' / 'export' / 'labels.txt').read_text().split() == ['cat', 'dog']
