@@ -17,8 +17,13 @@ ANY_DATA = (  # another test set, such as imagenet_v2
 )
 
 
-def run(config, workdir, which='last'):
-    """Evaluates the last or the best checkpoint in `workdir`; prints the numbers and writes evaluation.json."""
+def run(config, workdir, which=None):
+    """Evaluates the last or the best checkpoint in `workdir`; prints the numbers and writes evaluation.json.
+
+    Args:
+        which: 'last', which None means too, or 'best'.
+    """
+    which = which or 'last'
     require_same_config(config, workdir, (*FREE_KEYS, *ANY_DATA))
     session = open_session(config, workdir, trains=False)
     step, _ = session.checkpoints.restore(which, partly=True)

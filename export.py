@@ -24,11 +24,15 @@ TOLERANCE_TF32 = 1e-2  # of float32 on a GPU: TensorFlow multiplies with 10 bits
 READER = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'outputs', 'read_saved_model.py')
 
 
-def run(config, workdir, which='last'):
-    """Exports the last or the best checkpoint of `workdir` into `workdir`/export, and checks it."""
+def run(config, workdir, which=None):
+    """Exports a checkpoint of `workdir` into `workdir`/export, and checks it.
+
+    Args:
+        which: 'last', 'best', or None for the one that training exports.
+    """
     require_same_config(config, workdir)
     session = open_session(config, workdir, trains=False)
-    step, _ = session.checkpoints.restore(which, partly=True)
+    step, which = _restore(session, which)
     if not session.is_chief:
         return None
     exported = {
@@ -38,6 +42,23 @@ def run(config, workdir, which='last'):
     }
     print(files.as_json(exported))
     return exported
+
+
+def exports_best(config):
+    """Whether training exports the best checkpoint, and not the last."""
+    return bool(config.patience)
+
+
+def _restore(session, which):
+    """Restores a checkpoint as `run` names it; returns (its step, 'last' or 'best')."""
+    restore = session.checkpoints.restore
+    if which is None and exports_best(session.config):
+        try:
+            return restore('best', partly=True)[0], 'best'
+        except (RunError, tf.errors.OpError) as error:
+            print(f'note      {one_line(error)}; the weights of the last update are exported', flush=True)
+    which = which or 'last'
+    return restore(which, partly=True)[0], which
 
 
 def write(session, directory):
@@ -57,13 +78,25 @@ def write(session, directory):
         them and 'export/model_accuracy' of the model itself; 'export/max_difference' of a logit; 'export/converted_examples', how
         many of the user's files went through `as_decodable` first.
 
-    Raises: RunError if its answers differ from the model's; what was at `directory` before stays then.
+    Raises: RunError if its answers differ from the model's, or weights are not finite; what was at `directory` before
+        stays then.
     """
+    _require_finite(session)
     with files.written_beside(directory) as partial:
         with files.explained(partial):
             _write_saved_model(session, partial)
         files.write(os.path.join(partial, labels_file.NAME), labels_file.to_text(session.source.class_names))
         return _compare(session, partial)
+
+
+def _require_finite(session):
+    """Raises RunError if a weight that evaluation uses is no number: the model has diverged."""
+    variables = models.weights(session.state.model)
+    for variable, value in zip(variables, steps.evaluated_weights(session.state), strict=True):
+        if not np.isfinite(np.asarray(value, np.float64)).all():
+            raise RunError(f'the weights are not finite, {variable.path} for one: the model has diverged. Export an earlier '
+                           'checkpoint with --checkpoint=best, or train anew with a lower config.schedule.peak_lr or with '
+                           'config.grad_clip_norm')
 
 
 def _write_saved_model(session, directory):

@@ -35,7 +35,8 @@ flags.DEFINE_string('workdir', None, 'Folder of the run; runs/NAME for configs/N
 flags.DEFINE_enum('mode', 'train', ['train', 'evaluate', 'export', 'check', 'preview', 'preflight'], 'What to do.')
 flags.DEFINE_enum('resume', 'same', ['same', 'changed', 'never'], 'What training does with a run that is in the folder: goes on if its config is the '
                   'same; goes on with this config although it is another; or moves it aside and begins anew.')
-flags.DEFINE_enum('checkpoint', 'last', ['last', 'best'], 'Which checkpoint to evaluate or export.')
+flags.DEFINE_enum('checkpoint', None, ['last', 'best'], 'Which checkpoint to evaluate or export; by default the last, and to export where config.patience is '
+                  'set the best, as training does.')
 flags.DEFINE_string('topology', 'v5e:2x2', 'The TPU of preflight: its generation and how its chips are wired, or a generation for one chip.')
 flags.DEFINE_bool('largest_batch', False, 'Whether preflight searches the largest batch that fits, which takes some more compilations.')
 flags.DEFINE_integer('step', None, 'Which update to preview; by default the first, and of a progressive run the first of each stage.')
@@ -94,15 +95,25 @@ def failure(error):
         return f'{lost[1]} {lost[2]} does not answer any more: start all workers again, and they continue at the last checkpoint', 1
     if errors and isinstance(error, (errors.DataLossError, errors.OutOfRangeError)):
         return f'a file of the data set is damaged or cut short ({text[:200]}): delete the folder that --mode=check names for it, and prepare it again', 1
-    # The words of inputs/tfds_features.py, each in brackets.
-    label = re.search(r'assertion failed: \[(an example has a label that is none .*)\]', str(error))
-    if errors and isinstance(error, errors.InvalidArgumentError) and label:
-        return label[1].replace('] [', ' '), 1
     if errors and isinstance(error, errors.OpError):
-        text = re.sub(r'\{\{.*?\}\}', '', text)  # names of its own
-        hint = ' (a picture that cannot be decoded?)' if 'ecode' in text else ''
-        return f'TensorFlow stopped with {type(error).__name__}: {text[:300]}{hint}; --verbosity=1 shows where', 1
+        from inputs.tfds_features import BAD_LABEL
+
+        reason = reason_of(str(error))
+        if reason.startswith(BAD_LABEL):
+            return reason, 1
+        hint = ' (a picture that cannot be decoded?)' if 'ecode' in reason else ''
+        return f'TensorFlow stopped with {type(error).__name__}: {reason}{hint}; --verbosity=1 shows where', 1
     return None, 1
+
+
+def reason_of(message):
+    """What an error of TensorFlow says itself, on one line: without where in the graph it came from, and how."""
+    text = re.sub(r'\s*\[\[.*?\]\]|\{\{.*?\}\}\s*|\[Op:.*|\s*Stack trace for op definition:.*', '', message, flags=re.DOTALL)
+    text = re.sub(r'Graph execution error:\s+Detected at node .*?(<stack traces unavailable>\n|\n\n(?! *File))', '', text, flags=re.DOTALL)
+    text = re.sub(r'[0-9]+ root error\(s\) found\.\s+\(0\) \w+: (.*?)\s+\(1\) .*', r'\1', text, flags=re.DOTALL)
+    text = re.sub(r'Error in user-defined function passed to \S+ transformation with iterator: \S+:? ', '', text)
+    asserted = re.search(r'assertion failed: \[(.*)\]', text, re.DOTALL)
+    return one_line(asserted[1].replace('] [', ' ') if asserted else text, 600)
 
 
 def parse(arguments):

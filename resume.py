@@ -42,7 +42,7 @@ class ConfigChange(NamedTuple):
 
     def __str__(self):
         if self.key == ANY_KEY:
-            return f'{CONFIG} is missing, so nobody knows which'
+            return f'{CONFIG} is missing'
         return f'{self.key} was {self.before!r}, is {self.after!r}'
 
 
@@ -83,6 +83,12 @@ def require_same_config(config, workdir, free_keys=FREE_KEYS):
 
 def refusal(workdir, config, changes):
     """The ConfigError of a config that has changed: it says whether --resume=changed would do."""
+    if any(change.key == ANY_KEY for change in changes):
+        return ConfigError(
+            f'{workdir} holds checkpoints but no {CONFIG}, so nobody knows what they were trained with: bring it back from a copy, '
+            'or give this config its own --workdir. On purpose, --resume=changed trains on with this config, and --resume=never '
+            'moves that run aside'
+        )
     held = f'{workdir} holds a run of another config ({_listed(changes)})'
     unfit = misfits(config, changes)
     if not unfit:
@@ -246,7 +252,9 @@ def record_start(session, workdir, progress: Progress, changes: Sequence[ConfigC
     before = read_json(path) if step and files.exists(path) else {}
     environment = describe_environment()
     notes = list(before.get('changes', ()))
-    if changes and files.exists(os.path.join(workdir, CONFIG)):
+    if any(change.key == ANY_KEY for change in changes):
+        notes.append(f'changed at step {step:,}: {CONFIG} was missing, so the config up to there is not known')
+    elif changes:
         goes_on = _where_it_goes_on(session, workdir, progress, changes)
         notes.append(f'changed at step {step:,}: {_listed(changes)}; {goes_on}')
     versions = [f'{name} was {old}, is {environment["packages"].get(name)}' for name, old in before.get('packages', {}).items()

@@ -109,7 +109,7 @@ def why_it_ended(session, progress: Progress) -> str:
         since = since if progress.best_step < progress.patience_from else ''
     return (f'ended at step {progress.step:,} of {session.plan.total_steps:,}: '
             f'no {config.best_metric} was better {than}{since}for {config.patience}, '
-            'config.patience; with another one --resume=changed trains on')
+            'config.patience; to train on, raise it or set it to \'\', and add --resume=changed')
 
 
 def load_exported(session, progress: Progress) -> dict:
@@ -121,7 +121,7 @@ def load_exported(session, progress: Progress) -> dict:
         which update that was, and what its evaluation gave over the whole split.
     """
     step, metrics = progress.step, progress.metrics
-    if session.config.patience and progress.best_step not in (None, step):
+    if export.exports_best(session.config) and progress.best_step not in (None, step):
         session.agree([1])  # the last checkpoint, which names the best, is written
         try:
             step, best = session.checkpoints.restore('best')
@@ -225,7 +225,9 @@ def require_numbers(session, progress, workdir):
     teacher = f'see whether the answers of the teacher {session.teacher_name} are numbers, ' if session.teacher else ''
     skipped = {'first_update': first, 'last_update': last, 'ahead': session.plan.ahead}
     files.write_json(os.path.join(workdir, resume.SKIPPED), skipped)
-    raise RunError(f'the loss or its gradient was not finite {"in" if most else "somewhere in"} updates {first:,} to {last:,}{", which were skipped" * (most > 0)}: {teacher}'
+    updates = f'updates {first:,} to {last:,}' if first < last else f'update {first:,}'
+    were_skipped = f', which {"were" if first < last else "was"} skipped' if most else ''
+    raise RunError(f'the loss or its gradient was not finite {"in" if most or first == last else "somewhere in"} {updates}{were_skipped}: {teacher}'
                      'look at the first batch with --mode=preview; lower config.schedule.peak_lr, lengthen config.schedule.warmup or set config.grad_clip_norm, '
                      + (f'and go on from step {saved:,}, which is saved, with --resume=changed' if saved else 'and start again; no step is saved yet'))
 

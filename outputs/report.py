@@ -104,7 +104,9 @@ def _best(summary, name) -> str:
     step = summary['best/step']
     if step is None:
         return 'none'
-    best = f'{summary[f"best/{name}"]:.4g} after update {step:,}'
+    value = summary[f'best/{name}']
+    best = f'{value:.4f}' if name == 'loss' else f'{value:.2%}'
+    best += f' after update {step:,}'
     if step in (summary['export/step'], summary['steps']):
         return best
     return f'{best}; `--mode=export --checkpoint=best` exports it'

@@ -241,7 +241,7 @@ def test_a_report_compares_export_and_model_on_the_same_examples(tmp_path, summa
         '(the model itself on the same examples: 56.80%) |' in text
     )
     assert (
-        '| best accuracy on the way | 0.6 after update 200; '
+        '| best accuracy on the way | 60.00% after update 200; '
         '`--mode=export --checkpoint=best` exports it |' in text
     )
     summary['export/examples'] = 2000
@@ -267,7 +267,7 @@ def test_a_report_says_which_weights_are_exported(tmp_path, summary):
     )
     assert (
         '| loss on the evaluation split | 1.0000 |' in text
-        and '| best accuracy on the way | 0.6 after update 200 |' in text
+        and '| best accuracy on the way | 60.00% after update 200 |' in text
     )
     assert (
         report.headline(summary)

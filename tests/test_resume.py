@@ -348,7 +348,7 @@ def test_a_run_out_of_patience_ends_and_remembers_what_was_best_over_a_stop(tiny
     ) in report.replace('\n', ' ')
     said, printed = (
         'ended at step 20 of 60: no eval/loss was better than that of step 10 for 10 steps, '
-        'config.patience; with another one --resume=changed trains on',
+        "config.patience; to train on, raise it or set it to '', and add --resume=changed",
         capsys.readouterr().out,
     )
     assert (
@@ -360,10 +360,13 @@ def test_a_run_out_of_patience_ends_and_remembers_what_was_best_over_a_stop(tiny
         '--mode=export --checkpoint=last takes those after '
         'update 20'
     ) in printed
+    assert export.run(tiny, workdir)['export/step'] == 10  # again what training exports
+    assert export.run(tiny, workdir, 'last')['export/step'] == 20
     tiny.patience = ''
     with monkeypatch.context() as patch:
         patch.setattr(train.evaluate, 'make_evaluation', make)
         assert train.run(tiny, workdir, 'changed') == 0
+    assert export.run(tiny, workdir)['export/step'] == 60
     assert read_json(os.path.join(workdir, 'summary.json'))['steps'] == 60
 
 
@@ -425,10 +428,12 @@ def test_what_does_not_hold_any_more_is_forgotten_when_the_config_changes(tiny, 
 def test_without_config_json_nobody_knows_which_config_it_was(tiny, workdir, monkeypatch):
     stopped_at(tiny, workdir, 14, monkeypatch)
     os.remove(os.path.join(workdir, 'config.json'))
-    with pytest.raises(ConfigError, match='config.json is missing, so nobody knows which.*--resume=changed trains on'):
+    with pytest.raises(ConfigError, match='checkpoints but no config.json, so nobody knows .*: bring it back from a copy.*--resume=changed trains on'):
         train.run(tiny, workdir)
     tiny.best_metric = 'eval/loss'
     assert train.run(tiny, workdir, 'changed') == 0
+    report = files.read(os.path.join(workdir, 'report.md')).decode()
+    assert 'changed at step 14: config.json was missing, so the config up to there is not known' in report
     summary, rows = read_json(os.path.join(workdir, 'summary.json')), read_metrics(workdir)
     assert summary['best/loss'] == min(
         row['eval/loss'] for row in rows if row['step'] > 14 and 'eval/loss' in row

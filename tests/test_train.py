@@ -14,6 +14,7 @@ import export
 import train
 from configs import folder
 from errors import ConfigError, RunError
+from modeling import steps
 from outputs.files import read_json
 from outputs.logbook import read_metrics
 from outputs.progress import Progress
@@ -145,6 +146,17 @@ def test_an_export_that_answers_otherwise_is_an_error_and_the_old_one_stays(fini
     with pytest.raises(RunError, match='answers otherwise than the model'):
         export.run(config, workdir)
     assert os.path.getmtime(os.path.join(workdir, 'export', 'saved_model.pb')) == before
+
+
+def test_weights_that_are_not_finite_are_not_exported(finished, tmp_path):
+    config, workdir = finished
+    session = open_session(config, workdir, trains=False)
+    session.checkpoints.restore(partly=True)
+    first = steps.evaluated_weights(session.state)[0]
+    first.assign(tf.fill(first.shape, float('nan')))
+    with pytest.raises(RunError, match='the weights are not finite, .*kernel for one: the model has diverged.*--checkpoint=best'):
+        export.write(session, str(tmp_path / 'export'))
+    assert not os.listdir(tmp_path)
 
 
 @pytest.mark.usefixtures('read_here')
