@@ -204,7 +204,8 @@ def restore(session, workdir, changes: Sequence[ConfigChange] = ()) -> Progress:
         session.continue_from(progress)
         if any(session.plan.ahead):
             print(f'          after {progress.examples_seen:,} examples, in batches of several sizes: '
-                  f'the run has {session.plan.total_steps:,} updates', flush=True)
+                  f'the run has {session.plan.total_steps:,} updates, and its schedule, in batches of today, is at '
+                  f'step {saved + session.plan.ahead.updates:,} of {session.plan.schedule_steps:,}', flush=True)
         if saved > session.plan.total_steps:
             raise ConfigError(f'the run is at step {saved:,}, after the end of this config at step {session.plan.total_steps:,}: raise config.train_for')
         return progress
@@ -271,7 +272,8 @@ def record_start(session, workdir, progress: Progress, changes: Sequence[ConfigC
     write_json(path, {**environment, 'strategy': session.strategy_reason, 'replicas': session.plan.num_replicas,
                       'dtype_policy': session.dtype_policy, 'jit_compile': session.jit_compile, 'weights': session.loaded, 'resumed_from': resumed_from,
                       'class_names': list(session.source.class_names), 'train_examples': session.plan.train_examples,
-                      'training_data': session.source.identity, 'data_changes': session.data_changes, 'changes': notes})
+                      'training_data': session.source.identity, 'data_changes': session.data_changes, 'changes': notes,
+                      'evaluation_from': progress.evaluation_from})
     return resumed_from, notes
 
 

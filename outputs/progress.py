@@ -33,6 +33,7 @@ class Progress:
         train_seconds, input_seconds: in the training loop and of it waiting for batches, since the run began.
         evaluated_at, metrics: the step of the last evaluation, and what it gave.
         best_step, best: where `config.best_metric` was best, and how good.
+        evaluation_from: the step from which on evaluations can be compared with today's.
         patience_from: the step from which on `config.patience` counts, if nothing was better since.
         config: {key: value}, the config that all of this was measured under, without the keys that
             may differ between starts; None where an older version of this program wrote it.
@@ -53,6 +54,7 @@ class Progress:
     metrics: dict = dataclasses.field(default_factory=dict)
     best_step: int | None = None
     best: float | None = None
+    evaluation_from: int = 0
     patience_from: int = 0
     config: dict | None = None
 
@@ -109,6 +111,8 @@ class Progress:
         if any(key == 'best_metric' or changes_evaluation(key) for key in keys):
             self.evaluated_at, self.metrics = None, {}
             self.best_step = self.best = None
+        if any(map(changes_evaluation, keys)):
+            self.evaluation_from = self.step
         if set(keys) != {'patience'}:  # what is trained now has had no chance yet to be better
             self.patience_from = self.step
 

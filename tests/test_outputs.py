@@ -58,6 +58,25 @@ def test_runs_with_and_without_warmup_stand_side_by_side(tmp_path, capsys):
     assert os.path.getsize(tmp_path / 'both.png') > 10_000
 
 
+def test_only_what_was_evaluated_alike_is_compared(tmp_path, capsys):
+    rows = [{'step': 50, 'eval/accuracy': 0.95, 'eval/loss': 0.1}, {'step': 100, 'eval/accuracy': 0.6, 'eval/loss': 0.9}]
+    write_run(tmp_path / 'one', rows)
+    write_run(tmp_path / 'two', rows)
+    (tmp_path / 'two' / 'environment.json').write_text(json.dumps({'evaluation_from': 50}))
+    config = json.loads((tmp_path / 'two' / 'config.json').read_text())
+    config['dataset'] = {'eval_split': 'validation'}
+    (tmp_path / 'two' / 'config.json').write_text(json.dumps(config))
+    assert compare.main([str(tmp_path / 'one'), str(tmp_path / 'two'), f'--output={tmp_path}/both.png']) == 0
+    lines = capsys.readouterr().out.splitlines()
+    best = [[cell.strip() for cell in line.split('|')][9] for line in lines[2:4]]
+    assert best == ['95.00%', '60.00%']
+    assert lines[4] == 'not evaluated alike: dataset.eval_split is None, validation'
+    write_run(tmp_path / 'two', rows)
+    (tmp_path / 'two' / 'environment.json').write_text('{"evaluation_from": 100}')
+    assert compare.main([str(tmp_path / 'two'), f'--output={tmp_path}/both.png']) == 0
+    assert [cell.strip() for cell in capsys.readouterr().out.splitlines()[2].split('|')][8:11] == ['-', '-', '-']
+
+
 def test_runs_are_compared_from_any_folder_without_output(tmp_path, capsys, monkeypatch):
     for name in ('one', 'two'):
         write_run(tmp_path / name, [{'step': 50, 'eval/accuracy': 0.91}])

@@ -660,7 +660,7 @@ def test_a_loss_that_is_not_a_number_leaves_files_that_are_json(tiny, workdir, m
     )
     assert (
         compare.main([workdir, f'--output={workdir}/compared.png']) == 0
-        and '| nan ' in capsys.readouterr().out
+        and '| not finite ' in capsys.readouterr().out
     )
     assert not np.isfinite(board_of(workdir)['eval/loss', 30].expected)
     tiny.train_for = '32 steps'  # the checkpoint has a number that is none
