@@ -11,6 +11,7 @@ ours            EfficientNetV2B0 as shipped, one program for the whole update: f
                 forward, backward, L2, RMSProp with momentum, moving average of all weights
 ours, Keras' layers   the same with the layers of keras.applications in place of batch_norm.py's
 ours, for TPU   the same as it is written for a TPU
+ours, loop      the same, several updates in a loop on the GPU
 timm            tf_efficientnetv2_b0 in PyTorch, channels_last, with the same update written with
                 torch._foreach functions; `eager` or `compiled` by torch.compile; `graph` replays
                 the whole update as one CUDA graph
@@ -31,6 +32,7 @@ import itertools
 import json
 import math
 import os
+import random
 import re
 import select
 import signal
@@ -100,10 +102,11 @@ class Part(NamedTuple):
 
 
 class Stream(NamedTuple):
-    """Something that can be timed: `advance` begins an update, `wait` returns when all are done."""
+    """Something that can be timed: `advance` begins updates, `wait` returns when all are done."""
 
     advance: Callable[[], object]
     wait: Callable[[], object]
+    updates: int = 1  # that `advance` begins
 
 
 def main():
@@ -232,6 +235,7 @@ def build(program: Program, size: int, classes: int) -> Built:
     from modeling import models, steps
 
     keras.backend.clear_session()
+    random.seed(0)  # of Keras' initializers: every program begins with the same weights
     keras.config.set_dtype_policy(program.policy)
     config = imagenet.get_config()
     config.image_size, config.batch_size = size, program.batch_size
@@ -392,10 +396,10 @@ def make_updates(built: Built, program: Program, options: argparse.Namespace) ->
 
 def random_batch(seed: int, batch_size: int, size: int, classes: int) -> tuple[np.ndarray, ...]:
     """Draws images uint8 [batch, size, size, 3], labels int64 [batch], flips float32 [batch, 1]."""
-    random = np.random.RandomState(seed)
-    images = random.randint(0, 256, (batch_size, size, size, 3), dtype=np.uint8)
-    labels = random.randint(0, classes, batch_size, dtype=np.int64)
-    return images, labels, random.random_sample((batch_size, 1)).astype(np.float32)
+    generator = np.random.RandomState(seed)
+    images = generator.randint(0, 256, (batch_size, size, size, 3), dtype=np.uint8)
+    labels = generator.randint(0, classes, batch_size, dtype=np.int64)
+    return images, labels, generator.random_sample((batch_size, 1)).astype(np.float32)
 
 
 def convert(path: str, exact: bool) -> None:
@@ -540,6 +544,8 @@ def run(options: argparse.Namespace) -> None:
                 if label in alive and time.monotonic() < deadline:
                     answer = alive[label].ask({'profile': True}, time.monotonic() + 60)
                     report.add(label, {'profile': answer})
+                    if alive[label].has_ended():
+                        del alive[label]
     print(report.table())
 
 
@@ -559,10 +565,12 @@ def groups(options: argparse.Namespace) -> list[list[Part]]:
     jax_environment = {'JAX_PLATFORMS': options.platform, 'XLA_PYTHON_CLIENT_PREALLOCATE': 'false'}
     exact = jax_environment | {'NVIDIA_TF32_OVERRIDE': '0'}
 
-    def ours(name, profiled=False):
+    def ours(name, profiled=False, updates=1):
         arguments = shared | {'name': name, 'profiled': profiled, 'output': options.output}
+        arguments['updates'] = updates
+        label = f'ours {name}' + (f'-loop_of_{updates}' if updates > 1 else '')
         return Part(
-            f'ours {name}', 'ours', arguments, sys.executable, options.part_minutes,
+            label, 'ours', arguments, sys.executable, options.part_minutes,
             jax_environment)
 
     def timm(policy, batch_size, compiled, profiled=False):
@@ -588,6 +596,8 @@ def groups(options: argparse.Namespace) -> list[list[Part]]:
     same_size = [name for name in others if described[name]['batch_size'] == batch_size]
     for batch in (same_size, [name for name in others if name not in same_size]):
         group = [ours(name) for name in batch]
+        if batch is same_size:
+            group.append(ours(main_name, updates=BATCHES))
         for name in batch:
             if described[name]['policy'] != policy or described[name]['batch_size'] != batch_size:
                 peer = described[name]['policy'], described[name]['batch_size']
@@ -599,7 +609,7 @@ def groups(options: argparse.Namespace) -> list[list[Part]]:
 def contests(parts: list[Part], alive: dict) -> Iterator[tuple[str, list[str]]]:
     """Yields (ours, what is timed in turn with it) for what has just got ready.
 
-    A program of ours that has no peer of its own policy and batch is compared with our main one.
+    The other forms of our main program are timed in turn with it.
     """
     ready = [part.label for part in parts if part.label in alive]
     ours = [label for label in alive if label.startswith('ours ')]
@@ -613,6 +623,10 @@ def contests(parts: list[Part], alive: dict) -> Iterator[tuple[str, list[str]]]:
             yield baseline, others
         elif set(others) & set(ready):
             yield baseline, [label for label in others if label in ready]
+    for label in timms:
+        kind = label.split()[-1]
+        if label in ready and f'ours {kind}' not in alive:
+            yield label, []
 
 
 def start(parts: list[Part], end: float, stack: contextlib.ExitStack, report) -> dict:
@@ -666,6 +680,7 @@ class Process:
                 left = max(0.0, limit - time.monotonic())
                 readable, _, _ = select.select([self.output], [], [], left)
                 if not readable:
+                    self.end()
                     return {'error': f'no answer in time\n{self.said()}'}
                 received = os.read(self.output.fileno(), 2**20)
                 if not received:
@@ -680,6 +695,9 @@ class Process:
         """Returns the end of what it wrote to standard error."""
         self.log.seek(0)
         return self.log.read()[-3000:]
+
+    def has_ended(self) -> bool:
+        return self.process.poll() is not None
 
     def end(self) -> None:
         """Ends it, and what it has started."""
@@ -699,7 +717,7 @@ def compare(
         waves.append([(baseline, 'direct'), *((label, 'graph') for label in timms)])
     batch_size = report.of(baseline, 'batch_size')
     for wave in waves:
-        seconds = {stream: [] for stream in wave}
+        seconds, issued = {stream: [] for stream in wave}, {}
         for _ in range(options.rounds + 1):
             if time.monotonic() > deadline:
                 break
@@ -709,13 +727,16 @@ def compare(
                 answer = alive[label].ask(request, time.monotonic() + 60)
                 if 'seconds' in answer:
                     seconds[stream].append(answer['seconds'])
+                    issued[stream] = answer['issue']
                 else:
                     report.add(label, {f'{name}_error': answer['error']})
                     wave.remove(stream)
+        report.add(baseline, {'gpu': describe_gpu()})
         for stream, measured in seconds.items():
             if len(measured) > 1:
                 own = seconds[baseline, 'direct']
-                report.add_speed(stream, batch_size, measured[1:], baseline, own[1:])
+                report.add_speed(
+                    stream, batch_size, measured[1:], issued[stream], baseline, own[1:])
 
 
 class Report:
@@ -737,8 +758,8 @@ class Report:
         self._say(f'{label}: {shown}')
 
     def add_speed(
-        self, stream: tuple[str, str], batch_size: int, seconds: list[float], baseline: str,
-        own: list[float],
+        self, stream: tuple[str, str], batch_size: int, seconds: list[float], issued: float,
+        baseline: str, own: list[float],
     ) -> None:
         """Adds a measured stream; ratios are of images a second, those of `baseline` by its own."""
         ratios = [other / ours for other, ours in zip(seconds, own)]
@@ -747,9 +768,9 @@ class Report:
             'images_per_second': round(batch_size / statistics.median(seconds), 1),
             'ms': round(1000 * statistics.median(seconds), 3),
             'ms_of_rounds': [round(1000 * value, 3) for value in seconds],
+            'host_ms': round(1000 * issued, 3),
             'baseline': baseline,
             'baseline_divided_by_it': round(statistics.median(ratios), 3) if ratios else None,
-            'gpu': describe_gpu(),
         }
         self.speeds.append(row)
         self._say(speed_line(row))
@@ -772,8 +793,9 @@ class Report:
             if 'check' in part:
                 found = part['check']
                 lines.append(f'{label}: {"right" if found["passes"] else "WRONG"}, losses within '
-                             f'{found["largest_loss_difference"]:.1e} of TensorFlow\'s')
-            if 'compiled_bytes' in part and 'bytes_per_second' in floors:
+                             f'{found["loss_difference"]:.1e} of TensorFlow\'s, changes of '
+                             f'weights within {found["change_difference"]:.1e}')
+            if part.get('compiled_bytes') and 'bytes_per_second' in floors:
                 lines.append(f'{label}: at least {describe_floors(part, floors)}')
         lines += [speed_line(row) for row in self.speeds]
         for label, part in self.parts.items():
@@ -792,8 +814,8 @@ class Report:
 
 def speed_line(row: dict) -> str:
     name = row['part'] + (', graph' if row['stream'] == 'graph' else '')
-    return (f'{name:40} {row["images_per_second"]:9,.0f} images/s {row["ms"]:8.2f} ms   '
-            f'{row["baseline"]} / it {row["baseline_divided_by_it"]}')
+    return (f'{name:44} {row["images_per_second"]:9,.0f} images/s {row["ms"]:8.2f} ms '
+            f'(host {row["host_ms"]:.2f})   ours / it {row["baseline_divided_by_it"]}')
 
 
 def describe_floors(part: dict, floors: dict) -> str:
@@ -822,6 +844,7 @@ def describe_gpu() -> str:
 
 def serve(kind: str, arguments: dict) -> None:
     """Runs a part: says that it is ready, then answers each request on standard input."""
+    sys.path.insert(0, ROOT)
     answers = os.fdopen(os.dup(1), 'w')
     os.dup2(2, 1)  # what a library prints is no answer
 
@@ -865,15 +888,21 @@ def time_stream(streams: dict, name: str, seconds: float, estimates: dict[str, f
 
 
 def time_updates(stream: Stream, count: int) -> dict[str, float]:
-    """Returns the 'seconds' of an update, and how long the host took to 'issue' it."""
+    """Returns the 'seconds' of an update, and how long the host took to 'issue' it.
+
+    Args:
+        count: of updates; at least so many are made.
+    """
+    calls = -(-count // stream.updates)
     stream.wait()
     began = time.perf_counter()
-    for _ in range(count):
+    for _ in range(calls):
         stream.advance()
     issued = time.perf_counter()
     stream.wait()
     ended = time.perf_counter()
-    return {'seconds': (ended - began) / count, 'issue': (issued - began) / count, 'updates': count}
+    made = calls * stream.updates
+    return {'seconds': (ended - began) / made, 'issue': (issued - began) / made, 'updates': made}
 
 
 def floors(folder: str, platform: str):
@@ -885,23 +914,23 @@ def floors(folder: str, platform: str):
     found = {'jax': jax.__version__, 'device': jax.devices()[0].device_kind}
     source = jax.random.normal(jax.random.key(0), (elements,), jnp.float32)
     copy = jax.jit(lambda values: values + 1)  # a mere copy may be left out
-    seconds = time_calls(jax, lambda: copy(source))
-    found['bytes_per_second'] = 2 * source.nbytes / seconds
+    found['bytes_per_second'] = 2 * source.nbytes / time_calls(copy, source)
     del source
     matrix = jax.random.normal(jax.random.key(1), (side, side), jnp.bfloat16)
     product = jax.jit(lambda values: values @ values)
-    found['flops_per_second'] = 2 * side**3 / time_calls(jax, lambda: product(matrix))
+    found['flops_per_second'] = 2 * side**3 / time_calls(product, matrix)
     return found, {}, None
 
 
-def time_calls(jax, call: Callable[[], object], rounds: int = 7, count: int = 10) -> float:
+def time_calls(function: Callable, argument, rounds: int = 7, count: int = 10) -> float:
     """Returns the median over the rounds of the seconds that a call takes."""
-    jax.block_until_ready(call())
+    function(argument).block_until_ready()
     seconds = []
     for _ in range(rounds):
         began = time.perf_counter()
-        results = [call() for _ in range(count)][-1]
-        jax.block_until_ready(results)
+        for _ in range(count):
+            result = function(argument)
+        result.block_until_ready()
         seconds.append((time.perf_counter() - began) / count)
     return statistics.median(seconds)
 
@@ -917,8 +946,14 @@ class Compiled(NamedTuple):
     program: object  # jax.stages.Compiled
 
 
-def compile_step(step: Step, compiler_options: dict | None = None) -> Compiled:
-    """Compiles a program with JAX's public interface. Its state is donated."""
+def compile_step(
+    step: Step, compiler_options: dict | None = None, updates: int = 1
+) -> Compiled:
+    """Compiles a program with JAX's public interface. Its state is donated.
+
+    Args:
+        updates: that one call makes, in a loop on the device: so many batches go in, stacked.
+    """
     import jax
     import jax.numpy as jnp
 
@@ -946,10 +981,21 @@ def compile_step(step: Step, compiler_options: dict | None = None) -> Compiled:
         # In the order of the state: JAX then writes each new value into the place of the old one.
         return [outcome[result] for result in results], measured
 
+    def loop(state, others, batches):
+        def body(state, batch):
+            return update(state, others, batch)
+
+        state, measured = jax.lax.scan(body, state, batches)
+        return state, [values[-1] for values in measured]
+
+    batch_kinds = tuple(inputs[:3])
+    if updates > 1:
+        batch_kinds = tuple(
+            jax.ShapeDtypeStruct((updates, *kind.shape), kind.dtype) for kind in batch_kinds)
     began = time.perf_counter()
-    lowered = jax.jit(update, donate_argnums=0).lower(
-        [inputs[index] for index in parameters], [inputs[index] for index in constants], tuple(inputs[:3]))
-    program = lowered.compile(compiler_options)
+    kinds = [[inputs[index] for index in indices] for indices in (parameters, constants)]
+    jitted = jax.jit(loop if updates > 1 else update, donate_argnums=0)
+    program = jitted.lower(*kinds, batch_kinds).compile(compiler_options)
     seconds = time.perf_counter() - began
     described = description['parameters']
     values = [None, None, None]
@@ -980,39 +1026,48 @@ RESULTS = ('correct', 'grad_norm', 'learning_rate', 'loss', 'skipped', 'skipped_
 
 def check(folder: str, platform: str, name: str):
     """Compares a few updates with those of TensorFlow."""
+    step = read_step(folder, name)
+    found = {}
+    if platform == 'cuda':
+        try:  # without measuring kernels, so that it disturbs nobody
+            found['check'] = compare_updates(step, {'xla_gpu_autotune_level': 0})
+        except Exception:
+            found['without_autotuning'] = traceback.format_exc()[-1000:]
+    if 'check' not in found:
+        found['check'] = compare_updates(step, None)
+    return found, {}, None
+
+
+def compare_updates(step: Step, compiler_options: dict | None) -> dict:
+    """Returns the largest relative differences from TensorFlow's updates, and whether they do."""
     import jax
 
-    step = read_step(folder, name)
-    description = step.description
-    try:  # without measuring kernels, so that it disturbs nobody
-        options = {'xla_gpu_autotune_level': 0} if platform == 'cuda' else None
-        compiled, autotuned = compile_step(step, options), False
-    except Exception:
-        compiled, autotuned = compile_step(step), True
+    compiled = compile_step(step, compiler_options)
     state, constants = jax.device_put(compiled.state), jax.device_put(compiled.constants)
+    description = step.description
+    shape = description['batch_size'], description['size'], description['classes']
     reference, losses, norms = description['reference'], [], []
     for index in range(len(reference['losses'])):
-        batch = random_batch(
-            index, description['batch_size'], description['size'], description['classes'])
-        state, results = compiled.call(state, constants, jax.device_put(batch))
+        batch = jax.device_put(random_batch(index, *shape))
+        state, results = compiled.call(state, constants, batch)
         losses.append(float(results[RESULTS.index('loss')]))
         norms.append(float(results[RESULTS.index('grad_norm')]))
     changes = {}
     for path, before, after in zip(compiled.names, compiled.state, state):
         if path in reference['changes']:
             changes[path] = float(np.linalg.norm(np.asarray(after) - before))
-    worst = max(map(relative, losses, reference['losses']))
-    differences = [relative(changes[path], value) for path, value in reference['changes'].items()]
-    found = {
-        'passes': worst < LOSS_TOLERANCE[description['policy']],
-        'largest_loss_difference': worst,
-        'largest_gradient_norm_difference': max(map(relative, norms, reference['gradient_norms'])),
-        'largest_change_difference': max(differences),
-        'median_change_difference': statistics.median(differences),
+    of_loss = max(map(relative, losses, reference['losses']))
+    of_changes = [relative(changes[path], value) for path, value in reference['changes'].items()]
+    return {
+        'passes': of_loss < LOSS_TOLERANCE[description['policy']],
+        'loss_difference': of_loss,
+        'gradient_norm_difference': max(map(relative, norms, reference['gradient_norms'])),
+        'change_difference': max(of_changes),
+        'median_change_difference': statistics.median(of_changes),
         'losses': losses,
         'of_tensorflow': reference['losses'],
+        'compile_seconds': compiled.seconds,
     }
-    return {'check': found, 'compile_seconds': compiled.seconds, 'autotuned': autotuned}, {}, None
 
 
 def relative(value: float, wanted: float) -> float:
@@ -1021,19 +1076,21 @@ def relative(value: float, wanted: float) -> float:
     return difference if math.isfinite(difference) else math.inf
 
 
-def ours(folder: str, platform: str, name: str, profiled: bool, output: str):
-    """Compiles a program and makes the first updates."""
+def ours(folder: str, platform: str, name: str, profiled: bool, output: str, updates: int = 1):
+    """Compiles a program and makes the first updates; `updates` in each call."""
     import jax
+
+    from devices.tpu_program import entry_computation, hbm_traffic
 
     step = read_step(folder, name)
     description = step.description
-    compiled = compile_step(step)
+    compiled = compile_step(step, updates=updates)
     state, constants = jax.device_put(compiled.state), jax.device_put(compiled.constants)
-    batches = []
-    for index in range(BATCHES):
-        batches.append(jax.device_put(random_batch(
-            index, description['batch_size'], description['size'], description['classes'])))
-    batches = itertools.cycle(batches)
+    shape = description['batch_size'], description['size'], description['classes']
+    batches = [random_batch(index, *shape) for index in range(BATCHES)]
+    if updates > 1:
+        batches = [tuple(np.stack(arrays[:updates]) for arrays in zip(*batches))]
+    batches = itertools.cycle([jax.device_put(batch) for batch in batches])
     holder = {'state': state, 'results': None}
 
     def advance():
@@ -1043,15 +1100,13 @@ def ours(folder: str, platform: str, name: str, profiled: bool, output: str):
     def wait():
         jax.block_until_ready(holder['state'])
 
-    stream = Stream(advance, wait)
+    stream = Stream(advance, wait, updates)
     del state
     advance()
     losses = [float(holder['results'][RESULTS.index('loss')])]
     memory = compiled.program.memory_analysis()
     text = compiled.program.as_text()
     aliases = text.partition('\n')[0].count('-alias)')
-    cost = compiled.program.cost_analysis() or {}
-    cost = cost[0] if isinstance(cost, list) else cost
     time_updates(stream, WARMUP)
     timed = time_updates(stream, WARMUP)
     losses.append(float(holder['results'][RESULTS.index('loss')]))
@@ -1066,8 +1121,8 @@ def ours(folder: str, platform: str, name: str, profiled: bool, output: str):
         'skipped_in_a_row': float(holder['results'][RESULTS.index('skipped_in_a_row')]),
         'in_place': f'{aliases} of {len(compiled.state)} variables',
         'work': description['work'],
-        'compiled_bytes': cost.get('bytes accessed', 0.0),
-        'compiled_flops': cost.get('flops', 0.0),
+        'compiled_bytes': hbm_traffic(entry_computation(text)) if updates == 1 else None,
+        'by_cost_analysis': cost_analysis(compiled.program),
         'program_bytes': {kind: getattr(memory, f'{kind}_size_in_bytes') for kind in MEMORY},
         'peak_bytes': (jax.devices()[0].memory_stats() or {}).get('peak_bytes_in_use'),
     }
@@ -1075,6 +1130,12 @@ def ours(folder: str, platform: str, name: str, profiled: bool, output: str):
         with gzip.open(f'{os.path.splitext(output)[0]}.hlo.txt.gz', 'wt') as file:
             file.write(text)
     return ready, {'direct': stream}, lambda: profile_jax(stream)
+
+
+def cost_analysis(program) -> dict[str, float] | None:
+    """Returns what XLA says of its program, where it says anything."""
+    found = program.cost_analysis() or {}
+    return {key: found[key] for key in ('flops', 'bytes accessed') if key in found}
 
 
 def profile_jax(stream: Stream) -> list[tuple[str, str, float, int]]:
