@@ -5,23 +5,30 @@
 
 `write` lowers the step as modeling/steps.py has it to StableHLO, and lets TensorFlow itself make a
 few updates in float32 without dropout, for comparison. `run` compiles the programs with JAX, checks
-them against these updates, and times them:
+them against these updates, and times them, in groups of falling importance:
 
-ours            EfficientNetV2B0 as shipped, one program for the whole update: flip, normalisation,
-                forward, backward, L2, RMSProp with momentum, moving average of all weights
-ours, Keras' layers   the same with the layers of keras.applications in place of batch_norm.py's
-ours, for TPU   the same as it is written for a TPU
-ours, loop      the same, several updates in a loop on the GPU
-timm            tf_efficientnetv2_b0 in PyTorch, channels_last, with the same update written with
-                torch._foreach functions; `eager` or `compiled` by torch.compile; `graph` replays
-                the whole update as one CUDA graph
+ours POLICY-BATCH     EfficientNetV2B0 as shipped, one program for the whole update: flip,
+                      normalisation, forward, backward, L2, RMSProp with momentum, averaged weights
+  ...-keras_layers    the same with the layers of keras.applications, without batch_norm.py
+  ...-for_tpu         the same as it is written for a TPU
+  ...-loop_of_8       the same, eight updates in a loop on the GPU
+timm eager ...        tf_efficientnetv2_b0 in PyTorch, channels_last, with the same update written
+                      with torch._foreach functions
+timm compiled ...     the same, model and update compiled by torch.compile
+timm ..., graph       either of them, the whole update replayed as one CUDA graph
 
-All take random images, uint8 on the GPU, in turn from several batches; reading and copying them to
-the GPU is not measured. Where timm's step is not ours: it updates whether or not the gradient is
-finite, its learning rate is a constant, under bfloat16 it computes the head in bfloat16 (ours in
-float32), and it averages its gate over pixels before the convolution that reads it, not after.
-Both may use TF32 in float32. Each part has a process of its own and all take turns; the
-figures are medians over the rounds, the ratios those within a round.
+All take random images, uint8 on the GPU, from several batches in turn; reading images and copying
+them to the GPU is not measured. timm's step differs from ours in this: it updates whether or not
+the gradient is finite; its learning rate is a constant; under bfloat16 it computes the head in
+bfloat16, ours in float32; it averages over pixels before the first convolution of a gate, ours
+after it. Both may use TF32 in float32.
+
+Each part has a process of its own and all take turns; the figures are medians over the rounds, the
+ratios those within a round, of images a second. XLA_FLAGS are passed on, and --only='^ours .*-128$'
+measures them on some of the parts. On a machine without a GPU --platform=cpu tries all of it but
+the CUDA graphs, best with what `write --size=32 --batch_sizes=4,2 --float32_batch_sizes=4
+--check_batch_size=4` has written; at that size batch normalisation magnifies every rounding, so
+that the comparison with TensorFlow fails.
 """
 import argparse
 import contextlib
@@ -126,8 +133,8 @@ def main():
     running.add_argument('--platform', choices=('cuda', 'cpu'), default='cuda')
     running.add_argument('--torch_python', default=sys.executable, help='an interpreter with timm')
     running.add_argument('--minutes', type=float, default=9.0, help='after which nothing is begun')
-    running.add_argument('--part_minutes', type=float, default=4.0, help='for one to get ready')
-    running.add_argument('--check_minutes', type=float, default=2.5, help='for one to get ready')
+    running.add_argument('--part_minutes', type=float, default=5.0, help='for one to get ready')
+    running.add_argument('--check_minutes', type=float, default=2.0, help='for one to get ready')
     running.add_argument('--seconds', type=float, default=0.5, help='of a turn')
     running.add_argument('--rounds', type=int, default=7)
     running.add_argument('--only', default='', help='regular expression: only parts that match')
@@ -544,7 +551,7 @@ def run(options: argparse.Namespace) -> None:
                 if label in alive and time.monotonic() < deadline:
                     answer = alive[label].ask({'profile': True}, time.monotonic() + 60)
                     report.add(label, {'profile': answer})
-                    if alive[label].has_ended():
+                    if alive[label].is_over:
                         del alive[label]
     print(report.table())
 
@@ -568,10 +575,11 @@ def groups(options: argparse.Namespace) -> list[list[Part]]:
     def ours(name, profiled=False, updates=1):
         arguments = shared | {'name': name, 'profiled': profiled, 'output': options.output}
         arguments['updates'] = updates
-        label = f'ours {name}' + (f'-loop_of_{updates}' if updates > 1 else '')
+        label = f'ours {name}'
+        if updates > 1:
+            label += f'-loop_of_{updates}'
         return Part(
-            label, 'ours', arguments, sys.executable, options.part_minutes,
-            jax_environment)
+            label, 'ours', arguments, sys.executable, options.part_minutes, jax_environment)
 
     def timm(policy, batch_size, compiled, profiled=False):
         arguments = shared | {
@@ -629,7 +637,9 @@ def contests(parts: list[Part], alive: dict) -> Iterator[tuple[str, list[str]]]:
             yield label, []
 
 
-def start(parts: list[Part], end: float, stack: contextlib.ExitStack, report) -> dict:
+def start(
+    parts: list[Part], end: float, stack: contextlib.ExitStack, report: 'Report'
+) -> dict:
     """Starts the parts together; returns {label: Process} of those that got ready and go on.
 
     Args:
@@ -668,7 +678,7 @@ class Process:
         self.process = subprocess.Popen(
             command + [json.dumps(part.arguments)], env={**os.environ, **part.environment},
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, start_new_session=True)
-        self.output, self.buffer = self.process.stdout, b''
+        self.output, self.buffer, self.is_over = self.process.stdout, b'', False
 
     def ask(self, request: dict | None, limit: float) -> dict:
         """Returns the answer, or {'error': ...} if there is none by then. None: asks nothing."""
@@ -684,7 +694,9 @@ class Process:
                     return {'error': f'no answer in time\n{self.said()}'}
                 received = os.read(self.output.fileno(), 2**20)
                 if not received:
-                    return {'error': f'ended with status {self.process.wait()}\n{self.said()}'}
+                    status = self.process.wait()
+                    self.is_over = True
+                    return {'error': f'ended with status {status}\n{self.said()}'}
                 self.buffer += received
         except OSError as error:
             return {'error': f'{error}\n{self.said()}'}
@@ -696,19 +708,18 @@ class Process:
         self.log.seek(0)
         return self.log.read()[-3000:]
 
-    def has_ended(self) -> bool:
-        return self.process.poll() is not None
-
     def end(self) -> None:
         """Ends it, and what it has started."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        if not self.is_over:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            self.is_over = True
 
 
 def compare(
     baseline: str, others: list[str], alive: dict, options: argparse.Namespace, deadline: float,
-    report,
+    report: 'Report',
 ) -> None:
     """Lets a program of ours and others take turns, and reports medians and ratios."""
     waves = [[(label, 'direct') for label in (baseline, *others)]]
@@ -1128,7 +1139,7 @@ def ours(folder: str, platform: str, name: str, profiled: bool, output: str, upd
     }
     if profiled:
         with gzip.open(f'{os.path.splitext(output)[0]}.hlo.txt.gz', 'wt') as file:
-            file.write(text)
+            file.write(re.sub(r' source_(file="[^"]*"|line=\d+|end_line=\d+)', '', text))
     return ready, {'direct': stream}, lambda: profile_jax(stream)
 
 
