@@ -71,7 +71,6 @@ def test_only_what_was_evaluated_alike_is_compared(tmp_path, capsys):
     best = [[cell.strip() for cell in line.split('|')][9] for line in lines[2:4]]
     assert best == ['95.00%', '60.00%']
     assert lines[4] == 'not evaluated alike: dataset.eval_split is None, validation'
-    write_run(tmp_path / 'two', rows)
     (tmp_path / 'two' / 'environment.json').write_text('{"evaluation_from": 100}')
     assert compare.main([str(tmp_path / 'two'), f'--output={tmp_path}/both.png']) == 0
     assert [cell.strip() for cell in capsys.readouterr().out.splitlines()[2].split('|')][8:11] == ['-', '-', '-']
