@@ -134,5 +134,6 @@ def to_uint8(images):
     if images.dtype == tf.uint8:
         return images
     # One pass where rounding, clipping and casting take three.
-    quantized = tf.quantization.quantize(tf.cast(images, tf.float32), 0.0, 255.0, tf.quint8)
+    quantized = tf.raw_ops.QuantizeV2(
+        input=tf.cast(images, tf.float32), min_range=0.0, max_range=255.0, T=tf.quint8)
     return tf.bitcast(quantized.output, tf.uint8)

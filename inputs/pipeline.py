@@ -31,16 +31,18 @@ def training_batches(source, config, plan, begin_step, end_step, strategy):
     prepare = augment.on_host(config.augment, config.image_size, config.dataset.white_level)
     repeats = config.augment.repeats
 
-    def picture(repeat, epoch, number, encoded, label):
-        seed = tf.stack([config.seed * 2**31 + epoch, (number * repeats + repeat) * augment.SEEDS])
-        return prepare(encoded, seed, config.eval_crop), label, augment.draws(config.augment, seed)
-
     def on_host(context):
         split = source.split(source.train_split, _share(context), in_memory=not config.dataset.service)
         begin = plan.stream_position(begin_step, repeats) // context.num_input_pipelines
-        examples = ordered_examples(split, config.seed, source.memory_bytes // 4, begin)
-        examples = repeated(examples, plan.batch_size // plan.num_replicas, repeats)
-        batches = service.prepare(examples, picture, plan.batch_size // plan.num_replicas, config.dataset.service, AUTOTUNE)
+
+        def picture(repeat, epoch, number, *entry):
+            encoded, label = split.fetch(*entry)
+            seed = tf.stack([config.seed * 2**31 + epoch, (number * repeats + repeat) * augment.SEEDS])
+            return prepare(encoded, seed, config.eval_crop), label, augment.draws(config.augment, seed)
+
+        entries = ordered_entries(split, config.seed, source.memory_bytes // 4, begin)
+        entries = repeated(entries, plan.batch_size // plan.num_replicas, repeats)
+        batches = service.prepare(entries, picture, plan.batch_size // plan.num_replicas, config.dataset.service, AUTOTUNE)
         replicas = plan.num_replicas // context.num_input_pipelines
         return batches.take((end_step - begin_step) * replicas).prefetch(AUTOTUNE).with_options(_options(source))
 
@@ -72,13 +74,13 @@ def evaluation_batches(source, config, plan, strategy):
     return strategy.distribute_datasets_from_function(on_host), steps[0]
 
 
-def ordered_examples(split, seed, window_bytes, begin):
-    """The endless stream of training examples from example `begin` on.
+def ordered_entries(split, seed, window_bytes, begin):
+    """The endless stream of training examples from example `begin` on: where each is to be had.
 
     An epoch is a random order of the split's pieces. Where a piece has several examples, as many pieces as fit into
     `window_bytes`, but no more than 2 % of the epoch, are shuffled together.
 
-    Returns: a tf.data.Dataset of (epoch int64 [], id int64 [], encoded string [], label int64 []).
+    Returns: a tf.data.Dataset of (epoch int64 [], id int64 [], ...), with what `split.fetch` takes behind.
     """
     num_pieces, num_examples, longest = len(split.counts), int(split.counts.sum()), int(split.counts.max())
     window_examples = min(MOST_READ_AGAIN * num_examples, window_bytes * num_examples / max(1, split.num_bytes))
@@ -99,10 +101,10 @@ def ordered_examples(split, seed, window_bytes, begin):
         epoch, window = number // num_windows, number % num_windows
         pieces = pieces_of(epoch, window)
         if longest == 1:
-            chosen = split.read(pieces[tf.where(number == first, in_window, 0):])
+            chosen = split.entries(pieces[tf.where(number == first, in_window, 0):])
         else:
-            chosen = split.read(pieces).shuffle(pieces_per_window * longest, seed=_pair(seed, number)[1], reshuffle_each_iteration=False)
-        return chosen.map(lambda number, encoded, label: (epoch, number, encoded, label))
+            chosen = split.entries(pieces).shuffle(pieces_per_window * longest, seed=_pair(seed, number)[1], reshuffle_each_iteration=False)
+        return chosen.map(lambda *entry: (epoch, *entry))
 
     # While one window is used up the next one is read.
     stream = tf.data.Dataset.range(first, 2**62).interleave(examples, cycle_length=1, num_parallel_calls=1)

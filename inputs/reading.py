@@ -64,6 +64,14 @@ class Records:
 
         return self._serialized(pieces).map(parse)
 
+    def entries(self, pieces):
+        """A tf.data.Dataset of (id int64 [], ...) of `pieces`, int64 [n]: what `fetch` takes after the id."""
+        return self.read(pieces)
+
+    def fetch(self, encoded, label):
+        """(encoded string [], label int64 []) of an entry."""
+        return encoded, label
+
     def column(self, path: str) -> np.ndarray:
         """Reads one feature of all examples, images or labels of any value, in some order."""
         specs = self._specs(path)
@@ -126,8 +134,15 @@ class Singles:
 
     def read(self, pieces):
         """See `Records.read`; in the order of `pieces`."""
-        return tf.data.Dataset.from_tensor_slices(pieces).map(
-            lambda index: (self.ids[index], self.load(self.stored[index]), self.labels[index]), tf.data.AUTOTUNE)
+        return self.entries(pieces).map(lambda number, index: (number, *self.fetch(index)), tf.data.AUTOTUNE)
+
+    def entries(self, pieces):
+        """See `Records.entries`: an entry is an index, so that files are read where pictures are decoded."""
+        return tf.data.Dataset.from_tensor_slices((tf.gather(self.ids, pieces), pieces))
+
+    def fetch(self, index):
+        """See `Records.fetch`."""
+        return self.load(self.stored[index]), self.labels[index]
 
 
 def require_tfrecord(builder):

@@ -64,7 +64,7 @@ def global_batches(dataset, strategy):
 
 def ids(split, seed, begin, end):
     """(epoch, id) of examples `begin` to `end`."""
-    return [(int(epoch), int(number)) for epoch, number, _, _ in pipeline.ordered_examples(split, seed, 10**9, begin).take(end - begin).as_numpy_iterator()]
+    return [(int(epoch), int(number)) for epoch, number, *_ in pipeline.ordered_entries(split, seed, 10**9, begin).take(end - begin).as_numpy_iterator()]
 
 
 def test_every_example_is_seen_exactly_once_in_each_epoch(split):
@@ -99,12 +99,12 @@ def test_a_resumed_stream_reads_at_most_two_percent_of_an_epoch_again(split):
     class Watched:
         counts, num_bytes = split.counts, split.num_bytes
 
-        def read(self, pieces):
-            return split.read(pieces).map(lambda number, *example: (tf.ensure_shape(tf.py_function(note, [number], tf.int64), []), *example))
+        def entries(self, pieces):
+            return split.entries(pieces).map(lambda number, *example: (tf.ensure_shape(tf.py_function(note, [number], tf.int64), []), *example))
 
     for begin in np.random.RandomState(1).randint(0, 3 * 1437 - 1, 20):
         read.clear()
-        next(iter(pipeline.ordered_examples(Watched(), 0, 10**9, int(begin))))
+        next(iter(pipeline.ordered_entries(Watched(), 0, 10**9, int(begin))))
         done = {number for _, number in whole[begin // 1437 * 1437:begin]}  # in this epoch, before the stop
         assert whole[begin][1] in read and len(done & set(read)) <= 0.02 * 1437
 
@@ -122,7 +122,7 @@ def test_repeated_examples_differ_within_their_batch_and_all_come_equally_often(
     tiny.augment.repeats, tiny.batch_size, tiny.train_for = 3, 48, '60 steps'  # 2 epochs and 6 examples
     split = source.split('train')
     seen = [(int(repeat), int(epoch), int(number)) for repeat, epoch, number, *_ in
-            pipeline.repeated(pipeline.ordered_examples(split, 0, 10**9, 0), 48, 3).take(3 * 1437 // 48 * 48).as_numpy_iterator()]
+            pipeline.repeated(pipeline.ordered_entries(split, 0, 10**9, 0), 48, 3).take(3 * 1437 // 48 * 48).as_numpy_iterator()]
     for begin in range(0, len(seen), 48):
         batch = seen[begin:begin + 48]
         assert len({number for *_, number in batch}) == 16 and len(set(batch)) == 48
@@ -204,8 +204,10 @@ def test_evaluation_reads_every_example_exactly_once(still, source, devices, eva
 def test_without_augmentation_the_training_picture_is_the_evaluation_picture(still, source):
     still.train_for = '2 steps'
     images, labels, draws = next(iter(training_batches(still, source)))
-    examples = pipeline.ordered_examples(source.split('train'), still.seed, 10**9, 0).take(32).as_numpy_iterator()
-    np.testing.assert_array_equal(images, tf.stack([resize_picture(decode(encoded), 16) for _, _, encoded, _ in examples]))
+    split = source.split('train')
+    entries = pipeline.ordered_entries(split, still.seed, 10**9, 0).take(32)
+    examples = [split.fetch(*entry) for _, _, *entry in entries]
+    np.testing.assert_array_equal(images, tf.stack([resize_picture(decode(encoded), 16) for encoded, _ in examples]))
     assert draws == {} and images.dtype == tf.uint8
 
 
