@@ -35,8 +35,8 @@ flags.DEFINE_string('workdir', None, 'Folder of the run; runs/NAME for configs/N
 flags.DEFINE_enum('mode', 'train', ['train', 'evaluate', 'export', 'check', 'preview', 'preflight'], 'What to do.')
 flags.DEFINE_enum('resume', 'same', ['same', 'changed', 'never'], 'What training does with a run that is in the folder: goes on if its config is the '
                   'same; goes on with this config although it is another; or moves it aside and begins anew.')
-flags.DEFINE_enum('checkpoint', None, ['last', 'best'], 'Which checkpoint to evaluate or export; by default the last, and to export where config.patience is '
-                  'set the best, as training does.')
+flags.DEFINE_enum('checkpoint', None, ['last', 'best'], 'Which checkpoint to evaluate or export. By default the last is evaluated, and what training '
+                  'exports is exported: the best where config.patience is set, else the last.')
 flags.DEFINE_string('topology', 'v5e:2x2', 'The TPU of preflight: its generation and how its chips are wired, or a generation for one chip.')
 flags.DEFINE_bool('largest_batch', False, 'Whether preflight searches the largest batch that fits, which takes some more compilations.')
 flags.DEFINE_integer('step', None, 'Which update to preview; by default the first, and of a progressive run the first of each stage.')

@@ -362,6 +362,18 @@ def test_a_run_out_of_patience_ends_and_remembers_what_was_best_over_a_stop(tiny
     ) in printed
     assert export.run(tiny, workdir)['export/step'] == 10  # again what training exports
     assert export.run(tiny, workdir, 'last')['export/step'] == 20
+    for which, step in ((None, 10), ('last', 20), (None, 10)):
+        done = export.run(tiny, workdir, which)
+        line = capsys.readouterr().out.splitlines()[0]
+        assert line.startswith(f'exports   the weights after update {step}, the {"best by eval/loss" if step == 10 else "last"}')
+        summary = {**summary, **read_json(os.path.join(workdir, 'summary.json'))}
+        assert (done['export/step'], done['export/checkpoint']) == (step, 'best' if step == 10 else 'last')
+        assert (summary['export/step'], summary['export/eval_loss']) == (step, 1.5 if step == 10 else 1.6)
+        assert summary['export/accuracy'] == summary['export/eval_accuracy'] == done['export/accuracy']  # of all examples
+        with_note = files.read(os.path.join(workdir, 'report.md')).decode()
+        title, empty, note, rest = with_note.split('\n', 3)
+        assert f'{title}\n{rest}' == report
+        assert note == f'*Exported again since this report was written: {line[10:]}. summary.json has the numbers of this export.*'
     tiny.patience = ''
     with monkeypatch.context() as patch:
         patch.setattr(train.evaluate, 'make_evaluation', make)
@@ -645,6 +657,7 @@ def test_a_loss_that_is_not_a_number_leaves_files_that_are_json(tiny, workdir, m
     evaluated, exported = (
         json.loads(line, parse_constant=pytest.fail)
         for line in capsys.readouterr().out.splitlines()
+        if line.startswith('{')
     )
     assert evaluated['eval/loss'] is None and evaluated['step'] == exported['export/step'] == 30
     assert strict_json(workdir) >= {
