@@ -548,6 +548,7 @@ def test_what_a_run_knows_holds_or_is_forgotten(key):
         (40, {'eval/loss': 1.0}) if holds else (None, {})
     )
     assert (progress.best_step, progress.best) == ((20, 0.98) if holds else (None, None))
+    assert progress.evaluation_from == (0 if key in SAME_EVALUATION else None)
     assert progress.patience_from == (0 if key == 'patience' else 40)
     assert (progress.window, progress.window_start) == ({}, 40)
 
@@ -586,6 +587,26 @@ def test_another_evaluation_of_a_finished_run_is_made_at_its_end(
         found['eval/accuracy'],
     )
     assert board_of(workdir) == numbers_of(read_metrics(workdir))
+    run = compare.read_run(workdir)
+    assert run.evaluation_from == 30 and run.values('eval/loss') == [found['eval/loss']]
+
+
+def test_a_run_is_compared_by_what_it_was_evaluated_with_since_the_change(
+    tiny, workdir, monkeypatch
+):
+    stopped_at(tiny, workdir, 14, monkeypatch)
+    tiny.eval_crop = 0.5
+    with monkeypatch.context() as patch:
+        stop_at(patch, 19)
+        assert train.run(tiny, workdir, 'changed') == 143
+    run = compare.read_run(workdir)
+    assert [row['step'] for row in run.rows if 'eval/loss' in row] == [10]
+    assert run.values('eval/loss') == [] and run.values('step') == [5, 10, 15]
+    stopped_at(tiny, workdir, 24, monkeypatch)
+    assert len(compare.read_run(workdir).values('eval/loss')) == 1
+    assert train.run(tiny, workdir) == 0
+    run = compare.read_run(workdir)
+    assert run.evaluation_from == 20 and len(run.values('eval/loss')) == 2
 
 
 def test_what_was_forgotten_stays_so_when_the_start_is_killed(tiny, workdir, monkeypatch):
