@@ -1,10 +1,12 @@
 """Several runs side by side: python compare.py RUN [RUN ...] [--output=comparison.png]"""
 import argparse
+import json
 import math
 import os
 import sys
 from typing import NamedTuple
 
+from configs import default
 from errors import RunError, UserError, one_line
 from main import end_unread
 from outputs import files
@@ -13,16 +15,16 @@ from outputs.logbook import read_metrics
 from outputs.progress import changes_evaluation
 from settings import flatten
 
-COLUMNS = {  # title: (file, key, format)
-    'model': ('config', 'model/name', '{}'),
-    'schedule': ('config', 'schedule/name', '{}'),
-    'peak_lr': ('config', 'schedule/peak_lr', '{:g}'),
-    'warmup': ('config', 'schedule/warmup', '{}'),
+COLUMNS = {  # title: (what it is of, key, format)
+    'model': ('config', 'model.name', '{}'),
+    'schedule': ('config', 'schedule.name', '{}'),
+    'peak_lr': ('config', 'schedule.peak_lr', '{:g}'),
+    'warmup': ('config', 'schedule.warmup', '{}'),
     'batch': ('config', 'batch_size', '{:,}'),
-    'steps': ('metrics', 'step', '{:,}'),
-    'accuracy': ('metrics', 'eval/accuracy', '{:.2%}'),
+    'steps': ('last', 'step', '{:,}'),
+    'accuracy': ('last', 'eval/accuracy', '{:.2%}'),
     'best': ('best', 'eval/accuracy', '{:.2%}'),
-    'loss': ('metrics', 'eval/loss', '{:.4f}'),
+    'loss': ('last', 'eval/loss', '{:.4f}'),
     'examples/s': ('median', 'train/examples_per_second', '{:,.0f}'),
 }
 
@@ -55,30 +57,41 @@ class Run(NamedTuple):
     """What is read of a run.
 
     Attributes:
-        config: nested dicts.
+        config: {key: value}; a key that is newer than the run has its default.
         rows: of metrics.jsonl.
-        evaluation_from: the step of the last change of its config with which the numbers of an
-            evaluation are others.
+        evaluation_from: the first step whose evaluation can be compared with the last one: before
+            it, the run was evaluated under another config.
+        summary: the content of summary.json; {} of a run that is not finished.
     """
 
     config: dict
     rows: list
     evaluation_from: int = 0
+    summary: dict = {}
 
-    def evaluated(self, key: str) -> list[float]:
-        """Returns the values of a metric that today's evaluation gave."""
-        rows = [row for row in self.rows if not self.evaluation_from or row['step'] > self.evaluation_from]
-        return [row[key] for row in rows if key in row]
+    def values(self, key: str) -> list[float]:
+        """Returns all values of a metric; of an evaluation those that can be compared."""
+        first = self.evaluation_from if key.startswith('eval/') else 0
+        return [row[key] for row in self.rows if key in row and row['step'] >= first]
 
 
 def read_run(path: str) -> Run:
     """Reads a run. Raises RunError if `path` is none."""
-    if not files.exists(os.path.join(path, 'config.json')):
+    config = os.path.join(path, 'config.json')
+    if not files.exists(config):
         raise RunError(f'{path} is no run: it has no config.json')
-    environment = os.path.join(path, 'environment.json')
-    known = read_json(environment) if files.exists(environment) else {}
-    config = read_json(os.path.join(path, 'config.json'))
-    return Run(config, read_metrics(path), known.get('evaluation_from', 0))
+    defaults = json.loads(default.get_config().to_json())
+    evaluation_from = _read(path, 'environment.json').get('evaluation_from', 0)
+    summary = _read(path, 'summary.json')
+    return Run(
+        flatten(defaults) | flatten(read_json(config)), read_metrics(path), evaluation_from, summary
+    )
+
+
+def _read(path: str, name: str) -> dict:
+    """Returns what a JSON file of a run holds, {} where it is not there yet."""
+    path = os.path.join(path, name)
+    return read_json(path) if files.exists(path) and files.read(path).strip() else {}
 
 
 def table(runs: dict[str, Run]) -> str:
@@ -92,33 +105,55 @@ def table(runs: dict[str, Run]) -> str:
 
 
 def differences(runs: dict[str, Run]) -> list[str]:
-    """Returns a line for each key with which the runs were evaluated on other pictures, or on other parts of them."""
+    """Returns a line for each reason why numbers in the table cannot be compared."""
+    keys = [key for key in next(iter(runs.values())).config if _says_what_is_evaluated(key, runs)]
+    differing = {
+        key: values
+        for key in keys
+        if len(set(values := [run.config.get(key) for run in runs.values()])) > 1
+    }
+    numbers = [(run.values('eval/examples') or [None])[-1] for run in runs.values()]
+    if not differing and len(set(numbers) - {None}) > 1:
+        differing['the number of evaluation examples'] = numbers
     lines = []
-    configs = [flatten(run.config) for run in runs.values()]
-    for key in dict.fromkeys(key for config in configs for key in config):
-        if key != 'eval_crop' and not (key.startswith('dataset.') and changes_evaluation(key)):
-            continue
-        if key == 'dataset.data_dir' and any(config.get('dataset.name') != 'folder' for config in configs):
-            continue
-        if key == 'dataset.train_split':
-            continue
-        values = [str(config.get(key)) for config in configs]
-        if len(set(values)) > 1:
-            lines.append(f'not evaluated alike: {key} is {", ".join(values)}')
+    for key, values in differing.items():
+        each = ', '.join(f'{value!r} in {name}' for name, value in zip(runs, values))
+        lines.append(f'not evaluated alike: {key} is {each}')
+    for name, run in runs.items():
+        if any('eval/loss' in row and row['step'] < run.evaluation_from for row in run.rows):
+            lines.append(
+                f'{name} was evaluated otherwise before step {run.evaluation_from:,}: '
+                'the curves show it, the table does not'
+            )
     return lines
+
+
+def _says_what_is_evaluated(key: str, runs: dict[str, Run]) -> bool:
+    """Returns whether the key says which images are evaluated, or which part of them."""
+    if key == 'eval_crop':
+        return True
+    if not key.startswith('dataset.') or not changes_evaluation(key):
+        return False
+    if key == 'dataset.train_split':
+        return False
+    # Elsewhere it is where they lie, and nothing is held out.
+    of_folders = all(run.config.get('dataset.name') == 'folder' for run in runs.values())
+    return of_folders or key not in ('dataset.data_dir', 'dataset.eval_share', 'dataset.split_seed')
 
 
 def _cell(run: Run, source: str, key: str, style: str) -> str:
     if source == 'config':
-        value = flatten(run.config).get(key.replace('/', '.'))
+        value = run.config.get(key)
         return '-' if value is None else style.format(value)
-    values = run.evaluated(key) if key.startswith('eval/') else [row[key] for row in run.rows if key in row]
+    values = run.values(key)
     numbers = [value for value in values if math.isfinite(value)]
-    if source == 'metrics':
-        values = values[-1:]
+    if source == 'last':
         if not values:
             return '-'
-        return style.format(values[0]) if math.isfinite(values[0]) else 'not finite'
+        return style.format(values[-1]) if math.isfinite(values[-1]) else 'not finite'
+    if source == 'best' and 'best/accuracy' in run.summary:  # as report.md says
+        best = run.summary['best/accuracy']
+        return '-' if best is None else style.format(best)
     if not numbers:
         return '-'
     return style.format(max(numbers) if source == 'best' else sorted(numbers)[len(numbers) // 2])

@@ -1,5 +1,6 @@
 """Evaluation over every example of the split exactly once, on any number of replicas."""
 import collections
+import math
 import os
 
 import tensorflow as tf
@@ -31,6 +32,9 @@ def run(config, workdir, which=None):
     if session.is_chief:
         found = {'checkpoint': which, 'step': step, **metrics}
         write_json(os.path.join(workdir, 'evaluation.json'), found)
+        if not math.isfinite(metrics['eval/loss']):
+            better = '' if which == 'best' else '; --checkpoint=best evaluates the best'
+            print(f'note      the loss is not finite: the model has diverged{better}', flush=True)
         print(as_json(found))
     return metrics
 

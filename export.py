@@ -8,12 +8,12 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from errors import RunError, one_line
+from errors import RunError, counted, one_line
 from inputs import picture_files
 from inputs.pictures import decode, resize_picture
 from modeling import labels_file, models, steps, transfer
-from outputs import files
-from resume import require_same_config
+from outputs import files, report
+from resume import SUMMARY, is_finished, require_same_config
 from session import open_session
 
 MAX_CHECKED = 1000  # evaluation examples that the exported model is compared on
@@ -21,6 +21,10 @@ MAX_DECODED = 8  # of them that are also given decoded, one at a time, because t
 # Largest difference of a logit, as share of the largest logit: a few roundings of the type that the model computes in.
 TOLERANCE = {'float64': 1e-6, 'float32': 1e-4, 'mixed_bfloat16': 5e-2, 'mixed_float16': 1e-2}
 TOLERANCE_TF32 = 1e-2  # of float32 on a GPU: TensorFlow multiplies with 10 bits there, as many as float16 has
+DIVERGED = (
+    'the model has diverged. --mode=export --checkpoint=best takes the weights of its best '
+    'evaluation; or train anew with a lower config.schedule.peak_lr or with config.grad_clip_norm'
+)
 READER = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'outputs', 'read_saved_model.py')
 
 
@@ -32,33 +36,71 @@ def run(config, workdir, which=None):
     """
     require_same_config(config, workdir)
     session = open_session(config, workdir, trains=False)
-    step, which = _restore(session, which)
+    step, progress, which = restore(session, which)
     if not session.is_chief:
         return None
-    exported = {
-        'export/checkpoint': which,
-        'export/step': step,
-        **write(session, os.path.join(workdir, 'export')),
-    }
+    weights = describe(config, step, session.checkpoints.latest_step())
+    print(f'exports   {weights}', flush=True)
+    exported = {'export/step': step, **write(session, os.path.join(workdir, 'export'))}
+    if is_finished(workdir):
+        _correct_summary(workdir, {**exported, **evaluation(progress, step)})
+        report.note_export(workdir, weights)
+    exported = {'export/checkpoint': which, **exported}
     print(files.as_json(exported))
     return exported
 
 
-def exports_best(config):
-    """Whether training exports the best checkpoint, and not the last."""
+def exports_best(config) -> bool:
+    """Returns whether training exports the best checkpoint, and not the last."""
     return bool(config.patience)
 
 
-def _restore(session, which):
-    """Restores a checkpoint as `run` names it; returns (its step, 'last' or 'best')."""
-    restore = session.checkpoints.restore
+def restore(session, which=None) -> tuple[int, dict, str]:
+    """Gives the session the weights to export, which `run` names.
+
+    Where training exports the best and it is not there, these are the last.
+
+    Returns: (after which update they were, the `progress` saved with them, 'last' or 'best').
+    """
     if which is None and exports_best(session.config):
         try:
-            return restore('best', partly=True)[0], 'best'
+            return *session.checkpoints.restore('best', partly=True), 'best'
         except (RunError, tf.errors.OpError) as error:
-            print(f'note      {one_line(error)}; the weights of the last update are exported', flush=True)
+            if session.is_chief:
+                print(f'note      {one_line(error)}; the weights of the last update are exported', flush=True)
     which = which or 'last'
-    return restore(which, partly=True)[0], which
+    return *session.checkpoints.restore(which, partly=True), which
+
+
+def describe(config, step: int, last_step: int) -> str:
+    """Returns in words which weights are exported, and how to get others."""
+    weights = f'the weights after update {step:,}'
+    if step == last_step:
+        return f'{weights}, the last'
+    weights = f'{weights}, the best by {config.best_metric}'
+    if not exports_best(config):
+        return weights
+    return (f'{weights}: config.patience is set; --mode=export --checkpoint=last takes those '
+            f'after update {last_step:,}')
+
+
+def evaluation(progress: dict, step: int) -> dict:
+    """Returns what the evaluation after update `step` gave over the whole split.
+
+    Args:
+        progress: the fields of `outputs.progress.Progress`, as they were then.
+
+    Returns: {'export/eval_accuracy', 'export/eval_loss', 'export/eval_top5'}; None where that
+        update was not evaluated.
+    """
+    metrics = files.nan_for_null(progress['metrics']) if progress['evaluated_at'] == step else {}
+    return {f'export/eval_{name}': metrics.get(f'eval/{name}') for name in ('accuracy', 'loss', 'top5')}
+
+
+def _correct_summary(workdir, exported: dict):
+    """Puts what is exported now into summary.json, in place of what was."""
+    path = os.path.join(workdir, SUMMARY)
+    files.write_json(path, {**files.read_json(path), **exported})
 
 
 def write(session, directory):
@@ -78,8 +120,8 @@ def write(session, directory):
         them and 'export/model_accuracy' of the model itself; 'export/max_difference' of a logit; 'export/converted_examples', how
         many of the user's files went through `as_decodable` first.
 
-    Raises: RunError if its answers differ from the model's, or weights are not finite; what was at `directory` before
-        stays then.
+    Raises: RunError if its answers differ from the model's, or if these or its weights are not
+        finite; what was at `directory` before stays then.
     """
     _require_finite(session)
     with files.written_beside(directory) as partial:
@@ -93,10 +135,8 @@ def _require_finite(session):
     """Raises RunError if a weight that evaluation uses is no number: the model has diverged."""
     variables = models.weights(session.state.model)
     for variable, value in zip(variables, steps.evaluated_weights(session.state), strict=True):
-        if not np.isfinite(np.asarray(value, np.float64)).all():
-            raise RunError(f'the weights are not finite, {variable.path} for one: the model has diverged. Export an earlier '
-                           'checkpoint with --checkpoint=best, or train anew with a lower config.schedule.peak_lr or with '
-                           'config.grad_clip_norm')
+        if not np.isfinite(value.numpy()).all():
+            raise RunError(f'the weights are not finite, {variable.path} for one: {DIVERGED}')
 
 
 def _write_saved_model(session, directory):
@@ -152,6 +192,10 @@ def _compare(session, directory):
             raise RunError(f'the exported model cannot be used with TensorFlow alone: {one_line(last_line)}')
         exported = dict(np.load(answers))
         expected = _expected_logits(session, evaluated)
+    num_answered = int(np.isfinite(expected).all(-1).sum())
+    if num_answered < len(expected):
+        examples = f'{len(expected) - num_answered:,} of {counted(len(expected), "evaluation example")}'
+        raise RunError(f'the answers of the model to {examples} are not finite: {DIVERGED}')
 
     tolerance = TOLERANCE_TF32 if (session.kind, session.dtype_policy) == ('GPU', 'float32') else TOLERANCE[session.dtype_policy]
     allowed = tolerance * max(1.0, float(np.abs(expected).max()))

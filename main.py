@@ -35,8 +35,8 @@ flags.DEFINE_string('workdir', None, 'Folder of the run; runs/NAME for configs/N
 flags.DEFINE_enum('mode', 'train', ['train', 'evaluate', 'export', 'check', 'preview', 'preflight'], 'What to do.')
 flags.DEFINE_enum('resume', 'same', ['same', 'changed', 'never'], 'What training does with a run that is in the folder: goes on if its config is the '
                   'same; goes on with this config although it is another; or moves it aside and begins anew.')
-flags.DEFINE_enum('checkpoint', None, ['last', 'best'], 'Which checkpoint to evaluate or export; by default the last, and to export where config.patience is '
-                  'set the best, as training does.')
+flags.DEFINE_enum('checkpoint', None, ['last', 'best'], 'Which checkpoint to evaluate or export. By default the last is evaluated, and what training '
+                  'exports is exported: the best where config.patience is set, else the last.')
 flags.DEFINE_string('topology', 'v5e:2x2', 'The TPU of preflight: its generation and how its chips are wired, or a generation for one chip.')
 flags.DEFINE_bool('largest_batch', False, 'Whether preflight searches the largest batch that fits, which takes some more compilations.')
 flags.DEFINE_integer('step', None, 'Which update to preview; by default the first, and of a progressive run the first of each stage.')
@@ -84,7 +84,7 @@ def failure(error):
     """(one line, exit status) for what a user can mend: a UserError, the file system, data or memory; else (None, 1)."""
     if isinstance(error, UserError):
         return str(error), error.exit_status
-    text = one_line(error)
+    text = one_line(error, 600)
     if isinstance(error, OSError):
         return f'{type(error).__name__}: {text}', 1
     errors = sys.modules['tensorflow'].errors if 'tensorflow' in sys.modules else None
@@ -98,22 +98,11 @@ def failure(error):
     if errors and isinstance(error, errors.OpError):
         from inputs.tfds_features import BAD_LABEL
 
-        reason = reason_of(str(error))
-        if reason.startswith(BAD_LABEL):
-            return reason, 1
-        hint = ' (a picture that cannot be decoded?)' if 'ecode' in reason else ''
-        return f'TensorFlow stopped with {type(error).__name__}: {reason}{hint}; --verbosity=1 shows where', 1
+        if text.startswith(BAD_LABEL):
+            return text, 1
+        hint = ' (a picture that cannot be decoded?)' if 'ecode' in text else ''
+        return f'TensorFlow stopped with {type(error).__name__}: {text}{hint}; --verbosity=1 shows where', 1
     return None, 1
-
-
-def reason_of(message):
-    """What an error of TensorFlow says itself, on one line: without where in the graph it came from, and how."""
-    text = re.sub(r'\s*\[\[.*?\]\]|\{\{.*?\}\}\s*|\[Op:.*|\s*Stack trace for op definition:.*', '', message, flags=re.DOTALL)
-    text = re.sub(r'Graph execution error:\s+Detected at node .*?(<stack traces unavailable>\n|\n\n(?! *File))', '', text, flags=re.DOTALL)
-    text = re.sub(r'[0-9]+ root error\(s\) found\.\s+\(0\) \w+: (.*?)\s+\(1\) .*', r'\1', text, flags=re.DOTALL)
-    text = re.sub(r'Error in user-defined function passed to \S+ transformation with iterator: \S+:? ', '', text)
-    asserted = re.search(r'assertion failed: \[(.*)\]', text, re.DOTALL)
-    return one_line(asserted[1].replace('] [', ' ') if asserted else text, 600)
 
 
 def parse(arguments):

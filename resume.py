@@ -273,8 +273,17 @@ def record_start(session, workdir, progress: Progress, changes: Sequence[ConfigC
                       'dtype_policy': session.dtype_policy, 'jit_compile': session.jit_compile, 'weights': session.loaded, 'resumed_from': resumed_from,
                       'class_names': list(session.source.class_names), 'train_examples': session.plan.train_examples,
                       'training_data': session.source.identity, 'data_changes': session.data_changes, 'changes': notes,
-                      'evaluation_from': progress.evaluation_from})
+                      'evaluation_from': _evaluation_from(progress, session.plan)})
     return resumed_from, notes
+
+
+def _evaluation_from(progress: Progress, plan: planning.Plan) -> int:
+    """Returns the first step whose evaluation can be compared with those that this start makes."""
+    if progress.evaluation_from is not None:
+        return progress.evaluation_from
+    step = progress.step
+    is_evaluated_now = step == plan.total_steps or step % plan.eval_every == 0
+    return step if is_evaluated_now else step + 1
 
 
 def _where_it_goes_on(session, workdir, progress: Progress, changes: Sequence[ConfigChange]) -> str:

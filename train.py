@@ -18,7 +18,7 @@ import plan as planning
 import resume
 from devices import stopping
 from devices import strategy as devices
-from errors import RunError, one_line
+from errors import RunError
 from inputs import augment, pipeline, service
 from modeling import loops, models, steps
 from outputs import files, lock, plots, report
@@ -82,9 +82,8 @@ def lead(session, workdir, changes, held):
     last_weights = weights_digest(session)
     of_exported = load_exported(session, progress)
     if of_exported['export/step'] != progress.step:
-        print(f'exports   the weights after update {of_exported["export/step"]:,}, the best by '
-              f'{session.config.best_metric}: config.patience is set; --mode=export '
-              f'--checkpoint=last takes those after update {progress.step:,}', flush=True)
+        weights = export.describe(session.config, of_exported['export/step'], progress.step)
+        print(f'exports   {weights}', flush=True)
     exported = {**of_exported, **export.write(session, os.path.join(workdir, 'export'))}
     rows = read_metrics(workdir)
     plots.plot_learning_rate(os.path.join(workdir, 'plots', 'learning_rate.png'), *planning.planned_rates(session.config, session.plan), rows,
@@ -120,18 +119,11 @@ def load_exported(session, progress: Progress) -> dict:
     Returns: {'export/step', 'export/eval_accuracy', 'export/eval_loss', 'export/eval_top5'}: after
         which update that was, and what its evaluation gave over the whole split.
     """
-    step, metrics = progress.step, progress.metrics
+    step, restored = progress.step, dataclasses.asdict(progress)
     if export.exports_best(session.config) and progress.best_step not in (None, step):
         session.agree([1])  # the last checkpoint, which names the best, is written
-        try:
-            step, best = session.checkpoints.restore('best')
-            metrics = files.nan_for_null(best['metrics'])
-        except (RunError, tf.errors.OpError) as error:
-            reason = one_line(error)
-            print(f'note      {reason}; the weights of the last update are exported', flush=True)
-    names = ('accuracy', 'loss', 'top5')
-    evaluated = {f'export/eval_{name}': metrics[f'eval/{name}'] for name in names}
-    return {'export/step': step, **evaluated}
+        step, restored, _ = export.restore(session)
+    return {'export/step': step, **export.evaluation(restored, step)}
 
 
 def follow(session, scratch, changes):

@@ -90,11 +90,11 @@ class Checkpoints:
 
         Raises: RunError if there is none, or if it is of another model.
         """
-        step = self.latest_step()
+        step, missing = self.latest_step(), 'train first'
         if which == 'best' and step is not None:
-            step = self._good[step]['best_step']
+            step, missing = self._good[step]['best_step'], 'no evaluation of this run is the best yet'
         if step is None:
-            raise RunError(f'there is no {which} checkpoint in {self.directory}: train first')
+            raise RunError(f'there is no {which} checkpoint in {self.directory}: {missing}')
         if not self._is_good(step):
             raise RunError(f'the best checkpoint cannot be used ({self._damaged[step]}): --checkpoint=last takes the last one')
         self._read(_folder(self.directory, step), partly)

@@ -82,7 +82,11 @@ class Logbook:
 
     def _show(self, step, metrics):
         names = {'train/loss': 'loss', 'train/skipped_updates': 'skipped', 'train/learning_rate': 'lr', 'train/examples_per_second': 'img/s', 'eval/accuracy': 'accuracy'}
-        shown = {names[name]: f'{value:.4g}' for name, value in metrics.items() if name in names and (value or name != 'train/skipped_updates')}
+        shown = {
+            names[name]: f'{value:.2%}' if name == 'eval/accuracy' else f'{value:.4g}'
+            for name, value in metrics.items()
+            if name in names and (value or name != 'train/skipped_updates')
+        }
         self._bar_text.update(shown)
         self._bar.set_postfix(self._bar_text, refresh=not self._bar.disable)
         if self._bar.disable:  # no terminal: a line for each evaluation and each tenth of the run is enough

@@ -8,7 +8,7 @@ import matplotlib
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
-from matplotlib import font_manager
+from matplotlib import font_manager, ticker
 
 from outputs import files
 
@@ -138,6 +138,8 @@ def plot_curves(path, runs):
                 if points:
                     axes.plot(*zip(*points), label=label, marker='.' if len(points) < 30 else None, **style)
         axes.set(title=title, xlabel='update')
+        if title == 'Accuracy':
+            axes.yaxis.set_major_formatter(ticker.PercentFormatter(1))
         if axes.get_legend_handles_labels()[1] != [''] * len(axes.lines) and any(axes.get_legend_handles_labels()[1]):
             for text in axes.legend().get_texts():
                 text.set_parse_math(False)  # a run may be called $x

@@ -33,7 +33,8 @@ class Progress:
         train_seconds, input_seconds: in the training loop and of it waiting for batches, since the run began.
         evaluated_at, metrics: the step of the last evaluation, and what it gave.
         best_step, best: where `config.best_metric` was best, and how good.
-        evaluation_from: the step from which on evaluations can be compared with today's.
+        evaluation_from: the step from which on evaluations can be compared with the last one; None
+            until there is one.
         patience_from: the step from which on `config.patience` counts, if nothing was better since.
         config: {key: value}, the config that all of this was measured under, without the keys that
             may differ between starts; None where an older version of this program wrote it.
@@ -54,7 +55,7 @@ class Progress:
     metrics: dict = dataclasses.field(default_factory=dict)
     best_step: int | None = None
     best: float | None = None
-    evaluation_from: int = 0
+    evaluation_from: int | None = 0
     patience_from: int = 0
     config: dict | None = None
 
@@ -96,6 +97,8 @@ class Progress:
     def evaluated(self, metrics, best_metric):
         """Notes an evaluation at this step; returns whether it was the best so far. That of a model which is diverging never is."""
         self.evaluated_at, self.metrics = self.step, metrics
+        if self.evaluation_from is None:
+            self.evaluation_from = self.step
         value = metrics[best_metric]
         better = math.isfinite(value) and math.isfinite(metrics['eval/loss']) and not self.skipped_in_a_row and (
             self.best is None or (value < self.best if best_metric in LOWER_IS_BETTER else value > self.best))
@@ -112,7 +115,7 @@ class Progress:
             self.evaluated_at, self.metrics = None, {}
             self.best_step = self.best = None
         if any(map(changes_evaluation, keys)):
-            self.evaluation_from = self.step
+            self.evaluation_from = None
         if set(keys) != {'patience'}:  # what is trained now has had no chance yet to be better
             self.patience_from = self.step
 

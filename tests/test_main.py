@@ -9,6 +9,7 @@ import pytest
 import tensorflow as tf
 
 import main
+from errors import one_line as one_line_of
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -83,7 +84,6 @@ def test_imagenet_without_imagenet_is_one_line_and_status_1(tmp_path):
 def test_a_signal_before_the_training_is_one_line_and_its_usual_status(tmp_path, name, status):
     (tmp_path / 'mine.py').write_text(f'''
 import os
-import re
 import signal
 
 
@@ -170,3 +170,20 @@ def test_what_tensorflow_says_comes_first_and_without_names_of_its_graph():
         assert re.fullmatch('TensorFlow stopped with InvalidArgumentError: the reason [123] what to do; --verbosity=1 shows where', line)
     files = tf.data.Dataset.from_tensors(b'abc').map(tf.io.decode_jpeg)
     assert _failing(lambda: list(files)).startswith('TensorFlow stopped with InvalidArgumentError: Unknown image file format.')
+    with pytest.raises(tf.errors.OpError) as raised:
+        tf.debugging.assert_equal([5, 7], [5, 6], message='not so')
+    assert 'first 1 different values: [[1]]' in main.failure(raised.value)[0]
+
+
+@pytest.mark.parametrize('kind, begins', [
+    (tf.errors.DataLossError, 'a file of the data set is damaged or cut short (corrupted record at 7)'),
+    (tf.errors.ResourceExhaustedError, 'out of memory: lower config.batch_size, config.eval_batch_size or config.image_size (corrupted record at 7)'),
+    (tf.errors.UnknownError, 'TensorFlow stopped with UnknownError: corrupted record at 7;'),
+])
+def test_every_error_of_tensorflow_says_its_own_words_first(kind, begins):
+    where = 'Graph execution error:\n\nDetected at node IteratorGetNext defined at (most recent call last):\n'
+    frames = ''.join(f'  File "/a/long/path/{number}.py", line 1, in f\n\n' for number in range(20))
+    message = f'{where}{frames}corrupted record at 7\n\t [[{{{{node IteratorGetNext}}}}]] [Op:__inference_loop_26]'
+    error = kind(None, None, message)
+    assert main.failure(error)[0].startswith(begins)
+    assert one_line_of(error, 100) == 'corrupted record at 7'  # as the other modules quote it

@@ -13,9 +13,10 @@ from outputs.files import write_json
 from outputs.logbook import Logbook, read_metrics, rewrite_board
 
 
-def write_run(folder, rows, **schedule):
+def write_run(folder, rows, dataset=None, **schedule):
     os.makedirs(folder)
-    write_json(os.path.join(folder, 'config.json'), {'model': {'name': 'tiny'}, 'batch_size': 64, 'schedule': {'name': 'cosine', 'peak_lr': 0.1, 'warmup': '5%', **schedule}})
+    write_json(os.path.join(folder, 'config.json'), {'model': {'name': 'tiny'}, 'batch_size': 64, 'schedule': {'name': 'cosine', 'peak_lr': 0.1, 'warmup': '5%', **schedule},
+                                                     'dataset': dataset or {}})
     with open(os.path.join(folder, 'metrics.jsonl'), 'w') as file:
         file.writelines(json.dumps(row) + '\n' for row in rows)
 
@@ -35,6 +36,13 @@ def test_no_step_appears_twice_also_after_a_restart(tmp_path):
     logbook.write(30, {'train/loss': 0.25})
     logbook.close()
     assert [row['step'] for row in read_metrics(folder)] == [10, 20, 30] and read_metrics(folder)[-1]['train/loss'] == 0.25
+
+
+def test_an_accuracy_is_printed_in_percent(tmp_path, capsys):
+    logbook = Logbook(str(tmp_path), 0, 100)
+    logbook.write(10, {'eval/accuracy': 0.09722, 'eval/loss': 0.09722})
+    logbook.close()
+    assert capsys.readouterr().out == 'step 10/100  accuracy 9.72%\n'
 
 
 def test_pictures_can_be_opened(tmp_path):
@@ -62,7 +70,7 @@ def test_only_what_was_evaluated_alike_is_compared(tmp_path, capsys):
     rows = [{'step': 50, 'eval/accuracy': 0.95, 'eval/loss': 0.1}, {'step': 100, 'eval/accuracy': 0.6, 'eval/loss': 0.9}]
     write_run(tmp_path / 'one', rows)
     write_run(tmp_path / 'two', rows)
-    (tmp_path / 'two' / 'environment.json').write_text(json.dumps({'evaluation_from': 50}))
+    (tmp_path / 'two' / 'environment.json').write_text(json.dumps({'evaluation_from': 51}))
     config = json.loads((tmp_path / 'two' / 'config.json').read_text())
     config['dataset'] = {'eval_split': 'validation'}
     (tmp_path / 'two' / 'config.json').write_text(json.dumps(config))
@@ -70,10 +78,48 @@ def test_only_what_was_evaluated_alike_is_compared(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     best = [[cell.strip() for cell in line.split('|')][9] for line in lines[2:4]]
     assert best == ['95.00%', '60.00%']
-    assert lines[4] == 'not evaluated alike: dataset.eval_split is None, validation'
-    (tmp_path / 'two' / 'environment.json').write_text('{"evaluation_from": 100}')
+    assert lines[4:6] == [
+        "not evaluated alike: dataset.eval_split is 'test' in one, 'validation' in two",
+        'two was evaluated otherwise before step 51: the curves show it, the table does not',
+    ]
+    (tmp_path / 'two' / 'environment.json').write_text('{"evaluation_from": 101}')
     assert compare.main([str(tmp_path / 'two'), f'--output={tmp_path}/both.png']) == 0
     assert [cell.strip() for cell in capsys.readouterr().out.splitlines()[2].split('|')][8:11] == ['-', '-', '-']
+
+
+@pytest.mark.parametrize('name, changed, is_said', [
+    ('digits', {'data_dir': '/elsewhere'}, False),
+    ('digits', {'split_seed': 1}, False),
+    ('folder', {'data_dir': '/elsewhere'}, True),
+    ('folder', {'split_seed': 1}, True),
+    ('folder', {'train_split': 'more'}, False),
+    ('folder', {'white_level': 4095}, True),
+])
+def test_keys_that_say_what_is_evaluated_are_named(tmp_path, capsys, name, changed, is_said):
+    rows = [{'step': 50, 'eval/accuracy': 0.95, 'eval/loss': 0.1, 'eval/examples': 100}]
+    write_run(tmp_path / 'one', rows, dataset={'name': name})  # of before the key was there
+    write_run(tmp_path / 'two', rows, dataset={'name': name, **changed})
+    runs = [str(tmp_path / run) for run in ('one', 'two')]
+    assert compare.main([*runs, f'--output={tmp_path}/both.png']) == 0
+    found = [line for line in capsys.readouterr().out.splitlines() if 'not evaluated alike' in line]
+    assert [f'dataset.{key}' in line for key in changed for line in found] == [True] * is_said
+
+
+def test_another_number_of_evaluation_examples_is_named(tmp_path, capsys):
+    for name, number in (('one', 100), ('two', 101), ('three', 100)):
+        write_run(tmp_path / name, [{'step': 50, 'eval/loss': 0.1, 'eval/examples': number}])
+    runs = [str(tmp_path / name) for name in ('one', 'two', 'three')]
+    assert compare.main([*runs, f'--output={tmp_path}/both.png']) == 0
+    said = 'not evaluated alike: the number of evaluation examples is 100 in one, 101 in two, 100 in three'
+    assert said in capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.parametrize('best, shown', [({'best/accuracy': 0.75}, '75.00%'), ({'best/accuracy': None}, '-'), ({'best/loss': 0.1}, '95.00%')])
+def test_the_best_of_a_finished_run_is_that_of_its_report(tmp_path, capsys, best, shown):
+    write_run(tmp_path / 'one', [{'step': 50, 'eval/accuracy': 0.95}, {'step': 60, 'eval/accuracy': 0.7}])
+    write_json(str(tmp_path / 'one' / 'summary.json'), best)
+    assert compare.main([str(tmp_path / 'one'), f'--output={tmp_path}/both.png']) == 0
+    assert capsys.readouterr().out.splitlines()[2].split('|')[9].strip() == shown
 
 
 def test_runs_are_compared_from_any_folder_without_output(tmp_path, capsys, monkeypatch):
@@ -164,7 +210,7 @@ def test_rows_that_are_not_numbers_are_json_and_can_be_read(tmp_path, capsys):
     assert np.isnan(read_metrics(str(tmp_path / 'run'))[1]['eval/loss'])
     assert compare.main([str(tmp_path / 'run'), f'--output={tmp_path}/curves.png']) == 0
     line = capsys.readouterr().out.splitlines()[-2]
-    assert [cell.strip() for cell in line.split('|')][-5:-1] == ['nan%', '90.00%', 'nan', '7']
+    assert [cell.strip() for cell in line.split('|')][-5:-1] == ['not finite', '90.00%', 'not finite', '7']
 
 
 def test_rows_are_written_for_tensorboard_as_it_writes_them_itself(tmp_path):

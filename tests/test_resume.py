@@ -362,6 +362,18 @@ def test_a_run_out_of_patience_ends_and_remembers_what_was_best_over_a_stop(tiny
     ) in printed
     assert export.run(tiny, workdir)['export/step'] == 10  # again what training exports
     assert export.run(tiny, workdir, 'last')['export/step'] == 20
+    for which, step in ((None, 10), ('last', 20), (None, 10)):
+        done = export.run(tiny, workdir, which)
+        line = capsys.readouterr().out.splitlines()[0]
+        assert line.startswith(f'exports   the weights after update {step}, the {"best by eval/loss" if step == 10 else "last"}')
+        summary = {**summary, **read_json(os.path.join(workdir, 'summary.json'))}
+        assert (done['export/step'], done['export/checkpoint']) == (step, 'best' if step == 10 else 'last')
+        assert (summary['export/step'], summary['export/eval_loss']) == (step, 1.5 if step == 10 else 1.6)
+        assert summary['export/accuracy'] == summary['export/eval_accuracy'] == done['export/accuracy']  # of all examples
+        with_note = files.read(os.path.join(workdir, 'report.md')).decode()
+        title, empty, note, rest = with_note.split('\n', 3)
+        assert f'{title}\n{rest}' == report
+        assert note == f'*Exported again since this report was written: {line[10:]}. summary.json has the numbers of this export.*'
     tiny.patience = ''
     with monkeypatch.context() as patch:
         patch.setattr(train.evaluate, 'make_evaluation', make)
@@ -536,6 +548,7 @@ def test_what_a_run_knows_holds_or_is_forgotten(key):
         (40, {'eval/loss': 1.0}) if holds else (None, {})
     )
     assert (progress.best_step, progress.best) == ((20, 0.98) if holds else (None, None))
+    assert progress.evaluation_from == (0 if key in SAME_EVALUATION else None)
     assert progress.patience_from == (0 if key == 'patience' else 40)
     assert (progress.window, progress.window_start) == ({}, 40)
 
@@ -574,6 +587,26 @@ def test_another_evaluation_of_a_finished_run_is_made_at_its_end(
         found['eval/accuracy'],
     )
     assert board_of(workdir) == numbers_of(read_metrics(workdir))
+    run = compare.read_run(workdir)
+    assert run.evaluation_from == 30 and run.values('eval/loss') == [found['eval/loss']]
+
+
+def test_a_run_is_compared_by_what_it_was_evaluated_with_since_the_change(
+    tiny, workdir, monkeypatch
+):
+    stopped_at(tiny, workdir, 14, monkeypatch)
+    tiny.eval_crop = 0.5
+    with monkeypatch.context() as patch:
+        stop_at(patch, 19)
+        assert train.run(tiny, workdir, 'changed') == 143
+    run = compare.read_run(workdir)
+    assert [row['step'] for row in run.rows if 'eval/loss' in row] == [10]
+    assert run.values('eval/loss') == [] and run.values('step') == [5, 10, 15]
+    stopped_at(tiny, workdir, 24, monkeypatch)
+    assert len(compare.read_run(workdir).values('eval/loss')) == 1
+    assert train.run(tiny, workdir) == 0
+    run = compare.read_run(workdir)
+    assert run.evaluation_from == 20 and len(run.values('eval/loss')) == 2
 
 
 def test_what_was_forgotten_stays_so_when_the_start_is_killed(tiny, workdir, monkeypatch):
@@ -645,6 +678,7 @@ def test_a_loss_that_is_not_a_number_leaves_files_that_are_json(tiny, workdir, m
     evaluated, exported = (
         json.loads(line, parse_constant=pytest.fail)
         for line in capsys.readouterr().out.splitlines()
+        if line.startswith('{')
     )
     assert evaluated['eval/loss'] is None and evaluated['step'] == exported['export/step'] == 30
     assert strict_json(workdir) >= {

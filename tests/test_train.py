@@ -159,6 +159,29 @@ def test_weights_that_are_not_finite_are_not_exported(finished, tmp_path):
     assert not os.listdir(tmp_path)
 
 
+def diverged(tiny, workdir):
+    """Trains one update, so large that the weights are finite and the answers are not."""
+    tiny.optimizer, tiny.schedule.name, tiny.schedule.warmup = {'name': 'sgd'}, 'constant', '0%'
+    tiny.schedule.peak_lr, tiny.train_for, tiny.ema_decay = 1e30, '1 steps', 0.0
+    with pytest.raises(RunError, match='answers') as error:
+        train.run(tiny, workdir)
+    return str(error.value)
+
+
+@pytest.mark.usefixtures('read_here')
+def test_finite_weights_with_answers_that_are_not_are_said_to_have_diverged(tiny, tmp_path, capsys):
+    said = diverged(tiny, str(tmp_path / 'run'))
+    assert re.match('the answers of the model to [0-9]+ of 360 evaluation examples are not finite: the model has diverged', said)
+    assert '--mode=export --checkpoint=best' in said and 'lower config.schedule.peak_lr' in said and '\n' not in said
+    capsys.readouterr()
+    assert evaluate.run(tiny, str(tmp_path / 'run'))['eval/accuracy'] == 0
+    note, numbers = capsys.readouterr().out.splitlines()
+    assert note == 'note      the loss is not finite: the model has diverged; --checkpoint=best evaluates the best'
+    assert json.loads(numbers)['eval/loss'] is None
+    with pytest.raises(RunError, match='there is no best checkpoint in .*: no evaluation of this run is the best yet'):
+        evaluate.run(tiny, str(tmp_path / 'run'), 'best')
+
+
 @pytest.mark.usefixtures('read_here')
 @pytest.mark.parametrize('signal_number, status, step', [(signal.SIGTERM, 143, 13), (signal.SIGINT, 0, 20)])
 def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(finished, tmp_path, monkeypatch, signal_number, status, step):
