@@ -6,6 +6,7 @@ PNG_DEPTH_AT = 24  # the byte that says how many bits a channel has
 BMP_SIGNATURE = b'BM'
 GIF_SIGNATURE = b'GIF8'
 WHITE_LEVEL = 2**16 - 1  # of a PNG file of 16 bits, unless its makers used fewer of them
+BMP_HEADER = 34  # bytes, up to what says whether it is compressed
 PLAIN_BMP = (b'\x18\0\0\0\0\0', b'\x20\0\0\0\0\0')  # from byte 28 on: 24 or 32 bits a pixel, neither compressed nor with masks
 
 
@@ -29,13 +30,14 @@ def decode(encoded, white_level=WHITE_LEVEL):
     def decode_opaque():
         return _decode_opaque(encoded)
 
-    image = tf.cond(_begins_with(encoded, PNG_SIGNATURE), decode_png, decode_opaque)
+    is_png = _begins_with(encoded, PNG_SIGNATURE) & (tf.strings.length(encoded) > PNG_DEPTH_AT)
+    image = tf.cond(is_png, decode_png, decode_opaque)
     return tf.ensure_shape(image, [None, None, 3])
 
 
 def _decode_opaque(encoded):
     """Decodes a JPEG, GIF or BMP file, string [], to uint8 [height, width, 3]."""
-    is_bmp = _begins_with(encoded, BMP_SIGNATURE)
+    is_bmp = _begins_with(encoded, BMP_SIGNATURE) & (tf.strings.length(encoded) >= BMP_HEADER)
     # TensorFlow would take the numbers of a palette for greys, and pass over masks.
     is_plain_bmp = tf.cond(is_bmp, lambda: tf.reduce_any(tf.strings.substr(encoded, 28, 6) == PLAIN_BMP), lambda: False)
     is_readable = tf.io.is_jpeg(encoded) | _begins_with(encoded, GIF_SIGNATURE) | is_plain_bmp

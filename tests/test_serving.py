@@ -168,6 +168,16 @@ def test_what_a_graph_would_misread_is_refused(kind, in_graph):
         decode(tf.constant(content))
 
 
+@pytest.mark.parametrize('content', [b'', b'\x89', b'BM\xff', b'GIF8', b'\xff\xd8'])
+@pytest.mark.parametrize('in_graph', [False, True])
+def test_a_beginning_of_a_file_is_refused(content, in_graph):
+    decode = tf.function(pictures.decode, autograph=False) if in_graph else pictures.decode
+    whole = content + b'\xfe' * 9
+    for begun in (content, whole, pictures.PNG_SIGNATURE + whole):
+        with pytest.raises(tf.errors.InvalidArgumentError):
+            decode(tf.constant(begun))
+
+
 def test_masks_of_a_bmp_are_followed():
     content, shown = bmp_with_masks(image_kinds.pixels_of(1))
     np.testing.assert_array_equal(pictures.decode(picture_files.as_decodable(content)), shown)
