@@ -10,10 +10,9 @@ from configs import default
 from errors import RunError, UserError, one_line
 from main import end_unread
 from outputs import files
-from outputs.files import read_json
+from outputs.files import flatten, read_json
 from outputs.logbook import read_metrics
 from outputs.progress import changes_evaluation
-from settings import flatten
 
 COLUMNS = {  # title: (what it is of, key, format)
     'model': ('config', 'model.name', '{}'),

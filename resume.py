@@ -13,10 +13,9 @@ from devices.environment import describe_environment
 from errors import ConfigError, RunError
 from outputs import files
 from outputs.checkpoints import steps_in
-from outputs.files import read_json, write_json
+from outputs.files import flatten, read_json, write_json
 from outputs.logbook import read_metrics
 from outputs.progress import ANY_KEY, Progress, changes_evaluation
-from settings import flatten
 
 # Keys that may differ between the starts of one run: they change where and how fast it goes and when it looks, not what is computed
 # (except that without model.sync_batch_norm each replica has statistics of its own).

@@ -9,6 +9,7 @@ from fractions import Fraction
 import schedules
 from configs import default
 from errors import ConfigError, did_you_mean
+from outputs.files import flatten
 
 CHOICES = {
     'precision': ('auto', 'float32', 'bfloat16', 'float16', 'float64'),
@@ -141,14 +142,6 @@ def parse_duration(key, text, units):
     if (key.endswith('_every') or key == 'patience') and not amount:
         raise ConfigError(f'config.{key}={text!r} is impossible: write at least 1 step, or 100% for once, at the end')
     return amount, unit
-
-
-def flatten(config, prefix=''):
-    """{'model.name': ...} of a ConfigDict or of nested dicts."""
-    flat = {}
-    for key, value in config.items():
-        flat |= flatten(value, f'{prefix}{key}.') if hasattr(value, 'items') else {prefix + key: value}
-    return flat
 
 
 def _unknown(key, reference):

@@ -28,6 +28,14 @@ CAUSES = {  # of a failure to write, and what to do
 CODES = {'ResourceExhaustedError': errno.ENOSPC, 'PermissionDeniedError': errno.EACCES, 'NotFoundError': errno.ENOENT}  # of TensorFlow's errors
 
 
+def flatten(config, prefix=''):
+    """Returns {'model.name': ...} of a ConfigDict or of nested dicts."""
+    flat = {}
+    for key, value in config.items():
+        flat |= flatten(value, f'{prefix}{key}.') if hasattr(value, 'items') else {prefix + key: value}
+    return flat
+
+
 def is_remote(path):
     """Whether TensorFlow's file system is needed, as for 'gs://bucket/run'."""
     return '://' in path

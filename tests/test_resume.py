@@ -29,7 +29,7 @@ from outputs.files import read_json
 from outputs.logbook import read_metrics
 from outputs.progress import ANY_KEY, Progress, changes_evaluation
 from session import open_session
-from settings import flatten
+from outputs.files import flatten
 from tests.conftest import reading_here, tiny_config
 from tests.test_train import stop_at, without_times
 
