@@ -4,6 +4,7 @@ An IMAGE is a file or a folder of files, of any format that training accepts; it
 one the first examples of the evaluation split are taken. Computes on the processor: an accelerator may be in use.
 """
 import argparse
+import functools
 import os
 import re
 import sys
@@ -23,10 +24,10 @@ DRAWN_SIZE = 500  # pixels of the longer side of a drawn image, about
 
 
 class Image(NamedTuple):
-    """An image to try: how it is called, and a function that reads it as a JPEG or PNG file."""
+    """An image to try: how it is called, and a function that returns it as a JPEG or PNG file, and what may be damaged, or ''."""
 
     title: str
-    read: Callable[[], bytes]
+    read: Callable[[], tuple[bytes, str]]
 
 
 class Answer(NamedTuple):
@@ -114,18 +115,19 @@ def files_to_try(paths: list[str]) -> Iterator[Image]:
     def refuse_empty():
         raise RunError('a folder without a file that is called like an image, such as x.jpg')
 
-    def reader(path):
-        return lambda: picture_files.as_decodable(picture_files.read(path))
+    def read(path):
+        found = picture_files.decodable(picture_files.read(path))
+        return found.content, found.doubt
 
     for path in paths:
         if not files.is_folder(path):
-            yield Image(folder.shown(path), reader(path))
+            yield Image(folder.shown(path), functools.partial(read, path))
             continue
         below = list(folder.image_paths(path))
         if not below:
             yield Image(folder.shown(path), refuse_empty)
         for name in below:
-            yield Image(folder.shown(os.path.join(path, name)), reader(os.path.join(path, name)))
+            yield Image(folder.shown(os.path.join(path, name)), functools.partial(read, os.path.join(path, name)))
 
 
 def evaluation_examples(run, labels):
@@ -142,7 +144,7 @@ def evaluation_examples(run, labels):
         raise RunError(f'{run} was evaluated on {dataset.name}, for which TFDS downloads code and runs it: give the pictures to try')
     source = datasets.load(dataset, needs_training=False)
     examples = source.examples(source.eval_split).take(EXAMPLES).as_numpy_iterator()
-    return [Image(f'evaluation example {number}, which is {folder.shown(labels[label])}', lambda encoded=encoded: encoded)
+    return [Image(f'evaluation example {number}, which is {folder.shown(labels[label])}', lambda encoded=encoded: (encoded, ''))
             for number, (encoded, label) in enumerate(examples)]
 
 
@@ -158,11 +160,14 @@ def answer_all(
     drawn, num_failed = [], 0
     for image in images:
         try:
-            answer = classify(model, labels, image.title, image.read(), white_level)
+            encoded, doubt = image.read()
+            answer = classify(model, labels, image.title, encoded, white_level)
         except (UserError, picture_files.Broken, OSError) as error:
             num_failed += 1
             print(f'error: {image.title}: {reason(error)}', file=sys.stderr)
             continue
+        if doubt:
+            print(f'note: {image.title} may be damaged ({doubt}): look at it, and copy it again if a part is grey', file=sys.stderr)
         likely = ', '.join(f'{folder.shown(label)} {probability:.1%}' for label, probability in answer.classes)
         print(f'{image.title}: {likely}', flush=True)
         if len(drawn) < MOST_DRAWN:

@@ -115,6 +115,13 @@ def ends_too_early(content: bytes) -> bool:
     return is_webp and len(content) < 8 + int.from_bytes(content[4:8], 'little')
 
 
+def lacks_directory(content: bytes) -> bool:
+    """Whether a TIFF file ends before its first directory, without which Pillow does not recognize it."""
+    orders = {b'II*\0': 'little', b'MM\0*': 'big'}
+    order = orders.get(content[:4])
+    return order is not None and len(content) < int.from_bytes(content[4:8], order)
+
+
 def reason_of_raw(image: Image.Image, content: bytes) -> str:
     """Returns why a camera's raw file, which Pillow takes for TIFF, cannot be read; else ''.
 

@@ -23,7 +23,9 @@ SCAN, STRAY = -1, -2  # kinds of parts that are no segments
 MOST_REPAIRS = 64  # of a file: libjpeg reports one fault at a time
 MOST_STUFFED = 8  # zeros behind a byte of 0xff, which libjpeg counts in one place and not in another
 BIT_BUFFER = 8  # bytes that libjpeg reads ahead
+MOST_UNREAD = 8  # bytes of the picture's own that it may count, as it had no need of them
 MOST_INTERVALS = 16  # places that are tried one by one
+MOST_DECODES = 256  # of a file, beside the first
 MOST_BEFORE_MARKER = 1024  # bytes between the start of a file and its first marker
 SHORTEST_FILL = 8  # equal bytes, other than zeros, that are no coincidence
 
@@ -58,10 +60,11 @@ def without_stray_bytes(content: bytes, decode: Callable[[bytes], tuple[np.ndarr
     """
     pixels, complaint = decode(content)
     remark = doubt = ''
+    tries = iter(range(MOST_DECODES))  # for all faults together
     for _ in range(MOST_REPAIRS):
         if not complaint:
             return Quiet(content, remark=remark, doubt=doubt)
-        repair, next_complaint = _repair(content, complaint, pixels, decode)
+        repair, next_complaint = _repair(content, complaint, pixels, decode, tries)
         if repair is None:
             break
         if repair.is_harmless:
@@ -88,15 +91,20 @@ def with_marker_first(content: bytes) -> bytes:
     return content[:2] + content[marker.start():] if marker else content
 
 
-def _repair(content, complaint, pixels, decode):
+def _repair(content, complaint, pixels, decode, tries):
     """(`_Repair`, the complaint that is left) of the first fault; (None, complaint) if it cannot be taken out."""
-    for repair in _repairs(content, complaint):
+    last_resort = None, complaint
+    for repair, _ in zip(_repairs(content, complaint), tries):
         found, said = decode(repair.content)
-        # What ends too early now has lost bytes that were its own.
-        is_cut = said.startswith(DAMAGE) and not STRAY_BYTES.match(said)
-        if said != complaint and not is_cut and np.array_equal(found, pixels):
+        if said == complaint or not np.array_equal(found, pixels):
+            continue
+        is_damaged = said.startswith(DAMAGE) and not STRAY_BYTES.match(said)
+        if not is_damaged:
             return repair, said
-    return None, complaint
+        # Bytes of its own may have gone. If nothing else helps, the damage was there before.
+        if last_resort[0] is None:
+            last_resort = repair, said
+    return last_resort
 
 
 def _repairs(content: bytes, complaint: str) -> Iterator[_Repair]:
@@ -154,15 +162,21 @@ def _without_tails(content: bytes, parts: list, count: int, marker: int) -> Iter
     """Yields the file without the last bytes of its scans, or of their intervals."""
     scans = {index: content[begin:end] for index, (kind, begin, end) in enumerate(parts) if kind == SCAN}
     zeros = {index: _num_last_zeros(scan) for index, scan in scans.items()}
+    fewer = range(count - 1, max(0, count - MOST_UNREAD - 1), -1)
+    kinds = RESTARTS if marker in RESTARTS else (marker,)
+    named = [index for index in scans if index + 1 < len(parts) and parts[index + 1][0] in kinds]
     if any(zeros.values()):
-        # A picture's own last byte may be a zero too, so no more go than libjpeg counted. Those that
-        # its bit buffer has read already it does not count.
-        for most in (*range(count, count + BIT_BUFFER), len(content)):
-            cuts = {index: min(number, most) for index, number in zeros.items()}
-            yield _Repair(_joined(content, parts, cuts), True)
-        of_some = [index for index, number in zeros.items() if number][:MOST_INTERVALS]
+        # A picture's own last bytes may be zeros too, so no more go than libjpeg counted, and only
+        # where there are as many. Those that its bit buffer has read already it does not count.
+        # Strays are looked for before the kind of marker that it names.
+        for most in (*range(count, count + BIT_BUFFER), *fewer):
+            cuts = {index: most for index in named if zeros[index] >= most}
+            if cuts:
+                yield _Repair(_joined(content, parts, cuts), True)
+        yield _Repair(_joined(content, parts, zeros), True)
+        of_some = [index for index in named if zeros[index] >= count][:MOST_INTERVALS]
         for index in of_some:
-            yield _Repair(_joined(content, parts, {index: min(zeros[index], count)}), True)
+            yield _Repair(_joined(content, parts, {index: count}), True)
     runs = {index: _num_last_equal(scan) for index, scan in scans.items()}
     fills = {index: number for index, number in runs.items() if number >= SHORTEST_FILL}
     if fills:

@@ -48,9 +48,11 @@ TURNS = {  # EXIF orientation (EXIF 2.32, tag 0x0112) -> what a viewer does
 BITS_PER_SAMPLE = 258  # TIFF 6.0, page 29
 NEARLY_ALL, LEAST_HABIT = 0.9, 3  # share and number of JPEG files with one fault that make it a habit of their writer
 EMBEDDINGS = ('LRE', 'RLE', 'LRO', 'RLO', 'PDF', 'LRI', 'RLI', 'FSI', 'PDI')  # Unicode Standard Annex 9, 2.1 to 2.5
+UNSEEN = '\ufeff\u00ad'  # the mark of an encoding, and a soft hyphen: no name needs them
 CHUNK = 64  # files that are examined between two looks at what was said to standard error
+ENDS_TOO_EARLY = 'the file ends too early: copy or download it again'
 READERS = [f'Pillow {PIL.__version__}', f'TensorFlow {tf.__version__}', *([f'pillow-heif {heif.VERSION}'] if heif.VERSION else [])]
-RULES = ', '.join(['3', *READERS])  # that verdicts were found by; count up what changes them
+RULES = ', '.join(['4', *READERS])  # that verdicts were found by; count up what changes them
 
 
 class Broken(Exception):
@@ -83,8 +85,8 @@ class Verdict(NamedTuple):
     has_upper_bits_only: bool = False
 
 
-class _Decodable(NamedTuple):
-    """A JPEG or PNG file that TensorFlow reads as a viewer shows it, and what was found on the way there."""
+class Decodable(NamedTuple):
+    """A JPEG or PNG file that TensorFlow reads as a viewer shows it, and what was found on the way there, as in `Verdict`."""
 
     content: bytes
     file_format: str
@@ -98,10 +100,18 @@ def as_decodable(content: bytes) -> bytes:
     """Returns the file that training reads in place of this one: itself, if TensorFlow shows it as a viewer does.
 
     Otherwise a JPEG or PNG file: turned as EXIF says, in colours or greys that `pictures.decode` reads. What may be damage
-    is passed over: it is `folder.find` that decides, as it sees the files beside this one.
+    is passed over: `decodable` tells of it.
 
     Args:
         content: an image file of any of `FORMATS`.
+
+    Raises: Broken: it cannot be used; the message says why.
+    """
+    return decodable(content).content
+
+
+def decodable(content: bytes) -> Decodable:
+    """`as_decodable`, with what was found out: whether a doubt counts, the files beside this one would say.
 
     Raises: Broken: it cannot be used; the message says why.
     """
@@ -111,9 +121,9 @@ def as_decodable(content: bytes) -> bytes:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # Pillow's: what matters of them is an error here
             with _standard_error() as said:
-                decodable = _convert(content)
+                found = _convert(content)
                 complains = bool(said())
-            return _without_complaint(content, decodable).content if complains else decodable.content
+            return _without_complaint(content, found) if complains else found
     except Broken:
         raise
     except MemoryError:
@@ -159,8 +169,9 @@ def shown(name):
 
 
 def _disturbs(letter):
-    """Whether a letter ends a line, changes the order of what follows it, or cannot be printed."""
-    return unicodedata.category(letter) in ('Cc', 'Cs', 'Zl', 'Zp') or unicodedata.bidirectional(letter) in EMBEDDINGS
+    """Whether a letter ends a line, changes the order of what follows it, or cannot be seen."""
+    is_control = unicodedata.category(letter) in ('Cc', 'Cs', 'Zl', 'Zp')
+    return is_control or letter in UNSEEN or unicodedata.bidirectional(letter) in EMBEDDINGS
 
 
 def _write(path, content):
@@ -304,19 +315,19 @@ def _verdict(path, copies, listens=False):
         content = read(path)
         digest = hashlib.sha256(content).hexdigest()
         file_format = 'JPEG' if content.startswith(jpeg_files.START_OF_IMAGE) else ''
-        decodable = _convert(content)
+        found = _convert(content)
         if listens:
-            decodable = _without_complaint(content, decodable)
+            found = _without_complaint(content, found)
     except MemoryError:  # there may be enough another time, so without digest
         return Verdict(broken='too large for the memory that is free')
     except Exception as error:  # a damaged file can make Pillow raise anything
         return Verdict(digest, broken=_fault(error, content), file_format=file_format)
     copy = ''
-    if decodable.content is not content:
-        ending = '.png' if decodable.content.startswith(pictures.PNG_SIGNATURE) else '.jpg'
+    if found.content is not content:
+        ending = '.png' if found.content.startswith(pictures.PNG_SIGNATURE) else '.jpg'
         copy = os.path.join(copies, digest + ending)
-        _write(copy, decodable.content)
-    return Verdict(digest, len(decodable.content), copy, '', *decodable[1:])
+        _write(copy, found.content)
+    return Verdict(digest, len(found.content), copy, '', *found[1:])
 
 
 def _listen(path, verdict, copies):
@@ -341,14 +352,16 @@ def read(path):
 
 
 def _convert(content):
-    """Returns the file as TensorFlow can read it, `_Decodable`: with this very `content` where it reads it right. Raises anything."""
+    """Returns the file as TensorFlow can read it, `Decodable`: with this very `content` where it reads it right. Raises anything."""
     recognizable = jpeg_files.with_marker_first(content)
     if recognizable is not content:
-        decodable = _convert(recognizable)
-        return decodable._replace(remark=decodable.remark or 'bytes before the first marker')
+        found = _convert(recognizable)
+        return found._replace(remark=found.remark or 'bytes before the first marker')
     try:
         image = Image.open(io.BytesIO(content), formats=FORMATS)
     except PIL.UnidentifiedImageError:
+        if file_signatures.lacks_directory(content):
+            raise Broken(ENDS_TOO_EARLY) from None
         raise Broken(file_signatures.reason(content)) from None
     except Image.DecompressionBombError:
         raise Broken(f'too large: more than {MOST_PIXELS:,} pixels') from None
@@ -363,12 +376,12 @@ def _convert(content):
     image.load()
     if image.mode.startswith('I;16') or (image.format, image.mode) == ('PPM', 'I'):
         greys = np.asarray(image)[..., None].astype(np.uint16)  # Pillow would clip them
-        return _Decodable(_encoded_deep(_as_seen(greys, image)), image.format, int(greys.max()))
+        return Decodable(_encoded_deep(_as_seen(greys, image)), image.format, int(greys.max()))
     colors = np.asarray(_over_white(image))
     if _has_deep_colors(image):  # Pillow keeps the upper eight bits
         deep = _as_seen(colors, image).astype(np.uint16) * 257
-        return _Decodable(_encoded_deep(deep), image.format, int(colors.max()) * 256 + 255, has_upper_bits_only=True)
-    return _Decodable(_encoded(_as_seen(colors, image), image.format), image.format)
+        return Decodable(_encoded_deep(deep), image.format, int(colors.max()) * 256 + 255, has_upper_bits_only=True)
+    return Decodable(_encoded(_as_seen(colors, image), image.format), image.format)
 
 
 def _convert_decodable(content, image):
@@ -379,10 +392,10 @@ def _convert_decodable(content, image):
         raise Broken(f'{width} x {height} pixels for Pillow, {decoded.shape[1]} x {decoded.shape[0]} for TensorFlow')
     if _png_depth(content) != 16:
         turned = _encoded(_as_seen(decoded, image), image.format) if _is_turned(image) else content
-        return _Decodable(turned, image.format)
+        return Decodable(turned, image.format)
     deep = tf.io.decode_png(content, channels=4, dtype=tf.uint16).numpy()  # [height, width, 4]
     turned = _encoded_deep(_as_seen(deep, image)) if _is_turned(image) else content
-    return _Decodable(turned, image.format, int(deep[..., :3].max()))
+    return Decodable(turned, image.format, int(deep[..., :3].max()))
 
 
 def _png_depth(content):
@@ -442,26 +455,26 @@ def _has_deep_colors(image):
     return len(bits) > 1 and max(bits) == 16
 
 
-def _without_complaint(content, decodable):
+def _without_complaint(content, found):
     """What to read in place of a file of which libjpeg may complain, and whether the complaint matters.
 
     Args:
         content: the file.
-        decodable: what `_convert` made of it.
+        found: what `_convert` made of it.
 
-    Returns: `_Decodable` with a remark or a doubt. Its content has the same pixels, and nobody complains of it.
+    Returns: `Decodable` with a remark or a doubt. Its content has the same pixels, and nobody complains of it.
 
     Raises: Broken: the complaint is of damage.
     """
-    if decodable.file_format not in JPEGS:
-        return decodable
+    if found.file_format not in JPEGS:
+        return found
     recognizable = jpeg_files.with_marker_first(content)
     quiet = jpeg_files.without_stray_bytes(recognizable, _decode_aloud)
     if quiet.damage:
         raise Broken(f'damaged: {quiet.damage}')
-    if decodable.content != recognizable:  # a converted copy is quiet anyway
-        return decodable._replace(remark=quiet.remark, doubt=quiet.doubt)
-    return decodable._replace(content=quiet.content, remark=quiet.remark, doubt=quiet.doubt)
+    if found.content != recognizable:  # a converted copy is quiet anyway
+        return found._replace(remark=quiet.remark, doubt=quiet.doubt)
+    return found._replace(content=quiet.content, remark=quiet.remark, doubt=quiet.doubt)
 
 
 def _decode_aloud(content):
@@ -477,7 +490,7 @@ def _fault(error, content):
     if isinstance(error, Broken) or not content:
         return reason
     if file_signatures.ends_too_early(content) or 'truncated' in reason.lower():  # a word of Pillow's
-        return 'the file ends too early: copy or download it again'
+        return ENDS_TOO_EARLY
     return f'it cannot be decoded ({reason}): copy or download it again, or convert it to PNG'
 
 

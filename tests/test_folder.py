@@ -231,7 +231,7 @@ BROKEN = {
     'WebP of noise': ('x.webp', b'RIFF\x00\x10\0\0WEBPVP8 ' + NOISE.tobytes()[:4096], ''),
     'BMP cut off': ('x.bmp', encoded(NOISE, 'BMP')[:5000], TOO_SHORT),
     'BMP with a wrong header': ('x.bmp', changed(encoded(NOISE, 'BMP'), 14, b'\xff\xff'), ''),
-    'TIFF cut off': ('x.tif', encoded(NOISE, 'TIFF', compression='tiff_lzw')[:5000], ''),
+    'TIFF cut off': ('x.tif', encoded(NOISE, 'TIFF', compression='tiff_lzw')[:5000], TOO_SHORT),
     'float TIFF': ('x.tif', encoded(GREY.astype(np.float32), 'TIFF'), 'float or 32-bit pixels'),
     '32-bit TIFF': ('x.tif', encoded(GREY.astype(np.int32), 'TIFF'), 'float or 32-bit pixels'),
     'TIFF of noise': ('x.tif', b'II*\0\x08\0\0\0' + NOISE.tobytes()[:4096], ''),

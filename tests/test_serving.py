@@ -89,7 +89,8 @@ def test_predict_answers_as_evaluation_does(trained, evaluated, capsys):
     paths = [os.path.join(config.dataset.data_dir, path) for path in evaluated]
     images = list(predict.files_to_try(paths))
     for image, (path, expected) in zip(images, evaluated.items(), strict=True):
-        answer = predict.classify(model, labels, image.title, image.read())
+        encoded, _ = image.read()
+        answer = predict.classify(model, labels, image.title, encoded)
         found = dict(answer.classes)
         np.testing.assert_allclose([found[label] for label in labels], expected, atol=2e-5, err_msg=path)
 
@@ -233,6 +234,58 @@ def test_zeros_before_a_marker_are_no_damage_however_many(kind):
         assert said == ''
         np.testing.assert_array_equal(found, pictures.decode(whole))
     assert own_zeros or kind in ('baseline', 'progressive')
+
+
+def stray_bytes(number):
+    """Returns bytes that hold no marker."""
+    return np.random.RandomState(number).randint(0, 0xFF, number).astype(np.uint8).tobytes()
+
+
+@pytest.mark.parametrize('junk_of', [bytes, stray_bytes], ids=['zeros', 'random'])
+def test_stray_bytes_in_a_progressive_file_take_few_decodes(junk_of):
+    """Its scans before other markers end with zeros of their own."""
+    options = {'progressive': True, 'restart_marker_rows': 1}
+    random = np.random.RandomState(4)
+    most_decodes = 0
+    for number in range(1, 41):
+        pixels = random.randint(0, 30, (120, 160, 3)).astype(np.uint8)
+        whole = image_kinds.encoded(pixels, 'JPEG', quality=75, **options)
+        content = image_kinds.put_before_markers(whole, junk_of(number), {*range(0xD0, 0xD8)})
+        decoded = []
+
+        def decode(file):
+            decoded.append(file)
+            return picture_files._decode_aloud(file)
+
+        quiet = jpeg_files.without_stray_bytes(content, decode)
+        assert not quiet.damage, number
+        assert junk_of is not bytes or not quiet.doubt, number
+        most_decodes = max(most_decodes, len(decoded))
+        np.testing.assert_array_equal(pictures.decode(quiet.content), pictures.decode(content))
+    assert most_decodes <= 257
+
+
+def test_damage_behind_stray_bytes_is_damage():
+    """Taking out what lies before a marker shows that data are missing elsewhere."""
+    random = np.random.RandomState(3)
+    num_refused = num_doubted = 0
+    for number in range(150):
+        options = [{}, {'restart_marker_rows': 1}, {'restart_marker_blocks': 3}][number % 3]
+        pixels = np.asarray(Image.fromarray(image_kinds.pixels_of(number)).resize((160, 120)))
+        whole = image_kinds.encoded(pixels, 'JPEG', quality=92, **options)
+        scan = whole.index(b'\xff\xda') + 12
+        begin = random.randint(scan, len(whole) - 300)
+        length = random.randint(1, 200)
+        content = whole[:begin] + bytes(length) + whole[begin + length:]
+        try:
+            _, complaint = picture_files._decode_aloud(content)
+        except tf.errors.InvalidArgumentError:
+            continue
+        if complaint:
+            quiet = jpeg_files.without_stray_bytes(content, picture_files._decode_aloud)
+            num_refused += bool(quiet.damage)
+            num_doubted += bool(quiet.doubt)
+    assert num_refused >= 10 * num_doubted
 
 
 @pytest.mark.parametrize('kind', MARKERS)
@@ -428,7 +481,8 @@ def test_the_export_knows_the_white_level(of_twelve_bits, tmp_path):
         path = tmp_path / f'{kind}.bin'
         path.write_bytes(make(values))
         (image,) = predict.files_to_try([str(path)])
-        answer = dict(predict.classify(model, labels, image.title, image.read()).classes)
+        encoded, _ = image.read()
+        answer = dict(predict.classify(model, labels, image.title, encoded).classes)
         np.testing.assert_allclose([answer[label] for label in labels], expected, atol=2e-5, err_msg=kind)
 
 
@@ -483,6 +537,14 @@ def test_a_broken_file_is_named_and_the_others_are_answered(trained, tmp_path):
     assert [line.split(': ')[1] for line in err[:-1]] == [f'{tmp_path}/{name}' for name in ('b.jpg', 'absent.jpg', 'c.jpg')]
     assert 'no picture that can be read' in err[0] and 'No such file' in err[1] and 'empty' in err[2]
     assert err[-1] == 'error: 3 of 5 images could not be read'
+
+
+def test_what_may_be_damaged_is_answered_and_noted(trained, tmp_path):
+    (tmp_path / 'a.jpg').write_bytes(drone_file(1))
+    (tmp_path / 'b.jpg').write_bytes(image_kinds.encoded(image_kinds.pixels_of(1), 'JPEG'))
+    status, out, err = run_predict(trained, tmp_path / 'a.jpg', tmp_path / 'b.jpg')
+    assert status == 0 and len(out) == 3
+    assert len(err) == 1 and err[0].startswith(f'note: {tmp_path}/a.jpg may be damaged (Corrupt JPEG data: ')
 
 
 def test_a_folder_is_all_the_files_below_it(trained, tmp_path):
@@ -544,7 +606,7 @@ def test_who_stops_reading_sees_no_error(trained, tmp_path, program):
 
 
 @pytest.mark.parametrize('name, printed', [
-    ('line\u2028end', True), ('gnp.\u202ex', True), ('\u2066x', True), ('tab\t', True),
+    ('line\u2028end', True), ('gnp.\u202ex', True), ('\u2066x', True), ('\ufeffx', True), ('so\u00adft', True), ('tab\t', True),
     ('می\u200cخواهم', False), ('👩\u200d🚀', False), ('é', False), ('e\u0301', False),
 ])
 def test_a_name_is_printed_as_it_is_unless_it_disturbs_the_line(name, printed):
