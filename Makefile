@@ -1,8 +1,9 @@
 # make train   checks the machine, then trains configs/digits.py into runs/digits; again: does nothing that is done already
-# make test    runs the whole test suite
+# make test    runs the tests, in about ten minutes on two cores
+# make test-slow    runs the tests that make test leaves out: the longer ones, which repeat much of what the others look at
 # make test-tpu    traces the loops of every config for a TPU that is not there, with both TPU builds of TensorFlow
 #
-# The first two create .venv from the pinned versions first. PYTHON chooses the interpreter (3.10 to 3.13), ACCELERATOR one of
+# The first three create .venv from the pinned versions first. PYTHON chooses the interpreter (3.10 to 3.13), ACCELERATOR one of
 # cpu, gpu and tpu: without it, gpu where nvidia-smi finds one, else cpu.
 
 PYTHON ?= python3
@@ -12,14 +13,17 @@ INSTALL = .venv/bin/python -m pip install --quiet --disable-pip-version-check -c
 # Environments of test-tpu, outside of the repository so that a clean checkout finds them again.
 TPU_VENVS ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/warmstart
 
-.PHONY: train test test-tpu
+.PHONY: train test test-slow test-tpu
 
 train: .venv/train-$(ACCELERATOR)
 	@test -e runs/digits/summary.json || .venv/bin/python main.py --config=configs/digits.py --workdir=runs/digits --mode=check
 	.venv/bin/python main.py --config=configs/digits.py --workdir=runs/digits
 
 test: .venv/test-$(ACCELERATOR)
-	.venv/bin/python -m pytest -n 2 --dist loadfile
+	.venv/bin/python -m pytest -n 2 --dist loadfile -m 'not slow'
+
+test-slow: .venv/test-$(ACCELERATOR)
+	.venv/bin/python -m pytest -n 2 --dist loadfile -m slow
 
 .venv/train-$(ACCELERATOR): pyproject.toml requirements/$(ACCELERATOR).txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14) and "Python 3.10 to 3.13 is needed, and $(PYTHON) is %d.%d: name another, as in make PYTHON=python3.11" % sys.version_info[:2])'

@@ -10,6 +10,8 @@ torchvision, PIL      ImageFolder and DataLoader, a worker for each core: Random
                       normalise
 torchvision, tensors  the same with torchvision's own decoder and transforms.v2 on uint8 tensors
 decoding              decode whole pictures and do nothing with them: a bound for all who do that
+kernels               TensorFlow's kernels that `ours` needs and nothing else: decode a window of a
+                      file in memory, resize it by the box filter; a bound for `ours`
 
 The pictures are made from scikit-learn's two sample photographs. Each peer has a process of its own
 and all take turns: while one runs the others are stopped by a signal, workers and threads that read
@@ -275,6 +277,43 @@ def decoding(folder):
         yield len(corner)
 
 
+def kernels(folder):
+    """A thread for each core computes pictures of random windows, and throws them away."""
+    import concurrent.futures
+
+    import tensorflow as tf
+
+    sys.path.insert(0, ROOT)
+    from inputs import augment
+
+    files = []
+    for path in paths_of(folder):
+        with open(path, 'rb') as file:
+            files.append(file.read())
+    encoded = tf.constant(files)
+
+    def picture(index):
+        content = tf.gather(encoded, index)
+        begin, extent, _ = tf.image.sample_distorted_bounding_box(
+            tf.io.extract_jpeg_shape(content), tf.constant([[[0.0, 0.0, 1.0, 1.0]]]),
+            min_object_covered=0.0, aspect_ratio_range=(3 / 4, 4 / 3), area_range=(0.08, 1.0))
+        window = augment.decode_jpeg_window(content, begin[:2], extent[:2], SIZE)
+        return tf.image.resize(window, (SIZE, SIZE), method='area')[0, 0]
+
+    @tf.function
+    def batch():
+        indices = tf.random.uniform([BATCH_SIZE], maxval=len(files), dtype=tf.int32)
+        corners = tf.map_fn(picture, indices, fn_output_signature=tf.float32, parallel_iterations=1)
+        return tf.reduce_sum(corners)
+
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        running = [pool.submit(batch) for _ in range(2 * os.cpu_count())]
+        while True:
+            running.pop(0).result().numpy()
+            running.append(pool.submit(batch))
+            yield BATCH_SIZE
+
+
 def torchvision_pil(folder):
     from torchvision import datasets, transforms
 
@@ -325,6 +364,7 @@ PEERS = {
     'torchvision, PIL': torchvision_pil,
     'torchvision, tensors': torchvision_tensors,
     'decoding': decoding,
+    'kernels': kernels,
 }
 
 

@@ -211,7 +211,8 @@ def _examine_new(root, paths):
         print(f'examining {len(changed):,} files of {shown(root)}, once', flush=True)
         try:
             found = _examine_all([os.path.join(root, path) for path in changed], _copies(root))
-            with tqdm.tqdm(total=len(changed), unit=' files', disable=None, delay=2, leave=False) as bar:
+            bar = tqdm.tqdm(total=len(changed), unit=' files', disable=None, delay=2, leave=False)
+            with contextlib.closing(found), bar:  # its threads end here, also where this is interrupted
                 for path, verdict in zip(changed, found):
                     verdicts[path] = verdict
                     bar.update()

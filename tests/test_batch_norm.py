@@ -44,6 +44,7 @@ def trained_once(model, plain, preprocess):
     return results
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name, gates', [('EfficientNetV2B0', 16), ('EfficientNetB0', 16), ('ResNet50', 0), ('MobileNetV2', 0)])
 def test_a_fused_model_trains_as_the_one_of_keras_applications(name, gates):
     model, plain, preprocess = pair(name, 'float64')
@@ -58,6 +59,7 @@ def test_a_fused_model_trains_as_the_one_of_keras_applications(name, gates):
         np.testing.assert_allclose(our, their, rtol=1e-7, atol=1e-9 * largest)
 
 
+@pytest.mark.slow
 def test_in_bfloat16_a_fused_model_is_no_further_from_the_exact_one_than_keras_own():
     exact = trained_once(*pair('EfficientNetV2B0', 'float64'))[1]
     ours, theirs = trained_once(*pair('EfficientNetV2B0', 'mixed_bfloat16'))
@@ -80,6 +82,7 @@ def test_statistics_are_right_where_the_mean_is_far_from_zero(activation, theirs
     np.testing.assert_allclose(ours.moving_variance, inputs.astype('float64').var(0), rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_trained_backbone_can_be_given_back_to_keras_applications(tmp_path):
     model, plain, _ = pair('EfficientNetV2B0', 'float32')
     path = str(tmp_path / 'backbone.weights.h5')

@@ -10,11 +10,13 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 import zlib
 
 import numpy as np
 import pytest
 import tensorflow as tf
+import tqdm
 from PIL import Image, features
 
 from configs import default
@@ -851,6 +853,22 @@ def test_an_interrupted_examination_goes_on(tmp_path, examined, monkeypatch):
     assert 50 <= len(examined) <= 70
 
 
+def test_an_interrupted_examination_leaves_no_thread(tmp_path, monkeypatch):
+    """Garbage collection would end them otherwise, wherever it happens to run."""
+    fill(tmp_path)
+    before = set(threading.enumerate())
+
+    class Interrupted(tqdm.tqdm):
+        def update(self, n=1):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(picture_files.tqdm, 'tqdm', Interrupted)
+    with pytest.raises(KeyboardInterrupt) as interrupt:
+        folder.find(dataset_config(tmp_path))
+    left = [thread for thread in set(threading.enumerate()) - before if 'ThreadPool' in thread.name]
+    assert left == [], interrupt  # whose traceback keeps what it passed
+
+
 # The command line.
 
 def call(tmp_path, *arguments):
@@ -860,6 +878,7 @@ def call(tmp_path, *arguments):
                           capture_output=True, text=True, env={**os.environ, 'TFDS_DATA_DIR': f'{tmp_path}/kept'})
 
 
+@pytest.mark.slow
 def test_a_run_goes_to_its_end_beside_a_broken_file_and_its_report_names_it(tmp_path):
     fill(tmp_path / 'data')
     write(tmp_path / 'data' / 'cat' / 'x.gif', with_frames('GIF'))

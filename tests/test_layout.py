@@ -49,7 +49,14 @@ def test_ci_takes_a_run_without_tests_for_a_failure(tmp_path):
     script = open(os.path.join(ROOT, '.ci', 'run')).read()
     (tmp_path / '.ci').mkdir()
     (tmp_path / '.ci' / 'run').write_text(script)
-    passes, fails = 'echo "3 passed in 1s"', ('echo "no tests ran in 1s"', 'echo "3 passed"; false', 'echo "0 passed"')
-    for recipes, succeeds in [((passes, passes), True), *(((recipe, passes), False) for recipe in fails), *(((passes, recipe), False) for recipe in fails)]:
-        (tmp_path / 'Makefile').write_text('test:\n\t@{}\ntest-tpu:\n\t@{}\n'.format(*recipes))
-        assert (subprocess.run(['bash', '.ci/run'], cwd=tmp_path, capture_output=True).returncode == 0) == succeeds, recipes
+    targets, passes = ('test', 'test-slow', 'test-tpu'), 'echo "3 passed in 1s"'
+
+    def succeeds(**recipes):
+        rules = [f'{target}:\n\t@{recipes.get(target, passes)}\n' for target in targets]
+        (tmp_path / 'Makefile').write_text(''.join(rules))
+        return subprocess.run(['bash', '.ci/run'], cwd=tmp_path, capture_output=True).returncode == 0
+
+    assert succeeds()
+    for target in targets:
+        for recipe in ('echo "no tests ran in 1s"', 'echo "3 passed"; false', 'echo "0 passed"'):
+            assert not succeeds(**{target: recipe}), (target, recipe)

@@ -127,6 +127,7 @@ def test_the_command_line_trains_evaluates_and_exports(tmp_path):
     assert done.returncode == 0 and '"eval/examples": 64' in done.stdout
 
 
+@pytest.mark.slow
 def test_a_workdir_that_is_a_file_and_broken_pictures_are_one_line_and_status_1(tmp_path):
     (tmp_path / 'file').write_text('')
     done = call('--config=configs/debug.py', f'--workdir={tmp_path}/file')

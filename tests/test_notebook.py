@@ -36,6 +36,7 @@ def executed(tmp_path_factory):
     return notebook.execute(settings, environment=nowhere), storage
 
 
+@pytest.mark.slow
 def test_every_cell_runs_and_says_what_it_should(executed):
     notebook_, storage = executed
     cells = [cell for cell in notebook_.cells if cell.cell_type == 'code']

@@ -67,6 +67,7 @@ def ids(split, seed, begin, end):
     return [(int(epoch), int(number)) for epoch, number, *_ in pipeline.ordered_entries(split, seed, 10**9, begin).take(end - begin).as_numpy_iterator()]
 
 
+@pytest.mark.slow
 def test_every_example_is_seen_exactly_once_in_each_epoch(split):
     seen = ids(split, 0, 0, 2 * 1437 + 500)
     assert [epoch for epoch, _ in seen] == [0] * 1437 + [1] * 1437 + [2] * 500
@@ -82,12 +83,14 @@ def test_an_epoch_is_well_mixed(split):
     assert np.abs(np.diff(order)).mean() > 0.75 * 1437 / 3
 
 
+@pytest.mark.slow
 def test_a_resumed_stream_goes_on_at_any_position(split):
     whole = ids(split, 3, 0, 3 * 1437)
     for begin in [0, 1, 1436, 1437, 1438, *np.random.RandomState(0).randint(0, 3 * 1437 - 50, 20)]:
         assert ids(split, 3, int(begin), int(begin) + 50) == whole[begin:begin + 50]
 
 
+@pytest.mark.slow
 def test_a_resumed_stream_reads_at_most_two_percent_of_an_epoch_again(split):
     whole = ids(split, 0, 0, 3 * 1437)
     read = []

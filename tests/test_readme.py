@@ -43,7 +43,7 @@ HOURS = Not('measures something, for minutes to hours; its parts are tested by t
 OF_DIGITS = f'{PYTHON} main.py --config=configs/digits.py --workdir=runs/digits'
 COMMANDS = {
     'make train': Not('takes minutes; both commands of its recipe run here, one as the fixture, one as --mode=check'),
-    'make test': Not('is what runs this test'),
+    'make test': Not('runs this file'),
     'make test-tpu': Not('installs two builds of TensorFlow; .ci/run runs it'),
     f'{PYTHON} main.py --config=configs/folder.py --config.dataset.data_dir=DIR': Runs(FOLDER, says='report in runs/folder/report.md'),
     f'{PYTHON} main.py --config=configs/finetune.py --config.dataset.name=folder --config.dataset.data_dir=DIR '
@@ -149,6 +149,7 @@ def run(place, command):
     return subprocess.run(['bash', '-c', command], cwd=place, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('command', [command for command, how in COMMANDS.items() if isinstance(how, Runs)])
 def test_a_command_does_what_readme_says(place, command):
     how = COMMANDS[command]

@@ -64,6 +64,7 @@ def assert_same_run(workdir, reference):
     assert without_times(workdir) == without_times(reference)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_within_a_window_has_the_same_metrics(tiny, workdir, reference, monkeypatch):
     stopped_at(tiny, workdir, 14, monkeypatch)  # rows are of steps 10 and 15
     assert train.run(tiny, workdir) == 0
@@ -71,6 +72,7 @@ def test_a_run_that_is_stopped_within_a_window_has_the_same_metrics(tiny, workdi
     assert_same_run(workdir, reference)
 
 
+@pytest.mark.slow
 def test_a_signal_during_evaluation_does_not_wait_for_its_end_and_it_is_made_up_for(tiny, workdir, reference, monkeypatch):
     tiny.eval_batch_size, tiny.steps_per_loop = 12, 4  # 30 batches, in 8 calls
     original, calls = train.evaluate.loops.make_eval_loop, []
@@ -108,6 +110,7 @@ def test_the_last_evaluation_may_be_the_best_although_it_was_broken_off(tiny, wo
     assert evaluate.run(tiny, workdir, 'best')['eval/accuracy'] == read_json(os.path.join(workdir, 'summary.json'))['eval/accuracy']
 
 
+@pytest.mark.slow
 def test_it_goes_on_with_another_number_of_devices(still, workdir, tmp_path, monkeypatch):
     assert train.run(still, str(tmp_path / 'whole')) == 0
     stopped_at(still, workdir, 14, monkeypatch)
@@ -298,6 +301,7 @@ def test_too_many_in_a_row_end_the_run_and_leave_the_last_good_checkpoint_and_th
     assert ours == theirs
 
 
+@pytest.mark.slow
 def test_a_run_out_of_patience_ends_and_remembers_what_was_best_over_a_stop(tiny, workdir, monkeypatch, capsys):
     tiny.train_for, tiny.eval_every, tiny.patience, tiny.best_metric = '60 steps', '5 steps', '10 steps', 'eval/loss'
     values = iter([2.0, 1.5, 1.7, 1.6, 1.4])
@@ -417,6 +421,7 @@ def test_the_last_weights_are_exported_where_the_best_are_damaged(
     )
 
 
+@pytest.mark.slow
 def test_a_diverged_model_is_never_right_and_never_the_best(tiny, workdir, monkeypatch):
     stopped_at(tiny, workdir, 14, monkeypatch)
     best = read_json(os.path.join(workdir, 'checkpoints', 'step-14', 'manifest.json'))['manifest']['best_step']
@@ -428,6 +433,7 @@ def test_a_diverged_model_is_never_right_and_never_the_best(tiny, workdir, monke
     assert manifest['best_step'] == best == 10 and manifest['step'] <= 15
 
 
+@pytest.mark.slow
 def test_what_does_not_hold_any_more_is_forgotten_when_the_config_changes(tiny, workdir, monkeypatch):
     stopped_at(tiny, workdir, 14, monkeypatch)
     tiny.best_metric, tiny.batch_size = 'eval/loss', 4
@@ -437,6 +443,7 @@ def test_what_does_not_hold_any_more_is_forgotten_when_the_config_changes(tiny, 
     assert all(row['train/accuracy'] <= 1 for row in rows) and summary['examples_seen'] == 14 * 32 + 16 * 4
 
 
+@pytest.mark.slow
 def test_without_config_json_nobody_knows_which_config_it_was(tiny, workdir, monkeypatch):
     stopped_at(tiny, workdir, 14, monkeypatch)
     os.remove(os.path.join(workdir, 'config.json'))
@@ -591,6 +598,7 @@ def test_another_evaluation_of_a_finished_run_is_made_at_its_end(
     assert run.evaluation_from == 30 and run.values('eval/loss') == [found['eval/loss']]
 
 
+@pytest.mark.slow
 def test_a_run_is_compared_by_what_it_was_evaluated_with_since_the_change(
     tiny, workdir, monkeypatch
 ):
@@ -609,6 +617,7 @@ def test_a_run_is_compared_by_what_it_was_evaluated_with_since_the_change(
     assert run.evaluation_from == 20 and len(run.values('eval/loss')) == 2
 
 
+@pytest.mark.slow
 def test_what_was_forgotten_stays_so_when_the_start_is_killed(tiny, workdir, monkeypatch):
     stopped_at(tiny, workdir, 14, monkeypatch)
     tiny.best_metric = 'eval/loss'
@@ -623,6 +632,7 @@ def test_what_was_forgotten_stays_so_when_the_start_is_killed(tiny, workdir, mon
     )
 
 
+@pytest.mark.slow
 def test_patience_counts_from_the_change_of_what_is_best(tiny, workdir, monkeypatch, capsys):
     tiny.train_for, tiny.eval_every, tiny.patience, tiny.best_metric = (
         '60 steps',
@@ -663,6 +673,7 @@ def test_patience_counts_from_the_change_of_what_is_best(tiny, workdir, monkeypa
     ]
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_a_number_leaves_files_that_are_json(tiny, workdir, monkeypatch, capsys):
     tiny.eval_every = '15 steps'
     make = train.evaluate.make_evaluation
@@ -716,6 +727,7 @@ def strict_json(workdir):
     return names
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_an_older_version_is_taken_up_exactly(
     tiny, workdir, reference, monkeypatch
 ):
@@ -762,6 +774,7 @@ def numbers_of(rows):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('place', ['', 'file://'])
 def test_tensorboard_has_updates_that_were_done_again_once(
     tiny, tmp_path, reference, monkeypatch, place
@@ -785,6 +798,7 @@ def test_tensorboard_has_updates_that_were_done_again_once(
     assert [event.step for event in accumulator.Tensors('train/loss')] == [5, 10, 15, 20, 25, 30]
 
 
+@pytest.mark.slow
 def test_tensorboards_files_stay_where_nothing_is_done_again(tiny, workdir, monkeypatch):
     stopped_at(tiny, workdir, 14, monkeypatch)
     monkeypatch.setattr(logbook, 'rewrite_board', lambda *_: pytest.fail('written anew'))
@@ -816,6 +830,7 @@ def other_batch(tmp_path_factory):
     return workdir, said.getvalue()
 
 
+@pytest.mark.slow
 def test_another_batch_size_goes_on_to_the_same_length(tiny, other_batch):
     workdir, said = other_batch
     one_epoch(tiny, 32)
@@ -878,6 +893,7 @@ def test_another_batch_size_goes_on_at_the_same_example(still):
     )
 
 
+@pytest.mark.slow
 def test_a_run_of_two_batch_sizes_that_is_stopped_is_the_same(
     tiny, workdir, other_batch, monkeypatch, capsys
 ):
@@ -972,6 +988,7 @@ def test_a_folder_that_vanishes_while_a_checkpoint_is_read_back_is_what_the_line
         train.run(tiny, workdir)
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_the_run_with_one_line_and_it_goes_on_when_there_is_room(tiny, workdir, reference, monkeypatch):
     original = files.write
 
@@ -996,6 +1013,7 @@ def test_a_folder_that_can_only_be_read_is_named_before_anything_is_trained(tiny
     assert '\n' not in str(error.value)
 
 
+@pytest.mark.slow
 def test_a_deleted_checkpoint_costs_its_steps_and_no_more(tiny, workdir, reference, monkeypatch, capsys):
     stopped_at(tiny, workdir, 24, monkeypatch)
     shutil.rmtree(os.path.join(workdir, 'checkpoints', 'step-24'))
@@ -1004,6 +1022,7 @@ def test_a_deleted_checkpoint_costs_its_steps_and_no_more(tiny, workdir, referen
     assert_same_run(workdir, reference)
 
 
+@pytest.mark.slow
 def test_without_any_checkpoint_it_says_that_it_begins_again(tiny, workdir, reference, monkeypatch, capsys):
     stopped_at(tiny, workdir, 14, monkeypatch)
     shutil.rmtree(os.path.join(workdir, 'checkpoints'))
@@ -1021,6 +1040,7 @@ def test_clocks_that_jump_change_nothing(tiny, workdir, reference, monkeypatch):
     assert 0 < summary['train_seconds'] < 600 and summary['examples_per_second'] > 0
 
 
+@pytest.mark.slow
 def test_a_run_behind_tensorflows_file_system_is_the_same_run(tiny, tmp_path, reference, monkeypatch):
     monkeypatch.setattr(lock, 'SETTLE', 0.1)
     workdir = f'file://{tmp_path}/bucket/runs/digits'  # everything goes through tf.io.gfile, as for gs://

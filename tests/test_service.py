@@ -48,6 +48,7 @@ def assert_equal(batches, expected):
             np.testing.assert_array_equal(part, expected_part)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('dispatchers, workers', [(1, 2), (2, 1)])
 def test_two_workers_give_what_the_local_pipeline_gives_also_after_a_resume(tiny, start, monkeypatch, dispatchers, workers):
     tiny.train_for, tiny.augment.flip, tiny.augment.mixup, tiny.augment.policy.name = '47 steps', True, 0.2, 'rand_augment'  # more than an epoch
@@ -59,6 +60,7 @@ def test_two_workers_give_what_the_local_pipeline_gives_also_after_a_resume(tiny
     assert_equal(batches_of(tiny, begin=33), expected[33:])
 
 
+@pytest.mark.slow
 def test_replicas_share_what_a_service_prepares(tiny, start):
     two = tf.distribute.MirroredStrategy(['CPU:0', 'CPU:1'], tf.distribute.ReductionToOneDevice())
     expected = batches_of(tiny, strategy=two)
@@ -76,6 +78,7 @@ def test_an_address_where_nothing_answers_is_one_line(tiny, address):
     assert '\n' not in str(error.value)
 
 
+@pytest.mark.slow
 def test_a_service_that_dies_ends_the_run_with_its_name(tmp_path, start):
     address = start().split()[2]
     environment = {**os.environ, 'PYTHONPATH': ROOT}

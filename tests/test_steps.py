@@ -70,6 +70,7 @@ def test_a_step_is_what_plain_keras_computes(still, jit_compile):
         np.testing.assert_allclose(ours.numpy(), theirs.numpy(), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('changes', [dict(), dict(grad_clip_norm=0.1), dict(l2_regularization=0.01)], ids=['plain', 'clipped', 'l2'])
 def test_the_first_losses_are_the_same_on_1_2_and_4_devices_with_and_without_xla(still, changes):
     still.update(changes)
@@ -123,6 +124,7 @@ def test_an_update_from_micro_batches_is_that_of_the_whole_batch(still, without_
     assert state.optimizer.iterations.numpy() == 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('devices', [2, 4])
 def test_micro_batches_have_the_same_statistics_on_any_number_of_devices(still, devices):
     still.accumulate_steps = 4

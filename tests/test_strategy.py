@@ -36,6 +36,7 @@ def test_a_strategy_can_be_forced(config):
     assert strategy.num_replicas_in_sync == 1 and 'config.strategy asks for it' in reason
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('forced, says', [
     ('mirrored', 'needs several devices, but found 4 CPUs'),
     ('multi_worker', 'needs the environment variable TF_CONFIG'),

@@ -2,9 +2,12 @@
 import os
 import shutil
 
+import pytest
+
 from benchmarks import torture
 
 
+@pytest.mark.slow
 def test_kills_change_nothing(tmp_path):
     result = torture.torture(str(tmp_path), kills=4, seed=1, steps=120)
     assert len(result['kills']) == 4 and result['resumed_from'] == sorted(result['resumed_from'])

@@ -227,6 +227,7 @@ def test_the_host_calls_once_for_each_loop_and_nothing_is_traced_again(tiny, tmp
     assert train_loop.experimental_get_tracing_count() == eval_loop.experimental_get_tracing_count() == 1
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures('read_here')
 def test_a_progressive_run_is_traced_once_for_each_size_and_goes_on_after_a_stop(tiny, tmp_path, monkeypatch):
     tiny.image_size, tiny.progressive.stages, tiny.progressive.image_size, tiny.augment.mixup = 96, 3, 32, 0.2
@@ -282,6 +283,7 @@ def test_a_folder_of_ones_own_pictures_is_trained_on_to_the_end(grey_pictures, t
         train.run(config, str(tmp_path / 'run'))
 
 
+@pytest.mark.slow
 def test_pictures_that_go_under_a_stopped_run_are_noted_and_the_schedule_stays(grey_pictures, tmp_path, monkeypatch, capsys):
     data, config = grey_pictures
     config.train_for, config.steps_per_loop, config.log_every = '12 epochs', 1, '20 steps'  # 60 steps of 40 pictures

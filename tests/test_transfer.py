@@ -258,6 +258,7 @@ def test_the_loss_of_a_taught_model_is_that_of_hinton(digits_run, still, alpha, 
     assert losses[0] == pytest.approx((1 - alpha) * hard + alpha * soft, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_teacher_is_the_same_on_several_devices_and_in_micro_batches(digits_run, still, monkeypatch):
     monkeypatch.setattr(models, 'BatchNormalization', without_batch)
     still.distill.teacher, still.distill.alpha = digits_run, 0.7

@@ -376,6 +376,7 @@ def listening(process):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists('/proc/net/tcp'), reason='Linux says in /proc who listens')
 def test_a_run_listens_on_no_port(tmp_path):
     command = [sys.executable, 'main.py', '--config=configs/digits.py', f'--workdir={tmp_path}', '--config.model.name=tiny', '--config.image_size=16',

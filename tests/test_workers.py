@@ -74,6 +74,7 @@ def test_one_worker_writes_and_speaks_for_all(finished):
                                            'summary.json', 'tensorboard']
 
 
+@pytest.mark.slow
 def test_workers_forget_the_same_and_export_the_best_together(finished, tmp_path):
     """If one of them evaluated or stopped where another does not, both would wait for ever."""
     arguments, before, _ = finished
@@ -99,6 +100,7 @@ def training(tmp_path):
     return processes, workdir
 
 
+@pytest.mark.slow
 def test_a_signal_to_any_worker_stops_all_and_the_same_command_goes_on(tmp_path):
     processes, workdir = training(tmp_path)
     processes[1].send_signal(signal.SIGTERM)
@@ -118,6 +120,7 @@ def test_a_worker_that_waits_for_another_says_so_and_ends_by_ctrl_c(tmp_path):
     assert status == -signal.SIGINT
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_ends_the_others_with_its_name_and_a_restart_of_all_continues(tmp_path):
     processes, workdir = training(tmp_path)
     deadline = time.monotonic() + 60
@@ -135,6 +138,7 @@ def test_a_worker_that_is_killed_ends_the_others_with_its_name_and_a_restart_of_
     assert [status for status, *_ in ended] == [143, 143] and 'resumes   at step' in ended[0][1], ended
 
 
+@pytest.mark.slow
 def test_the_evaluation_of_several_workers_is_that_of_one(finished):
     arguments, workdir, _ = finished
     expected = read_json(os.path.join(workdir, 'summary.json'))['eval/accuracy']
