@@ -39,8 +39,8 @@ test-slow: .venv/test-$(ACCELERATOR)
 	@touch $@
 
 test-tpu: $(TPU_VENVS)/tpu/installed $(TPU_VENVS)/tpu220/installed
-	TPU_SKIP_MDS_QUERY=1 TRACE=all $(TPU_VENVS)/tpu/bin/python -m pytest -n 2 tests/test_tpu.py tests/test_libtpu.py
-	TPU_SKIP_MDS_QUERY=1 TRACE=all $(TPU_VENVS)/tpu220/bin/python -m pytest -n 2 tests/test_tpu.py tests/test_libtpu.py
+	TPU_SKIP_MDS_QUERY=1 TRACE=all $(TPU_VENVS)/tpu/bin/python -m pytest -n 2 tests/test_tpu.py tests/diagnostics/test_libtpu.py
+	TPU_SKIP_MDS_QUERY=1 TRACE=all $(TPU_VENVS)/tpu220/bin/python -m pytest -n 2 tests/test_tpu.py tests/diagnostics/test_libtpu.py
 
 $(TPU_VENVS)/%/installed: pyproject.toml requirements/%.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)) and "both TPU builds are there for Python 3.11 and 3.12 only, and $(PYTHON) is %d.%d: name another, as in make test-tpu PYTHON=python3.11" % sys.version_info[:2])'

@@ -6,13 +6,13 @@ import os
 import sys
 from typing import NamedTuple
 
+from common import storage
+from common.errors import RunError, UserError, one_line
+from common.storage import flatten, read_json
 from configs import default
-from errors import RunError, UserError, one_line
-from main import end_unread
-from outputs import files
-from outputs.files import flatten, read_json
-from outputs.logbook import read_metrics
-from outputs.progress import changes_evaluation
+from outputs.console import end_unread
+from outputs.metrics_logger import read_metrics
+from outputs.train_progress import changes_evaluation
 
 COLUMNS = {  # title: (what it is of, key, format)
     'model': ('config', 'model.name', '{}'),
@@ -77,7 +77,7 @@ class Run(NamedTuple):
 def read_run(path: str) -> Run:
     """Reads a run. Raises RunError if `path` is none."""
     config = os.path.join(path, 'config.json')
-    if not files.exists(config):
+    if not storage.exists(config):
         raise RunError(f'{path} is no run: it has no config.json')
     defaults = json.loads(default.get_config().to_json())
     evaluation_from = _read(path, 'environment.json').get('evaluation_from', 0)
@@ -90,7 +90,7 @@ def read_run(path: str) -> Run:
 def _read(path: str, name: str) -> dict:
     """Returns what a JSON file of a run holds, {} where it is not there yet."""
     path = os.path.join(path, name)
-    return read_json(path) if files.exists(path) and files.read(path).strip() else {}
+    return read_json(path) if storage.exists(path) and storage.read(path).strip() else {}
 
 
 def table(runs: dict[str, Run]) -> str:

@@ -5,12 +5,12 @@ import os
 
 import tensorflow as tf
 
-from errors import RunError
+from common.errors import RunError
+from common.storage import as_json, write_json
+from experiment.resume import FREE_KEYS, require_same_config
+from experiment.session import open_session
 from inputs import pipeline
 from modeling import loops, steps
-from outputs.files import as_json, write_json
-from resume import FREE_KEYS, require_same_config
-from session import open_session
 
 ANY_DATA = (  # another test set, such as imagenet_v2
     'dataset.name', 'dataset.train_split', 'dataset.eval_split', 'dataset.image_key',

@@ -8,13 +8,14 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from errors import RunError, counted, one_line
-from inputs import picture_files
-from inputs.pictures import decode, resize_picture
-from modeling import labels_file, models, steps, transfer
-from outputs import files, report
-from resume import SUMMARY, is_finished, require_same_config
-from session import open_session
+from common import storage
+from common.errors import RunError, counted, one_line
+from experiment.resume import SUMMARY, is_finished, require_same_config
+from experiment.session import open_session
+from inputs import image_validation
+from inputs.image_ops import decode, resize_picture
+from modeling import labels_file, models, pretrained, steps
+from outputs import report
 
 MAX_CHECKED = 1000  # evaluation examples that the exported model is compared on
 MAX_DECODED = 8  # of them that are also given decoded, one at a time, because their sizes differ
@@ -46,7 +47,7 @@ def run(config, workdir, which=None):
         _correct_summary(workdir, {**exported, **evaluation(progress, step)})
         report.note_export(workdir, weights)
     exported = {'export/checkpoint': which, **exported}
-    print(files.as_json(exported))
+    print(storage.as_json(exported))
     return exported
 
 
@@ -88,19 +89,19 @@ def evaluation(progress: dict, step: int) -> dict:
     """Returns what the evaluation after update `step` gave over the whole split.
 
     Args:
-        progress: the fields of `outputs.progress.Progress`, as they were then.
+        progress: the fields of `outputs.train_progress.Progress`, as they were then.
 
     Returns: {'export/eval_accuracy', 'export/eval_loss', 'export/eval_top5'}; None where that
         update was not evaluated.
     """
-    metrics = files.nan_for_null(progress['metrics']) if progress['evaluated_at'] == step else {}
+    metrics = storage.nan_for_null(progress['metrics']) if progress['evaluated_at'] == step else {}
     return {f'export/eval_{name}': metrics.get(f'eval/{name}') for name in ('accuracy', 'loss', 'top5')}
 
 
 def _correct_summary(workdir, exported: dict):
     """Puts what is exported now into summary.json, in place of what was."""
     path = os.path.join(workdir, SUMMARY)
-    files.write_json(path, {**files.read_json(path), **exported})
+    storage.write_json(path, {**storage.read_json(path), **exported})
 
 
 def write(session, directory):
@@ -110,7 +111,7 @@ def write(session, directory):
     `classify` (and serving_default) uint8 [batch, height, width, 3]; `classify_float` float32 in 0..255, the same shape;
     `classify_encoded` JPEG or PNG files, string [batch]. Of 16 bits, `config.dataset.white_level` of the run is white.
     A graph can lay a transparent PNG over white, and does, but it cannot turn
-    a picture as its EXIF data say, nor read other formats: `inputs.picture_files.as_decodable` makes of any file that training
+    a picture as its EXIF data say, nor read other formats: `inputs.image_validation.as_decodable` makes of any file that training
     accepts one that this signature reads as evaluation does. Each returns `logits` and `probabilities`, float32
     [batch, classes], `class_index`, int64 [batch], and `label`, string [batch]. `label_names` returns all labels, and
     `logits` is the bare model, float32 [batch, image_size, image_size, 3] in 0..255 -> [batch, classes], which can teach another.
@@ -124,10 +125,10 @@ def write(session, directory):
         finite; what was at `directory` before stays then.
     """
     _require_finite(session)
-    with files.written_beside(directory) as partial:
-        with files.explained(partial):
+    with storage.written_beside(directory) as partial:
+        with storage.explained(partial):
             _write_saved_model(session, partial)
-        files.write(os.path.join(partial, labels_file.NAME), labels_file.to_text(session.source.class_names))
+        storage.write(os.path.join(partial, labels_file.NAME), labels_file.to_text(session.source.class_names))
         return _compare(session, partial)
 
 
@@ -148,7 +149,7 @@ def _write_saved_model(session, directory):
     for variable, value in zip(models.weights(model), steps.evaluated_weights(session.state)):
         variable.assign(value.numpy())
     if session.config.model.name != 'tiny':
-        transfer.save_backbone(model, session.config, os.path.join(directory, 'backbone.weights.h5'))
+        pretrained.save_backbone(model, session.config, os.path.join(directory, 'backbone.weights.h5'))
 
     def answer(pictures):
         logits = model(tf.cast(pictures, tf.float32), training=False)  # [batch, classes]
@@ -231,7 +232,7 @@ def _write_examples(session, served, evaluated, decoded):
         for encoded, original, label in session.source.sample(session.source.eval_split, MAX_CHECKED):
             question = encoded if original is None else original
             if question != encoded:  # evaluation reads a copy
-                question = picture_files.as_decodable(original)
+                question = image_validation.as_decodable(original)
                 num_converted += 1
             questions.write(question)
             records.write(encoded)

@@ -5,15 +5,13 @@ usage or config. --verbosity=1 shows the stack trace as well.
 """
 import functools
 import glob
-import importlib
 import os
 import re
 import signal
 import sys
-import tempfile
 import traceback
 
-from devices.finding import install_command
+from common.commands import install_command
 
 try:
     from absl import flags, logging
@@ -23,16 +21,17 @@ except ImportError as error:
 
 os.environ['KERAS_BACKEND'] = 'tensorflow'  # before Keras is imported, whatever ~/.keras/keras.json says
 
+from common import tpu_environment  # noqa: E402
+from common.errors import ConfigError, UserError, did_you_mean, one_line  # noqa: E402
 from configs import default  # noqa: E402
-from devices import tpu_environment  # noqa: E402
-from errors import ConfigError, UserError, did_you_mean, one_line  # noqa: E402
+from outputs.console import end_unread, import_tensorflow_quietly, print_what_can_be_printed  # noqa: E402
 
 FLAGS = flags.FLAGS
 # Not locked: further keys of config.schedule and config.optimizer are arguments. settings.check_config finds unknown keys.
 config_flags.DEFINE_config_file('config', None, 'Config file, such as configs/digits.py; --config.KEY=VALUE changes a key.',
                                 lock_config=False, accept_new_attributes=True)
 flags.DEFINE_string('workdir', None, 'Folder of the run; runs/NAME for configs/NAME.py by default.')
-flags.DEFINE_enum('mode', 'train', ['train', 'evaluate', 'export', 'check', 'preview', 'preflight'], 'What to do.')
+flags.DEFINE_enum('mode', 'train', ['train', 'evaluate', 'export', 'check', 'preview', 'preflight'], 'What to do.')  # see MODES
 flags.DEFINE_enum('resume', 'same', ['same', 'changed', 'never'], 'What training does with a run that is in the folder: goes on if its config is the '
                   'same; goes on with this config although it is another; or moves it aside and begins anew.')
 flags.DEFINE_enum('checkpoint', None, ['last', 'best'], 'Which checkpoint to evaluate or export. By default the last is evaluated, and what training '
@@ -48,17 +47,9 @@ def main(arguments):
     try:
         config = parse(arguments)
         workdir = os.path.expanduser((FLAGS.workdir or os.path.join('runs', config_name())).removeprefix('file://'))  # the same folder has the same lock
-        if FLAGS.mode == 'check':  # it must get by where TensorFlow cannot be imported
-            return importlib.import_module('check').run(config, workdir)
-        tpu_environment.prepare(config)
-        if FLAGS.verbosity < 1:
-            import_tensorflow_quietly()
-        importlib.import_module('settings').check_config(config)
-        if FLAGS.mode == 'train':
-            return importlib.import_module('train').run(config, workdir, FLAGS.resume)
-        options = {'preview': [FLAGS.step], 'preflight': [FLAGS.topology, FLAGS.largest_batch]}
-        importlib.import_module(FLAGS.mode).run(config, workdir, *options.get(FLAGS.mode, [FLAGS.checkpoint]))
-        return 0
+        if FLAGS.mode != 'check':  # it must get by where TensorFlow cannot be imported
+            prepare(config)
+        return MODES[FLAGS.mode](config, workdir) or 0
     except BrokenPipeError:  # who read the output has gone
         return end_unread()
     except KeyboardInterrupt as interrupted:
@@ -73,6 +64,63 @@ def main(arguments):
             traceback.print_exc()
         print(f'error: {line or "this is a mistake of the program, not yours"}', file=sys.stderr)
         return status
+
+
+def prepare(config):
+    """Imports TensorFlow as this machine wants it, and checks the config. Raises ConfigError."""
+    tpu_environment.prepare(config)
+    if FLAGS.verbosity < 1:
+        import_tensorflow_quietly()
+    from experiment import config_schema
+
+    config_schema.check_config(config)
+
+
+def run_train(config, workdir):
+    import train
+
+    return train.run(config, workdir, FLAGS.resume)
+
+
+def run_evaluate(config, workdir):
+    import evaluate
+
+    evaluate.run(config, workdir, FLAGS.checkpoint)
+
+
+def run_export(config, workdir):
+    import export
+
+    export.run(config, workdir, FLAGS.checkpoint)
+
+
+def run_check(config, workdir):
+    from diagnostics import check
+
+    return check.run(config, workdir)
+
+
+def run_preview(config, workdir):
+    from diagnostics import preview
+
+    preview.run(config, workdir, FLAGS.step)
+
+
+def run_preflight(config, workdir):
+    from diagnostics import preflight
+
+    preflight.run(config, workdir, FLAGS.topology, FLAGS.largest_batch)
+
+
+# Each returns the exit status, or None for 0. Their modules need TensorFlow, which is imported after `prepare`.
+MODES = {
+    'train': run_train,
+    'evaluate': run_evaluate,
+    'export': run_export,
+    'check': run_check,
+    'preview': run_preview,
+    'preflight': run_preflight,
+}
 
 
 def interrupt(signal_number, frame):
@@ -158,23 +206,6 @@ def explain(error, arguments):
     return f'--config={path} is broken: {type(error).__name__}: {text[-300:]}{where}'
 
 
-def import_tensorflow_quietly():
-    """TensorFlow's libraries greet on standard error whatever the log level; that is shown only if the import fails."""
-    os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
-    with tempfile.TemporaryFile() as said:
-        standard_error = os.dup(2)
-        os.dup2(said.fileno(), 2)
-        try:
-            importlib.import_module('tensorflow')
-        except BaseException:
-            said.seek(0)
-            os.write(standard_error, said.read())
-            raise
-        finally:
-            os.dup2(standard_error, 2)
-            os.close(standard_error)
-
-
 def config_name():
     return os.path.splitext(os.path.basename(config_flags.get_config_filename(FLAGS['config'])))[0]
 
@@ -182,20 +213,6 @@ def config_name():
 def known_configs():
     folder = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configs')
     return ', '.join(f'configs/{os.path.basename(path)}' for path in sorted(glob.glob(os.path.join(folder, '[a-z]*.py'))))
-
-
-def print_what_can_be_printed():
-    """Makes standard output and error get by with letters that a terminal cannot show, and with being closed."""
-    for name in ('stdout', 'stderr'):
-        if getattr(sys, name) is None:  # it was closed
-            setattr(sys, name, open(os.devnull, 'w'))
-        getattr(sys, name).reconfigure(errors='backslashreplace')
-
-
-def end_unread():
-    """The exit status where nobody reads standard output any more; what is still to be written there goes nowhere."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 1
 
 
 if __name__ == '__main__':

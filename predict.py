@@ -11,10 +11,9 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from devices import tpu_environment
-from errors import RunError, UserError, one_line
-from main import end_unread, import_tensorflow_quietly, print_what_can_be_printed
-from outputs import files
+from common import storage, tpu_environment
+from common.errors import RunError, UserError, one_line
+from outputs.console import end_unread, import_tensorflow_quietly, print_what_can_be_printed
 
 EXAMPLES = 3  # of the evaluation split
 CLASSES = 5  # the most likely of them are shown
@@ -50,7 +49,7 @@ def main(arguments):
     os.environ.update(tpu_environment.without_accelerators())
     import_tensorflow_quietly()
     try:
-        run = os.path.dirname(options.run.rstrip('/')) if files.exists(os.path.join(options.run, 'saved_model.pb')) else options.run
+        run = os.path.dirname(options.run.rstrip('/')) if storage.exists(os.path.join(options.run, 'saved_model.pb')) else options.run
         model, labels = load(run)
         images = list(files_to_try(options.images)) if options.images else evaluation_examples(run, labels)
         drawn, num_failed = answer_all(model, labels, images, white_level_of(run))
@@ -69,12 +68,12 @@ def main(arguments):
 def load(run):
     """(the SavedModel of a run, its labels). Raises RunError if there is none, it is damaged, or it can do more than compute."""
     directory = os.path.join(run, 'export')
-    if not files.exists(os.path.join(directory, 'saved_model.pb')):
+    if not storage.exists(os.path.join(directory, 'saved_model.pb')):
         raise RunError(f'{run} has no export: train it to its end, or python main.py --config=... --workdir={run} --mode=export')
-    from modeling import labels_file, saved_model
+    from modeling import labels_file, saved_model_safety
 
     try:
-        return saved_model.load(directory), labels_file.from_text(files.read(os.path.join(directory, labels_file.NAME)).decode())
+        return saved_model_safety.load(directory), labels_file.from_text(storage.read(os.path.join(directory, labels_file.NAME)).decode())
     except RunError:
         raise
     except Exception as error:  # of many kinds, by where it is damaged
@@ -83,10 +82,10 @@ def load(run):
 
 def white_level_of(run: str) -> int:
     """Returns `config.dataset.white_level` of a run, for drawings; the default where an export was copied without its config."""
-    from inputs import pictures
+    from inputs import image_ops
 
-    has_config = files.exists(os.path.join(run, 'config.json'))
-    return dataset_of(run)['white_level'] if has_config else pictures.WHITE_LEVEL
+    has_config = storage.exists(os.path.join(run, 'config.json'))
+    return dataset_of(run)['white_level'] if has_config else image_ops.WHITE_LEVEL
 
 
 def dataset_of(run: str) -> dict:
@@ -97,7 +96,7 @@ def dataset_of(run: str) -> dict:
     from configs import default
 
     path = os.path.join(run, 'config.json')
-    dataset = files.read_json(path).get('dataset')
+    dataset = storage.read_json(path).get('dataset')
     if not isinstance(dataset, dict):
         raise RunError(f'{path} has no section dataset: copy it from the run again')
     defaults = default.get_config().dataset.to_dict()
@@ -110,24 +109,24 @@ def dataset_of(run: str) -> dict:
 
 def files_to_try(paths: list[str]) -> Iterator[Image]:
     """Yields the files, and those below the folders that are called like images."""
-    from inputs import folder, picture_files
+    from inputs import image_folder, image_validation
 
     def refuse_empty():
         raise RunError('a folder without a file that is called like an image, such as x.jpg')
 
     def read(path):
-        found = picture_files.decodable(picture_files.read(path))
+        found = image_validation.decodable(image_validation.read(path))
         return found.content, found.doubt
 
     for path in paths:
-        if not files.is_folder(path):
-            yield Image(folder.shown(path), functools.partial(read, path))
+        if not storage.is_folder(path):
+            yield Image(image_folder.shown(path), functools.partial(read, path))
             continue
-        below = list(folder.image_paths(path))
+        below = list(image_folder.image_paths(path))
         if not below:
-            yield Image(folder.shown(path), refuse_empty)
+            yield Image(image_folder.shown(path), refuse_empty)
         for name in below:
-            yield Image(folder.shown(os.path.join(path, name)), functools.partial(read, os.path.join(path, name)))
+            yield Image(image_folder.shown(os.path.join(path, name)), functools.partial(read, os.path.join(path, name)))
 
 
 def evaluation_examples(run, labels):
@@ -137,14 +136,14 @@ def evaluation_examples(run, labels):
     """
     from ml_collections import ConfigDict
 
-    from inputs import datasets, folder
+    from inputs import datasets, image_folder
 
     dataset = ConfigDict(dataset_of(run))
     if re.match(r'[\w-]+:[a-zA-Z]', dataset.name):  # a namespace of TFDS; a version begins with a digit
         raise RunError(f'{run} was evaluated on {dataset.name}, for which TFDS downloads code and runs it: give the pictures to try')
     source = datasets.load(dataset, needs_training=False)
     examples = source.examples(source.eval_split).take(EXAMPLES).as_numpy_iterator()
-    return [Image(f'evaluation example {number}, which is {folder.shown(labels[label])}', lambda encoded=encoded: (encoded, ''))
+    return [Image(f'evaluation example {number}, which is {image_folder.shown(labels[label])}', lambda encoded=encoded: (encoded, ''))
             for number, (encoded, label) in enumerate(examples)]
 
 
@@ -155,20 +154,20 @@ def answer_all(
 
     Returns: the first answers, as many as are drawn; the number of images that cannot be read.
     """
-    from inputs import folder, picture_files
+    from inputs import image_folder, image_validation
 
     drawn, num_failed = [], 0
     for image in images:
         try:
             encoded, doubt = image.read()
             answer = classify(model, labels, image.title, encoded, white_level)
-        except (UserError, picture_files.Broken, OSError) as error:
+        except (UserError, image_validation.Broken, OSError) as error:
             num_failed += 1
             print(f'error: {image.title}: {reason(error)}', file=sys.stderr)
             continue
         if doubt:
             print(f'note: {image.title} may be damaged ({doubt}): look at it, and copy it again if a part is grey', file=sys.stderr)
-        likely = ', '.join(f'{folder.shown(label)} {probability:.1%}' for label, probability in answer.classes)
+        likely = ', '.join(f'{image_folder.shown(label)} {probability:.1%}' for label, probability in answer.classes)
         print(f'{image.title}: {likely}', flush=True)
         if len(drawn) < MOST_DRAWN:
             drawn.append(answer)
@@ -192,11 +191,11 @@ def classify(
     """
     import tensorflow as tf
 
-    from inputs import pictures
+    from inputs import image_ops
 
     try:
         answer = model.signatures['classify_encoded'](encoded=tf.constant([encoded]))
-        pixels = pictures.decode(encoded, white_level).numpy()
+        pixels = image_ops.decode(encoded, white_level).numpy()
     except tf.errors.OpError as error:
         raise RunError('no picture that the model can decode') from error
     probabilities = answer['probabilities'][0].numpy()  # [classes]

@@ -14,17 +14,17 @@ import tensorflow as tf
 
 import evaluate
 import export
-import plan as planning
-import resume
-from devices import stopping
-from devices import strategy as devices
-from errors import RunError
+from common import storage
+from common.errors import RunError
+from devices import preemption
+from devices.strategy import runs_as_chief
+from experiment import planning, resume
+from experiment.session import open_session
 from inputs import augment, pipeline, service
 from modeling import loops, models, steps
-from outputs import files, lock, plots, report
-from outputs.logbook import Logbook, read_metrics
-from outputs.progress import Progress
-from session import open_session
+from outputs import plots, report, workdir_lock
+from outputs.metrics_logger import Logbook, read_metrics
+from outputs.train_progress import Progress
 
 LONG_LOOP = 15.0  # seconds: half of the 30 that a cloud gives between its notice and the end; the checkpoint takes its time too
 
@@ -37,8 +37,8 @@ def run(config, workdir, continues='same'):
 
     Returns: the exit status: 0, or 143 after SIGTERM.
     """
-    is_chief = devices.is_chief(config)
-    with lock.hold(workdir) if is_chief else contextlib.nullcontext() as held:
+    is_chief = runs_as_chief(config)
+    with workdir_lock.hold(workdir) if is_chief else contextlib.nullcontext() as held:
         changes = []
         if continues != 'never':
             changes = resume.unknown_config(workdir) or resume.config_changes(config, workdir)
@@ -63,10 +63,10 @@ def lead(session, workdir, changes, held):
 
     def before_commit():  # what a checkpoint will be continued with must be there, and the folder this run's
         held.require()
-        files.force(os.path.join(workdir, 'metrics.jsonl'))
+        storage.force(os.path.join(workdir, 'metrics.jsonl'))
 
     session.checkpoints.before_commit = before_commit
-    with stopping.watch() as stop:
+    with preemption.watch() as stop:
         progress = resume.restore(session, workdir, changes)
         resumed_from, notes = resume.record_start(session, workdir, progress, changes)
         stop_signal = train_until_stopped(session, workdir, progress, stop)
@@ -74,7 +74,7 @@ def lead(session, workdir, changes, held):
         saved = session.checkpoints.latest_step()
         print(f'{signal.Signals(stop_signal).name}: stopped at step {progress.step:,}; '
               + (f'the same command continues at step {saved:,}, which is saved' if saved else 'nothing is saved yet'), flush=True)
-        return stopping.exit_status(stop_signal)
+        return preemption.exit_status(stop_signal)
 
     if progress.step < session.plan.total_steps:
         notes.append(why_it_ended(session, progress))
@@ -93,7 +93,7 @@ def lead(session, workdir, changes, held):
     summary = summarize(session, progress, rows, exported, resumed_from, last_weights)
     data_notes = (*session.source.notes, *session.data_changes)
     report.write_report(workdir, summary, session.describe(), data_notes, notes)
-    files.write_json(os.path.join(workdir, resume.SUMMARY), summary)  # the last file: it says that all is done
+    storage.write_json(os.path.join(workdir, resume.SUMMARY), summary)  # the last file: it says that all is done
     print(f'{report.headline(summary)}; report in {os.path.join(workdir, "report.md")}')
     session.agree([1])  # the others may go
     return 0
@@ -128,11 +128,11 @@ def load_exported(session, progress: Progress) -> dict:
 
 def follow(session, scratch, changes):
     """The run as one of several workers that does not write, except into a folder of its own; returns the exit status."""
-    with stopping.watch() as stop:
+    with preemption.watch() as stop:
         progress = resume.restore(session, scratch, changes)
         stop_signal = train_until_stopped(session, scratch, progress, stop)
     if stop_signal is not None:
-        return stopping.exit_status(stop_signal)
+        return preemption.exit_status(stop_signal)
     load_exported(session, progress)
     session.agree([1])  # waits for the report: a worker that leaves takes the connection with it
     return 0
@@ -216,7 +216,7 @@ def require_numbers(session, progress, workdir):
     first, last = progress.step - progress.skipped_in_a_row if most else progress.window_start, progress.step - 1
     teacher = f'see whether the answers of the teacher {session.teacher_name} are numbers, ' if session.teacher else ''
     skipped = {'first_update': first, 'last_update': last, 'ahead': session.plan.ahead}
-    files.write_json(os.path.join(workdir, resume.SKIPPED), skipped)
+    storage.write_json(os.path.join(workdir, resume.SKIPPED), skipped)
     updates = f'updates {first:,} to {last:,}' if first < last else f'update {first:,}'
     were_skipped = f', which {"were" if first < last else "was"} skipped' if most else ''
     raise RunError(f'the loss or its gradient was not finite {"in" if most or first == last else "somewhere in"} {updates}{were_skipped}: {teacher}'

@@ -23,8 +23,8 @@ os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
 import tensorflow as tf  # noqa: E402
 
 import train  # noqa: E402
-from outputs.progress import Progress  # noqa: E402
-from session import open_session  # noqa: E402
+from experiment.session import open_session  # noqa: E402
+from outputs.train_progress import Progress  # noqa: E402
 
 STEPS = 50  # between two checkpoints
 WAYS = ('without', 'in the background', 'waited for')

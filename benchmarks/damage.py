@@ -29,7 +29,7 @@ os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
 import tensorflow as tf  # noqa: E402
 
 from benchmarks import torture  # noqa: E402
-from errors import RunError  # noqa: E402
+from common.errors import RunError  # noqa: E402
 from outputs.checkpoints import Checkpoints  # noqa: E402
 
 PAGE = 4096

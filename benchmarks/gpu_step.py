@@ -9,7 +9,7 @@ them against these updates, and times them, in groups of falling importance:
 
 ours POLICY-BATCH     EfficientNetV2B0 as shipped, one program for the whole update: flip,
                       normalisation, forward, backward, L2, RMSProp with momentum, averaged weights
-  ...-keras_layers    the same with the layers of keras.applications, without batch_norm.py
+  ...-keras_layers    the same with the layers of keras.applications, without fused_layers.py
   ...-for_tpu         the same as it is written for a TPU
   ...-loop_of_8       the same, eight updates in a loop on the GPU
 timm eager ...        tf_efficientnetv2_b0 in PyTorch, channels_last, with the same update written
@@ -76,7 +76,7 @@ class Program(NamedTuple):
         batch_size: images of an update.
         masks: whether dropout and drop-path are on. Their masks are drawn in another way by each
             runtime, so what is compared has none.
-        layers: 'ours' (modeling/batch_norm.py) or 'keras'.
+        layers: 'ours' (modeling/fused_layers.py) or 'keras'.
         for_tpu: `on_tpu` of modeling/steps.py.
     """
 
@@ -234,10 +234,9 @@ def build(program: Program, size: int, classes: int) -> Built:
     """Builds configs/imagenet.py for one replica, with weights that `seeded` can draw again."""
     import keras
 
-    import plan as planning
-    import session
     from configs import imagenet
     from devices.lowering import OneOfMany
+    from experiment import planning, session
     from inputs import augment
     from modeling import models, steps
 
@@ -358,7 +357,7 @@ def to_stablehlo(hlo: bytes, path: str, is_exact: bool) -> dict:
 
     Returns: what `convert` found out.
     """
-    from devices import tpu_compiler
+    from diagnostics import tpu_compiler
 
     with tempfile.TemporaryDirectory() as scratch:
         module = os.path.join(scratch, 'step')
@@ -1091,7 +1090,7 @@ def ours(folder: str, platform: str, name: str, profiled: bool, output: str, upd
     """Compiles a program and makes the first updates; `updates` in each call."""
     import jax
 
-    from devices.tpu_program import entry_computation, hbm_traffic
+    from diagnostics.hlo_cost import entry_computation, hbm_traffic
 
     step = read_step(folder, name)
     description = step.description

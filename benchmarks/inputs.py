@@ -240,8 +240,8 @@ def ours(folder):
     sys.path.insert(0, ROOT)
     import tensorflow as tf
 
-    import plan as planning
     from configs import folder as config_file
+    from experiment import planning
     from inputs import datasets, pipeline
 
     config = config_file.get_config()

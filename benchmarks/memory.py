@@ -73,8 +73,8 @@ def read_epoch(folder, memory_gib):
     """Reads one epoch of training batches of 128 at 224 pixels, and watches the memory of this process."""
     import tensorflow as tf
 
-    import plan as planning
     from configs import imagenet
+    from experiment import planning
     from inputs import datasets, pipeline
 
     config = imagenet.get_config()

@@ -20,9 +20,9 @@ os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
 import keras  # noqa: E402
 import tensorflow as tf  # noqa: E402
 
-import plan as planning  # noqa: E402
-import session as sessions  # noqa: E402
 from devices import strategy as devices  # noqa: E402
+from experiment import planning  # noqa: E402
+from experiment import session as sessions  # noqa: E402
 from inputs import augment  # noqa: E402
 from modeling import loops, models, steps  # noqa: E402
 

@@ -15,9 +15,9 @@ sys.path.insert(0, ROOT)
 os.environ.update(KERAS_BACKEND='tensorflow', CUDA_VISIBLE_DEVICES='-1')
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
 
-import plan as planning  # noqa: E402
-import preflight  # noqa: E402
-from devices.tpu_compiler import DoesNotFit, Topology  # noqa: E402
+from diagnostics import preflight  # noqa: E402
+from diagnostics.tpu_compiler import DoesNotFit, Topology  # noqa: E402
+from experiment import planning  # noqa: E402
 
 CONFIGS = ('digits', 'cifar10', 'imagenette', 'finetune', 'imagenet', 'imagenet_strong', 'imagenet_distill')
 

@@ -68,9 +68,9 @@ def first_losses(model, precision, num_steps, devices, jit_compile, order=None):
     import tensorflow as tf
 
     from configs import digits
+    from experiment.session import open_session
     from inputs import augment, pipeline
     from modeling import loops, steps
-    from session import open_session
 
     config = digits.get_config()
     config.model.name, config.model.dropout, config.model.drop_path = model, 0.0, 0.0

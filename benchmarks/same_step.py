@@ -25,9 +25,9 @@ import keras  # noqa: E402
 import numpy as np  # noqa: E402
 import tensorflow as tf  # noqa: E402
 
-import plan as planning  # noqa: E402
-import session as sessions  # noqa: E402
 from configs import digits  # noqa: E402
+from experiment import planning  # noqa: E402
+from experiment import session as sessions  # noqa: E402
 from inputs import augment  # noqa: E402
 from modeling import loops, models, optimizers, steps  # noqa: E402
 

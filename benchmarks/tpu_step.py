@@ -22,13 +22,15 @@ os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
 import keras  # noqa: E402
 import tensorflow as tf  # noqa: E402
 
-import plan as planning  # noqa: E402
-import preflight  # noqa: E402
 from configs import imagenet  # noqa: E402
-from devices import tpu_compiler  # noqa: E402
 from devices.lowering import OneOfMany, lower  # noqa: E402
+from diagnostics import (
+    preflight,  # noqa: E402
+    tpu_compiler,  # noqa: E402
+)
+from experiment import planning  # noqa: E402
 from inputs import augment  # noqa: E402
-from modeling import batch_norm, models, steps  # noqa: E402
+from modeling import fused_layers, models, steps  # noqa: E402
 
 BATCH, SIZE, CLASSES, TOPOLOGY = 128, 224, 1000, tpu_compiler.Topology.parse('v5e')
 EXCITED, KERNEL = (BATCH, 14, 14, 672), (3, 3, 672, 1)  # of a depthwise convolution of block 5, the most expensive kind
@@ -45,7 +47,7 @@ def ours(change=None, batch_size=BATCH, **values):
 
 
 def without_gates_in_one_layer():
-    return mock.patch.object(batch_norm, 'GATE', (('None', {}),))
+    return mock.patch.object(fused_layers, 'GATE', (('None', {}),))
 
 
 def with_choices_apart():
@@ -158,7 +160,7 @@ CASES = {
     'without choosing vectors of one length together': lambda: ours(with_choices_apart()),
     'without joining vectors for their norm': lambda: ours(with_a_sum_for_each_vector()),
     'without one draw for all branches': lambda: ours(with_a_draw_for_each_branch()),
-    'with sigmoid by tanh': lambda: ours(mock.patch.object(batch_norm.tf, 'sigmoid', lambda z: 0.5 + 0.5 * tf.tanh(0.5 * z))),
+    'with sigmoid by tanh': lambda: ours(mock.patch.object(fused_layers.tf, 'sigmoid', lambda z: 0.5 + 0.5 * tf.tanh(0.5 * z))),
     'without flipping bytes': lambda: ours(flips_after_the_cast()),
     'without pictures normalised in float32': lambda: ours(mock.patch.object(models, 'wide_dtype', lambda: 'mixed_bfloat16')),
     'ours, 64 pictures': lambda: ours(batch_size=64),

@@ -10,9 +10,10 @@ import tempfile
 
 from IPython.display import Image, display
 
-from devices import host, installation
-from devices.finding import ROOT
-from errors import UserError
+from common import machine
+from common.commands import ROOT
+from common.errors import UserError
+from diagnostics import installation
 
 DRIVE = '/content/drive'  # where Colab mounts it
 
@@ -39,7 +40,7 @@ class Runtime:
         if train_for:
             self._arguments.append(f'--config.train_for={train_for}')
         accelerator = accelerator or installation.choose()
-        print(f'{host.describe_platform()}: the {accelerator} set of pins')
+        print(f'{machine.describe_platform()}: the {accelerator} set of pins')
         try:
             self._python = installation.ensure(accelerator)
         except UserError as error:

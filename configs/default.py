@@ -1,7 +1,7 @@
 """Every key of a config, with its default and its reason. The other files are small changes to this one.
 
 Durations are one string with a unit: '90 epochs', '500 steps', '1_281_167 examples' or '5%' (of the run);
-`checkpoint_every` may also be '10 minutes'. `plan.py` turns them into steps.
+`checkpoint_every` may also be '10 minutes'. `experiment/planning.py` turns them into steps.
 """
 from ml_collections import ConfigDict
 
@@ -11,7 +11,7 @@ def get_config():
     config.seed = 0
 
     config.dataset = ConfigDict()
-    config.dataset.name = 'digits'  # a TFDS name, 'digits' (embedded), or 'folder' (see inputs/folder.py)
+    config.dataset.name = 'digits'  # a TFDS name, 'digits' (embedded), or 'folder' (see inputs/image_folder.py)
     config.dataset.data_dir = ''  # '': TFDS's own default, $TFDS_DATA_DIR or ~/tensorflow_datasets
     config.dataset.train_split = 'train'  # a TFDS split: 'train', 'train[:90%]', ...; for a folder, a subfolder
     config.dataset.eval_split = 'test'

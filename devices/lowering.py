@@ -3,7 +3,7 @@ import tensorflow as tf
 from tensorflow.compiler.tf2xla.ops import gen_xla_ops
 from tensorflow.python.distribute import one_device_strategy
 
-from errors import RunError, one_line
+from common.errors import RunError, one_line
 
 HOST = '/job:localhost/replica:0/task:0/device:CPU:0'
 

@@ -8,8 +8,8 @@ import threading
 
 import tensorflow as tf
 
-from devices import tpu_environment
-from errors import ConfigError, RunError, one_line
+from common import tpu_environment
+from common.errors import ConfigError, RunError, one_line
 
 
 def make_strategy(config):
@@ -49,7 +49,7 @@ def device_kind(strategy):
     return 'GPU' if any('GPU' in device for device in strategy.extended.worker_devices) else 'CPU'
 
 
-def is_chief(config):
+def runs_as_chief(config):
     """Whether this process is the one of several workers that writes: the chief, or without one worker 0. It can be asked before there is a strategy."""
     if config.strategy not in ('auto', 'multi_worker') or num_workers() < 2:
         return True

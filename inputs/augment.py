@@ -13,7 +13,7 @@ import math
 
 import tensorflow as tf
 
-from inputs.pictures import WHITE_LEVEL, decode, resize, resize_picture, to_uint8
+from inputs.image_ops import WHITE_LEVEL, decode, resize, resize_picture, to_uint8
 
 LUMA = (0.299, 0.587, 0.114)  # grey from red, green and blue: ITU-R BT.601
 SEEDS = 8  # of each example: `seed + (0, n)` for n below

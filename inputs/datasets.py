@@ -11,14 +11,13 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-import psutil
-
 import numpy as np
+import psutil
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
-from errors import ConfigError, RunError, did_you_mean, one_line
-from inputs import folder, picture_files, reading, tfds_checks, tfds_features
+from common.errors import ConfigError, RunError, did_you_mean, one_line
+from inputs import digits, image_folder, image_validation, record_index, tfds_checks, tfds_features
 
 MOST_NAMED = 50  # broken files in the report
 
@@ -64,7 +63,7 @@ class Source:
                                f'write --config.dataset.memory_gib={free / 2**31:.2g}')
             if found.num_bytes <= self.memory_bytes // 4:
                 # Once from end to end is fastest in whole files: each piece opens its file anew.
-                found = reading.in_memory(self.find(name, share, longest=sys.maxsize)) if in_memory else self.find(name, share, longest=1)
+                found = record_index.in_memory(self.find(name, share, longest=sys.maxsize)) if in_memory else self.find(name, share, longest=1)
             self._kept[name, share, in_memory] = found
         return self._kept[name, share, in_memory]
 
@@ -73,7 +72,7 @@ class Source:
         found = self.split(split)
         num_pieces = len(found.counts)
         chosen = np.linspace(0, num_pieces - 1, min(most, num_pieces)).round().astype(np.int64)
-        if isinstance(found, reading.Records):
+        if isinstance(found, record_index.Records):
             found = dataclasses.replace(found, counts=np.ones_like(found.counts))  # the first of each piece
         for number, encoded, label in found.read(chosen).as_numpy_iterator():
             yield Sampled(encoded, self.original(split, number), int(label))
@@ -98,40 +97,6 @@ def load(dataset_config, needs_training=True):
     return (_folder if dataset_config.name == 'folder' else _tfds)(dataset_config, needs_training)
 
 
-class Digits(tfds.core.GeneratorBasedBuilder):
-    """scikit-learn's 1,797 handwritten digits of 8x8 pixels, as TFDS data set: no download.
-
-    Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI (1998). A fixed permutation
-    puts 360 examples into `test` and 1,437 into `train`.
-    """
-
-    VERSION = tfds.core.Version('1.0.0')
-    NUM_EXAMPLES, NUM_TEST = 1797, 360
-
-    def _info(self):
-        return self.dataset_info_from_configs(
-            features=tfds.features.FeaturesDict({
-                'image': tfds.features.Image(shape=(8, 8, 1)),
-                'label': tfds.features.ClassLabel(num_classes=10),
-                'id': np.int64,  # row in scikit-learn's array
-            }),
-            supervised_keys=('image', 'label'),
-            description=self.__doc__,
-        )
-
-    def _split_generators(self, dl_manager):
-        order = np.random.RandomState(0).permutation(self.NUM_EXAMPLES)  # RandomState's stream is frozen, default_rng's is not
-        return {'train': self._generate_examples(order[self.NUM_TEST:]), 'test': self._generate_examples(order[:self.NUM_TEST])}
-
-    def _generate_examples(self, rows):
-        from sklearn.datasets import load_digits
-
-        digits = load_digits()
-        for row in rows:
-            pixels = np.rint(digits.images[row] * (255 / 16)).astype(np.uint8)  # scikit-learn's values are 0 to 16
-            yield int(row), {'image': pixels[..., None], 'label': int(digits.target[row]), 'id': int(row)}
-
-
 def _tfds(dataset_config, needs_training):
     builder, columns = find_builder(dataset_config)
     if not builder.is_prepared():
@@ -139,7 +104,7 @@ def _tfds(dataset_config, needs_training):
     class_names = tfds_checks.names_of_classes(builder, columns)
     num_train = split_size(builder.name, builder.info.splits, 'train_split', dataset_config, needed=needs_training)
     num_eval = split_size(builder.name, builder.info.splits, 'eval_split', dataset_config, needed=True)
-    reading.require_tfrecord(builder)
+    record_index.require_tfrecord(builder)
     for key in ('train_split', 'eval_split') if needs_training else ('eval_split',):
         tfds_checks.require_usable(builder, columns, key, dataset_config)
     supervised_keys = builder.info.supervised_keys
@@ -154,7 +119,7 @@ def _tfds(dataset_config, needs_training):
         num_train=num_train,
         num_eval=num_eval,
         memory_bytes=int(dataset_config.memory_gib * 2**30),
-        find=functools.partial(reading.of_builder, builder, columns),
+        find=functools.partial(record_index.of_builder, builder, columns),
         identity=' '.join([builder.info.full_name, dataset_config.train_split, *filter(None, (dataset_config.image_key, dataset_config.label_key))]),
         notes=(note,) if note else (),
     )
@@ -187,7 +152,7 @@ def _prepare(builder, data_dir):
                 f'{builder.name} is not prepared: looked in {builder.data_dir} and for its archives in {manual_dir}. '
                 f'{how_to_get(builder)} Then run the same command again, or point --config.dataset.data_dir at a folder that has it')
         download = tfds.download.DownloadConfig(manual_dir=manual_dir)
-    if builder.name == 'digits':
+    if isinstance(builder, digits.Digits):
         tfds.disable_progress_bar()  # it takes a second
     logging.getLogger('urllib3').setLevel(logging.ERROR)  # it tries ten times, and warns each time
     print(f'preparing {builder.name} in {builder.data_dir}, once', flush=True)
@@ -209,10 +174,10 @@ def how_to_get(builder):
 
 
 def _folder(dataset_config, needs_training):
-    found = folder.find(dataset_config, needs_training)
+    found = image_folder.find(dataset_config, needs_training)
     for note in found.notes:
         print(f'note      {note}', flush=True)
-    named = [f'  {folder.shown(path)}: {reason}' for path, reason in found.broken[:MOST_NAMED]]
+    named = [f'  {image_folder.shown(path)}: {reason}' for path, reason in found.broken[:MOST_NAMED]]
     for line in named[:1]:
         print(f'        {line}', flush=True)
     more = [f'  and {len(found.broken) - MOST_NAMED:,} more'] if len(found.broken) > MOST_NAMED else []
@@ -228,7 +193,7 @@ def _folder(dataset_config, needs_training):
         identity=hashlib.sha256(repr([(picture.digest, picture.label) for picture in found.splits.get(dataset_config.train_split, ())]).encode()).hexdigest(),
         notes=(*found.notes, *named, *more),
         damage=functools.partial(_damage, found, dataset_config, needs_training),
-        original=lambda split, number: picture_files.read(found.splits[split][number].original),
+        original=lambda split, number: image_validation.read(found.splits[split][number].original),
     )
 
 
@@ -236,17 +201,17 @@ def _damage(before, dataset_config, needs_training):
     gone = [picture.path for pictures in before.splits.values() for picture in pictures if not tf.io.gfile.exists(os.fsencode(picture.path))]
     known = set(before.broken)
     try:
-        broken = [f'{folder.shown(path)} ({reason})' for path, reason in folder.find(dataset_config, needs_training).broken if (path, reason) not in known]
+        broken = [f'{image_folder.shown(path)} ({reason})' for path, reason in image_folder.find(dataset_config, needs_training).broken if (path, reason) not in known]
     except (ConfigError, RunError) as error:
         return str(error)
-    named = [f'{folder.shown(path)} (it has gone)' for path in gone] + broken
-    return ', '.join(named[:folder.NAMED]) + (f' and {len(named) - folder.NAMED:,} more' if len(named) > folder.NAMED else '')
+    named = [f'{image_folder.shown(path)} (it has gone)' for path in gone] + broken
+    return ', '.join(named[:image_folder.NAMED]) + (f' and {len(named) - image_folder.NAMED:,} more' if len(named) > image_folder.NAMED else '')
 
 
 def _singles(pictures, share):
-    begin, end = reading.share_of(len(pictures), share)
+    begin, end = record_index.share_of(len(pictures), share)
     chosen = pictures[begin:end]
-    return reading.Singles(
+    return record_index.Singles(
         stored=tf.constant([os.fsencode(picture.path) for picture in chosen]),
         labels=tf.constant([picture.label for picture in chosen], tf.int64),
         ids=tf.range(begin, end, dtype=tf.int64),

@@ -3,10 +3,10 @@ import os
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from errors import RunError
-from inputs import picture_files
+from common.errors import RunError
+from inputs import image_validation
 from inputs.folder_tree import Tree
-from inputs.picture_files import shown
+from inputs.image_validation import shown
 
 USUAL = frozenset((  # names of splits
     'train', 'training', 'val', 'valid', 'validation', 'dev', 'test', 'testing', 'eval',
@@ -85,7 +85,7 @@ def named(names: Iterable[str]) -> str:
 
 def pictures_in(files: list[str]) -> list[str]:
     """Returns the names that end like a picture's."""
-    return [name for name in files if name.lower().endswith(picture_files.SUFFIXES)]
+    return [name for name in files if name.lower().endswith(image_validation.SUFFIXES)]
 
 
 def _is_like_split(name: str, asked: Asked) -> bool:

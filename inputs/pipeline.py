@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from inputs import augment, service
-from inputs.pictures import decode, resize_picture
+from inputs.image_ops import decode, resize_picture
 
 AUTOTUNE = tf.data.AUTOTUNE
 MOST_READ_AGAIN = 0.02  # of an epoch, after a resume: what is shuffled at a time

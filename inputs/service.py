@@ -16,7 +16,7 @@ import time
 
 import tensorflow as tf
 
-from errors import RunError
+from common.errors import RunError
 
 PATIENCE = 60  # seconds
 

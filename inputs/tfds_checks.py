@@ -10,9 +10,9 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
 
-from errors import RunError, one_line
-from inputs import reading
-from inputs.pictures import PNG_SIGNATURE, decode
+from common.errors import RunError, one_line
+from inputs import record_index
+from inputs.image_ops import PNG_SIGNATURE, decode
 from inputs.tfds_features import Columns, feature_at
 
 READ_WHOLE = 2**30  # bytes of a split whose labels are all looked at: 4 s for images of 3 KB
@@ -41,14 +41,14 @@ def require_usable(
     """Looks into the split that `dataset_config` names under `key`: at labels and at some images.
 
     Every label is looked at in a split of up to `READ_WHOLE` bytes, and a sample in a larger one.
-    The others are looked at when they are read: see `reading.Records.read`.
+    The others are looked at when they are read: see `record_index.Records.read`.
 
     Raises: RunError: the split cannot be trained or evaluated on.
     """
     split = dataset_config[key]
-    records = reading.of_builder(builder, columns, split)
+    records = record_index.of_builder(builder, columns, split)
     if records.num_bytes <= READ_WHOLE:
-        looked_at = reading.of_builder(builder, columns, split, longest=sys.maxsize)
+        looked_at = record_index.of_builder(builder, columns, split, longest=sys.maxsize)
     else:
         looked_at = records.sample(SAMPLE)
     try:
@@ -63,7 +63,7 @@ def require_usable(
 
 
 def _require_labels(
-    builder: tfds.core.DatasetBuilder, records: reading.Records, labels: np.ndarray, key: str,
+    builder: tfds.core.DatasetBuilder, records: record_index.Records, labels: np.ndarray, key: str,
     dataset_config: ConfigDict,
 ) -> None:
     """Raises RunError if labels are no classes; TFDS writes -1 where a label is not known."""
@@ -99,7 +99,7 @@ def _labeled_instead(
 
 
 def _require_readable(
-    records: reading.Records, images: np.ndarray, white_level: int
+    records: record_index.Records, images: np.ndarray, white_level: int
 ) -> None:
     """Raises RunError if one of some encoded images cannot be read as it was meant."""
     feature = feature_at(records.features, records.columns.image)

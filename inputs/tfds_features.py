@@ -7,7 +7,7 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
 
-from errors import ConfigError, did_you_mean
+from common.errors import ConfigError, did_you_mean
 
 DTYPES = ('uint8', 'uint16')  # of images; float32 is stored as the four bytes of a colour with alpha
 MOST_CHANNELS = 4  # grey, grey with alpha, RGB, RGB with alpha

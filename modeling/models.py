@@ -7,8 +7,8 @@ import threading
 import keras
 import tensorflow as tf
 
-from errors import ConfigError, did_you_mean, one_line
-from modeling.batch_norm import BatchNormalization, fuse
+from common.errors import ConfigError, did_you_mean, one_line
+from modeling.fused_layers import BatchNormalization, fuse
 
 _traced = threading.local()  # the micro-batch that this thread traces; each replica is traced by a thread of its own
 BLOCK = r'.*?(block|expanded_conv)_?[0-9]+[a-z]?(?![0-9])'  # how the names of a block's layers begin: block2a_..., conv2_block1_...

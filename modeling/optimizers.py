@@ -4,7 +4,7 @@ import inspect
 import keras
 
 import schedules
-from errors import ConfigError, did_you_mean, one_line
+from common.errors import ConfigError, did_you_mean, one_line
 
 OPTIMIZERS = {
     'sgd': keras.optimizers.SGD,

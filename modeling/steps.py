@@ -94,7 +94,7 @@ def make_train_step(state, config, augment, *, num_classes, num_replicas, jit_co
         jit_compile: whether XLA compiles forward and backward. The sum over replicas stays outside of it: XLA has no
             all-reduce for CPU devices (and none inside a function that each GPU compiles for itself).
         on_tpu: whether XLA compiles all of it, as it does for a TPU.
-        teacher: None, or a function from such images to logits float32 [batch, num_classes]: `transfer.make_teacher`.
+        teacher: None, or a function from such images to logits float32 [batch, num_classes]: `distillation.make_teacher`.
 
     Returns: a function of images uint8 [batch, size, size, 3], labels int64 [batch] and draws, a dict of float32 [batch, n],
         that updates the state and returns this replica's part of the sums over replicas, float32 []: {'loss', 'correct',

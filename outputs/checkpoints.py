@@ -16,8 +16,8 @@ import threading
 import numpy as np
 import tensorflow as tf
 
-from errors import RunError, one_line
-from outputs import files
+from common import storage
+from common.errors import RunError, one_line
 
 MANIFEST, VARIABLES = 'manifest.json', 'variables'
 
@@ -142,11 +142,11 @@ class Checkpoints:
         folder = _folder(self.directory, step)
         written = self._write_variables(folder, step, values) if values else self._good[step]['files']
         manifest = {'step': step, 'best_step': best_step, 'progress': progress, 'files': written}
-        content = files.as_json(manifest, sort_keys=True)
+        content = storage.as_json(manifest, sort_keys=True)
         self.before_commit()
-        files.write(os.path.join(folder, MANIFEST), f'{{"sha256": "{_checksum(content.encode())}", "manifest": {content}}}\n')
+        storage.write(os.path.join(folder, MANIFEST), f'{{"sha256": "{_checksum(content.encode())}", "manifest": {content}}}\n')
         for above in (self.directory, os.path.dirname(self.directory)):  # may be new
-            files.force(above)
+            storage.force(above)
         self._good[step] = json.loads(content)
         self._damaged.pop(step, None)
         self._delete_old()
@@ -157,16 +157,16 @@ class Checkpoints:
         if spoiled:
             raise RunError(f'after step {step:,} there are numbers that are not finite in {len(spoiled)} of {len(values)} variables ({spoiled[0]}), which are '
                            'not saved: lower config.schedule.peak_lr or lengthen config.schedule.warmup')
-        files.delete(folder)  # damaged, or of a start that was killed while it wrote
-        files.make_folder(folder)
+        storage.delete(folder)  # damaged, or of a start that was killed while it wrote
+        storage.make_folder(folder)
         prefix = os.path.join(folder, VARIABLES)
-        with files.explained(folder):
+        with storage.explained(folder):
             tf.raw_ops.SaveV2(prefix=prefix, tensor_names=list(self._variables), shape_and_slices=[''] * len(values), tensors=values)
-        names = files.list_folder(folder)
+        names = storage.list_folder(folder)
         for path in (*(os.path.join(folder, name) for name in names), folder):
-            files.force(path)
+            storage.force(path)
         checksums = {name: _size_and_checksum(os.path.join(folder, name)) for name in names}
-        with files.explained(folder, 'read'):
+        with storage.explained(folder, 'read'):
             self._load(prefix)
         return checksums
 
@@ -174,11 +174,11 @@ class Checkpoints:
         """Leaves the last few, and what each of these names as the best. A newer one was just read back."""
         last = [step for step in steps_in(self.directory) if step not in self._damaged][-self._keep:]
         kept = {name for step in last for name in (step, self._best_named_by(step))}
-        for name in files.list_folder(self.directory):
+        for name in storage.list_folder(self.directory):
             if re.fullmatch('step-[0-9]+', name) and int(name[5:]) not in kept:
                 folder = os.path.join(self.directory, name)
-                files.delete(os.path.join(folder, MANIFEST))  # first: half of a checkpoint is none
-                files.delete(folder)
+                storage.delete(os.path.join(folder, MANIFEST))  # first: half of a checkpoint is none
+                storage.delete(folder)
                 self._good.pop(int(name[5:]), None)
 
     def _best_named_by(self, step):
@@ -202,8 +202,8 @@ class Checkpoints:
 
 def steps_in(directory):
     """The steps of the checkpoints in a folder, in order; they may be damaged."""
-    steps = [int(name[5:]) for name in files.list_folder(directory) if re.fullmatch('step-[0-9]+', name)]
-    return [step for step in sorted(steps) if files.exists(os.path.join(_folder(directory, step), MANIFEST))]
+    steps = [int(name[5:]) for name in storage.list_folder(directory) if re.fullmatch('step-[0-9]+', name)]
+    return [step for step in sorted(steps) if storage.exists(os.path.join(_folder(directory, step), MANIFEST))]
 
 
 def verify(folder):
@@ -211,7 +211,7 @@ def verify(folder):
     manifest = _manifest(folder)
     for name, expected in manifest['files'].items():
         path = os.path.join(folder, os.path.basename(name))
-        if not files.exists(path):
+        if not storage.exists(path):
             raise RunError(f'{path} is missing')
         if _size_and_checksum(path) != expected:
             raise RunError(f'{path} is damaged: it is not what was written')
@@ -227,7 +227,7 @@ def find(path):
     Raises: RunError if it is damaged.
     """
     path = path.rstrip('/')
-    if files.exists(os.path.join(path, MANIFEST)):
+    if storage.exists(os.path.join(path, MANIFEST)):
         folder = path
     else:
         wants_best = os.path.basename(path) == 'best'
@@ -256,10 +256,10 @@ def _folder(directory, step):
 
 def _manifest(folder):
     path = os.path.join(folder, MANIFEST)
-    if not files.exists(path):
+    if not storage.exists(path):
         raise RunError(f'{path} is missing')
     try:
-        content = json.loads(files.read(path))
+        content = json.loads(storage.read(path))
         manifest = content['manifest']
         whole = (content['sha256'] == _checksum(json.dumps(manifest, sort_keys=True).encode()) and manifest.keys() >= {'best_step', 'progress', 'files'}
                  and _folder('', manifest['step']) == os.path.basename(folder))
@@ -272,7 +272,7 @@ def _manifest(folder):
 
 def _size_and_checksum(path):
     digest, size = hashlib.sha256(), 0
-    for part in files.parts(path):
+    for part in storage.parts(path):
         digest.update(part)
         size += len(part)
     return {'bytes': size, 'sha256': digest.hexdigest()}

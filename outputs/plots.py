@@ -10,7 +10,7 @@ matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 from matplotlib import font_manager, ticker
 
-from outputs import files
+from common import storage
 
 plt.rcParams.update({'figure.dpi': 110, 'axes.grid': True, 'grid.alpha': 0.3, 'axes.spines.top': False, 'axes.spines.right': False,
                      'legend.frameon': False, 'axes.axisbelow': True})
@@ -150,6 +150,6 @@ def plot_curves(path, runs):
 def _save(figure, path):
     picture = io.BytesIO()
     figure.savefig(picture, format=os.path.splitext(path)[1][1:])
-    files.make_folder(os.path.dirname(path))
-    files.write(path, picture.getvalue())
+    storage.make_folder(os.path.dirname(path))
+    storage.write(path, picture.getvalue())
     plt.close(figure)

@@ -1,8 +1,8 @@
 """report.md: what was run, on what, how well, how fast, and what limited it."""
 import os
 
-from outputs import files
-from outputs.files import read_json
+from common import storage
+from common.storage import read_json
 
 INPUT_BOUND = 0.2  # from this share of the time spent waiting for batches on, the input is what limits
 EXPORTED_AGAIN = '*Exported again since this report was written'
@@ -78,18 +78,18 @@ config.json has every value of the config.
 - Python {environment['python']}; {packages}
 - commit {commit}{changed}
 """
-    files.write(os.path.join(workdir, 'report.md'), text)
+    storage.write(os.path.join(workdir, 'report.md'), text)
 
 
 def note_export(workdir, weights: str) -> None:
     """Says at the top of report.md which weights a later export has put in place of the first."""
     path = os.path.join(workdir, 'report.md')
-    if not files.exists(path):
+    if not storage.exists(path):
         return
-    title, *lines = files.read(path).decode().split('\n')
+    title, *lines = storage.read(path).decode().split('\n')
     before = '\n'.join(line for line in lines if not line.startswith(EXPORTED_AGAIN)).lstrip('\n')
     note = f'{EXPORTED_AGAIN}: {weights}. summary.json has the numbers of this export.*'
-    files.write(path, f'{title}\n\n{note}\n\n{before}')
+    storage.write(path, f'{title}\n\n{note}\n\n{before}')
 
 
 def _first_lines(summary, config) -> str:

@@ -10,10 +10,10 @@ import tensorflow_datasets as tfds
 
 import evaluate
 import train
+from common.errors import ConfigError, RunError
+from common.storage import read_json
 from configs import imagenet
-from errors import ConfigError, RunError
 from inputs import datasets
-from outputs.files import read_json
 
 SYNSETS = ('n01440764', 'n01443537', 'n01484850', 'n01491361')
 PICTURES_PER_CLASS, VALIDATION_PICTURES = 12, 10

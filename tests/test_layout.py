@@ -6,8 +6,17 @@ import subprocess
 
 import pytest
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-NOUNS = ('inputs', 'modeling', 'devices', 'outputs')
+from common.commands import ROOT
+
+# Who is built on whom: a floor imports from its own module or folder and from the floors below it.
+FLOORS = (
+    ('common', 'configs', 'schedules'),
+    ('inputs', 'devices', 'modeling', 'outputs'),
+    ('experiment', 'compare', 'predict'),
+    ('evaluate', 'export', 'diagnostics'),
+    ('train',),
+    ('main',),
+)
 FILES = sorted(os.path.relpath(path, ROOT) for pattern in ('*.py', '*/*.py') for path in glob.glob(os.path.join(ROOT, pattern)))
 CODE = [name for name in FILES if not name.startswith('tests')]
 
@@ -22,11 +31,33 @@ def imported(name):
         yield from (module.split('.')[0] for module in names if module.split('.')[0] in own)
 
 
-@pytest.mark.parametrize('name', [name for name in CODE if name.split('/')[0] in NOUNS])
-def test_a_noun_imports_no_other_noun(name):
-    noun = name.split('/')[0]
-    allowed = {noun, 'errors'} | ({'schedules'} if noun == 'modeling' else set())
-    assert set(imported(name)) <= allowed
+def place_of(name):
+    """The folder or root module that a file is or belongs to."""
+    return name.split('/')[0].removesuffix('.py')
+
+
+def floor_of(place):
+    return next(number for number, floor in enumerate(FLOORS) if place in floor)
+
+
+IN_THE_HOUSE = [name for name in CODE if place_of(name) not in ('benchmarks', 'colab')]
+
+
+@pytest.mark.parametrize('name', IN_THE_HOUSE)
+def test_a_file_imports_from_its_own_place_and_the_floors_below(name):
+    here = place_of(name)
+    for other in imported(name):
+        assert other == here or floor_of(other) < floor_of(here), other
+
+
+def test_nothing_that_trains_imports_the_diagnostics():
+    importers = {name for name in IN_THE_HOUSE if 'diagnostics' in imported(name) and place_of(name) != 'diagnostics'}
+    assert importers == {'main.py'}
+
+
+def test_only_what_one_runs_lies_at_the_root():
+    commands = {'main.py', 'train.py', 'evaluate.py', 'export.py', 'predict.py', 'compare.py'}
+    assert {name for name in CODE if '/' not in name} == commands | {'schedules.py'}
 
 
 @pytest.mark.parametrize('name', [name for name in CODE if name.startswith('configs/')])

@@ -9,9 +9,8 @@ import pytest
 import tensorflow as tf
 
 import main
-from errors import one_line as one_line_of
-
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+from common.commands import ROOT
+from common.errors import one_line as one_line_of
 
 
 def call(*arguments, cwd=ROOT, **environ):

@@ -50,12 +50,12 @@ COMMANDS = {
     '--config.dataset.train_split=train --config.dataset.eval_split=test': Runs(
         f"{FOLDER} --config.model.weights=''", says='report in runs/finetune/report.md'),
     f'{PYTHON} main.py --config=configs/folder.py --config.dataset.data_dir=DIR --mode=preview': Runs(FOLDER, says='preview/batch_0.png'),
-    ".venv/bin/python -m pip install -c requirements/cpu.txt '.[heif]'": Not('installs; tests/test_file_signatures.py reads HEIC'),
-    '--config.dataset.name=cifar10': Not('downloads the data set; tests/test_datasets.py reads made-up ones'),
+    ".venv/bin/python -m pip install -c requirements/cpu.txt '.[heif]'": Not('installs; tests/inputs/test_file_signatures.py reads HEIC'),
+    '--config.dataset.name=cifar10': Not('downloads the data set; tests/inputs/test_datasets.py reads made-up ones'),
     f'{PYTHON} main.py --config=configs/imagenet.py': Runs(status=1, says='ILSVRC2012_img_train.tar'),
     f'{PYTHON} main.py --config=configs/imagenet.py --config.progressive.stages=4 --config.progressive.image_size=128': Not(
         'needs ImageNet; tests/test_train.py trains in stages'),
-    f'{PYTHON} main.py --config=configs/imagenet_distill.py': Not('needs ImageNet and weights; tests/test_transfer.py'),
+    f'{PYTHON} main.py --config=configs/imagenet_distill.py': Not('needs ImageNet and weights; tests/modeling/test_pretrained.py'),
     f"{PYTHON} main.py --config=configs/digits.py --workdir=runs/try --config.train_for='10 epochs' --config.schedule.name=trapezoid "
     '--config.optimizer.name=lion --config.schedule.peak_lr=3e-4': Runs(DIGITS, says='report in runs/try/report.md'),
     'main.py --config=... [--workdir=DIR]': Runs(whole=f'{OF_DIGITS} {DIGITS}', says='runs/digits is finished'),
@@ -63,14 +63,14 @@ COMMANDS = {
     '... --mode=evaluate [--checkpoint=best]': Runs(whole=f'{OF_DIGITS} --mode=evaluate --checkpoint=best {DIGITS}', says='"eval/accuracy"'),
     '... --mode=preview [--step=N]': Runs(whole=f'{OF_DIGITS} --mode=preview --step=2 {DIGITS}', says='preview/batch_2.png'),
     '... --mode=export': Runs(whole=f'{OF_DIGITS} --mode=export {DIGITS}', says='"export/accuracy"'),
-    '... --mode=preflight --topology=v5e:2x2': Not('installs a compiler; tests/test_preflight.py runs it with the tiny model'),
+    '... --mode=preflight --topology=v5e:2x2': Not('installs a compiler; tests/diagnostics/test_preflight.py runs it with the tiny model'),
     '--mode=preflight --topology=v5e:2x2': Not('the same'),
     'compare.py RUN [RUN ...]': Not('runs with the two runs that README compares'),
     'predict.py RUN [IMAGE ...]': Not('runs with files and a folder'),
     'predict.py RUN IMAGE_OR_FOLDER ...': Runs(whole=f'{PYTHON} predict.py runs/flowers picture.jpg picture.webp DIR', says='picture.webp: '),
-    'python -m inputs.service': Not('serves until it is stopped; tests/test_service.py trains with it'),
+    'python -m inputs.service': Not('serves until it is stopped; tests/inputs/test_service.py trains with it'),
     f'{PYTHON} -m inputs.service --port=5050 --host=MACHINE1': Not('the same'),
-    f'{PYTHON} main.py ... --config.dataset.service=MACHINE1:5050,MACHINE2:5050': Not('needs two machines; tests/test_service.py'),
+    f'{PYTHON} main.py ... --config.dataset.service=MACHINE1:5050,MACHINE2:5050': Not('needs two machines; tests/inputs/test_service.py'),
     '--config.virtual_devices=2': Runs(
         whole=f'{PYTHON} main.py --config=configs/digits.py --workdir=runs/two {DIGITS} --config.virtual_devices=2', says='x 2 replicas'),
     f'{PYTHON} main.py --config=configs/folder.py --config.dataset.data_dir=DIR --config.model.weights=runs/flowers': Runs(
@@ -84,11 +84,11 @@ COMMANDS = {
     f'{PYTHON} compare.py runs/digits runs/without': Runs(says='curves in comparison.png'),
     'benchmarks/replicas.py': HOURS,
     'python benchmarks/seeds.py': HOURS,
-    'python benchmarks/torture.py': Not('tests/test_torture.py runs it with fewer kills'),
+    'python benchmarks/torture.py': Not('tests/benchmarks/test_torture.py runs it with fewer kills'),
     'python benchmarks/transfer.py --seeds 0': HOURS,
     'python benchmarks/inputs.py': HOURS,
     'python benchmarks/memory.py': HOURS,
-    'python benchmarks/notebook.py': Not('tests/test_notebook.py executes the notebook'),
+    'python benchmarks/notebook.py': Not('tests/colab/test_notebook.py executes the notebook'),
 }
 
 

@@ -16,15 +16,15 @@ from PIL import Image
 
 import export
 import predict
-import resume
-import session as sessions
 import train
+from common import storage
+from common.errors import RunError
 from configs import default
 from configs import folder as folder_config
-from errors import RunError
-from inputs import folder, jpeg_files, picture_files, pictures, pipeline
+from experiment import resume
+from experiment import session as sessions
+from inputs import image_folder, image_ops, image_validation, jpeg_files, pipeline
 from modeling import steps
-from outputs import files
 from tests import conftest, image_kinds
 from tests.image_kinds import KINDS
 
@@ -46,7 +46,7 @@ def trained(tmp_path_factory):
             content, _ = kind.make(image_kinds.pixels_of(EACH * number + copy))
             path = os.path.join('test' if copy else 'train', 'odd' if copy % 2 else 'even', f'{number}_{copy}{kind.suffix}')
             kinds[path] = name
-            files.make_folder(os.path.dirname(root / 'data' / path))
+            storage.make_folder(os.path.dirname(root / 'data' / path))
             (root / 'data' / path).write_bytes(content)
     (root / 'data' / 'train' / 'odd').mkdir()
     for number in range(3):
@@ -58,7 +58,7 @@ def trained(tmp_path_factory):
     config.schedule.peak_lr = 1e-2
     config.dataset.data_dir = str(root / 'data')
     with pytest.MonkeyPatch.context() as patch, conftest.reading_here():
-        patch.setattr(picture_files.tfds.core.constants, 'DATA_DIR', str(root / 'kept'))
+        patch.setattr(image_validation.tfds.core.constants, 'DATA_DIR', str(root / 'kept'))
         assert train.run(config, str(root / 'run')) == 0
         yield config, str(root / 'run'), kinds
 
@@ -72,7 +72,7 @@ def evaluated(trained):
     batches, _ = pipeline.evaluation_batches(session.source, config, session.plan, session.strategy)
     answer = steps.make_predict(session.state)
     logits = np.concatenate([answer(images).numpy()[mask.numpy() == 1] for images, _, mask in batches])
-    in_order = folder.find(config.dataset).splits['test']
+    in_order = image_folder.find(config.dataset).splits['test']
     paths = [os.path.relpath(in_order[number].original, config.dataset.data_dir) for number in session.source.split('test').ids.numpy()]
     return dict(zip(paths, softmax(logits), strict=True))
 
@@ -100,8 +100,8 @@ def test_the_export_answers_as_evaluation_does(trained, evaluated):
     config, workdir, kinds = trained
     model = tf.saved_model.load(os.path.join(workdir, 'export'))
     for path, expected in evaluated.items():
-        content = files.read(os.path.join(config.dataset.data_dir, path))
-        asked = content if KINDS[kinds[path]].in_graph else picture_files.as_decodable(content)
+        content = storage.read(os.path.join(config.dataset.data_dir, path))
+        asked = content if KINDS[kinds[path]].in_graph else image_validation.as_decodable(content)
         answer = model.signatures['classify_encoded'](encoded=tf.constant([asked]))['probabilities'][0]
         np.testing.assert_allclose(answer, expected, atol=2e-5, err_msg=f'{path}, {kinds[path]}')
         assert asked is content or asked != content
@@ -109,7 +109,7 @@ def test_the_export_answers_as_evaluation_does(trained, evaluated):
 
 def test_the_export_was_checked_on_the_users_own_files(trained, evaluated):
     _, workdir, kinds = trained
-    summary = files.read_json(os.path.join(workdir, 'summary.json'))
+    summary = storage.read_json(os.path.join(workdir, 'summary.json'))
     converted = sum(not KINDS[kinds[path]].in_graph or kinds[path] == 'BMP' for path in evaluated)
     assert summary['export/examples'] == len(evaluated) and summary['export/converted_examples'] == converted
     assert summary['export/accuracy'] == summary['export/model_accuracy'] == summary['eval/accuracy']
@@ -118,24 +118,24 @@ def test_the_export_was_checked_on_the_users_own_files(trained, evaluated):
 def test_an_export_that_reads_other_pictures_is_refused(trained, monkeypatch):
     """The check would see it if serving forgot what training does to a file."""
     config, workdir, _ = trained
-    monkeypatch.setattr(export.picture_files, 'as_decodable', lambda content: image_kinds.encoded(image_kinds.pixels_of(5), 'PNG'))
+    monkeypatch.setattr(export.image_validation, 'as_decodable', lambda content: image_kinds.encoded(image_kinds.pixels_of(5), 'PNG'))
     resume.require_same_config(config, workdir)
     with conftest.reading_here(), pytest.raises(RunError, match='answers otherwise than the model: classify_encoded'):
         export.run(config, workdir)
-    files.delete(os.path.join(workdir, 'export.part'))
+    storage.delete(os.path.join(workdir, 'export.part'))
 
 
 @pytest.mark.parametrize('name', KINDS)
 def test_a_file_shows_what_a_viewer_shows(name):
     kind = KINDS[name]
     content, shown = kind.make(image_kinds.pixels_of(1))
-    decodable = picture_files.as_decodable(content)
-    found = pictures.decode(decodable).numpy().astype(float)
+    decodable = image_validation.as_decodable(content)
+    found = image_ops.decode(decodable).numpy().astype(float)
     assert found.shape == shown.shape
     assert np.abs(found - shown).max() <= kind.tolerance
-    assert picture_files.as_decodable(decodable) == decodable
+    assert image_validation.as_decodable(decodable) == decodable
     if kind.in_graph:
-        np.testing.assert_array_equal(pictures.decode(content), found)
+        np.testing.assert_array_equal(image_ops.decode(content), found)
 
 
 def test_transparent_is_laid_over_white_as_pillow_does():
@@ -143,7 +143,7 @@ def test_transparent_is_laid_over_white_as_pillow_does():
     image = np.dstack([color, color[::-1], color, alpha])
     white = Image.new('RGBA', (256, 256), 'white')
     expected = np.asarray(Image.alpha_composite(white, Image.fromarray(image)).convert('RGB'))
-    np.testing.assert_array_equal(pictures.decode(image_kinds.encoded(image, 'PNG')), expected)
+    np.testing.assert_array_equal(image_ops.decode(image_kinds.encoded(image, 'PNG')), expected)
 
 
 def bmp_with_masks(pixels):
@@ -164,7 +164,7 @@ UNREADABLE = {'palette BMP': image_kinds.palette_bmp, 'BMP with masks': bmp_with
 @pytest.mark.parametrize('kind', UNREADABLE)
 def test_what_a_graph_would_misread_is_refused(kind, in_graph):
     content, _ = UNREADABLE[kind](image_kinds.pixels_of(1))
-    decode = tf.function(pictures.decode) if in_graph else pictures.decode
+    decode = tf.function(image_ops.decode) if in_graph else image_ops.decode
     with pytest.raises(tf.errors.InvalidArgumentError):
         decode(tf.constant(content))
 
@@ -172,16 +172,16 @@ def test_what_a_graph_would_misread_is_refused(kind, in_graph):
 @pytest.mark.parametrize('content', [b'', b'\x89', b'BM\xff', b'GIF8', b'\xff\xd8'])
 @pytest.mark.parametrize('in_graph', [False, True])
 def test_a_beginning_of_a_file_is_refused(content, in_graph):
-    decode = tf.function(pictures.decode, autograph=False) if in_graph else pictures.decode
+    decode = tf.function(image_ops.decode, autograph=False) if in_graph else image_ops.decode
     whole = content + b'\xfe' * 9
-    for begun in (content, whole, pictures.PNG_SIGNATURE + whole):
+    for begun in (content, whole, image_ops.PNG_SIGNATURE + whole):
         with pytest.raises(tf.errors.InvalidArgumentError):
             decode(tf.constant(begun))
 
 
 def test_masks_of_a_bmp_are_followed():
     content, shown = bmp_with_masks(image_kinds.pixels_of(1))
-    np.testing.assert_array_equal(pictures.decode(picture_files.as_decodable(content)), shown)
+    np.testing.assert_array_equal(image_ops.decode(image_validation.as_decodable(content)), shown)
 
 
 # What libjpeg complains of.
@@ -202,10 +202,10 @@ def test_filling_before_any_marker_is_no_damage(kind, marker, junk, capfd):
     whole, _ = image_kinds.with_junk(b'', **options)(image_kinds.pixels_of(2))
     assert content != whole
     capfd.readouterr()
-    read = picture_files.as_decodable(content)
-    np.testing.assert_array_equal(pictures.decode(read), pictures.decode(whole))
+    read = image_validation.as_decodable(content)
+    np.testing.assert_array_equal(image_ops.decode(read), image_ops.decode(whole))
     assert capfd.readouterr().err == ''  # nor does TensorFlow complain of what is read
-    quiet = jpeg_files.without_stray_bytes(jpeg_files.with_marker_first(content), picture_files._decode_aloud)
+    quiet = jpeg_files.without_stray_bytes(jpeg_files.with_marker_first(content), image_validation._decode_aloud)
     assert quiet.damage == quiet.doubt == ''
 
 
@@ -228,11 +228,11 @@ def test_zeros_before_a_marker_are_no_damage_however_many(kind):
         whole = image_kinds.encoded(pixels, 'JPEG', quality=75, **options)
         own_zeros += len(re.findall(rb'[^\xff]\0\xff[\xd0-\xd9]', whole))
         content = image_kinds.put_before_markers(whole, bytes(number), markers)
-        quiet = jpeg_files.without_stray_bytes(content, picture_files._decode_aloud)
+        quiet = jpeg_files.without_stray_bytes(content, image_validation._decode_aloud)
         assert not quiet.damage and not quiet.doubt, number
-        found, said = picture_files._decode_aloud(quiet.content)
+        found, said = image_validation._decode_aloud(quiet.content)
         assert said == ''
-        np.testing.assert_array_equal(found, pictures.decode(whole))
+        np.testing.assert_array_equal(found, image_ops.decode(whole))
     assert own_zeros or kind in ('baseline', 'progressive')
 
 
@@ -255,13 +255,13 @@ def test_stray_bytes_in_a_progressive_file_take_few_decodes(junk_of):
 
         def decode(file):
             decoded.append(file)
-            return picture_files._decode_aloud(file)
+            return image_validation._decode_aloud(file)
 
         quiet = jpeg_files.without_stray_bytes(content, decode)
         assert not quiet.damage, number
         assert junk_of is not bytes or not quiet.doubt, number
         most_decodes = max(most_decodes, len(decoded))
-        np.testing.assert_array_equal(pictures.decode(quiet.content), pictures.decode(content))
+        np.testing.assert_array_equal(image_ops.decode(quiet.content), image_ops.decode(content))
     assert most_decodes <= 257
 
 
@@ -278,11 +278,11 @@ def test_damage_behind_stray_bytes_is_damage():
         length = random.randint(1, 200)
         content = whole[:begin] + bytes(length) + whole[begin + length:]
         try:
-            _, complaint = picture_files._decode_aloud(content)
+            _, complaint = image_validation._decode_aloud(content)
         except tf.errors.InvalidArgumentError:
             continue
         if complaint:
-            quiet = jpeg_files.without_stray_bytes(content, picture_files._decode_aloud)
+            quiet = jpeg_files.without_stray_bytes(content, image_validation._decode_aloud)
             num_refused += bool(quiet.damage)
             num_doubted += bool(quiet.doubt)
     assert num_refused >= 10 * num_doubted
@@ -295,18 +295,18 @@ def test_bytes_in_the_header_are_no_damage_whatever_they_are(kind):
         if marker not in markers or (marker == 0xDA and kind == 'progressive'):
             continue
         content, _ = image_kinds.with_junk(b'\x12\xff\x00\x34', {marker}, **options)(image_kinds.pixels_of(2))
-        quiet = jpeg_files.without_stray_bytes(content, picture_files._decode_aloud)
+        quiet = jpeg_files.without_stray_bytes(content, image_validation._decode_aloud)
         assert quiet.remark and not quiet.damage and not quiet.doubt
-        np.testing.assert_array_equal(pictures.decode(quiet.content), pictures.decode(content))
+        np.testing.assert_array_equal(image_ops.decode(quiet.content), image_ops.decode(content))
 
 
 def test_exif_data_of_a_wrong_length_are_no_damage():
     """What is left over may hold what looks like a marker."""
     whole = image_kinds.encoded(image_kinds.pixels_of(2), 'JPEG', quality=95)
     content = image_kinds.put_before_markers(whole, b'\x12\x34\xff\xd0\x56\xff\xd1\x78', {0xC0})
-    quiet = jpeg_files.without_stray_bytes(content, picture_files._decode_aloud)
+    quiet = jpeg_files.without_stray_bytes(content, image_validation._decode_aloud)
     assert quiet.remark and not quiet.damage and not quiet.doubt
-    np.testing.assert_array_equal(pictures.decode(quiet.content), pictures.decode(whole))
+    np.testing.assert_array_equal(image_ops.decode(quiet.content), image_ops.decode(whole))
 
 
 def edited(marker, edit):
@@ -319,24 +319,24 @@ def edited(marker, edit):
     (edited(0xE0, lambda part: part[:9] + b'\x03\x07' + part[11:]), 'unknown JFIF revision'),
 ])
 def test_odd_headers_are_read_without_a_warning(content, says, capfd):
-    _, complaint = picture_files._decode_aloud(content)
+    _, complaint = image_validation._decode_aloud(content)
     assert says in complaint
     capfd.readouterr()
-    read = picture_files.as_decodable(content)
-    np.testing.assert_array_equal(pictures.decode(read), pictures.decode(image_kinds.encoded(image_kinds.pixels_of(2), 'JPEG', quality=95)))
+    read = image_validation.as_decodable(content)
+    np.testing.assert_array_equal(image_ops.decode(read), image_ops.decode(image_kinds.encoded(image_kinds.pixels_of(2), 'JPEG', quality=95)))
     assert capfd.readouterr().err == ''
 
 
 @pytest.fixture
 def examine(tmp_path, monkeypatch):
     """Examines files, {name: content}."""
-    monkeypatch.setattr(picture_files.tfds.core.constants, 'DATA_DIR', str(tmp_path / 'kept'))
+    monkeypatch.setattr(image_validation.tfds.core.constants, 'DATA_DIR', str(tmp_path / 'kept'))
 
     def examine_files(contents, **values):
         (tmp_path / 'data').mkdir(exist_ok=True)
         for name, content in contents.items():
             (tmp_path / 'data' / name).write_bytes(content)
-        return picture_files.examine(str(tmp_path / 'data'), sorted(contents), **values)
+        return image_validation.examine(str(tmp_path / 'data'), sorted(contents), **values)
 
     return examine_files
 
@@ -356,7 +356,7 @@ def test_an_odd_end_is_accepted_where_nearly_all_files_have_it(examine, capfd):
     assert all(verdicts[name].doubt for name in odd) and not any(verdicts[name].doubt for name in plain)
     capfd.readouterr()
     for name, content in odd.items():
-        np.testing.assert_array_equal(pictures.decode(files.read(verdicts[name].copy)), pictures.decode(content))
+        np.testing.assert_array_equal(image_ops.decode(storage.read(verdicts[name].copy)), image_ops.decode(content))
     assert capfd.readouterr().err.count('extraneous') == len(odd)  # of the originals alone
 
 
@@ -393,7 +393,7 @@ DEEP = {
 def test_a_white_level_makes_twelve_bits_bright(kind):
     values = twelve_bits(3)
     content = DEEP[kind](values)
-    dark, bright = (pictures.decode(picture_files.as_decodable(content), white).numpy() for white in (65535, 4095))
+    dark, bright = (image_ops.decode(image_validation.as_decodable(content), white).numpy() for white in (65535, 4095))
     assert dark.max() <= 16
     np.testing.assert_allclose(bright, np.repeat(values[..., None] / 4095 * 255, 3, -1), atol=0.51)
 
@@ -401,8 +401,8 @@ def test_a_white_level_makes_twelve_bits_bright(kind):
 def test_a_white_level_is_nothing_to_files_of_eight_bits():
     for name in ('PNG', 'JPEG', '8-bit RGBA PNG', 'TIFF'):
         content, _ = KINDS[name].make(image_kinds.pixels_of(1))
-        decodable = picture_files.as_decodable(content)
-        np.testing.assert_array_equal(pictures.decode(decodable, 4095), pictures.decode(decodable))
+        decodable = image_validation.as_decodable(content)
+        np.testing.assert_array_equal(image_ops.decode(decodable, 4095), image_ops.decode(decodable))
 
 
 def test_a_white_level_is_no_guess_where_only_the_upper_bits_can_be_read(examine):
@@ -411,12 +411,12 @@ def test_a_white_level_is_no_guess_where_only_the_upper_bits_can_be_read(examine
     directory = struct.pack('<H', len(tags)) + b''.join(struct.pack('<HHII', *tag) for tag in tags) + bytes(4)
     content = b'II*\0' + struct.pack('<I', 40) + rgb + struct.pack('<12H', *[1000] * 12) + directory
     assert Image.open(io.BytesIO(content)).mode == 'RGB'
-    assert pictures.decode(picture_files.as_decodable(content)).numpy().max() == 3
+    assert image_ops.decode(image_validation.as_decodable(content)).numpy().max() == 3
     assert not examine({'x.tiff': content})['x.tiff'].broken
     reason = examine({'x.tiff': content}, white_level=4095)['x.tiff'].broken
     assert reason.startswith('16-bit colours') and 'save it as a PNG of 16 bits' in reason
     # Serving has no second look: the brightness is right then, if not each shade.
-    bright = pictures.decode(picture_files.as_decodable(content), 4095).numpy()
+    bright = image_ops.decode(image_validation.as_decodable(content), 4095).numpy()
     np.testing.assert_allclose(bright, 1000 / 4095 * 255, atol=16)
 
 
@@ -429,7 +429,7 @@ def test_deep_files_that_are_turned_and_transparent_keep_their_bits(turn):
     expected = colors * opacity + 255 * (1 - opacity)
     if turn == 6:
         expected = np.rot90(expected, -1)
-    found = pictures.decode(picture_files.as_decodable(content), 4095)
+    found = image_ops.decode(image_validation.as_decodable(content), 4095)
     np.testing.assert_allclose(found, expected, atol=1.01)
 
 
@@ -460,7 +460,7 @@ def of_twelve_bits(tmp_path_factory):
     config.model.update(dict(name='tiny', drop_path=0.0))
     config.dataset.update(dict(data_dir=str(root / 'data'), white_level=4095))
     with pytest.MonkeyPatch.context() as patch, conftest.reading_here():
-        patch.setattr(picture_files.tfds.core.constants, 'DATA_DIR', str(root / 'kept'))
+        patch.setattr(image_validation.tfds.core.constants, 'DATA_DIR', str(root / 'kept'))
         assert train.run(config, str(root / 'run')) == 0
         yield config, str(root / 'run')
 
@@ -468,7 +468,7 @@ def of_twelve_bits(tmp_path_factory):
 def test_the_export_knows_the_white_level(of_twelve_bits, tmp_path):
     """Also one that was copied without its config, and for files that only `as_decodable` can read."""
     config, workdir = of_twelve_bits
-    summary = files.read_json(os.path.join(workdir, 'summary.json'))
+    summary = storage.read_json(os.path.join(workdir, 'summary.json'))
     assert summary['export/accuracy'] == summary['export/model_accuracy']
     shutil.copytree(os.path.join(workdir, 'export'), tmp_path / 'export')
     model, labels = predict.load(str(tmp_path))
@@ -487,7 +487,7 @@ def test_the_export_knows_the_white_level(of_twelve_bits, tmp_path):
 
 
 def notes_of(tmp_path, monkeypatch, values_of, **values):
-    monkeypatch.setattr(picture_files.tfds.core.constants, 'DATA_DIR', str(tmp_path / 'kept'))
+    monkeypatch.setattr(image_validation.tfds.core.constants, 'DATA_DIR', str(tmp_path / 'kept'))
     for label in ('cat', 'dog'):
         (tmp_path / 'data' / label).mkdir(parents=True, exist_ok=True)
         for number in range(3):
@@ -495,7 +495,7 @@ def notes_of(tmp_path, monkeypatch, values_of, **values):
             (tmp_path / 'data' / label / f'{number}.png').write_bytes(content)
     config = default.get_config().dataset
     config.update({'name': 'folder', 'data_dir': str(tmp_path / 'data'), **values})
-    found = folder.find(config)
+    found = image_folder.find(config)
     return [note for note in found.notes if 'white' in note], found
 
 
@@ -504,9 +504,9 @@ def test_nearly_black_files_are_noted_with_what_to_write(tmp_path, monkeypatch):
     assert '6 pictures of 16 bits' in note and note.endswith('--config.dataset.white_level=4095')
     notes, found = notes_of(tmp_path, monkeypatch, twelve_bits, white_level=4095)
     assert notes == []
-    contents = [files.read(picture.path) for split in found.splits.values() for picture in split]
-    assert max(pictures.decode(content, 4095).numpy().max() for content in contents) > 200
-    assert max(pictures.decode(content).numpy().max() for content in contents) <= 16
+    contents = [storage.read(picture.path) for split in found.splits.values() for picture in split]
+    assert max(image_ops.decode(content, 4095).numpy().max() for content in contents) > 200
+    assert max(image_ops.decode(content).numpy().max() for content in contents) <= 16
     (note,), _ = notes_of(tmp_path, monkeypatch, twelve_bits, white_level=1023)
     assert 'cut off at config.dataset.white_level=1023' in note
 
@@ -610,7 +610,7 @@ def test_who_stops_reading_sees_no_error(trained, tmp_path, program):
     ('می\u200cخواهم', False), ('👩\u200d🚀', False), ('é', False), ('e\u0301', False),
 ])
 def test_a_name_is_printed_as_it_is_unless_it_disturbs_the_line(name, printed):
-    assert picture_files.shown(name) == (ascii(name) if printed else name)
+    assert image_validation.shown(name) == (ascii(name) if printed else name)
 
 
 def test_titles_are_shortened_as_they_are_drawn(trained, tmp_path, monkeypatch):

@@ -13,14 +13,14 @@ import tensorflow as tf
 from tensorflow.python.distribute.cluster_resolver import cluster_resolver
 from tensorflow.python.tpu import tpu_system_metadata
 
-import plan as planning
-import session
+from common.commands import ROOT
+from experiment import planning, session
 from inputs import augment, datasets, pipeline
-from modeling import loops, models, optimizers, steps, transfer
-from tests.test_transfer import write_foreign_teacher
+from modeling import distillation, loops, models, optimizers, steps
+from tests.modeling.test_pretrained import write_foreign_teacher
 
 REPLICAS = 8
-CONFIGS = sorted(os.path.basename(path)[:-3] for path in glob.glob(os.path.join(os.path.dirname(__file__), '..', 'configs', '[a-z]*.py')))
+CONFIGS = sorted(os.path.basename(path)[:-3] for path in glob.glob(os.path.join(ROOT, 'configs', '[a-z]*.py')))
 HOST = '/job:localhost/replica:0/task:0/device:'
 HOST_ONLY = ('PyFunc', 'EagerPyFunc', 'IteratorGetNext', 'StringFormat', 'PrintV2', 'Where', 'Timestamp', 'DecodeJpeg', 'DecodeImage')
 Device = collections.namedtuple('Device', 'name device_type')
@@ -141,7 +141,7 @@ def test_everything_at_once_is_fit_for_a_tpu_with_every_optimizer(tiny, strategy
     source, state = datasets.load(tiny.dataset), build(tiny, strategy)
     plan = planning.make_plan(tiny, source.num_train, source.num_eval, 10, REPLICAS)
     with strategy.scope():
-        teacher, _ = transfer.make_teacher(tiny, source.class_names)
+        teacher, _ = distillation.make_teacher(tiny, source.class_names)
     train_step = steps.make_train_step(state, tiny, augment.on_device(tiny.augment, 10), num_classes=10, num_replicas=REPLICAS, jit_compile=False, on_tpu=True, teacher=teacher)
     batches = pipeline.training_batches(source, tiny, plan, 0, plan.total_steps, strategy)
     # Each gradient once, and each micro-batch's statistics of the one normalisation that is not frozen, both ways.

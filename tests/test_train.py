@@ -12,13 +12,13 @@ import tensorflow as tf
 import evaluate
 import export
 import train
+from common.errors import ConfigError, RunError
+from common.storage import read_json
 from configs import folder
-from errors import ConfigError, RunError
+from experiment.session import open_session
 from modeling import steps
-from outputs.files import read_json
-from outputs.logbook import read_metrics
-from outputs.progress import Progress
-from session import open_session
+from outputs.metrics_logger import read_metrics
+from outputs.train_progress import Progress
 from tests.conftest import tiny_config
 
 FILES = ('config.json', 'environment.json', 'metrics.jsonl', 'tensorboard', 'checkpoints', 'plots/learning_rate.png',
@@ -72,13 +72,13 @@ def test_the_summary_says_what_happened(finished):
 
 
 def test_metrics_have_a_row_at_each_interval_with_the_rate_that_was_planned(finished):
-    import plan
+    from experiment import planning
 
     config, workdir = finished
     rows = read_metrics(workdir)
     assert [row['step'] for row in rows] == [5, 10, 15, 20, 25, 30]
     assert [row['step'] for row in rows if 'eval/loss' in row] == [10, 20, 30]
-    rate = plan.learning_rate_of(config, plan.make_plan(config, 1437, 360, 10, 1))
+    rate = planning.learning_rate_of(config, planning.make_plan(config, 1437, 360, 10, 1))
     for row in rows:
         assert row['train/learning_rate'] == pytest.approx(rate(row['step'] - 1), rel=1e-5)
         assert set(row) >= {'wall_time', 'train/loss', 'train/accuracy', 'train/grad_norm', 'train/examples_per_second', 'train/input_wait_fraction'}
@@ -218,7 +218,7 @@ def test_the_host_calls_once_for_each_loop_and_nothing_is_traced_again(tiny, tmp
     session = open_session(tiny, str(tmp_path))
     logbook = train.Logbook(str(tmp_path), 0, session.plan.total_steps)
     progress = Progress()
-    assert train.train(session, logbook, progress, train.stopping.Stop()) is None and progress.metrics['eval/examples'] == 360
+    assert train.train(session, logbook, progress, train.preemption.Stop()) is None and progress.metrics['eval/examples'] == 360
     session.checkpoints.wait()
     logbook.close()
     ((train_loop, train_calls),), ((eval_loop, eval_calls),) = made.values()

@@ -12,12 +12,12 @@ import time
 import pytest
 
 import main
+from common.commands import ROOT
+from common.storage import read_json
 from outputs.checkpoints import steps_in
-from outputs.files import read_json
-from outputs.logbook import read_metrics
-from tests.test_transfer import write_foreign_teacher
+from outputs.metrics_logger import read_metrics
+from tests.modeling.test_pretrained import write_foreign_teacher
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 ARGUMENTS = ('--config=configs/digits.py', '--config.model.name=tiny', '--config.image_size=16', '--config.batch_size=32', '--config.train_for=30 steps',
              '--config.schedule.warmup=3 steps', '--config.log_every=5 steps', '--config.eval_every=10 steps', '--config.checkpoint_every=10 steps',
              '--config.steps_per_loop=2', '--config.model.sync_batch_norm=false')

@@ -1,0 +1,216 @@
+"""The TPU compiler on a machine without a TPU: libtpu contains it, and JAX hands it a program and a topology.
+
+It lives in an environment of its own, made on demand from requirements/preflight.txt: its libtpu is newer than what TensorFlow's TPU
+builds can call, and its compiler estimates the cycles of a program. What is compiled is kept, so the same program is not compiled twice.
+"""
+import dataclasses
+import fcntl
+import gzip
+import hashlib
+import json
+import math
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+import zlib
+
+from common.errors import ConfigError, RunError, one_line
+from diagnostics.hlo_cost import read_program
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+PINS = os.path.join(ROOT, 'requirements', 'preflight.txt')
+WORKER = os.path.join(ROOT, 'diagnostics', 'tpu_compiler_worker.py')
+GIB = 2**30
+# How the compiler says that a program needs more memory than there is: before it has placed anything, and after.
+TOO_MUCH = r'\(([\d.]+[KMGT])\) exceeds available HBM \(([\d.]+[KMGT])\)|Used ([\d.]+[KMGT]) of ([\d.]+[KMGT]) hbm'
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """A TPU generation. Figures of a chip as Google publishes them (cloud.google.com/tpu/docs, a page for each generation).
+
+    The clock is what the peak means: peak = matrix units x side^2 multiply-adds x 2 x clock.
+    """
+
+    accelerator: str  # how TPU_ACCELERATOR_TYPE begins
+    counted: int  # what the number after it counts, for each chip
+    topology: str  # how JAX's name of a topology begins
+    dimensions: int  # of a topology
+    replicas: int  # programs that run on a chip
+    peak_flops: float  # bfloat16, a second
+    hbm_bytes: float
+    hbm_bandwidth: float  # bytes a second
+    clock: float  # cycles a second
+
+
+CHIPS = {
+    'v2': Chip('v2', 2, 'v2', 2, 2, 45e12, 16 * GIB, 700e9, 0.70e9),
+    'v3': Chip('v3', 2, 'v3', 2, 2, 123e12, 32 * GIB, 900e9, 0.94e9),
+    'v4': Chip('v4', 2, 'v4', 3, 1, 275e12, 32 * GIB, 1228e9, 1.05e9),
+    'v5e': Chip('v5litepod', 1, 'v5e', 2, 1, 197e12, 16 * GIB, 819e9, 1.5e9),
+    'v5p': Chip('v5p', 2, 'v5p', 3, 1, 459e12, 95 * GIB, 2765e9, 1.75e9),
+    'v6e': Chip('v6e', 1, 'v6e', 2, 1, 918e12, 32 * GIB, 1640e9, 1.75e9),
+    'v7x': Chip('v7x', 2, 'tpu7x', 3, 2, 2307e12, 192 * GIB, 7380e9, 2.2e9),
+}
+
+
+SHAPES = {  # in which chips are wired, by the number of dimensions; the smaller ones that can be rented
+    2: ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16)),
+    3: ((1, 1, 1), (2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4), (4, 4, 4), (4, 4, 8), (4, 8, 8), (8, 8, 8)),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """So many chips of a generation, as they are wired."""
+
+    generation: str
+    shape: tuple
+
+    @classmethod
+    def parse(cls, text):
+        """'v5e:2x2' or 'v5e' for one chip of it. Raises ConfigError."""
+        match = re.fullmatch(r'(v\d\w?)(?::(\d+(?:x\d+)*))?', (text or '').strip().lower())
+        if not match or match[1] not in CHIPS:
+            raise ConfigError(f'--topology={text!r} is no TPU: write a generation and how its chips are wired, such as v5e:2x2, v4:2x2x1 or v6e for one chip; '
+                              f'generations are {", ".join(CHIPS)}')
+        dimensions = CHIPS[match[1]].dimensions
+        shape = tuple(int(side) for side in match[2].split('x')) if match[2] else (1,) * dimensions
+        if shape not in SHAPES[dimensions]:
+            raise ConfigError(f'--topology={text!r} is not how chips of {match[1]} are wired: write one of {", ".join("x".join(map(str, known)) for known in SHAPES[dimensions])}')
+        return cls(match[1], shape)
+
+    @property
+    def chip(self):
+        return CHIPS[self.generation]
+
+    @property
+    def num_chips(self):
+        return math.prod(self.shape)
+
+    @property
+    def num_replicas(self):
+        return self.num_chips * self.chip.replicas
+
+    def for_compiler(self):
+        """(JAX's name, TPU_ACCELERATOR_TYPE) of the smallest topology that the compiler knows and that has these chips: one chip is one of four."""
+        shape = self.shape if self.num_chips > 1 else ((2, 2, 1) if self.chip.dimensions == 3 else (2, 2))
+        return f'{self.chip.topology}:{"x".join(map(str, shape))}', f'{self.chip.accelerator}-{math.prod(shape) * self.chip.counted}'
+
+    def __str__(self):
+        return f'{self.generation}:{"x".join(map(str, self.shape))}'
+
+
+class DoesNotFit(Exception):
+    """The program needs more memory than a replica has: bytes `needed` and `available`."""
+
+    def __init__(self, needed, available):
+        super().__init__(f'{needed / GIB:.2f} of {available / GIB:.2f} GiB')
+        self.needed, self.available = needed, available
+
+
+def compile_program(lower, topology, *described_by):
+    """Compiles a program for all replicas of a topology.
+
+    Args:
+        lower: a function that returns the program: bytes, a serialized HLO module as TensorFlow lowers a replica's step.
+        topology: Topology.
+        described_by: texts that the program follows from. With the same ones it is neither lowered nor compiled again.
+
+    Returns: a hlo_cost.Program.
+
+    Raises:
+        DoesNotFit: it needs more memory than there is.
+        RunError: the compiler refuses it, with its own words; or its environment cannot be made.
+    """
+    with open(WORKER) as worker, open(PINS) as pins:
+        key = hashlib.sha256('\0'.join((str(topology), worker.read(), pins.read(), *described_by)).encode()).hexdigest()[:32]
+    kept = os.path.join(cache_folder(), 'compiled', f'{key}.json.gz')
+    answer = _read(kept)
+    if answer is None:
+        answer = _compile(environment(), lower(), topology)
+        os.makedirs(os.path.dirname(kept), exist_ok=True)
+        with gzip.open(f'{kept}.{os.getpid()}', 'wt') as file:
+            json.dump(answer, file)
+        os.replace(f'{kept}.{os.getpid()}', kept)
+    if 'error' not in answer:
+        return read_program(answer, topology.chip)
+    too_much = re.search(TOO_MUCH, answer['error'], re.IGNORECASE)
+    if too_much:
+        raise DoesNotFit(*(float(size[:-1]) * 2 ** {'K': 10, 'M': 20, 'G': 30, 'T': 40}[size[-1]] for size in filter(None, too_much.groups())))
+    raise RunError(f'the compiler for {topology} refuses the program: {one_line(answer["error"], 600)}')
+
+
+def _read(path):
+    """What was kept, or None if it is not there or damaged."""
+    try:
+        with gzip.open(path, 'rt') as file:
+            answer = json.load(file)
+    except (OSError, EOFError, ValueError, zlib.error):
+        return None
+    return answer if isinstance(answer, dict) and answer.keys() & {'error', 'text'} else None
+
+
+def _compile(python, hlo, topology):
+    """What the worker answers, a dict. Raises RunError if it dies."""
+    name, accelerator = topology.for_compiler()
+    variables = {
+        'TPU_SKIP_MDS_QUERY': '1',  # no machine of Google's has to be asked
+        'TPU_ACCELERATOR_TYPE': accelerator,
+        'TPU_WORKER_HOSTNAMES': 'localhost',
+        'JAX_PLATFORMS': 'cpu',
+        'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',  # it takes no TPU, so no lock is needed, nor left behind
+        'TF_CPP_MIN_LOG_LEVEL': '3',
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        program, answer = os.path.join(folder, 'program.hlo'), os.path.join(folder, 'answer.json')
+        with open(program, 'wb') as file:
+            file.write(hlo)
+        done = subprocess.run([python, '-I', WORKER, program, name, str(topology.num_replicas), answer], env={**os.environ, **variables}, capture_output=True, text=True)
+        if not os.path.exists(answer):
+            said = [line for line in done.stderr.strip().splitlines() if line.strip()] or [f'it ended with status {done.returncode}']
+            raise RunError(f'the TPU compiler failed ({one_line(said[-1], 400)}): if its installation is damaged, '
+                           f'rm -r {shlex.quote(os.path.dirname(os.path.dirname(python)))}   # and the same command makes it again')
+        with open(answer) as file:
+            return json.load(file)
+
+
+def cache_folder():
+    return os.path.join(os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache'), 'warmstart')
+
+
+def environment():
+    """The Python of the compiler's environment, which is made if it is not there. Raises RunError if it cannot be."""
+    if sys.version_info < (3, 11) or sys.platform != 'linux' or os.uname().machine != 'x86_64':
+        raise RunError('the TPU compiler is there for Linux on x86-64 and Python 3.11 or later: run preflight on such a machine')
+    with open(PINS, 'rb') as file:
+        pins = hashlib.sha256(file.read()).hexdigest()[:12]
+    folder = os.path.join(cache_folder(), f'preflight-{sys.version_info[0]}.{sys.version_info[1]}-{pins}')
+    python, finished = os.path.join(folder, 'bin', 'python'), os.path.join(folder, 'installed')
+    if not _is_there(python, finished):
+        os.makedirs(cache_folder(), exist_ok=True)
+        with open(f'{folder}.lock', 'w') as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # until another preflight has installed it
+            if not _is_there(python, finished):
+                _install(folder, python)
+                with open(finished, 'w'):
+                    pass
+    return python
+
+
+def _is_there(python, finished):
+    """A folder that outlived the Python that made it is made again."""
+    return os.path.exists(finished) and os.path.exists(python)
+
+
+def _install(folder, python):
+    """Makes the compiler's environment anew. Raises RunError."""
+    print(f'installing the TPU compiler into {folder}, once', flush=True)
+    commands = [sys.executable, '-m', 'venv', '--clear', folder], [python, '-m', 'pip', 'install', '--quiet', '--disable-pip-version-check', '--no-deps', '-r', PINS]
+    for command in commands:
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise RunError(f'the TPU compiler could not be installed into {folder}: {one_line(done.stderr, 400)}')

@@ -1,0 +1,80 @@
+"""Who else uses the TPU: one process at a time can, and it locks a file to say so."""
+import fcntl
+import glob
+import os
+import shlex
+import sys
+
+from diagnostics.check_result import fail, ok, warn
+
+LOCK = '/tmp/libtpu_lockfile'
+
+
+def lock_finding(lock=LOCK, root='/'):
+    """Whether another process holds the TPU, who, and how to end it."""
+    found = users(lock, root)
+    if found:
+        names = '; '.join(f'process {pid}, {command}' for pid, command in found.items())
+        if os.getpid() in found:
+            return fail('TPU lock', f'the TPU is held by this very process ({names})', 'restart the notebook, and train before anything else uses the TPU')
+        if any('ipykernel' in command or 'colab' in command for command in found.values()):
+            return fail('TPU lock', f'the TPU is held by a notebook ({names})', 'restart its kernel (on Colab: Runtime > Restart session)')
+        return fail('TPU lock', f'the TPU is held by {names}', f'kill {" ".join(map(str, found))}')
+    if not os.path.exists(lock):
+        return ok('TPU lock', 'no other process holds the TPU')
+    held = is_held(lock)
+    if held is None:
+        return fail('TPU lock', f'{lock} is left from another user, and may not be opened', f'sudo rm -f {shlex.quote(lock)}')
+    if held:
+        return fail('TPU lock', f'{lock} is held by a process that this user cannot see', f'sudo fuser -k {shlex.quote(lock)}')
+    return warn('TPU lock', f'{lock} is left from a process that has ended; nobody holds it', f'rm -f {shlex.quote(lock)}')
+
+
+def jax_finding(modules=sys.modules):
+    """JAX in this very process takes the TPU when it is first used, and TensorFlow cannot have it then."""
+    if 'jax' in modules:
+        return warn('JAX', 'imported in this process: its first operation takes the TPU', 'restart the notebook, and do not import jax before training')
+    return ok('JAX', 'not loaded beside TensorFlow')
+
+
+def users(lock, root='/'):
+    """{pid: command line} of the processes, this one too, that have the lock or a TPU's device file open."""
+    found = {}
+    for descriptor in glob.glob(os.path.join(root, 'proc/[0-9]*/fd/*')):
+        try:
+            target = os.readlink(descriptor)
+        except OSError:  # it has ended, or belongs to somebody else
+            continue
+        pid = int(descriptor.split('/')[-3])
+        if target == os.path.realpath(lock) or target.startswith(('/dev/accel', '/dev/vfio/')) and target[-1].isdigit():
+            found[pid] = _command(root, pid)
+    return dict(sorted(found.items()))
+
+
+def is_held(lock):
+    """Whether another process has locked the file; None if it may not be opened. TensorFlow locks with lockf, others with flock.
+
+    Not for a process that has the file open itself: closing it here would give up that lock.
+    """
+    try:
+        with open(lock, 'r+') as file:
+            for lock_function in (fcntl.lockf, fcntl.flock):
+                try:
+                    lock_function(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except OSError:
+                    return True
+    except OSError:
+        return None
+    return False
+
+
+def _command(root, pid):
+    def read(name):
+        try:
+            with open(os.path.join(root, 'proc', str(pid), name), 'rb') as file:
+                return file.read()
+        except OSError:
+            return b''
+
+    command = read('cmdline').replace(b'\0', b' ').decode(errors='replace').strip() or 'of unknown name'
+    return f'{command[:100]}{" (it has loaded JAX)" if b"jaxlib" in read("maps") else ""}'

@@ -1,0 +1,120 @@
+"""Whether a data set is there and can be used, and how large it is; gets and prepares nothing."""
+import dataclasses
+import os
+
+import tensorflow as tf
+import tensorflow_datasets as tfds
+
+from common.errors import RunError, one_line
+from inputs import datasets, image_folder, record_index, tfds_checks, tfds_features
+from inputs.digits import Digits
+
+ARCHIVES = {'imagenet2012': ('ILSVRC2012_img_train.tar', 'ILSVRC2012_img_val.tar')}  # that are put there by hand; of others TFDS knows the page only
+SIZES = {  # of the splits of what configs/ names, for before they are prepared. Source: the catalog of TFDS
+    'cifar10': {'train': 50_000, 'test': 10_000},
+    'digits': {'train': Digits.NUM_EXAMPLES - Digits.NUM_TEST, 'test': Digits.NUM_TEST},
+    'imagenet2012': {'train': 1_281_167, 'validation': 50_000},
+    'imagenette': {'train': 9_469, 'validation': 3_925},
+    'oxford_flowers102': {'train': 1_020, 'test': 6_149, 'validation': 1_020},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Presence:
+    """What is known of a data set.
+
+    Attributes:
+        state: 'here', 'made' (from what is installed), 'downloaded' (at the first start), 'unpacked' (archives that are here), or 'missing'.
+        place: the folder where it is, or is looked for.
+        class_names: in the order of the labels; numbers where TFDS learns them while it prepares the data.
+        num_train, num_eval: examples, or None where only preparing it will tell.
+        num_bytes: of its pictures as they are stored, or None; before it is prepared, what is downloaded: pictures stay as compressed as they were.
+        room_bytes: of disk that preparing it takes, at most: the archives, what comes out of them, what is made of that.
+        how: for a person: how to get it.
+    """
+
+    state: str
+    place: str
+    class_names: tuple[str, ...]
+    num_train: int | None
+    num_eval: int | None
+    num_bytes: int | None
+    room_bytes: int = 0
+    how: str = ''
+
+    @property
+    def num_classes(self):
+        return len(self.class_names)
+
+
+def look(dataset_config):
+    """The Presence of `config.dataset`.
+
+    Raises: ConfigError, RunError: as `datasets.load` does, for what can be known without decoding
+        the files of a folder, or preparing a data set.
+    """
+    if dataset_config.name == 'folder':
+        class_names, sizes, num_bytes = image_folder.count(dataset_config)
+        return Presence('here', os.path.expanduser(dataset_config.data_dir), class_names, sizes[dataset_config.train_split],
+                        sizes[dataset_config.eval_split], num_bytes)
+    builder, columns = datasets.find_builder(dataset_config)
+    if builder.is_prepared():
+        return _prepared(builder, columns, dataset_config)
+    label = tfds_features.feature_at(builder.info.features, columns.label)
+    return _not_prepared(builder, label, dataset_config)
+
+
+def _prepared(builder, columns, dataset_config):
+    record_index.require_tfrecord(builder)
+    here = set(tf.io.gfile.listdir(str(builder.data_dir)))
+    lost = [path for split in builder.info.splits.values() for path in map(str, split.filepaths) if os.path.basename(path) not in here]
+    if lost:
+        raise RunError(f'{len(lost)} files of {builder.name} are missing, such as {lost[0]}: rm -r {builder.data_dir}')
+    short = '' if '://' in str(builder.data_dir) else next((name for name, split in builder.info.splits.items() if _size_on_disk(split) < split.num_bytes), '')
+    if short:
+        raise RunError(f'files of {builder.name} are shorter than they were, of its split {short}: rm -r {builder.data_dir}')
+    class_names = tfds_checks.names_of_classes(builder, columns)
+    sizes = _sizes(builder.name, builder.info.splits, dataset_config)
+    try:
+        for key in ('train_split', 'eval_split'):
+            tfds_checks.require_usable(builder, columns, key, dataset_config)
+    except tf.errors.OpError as error:
+        raise RunError(
+            f'files of {builder.name} are damaged ({one_line(error, 100)}): '
+            f'rm -r {builder.data_dir}') from error
+    num_bytes = int(builder.info.dataset_size or 0) or None
+    return Presence('here', str(builder.data_dir), class_names, *sizes, num_bytes)
+
+
+def _size_on_disk(split):
+    return sum(os.path.getsize(path) for path in split.filepaths)
+
+
+def _not_prepared(builder, label, dataset_config):
+    download = int(builder.info.download_size or 0) or sum(int(info.size or 0) for info in (builder.url_infos or {}).values())  # of all variants that it has
+    stored = int(builder.info.dataset_size or 0) or download
+    sizes = _sizes(builder.name, _splits(builder), dataset_config) if builder.name in SIZES else (None, None)
+    if label.num_classes is None:
+        raise RunError(
+            f'how many classes {builder.name} has is known when it is prepared: '
+            'let a first start do it, without --mode=check')
+    known = dict(place=str(builder.data_dir), class_names=tuple(label.names), num_train=sizes[0], num_eval=sizes[1], num_bytes=stored or None)
+    if builder.name == 'digits':
+        return Presence('made', room_bytes=2**20, **known | {'num_bytes': 2**20})  # 0.4 MiB of PNG files
+    if not builder.MANUAL_DOWNLOAD_INSTRUCTIONS:
+        return Presence('downloaded', room_bytes=2 * download + stored, **known)
+    manual = os.path.join(datasets.data_folder(dataset_config), 'downloads', 'manual')
+    here = set(tf.io.gfile.listdir(manual)) if tf.io.gfile.isdir(manual) else set()
+    if here and here.issuperset(ARCHIVES.get(builder.name, ())):
+        return Presence('unpacked', room_bytes=stored, **known)
+    return Presence('missing', room_bytes=download + stored, how=f'mkdir -p {manual}   # {datasets.how_to_get(builder)}', **known)
+
+
+def _splits(builder):
+    template = tfds.core.ShardedFileTemplate(data_dir=builder.data_dir, dataset_name=builder.name, filetype_suffix='tfrecord')
+    return tfds.core.SplitDict([tfds.core.SplitInfo(name=name, shard_lengths=[size], num_bytes=0, filename_template=template.replace(split=name))
+                                for name, size in SIZES[builder.name].items()])
+
+
+def _sizes(name, splits, dataset_config):
+    return [datasets.split_size(name, splits, key, dataset_config, needed=True) for key in ('train_split', 'eval_split')]

@@ -1,0 +1,141 @@
+"""What evaluation and the exported model do with an image: decode, take the central square, resize."""
+import tensorflow as tf
+
+PNG_SIGNATURE = b'\x89PNG\r\n\x1a\n'
+PNG_DEPTH_AT = 24  # the byte that says how many bits a channel has
+BMP_SIGNATURE = b'BM'
+GIF_SIGNATURE = b'GIF8'
+WHITE_LEVEL = 2**16 - 1  # of a PNG file of 16 bits, unless its makers used fewer of them
+BMP_HEADER = 34  # bytes, up to what says whether it is compressed
+PLAIN_BMP = (b'\x18\0\0\0\0\0', b'\x20\0\0\0\0\0')  # from byte 28 on: 24 or 32 bits a pixel, neither compressed nor with masks
+
+
+def decode(encoded, white_level=WHITE_LEVEL):
+    """Decodes an image file for training, evaluation and the exported model alike.
+
+    What is transparent in a PNG file is laid over white. A graph cannot follow the orientation in EXIF, and sees the
+    transparent parts of a GIF as black: `image_validation.as_decodable` does both, to files, before they come here.
+
+    Args:
+        encoded: string [], a JPEG or PNG file, the first frame of a GIF, or a BMP file without palette and masks.
+        white_level: int, the value of white in PNG files of 16 bits, `config.dataset.white_level`.
+
+    Returns: uint8 [height, width, 3].
+
+    Raises: tf.errors.InvalidArgumentError: not such a file, or a damaged one.
+    """
+    def decode_png():
+        return _decode_png(encoded, white_level)
+
+    def decode_opaque():
+        return _decode_opaque(encoded)
+
+    is_png = _begins_with(encoded, PNG_SIGNATURE) & (tf.strings.length(encoded) > PNG_DEPTH_AT)
+    image = tf.cond(is_png, decode_png, decode_opaque)
+    return tf.ensure_shape(image, [None, None, 3])
+
+
+def _decode_opaque(encoded):
+    """Decodes a JPEG, GIF or BMP file, string [], to uint8 [height, width, 3]."""
+    is_bmp = _begins_with(encoded, BMP_SIGNATURE) & (tf.strings.length(encoded) >= BMP_HEADER)
+    # TensorFlow would take the numbers of a palette for greys, and pass over masks.
+    is_plain_bmp = tf.cond(is_bmp, lambda: tf.reduce_any(tf.strings.substr(encoded, 28, 6) == PLAIN_BMP), lambda: False)
+    is_readable = tf.io.is_jpeg(encoded) | _begins_with(encoded, GIF_SIGNATURE) | is_plain_bmp
+    check = tf.debugging.Assert(is_readable, ['neither JPEG nor PNG, nor a GIF or plain BMP: convert it to PNG'])
+    with tf.control_dependencies([check] if check is not None else []):
+        return tf.io.decode_image(encoded, channels=3, expand_animations=False)
+
+
+def _begins_with(encoded, signature):
+    return tf.strings.substr(encoded, 0, len(signature)) == signature
+
+
+def _decode_png(encoded, white_level):
+    """Decodes a PNG file, string [], to uint8 [height, width, 3]: over white."""
+    depth = tf.cast(tf.io.decode_raw(tf.strings.substr(encoded, PNG_DEPTH_AT, 1), tf.uint8)[0], tf.int32)
+
+    def decode_shallow():
+        return tf.io.decode_png(encoded, channels=4)
+
+    def decode_deep():
+        return _with_white_at(white_level, tf.io.decode_png(encoded, channels=4, dtype=tf.uint16))
+
+    if white_level == WHITE_LEVEL:  # TensorFlow takes the upper eight bits
+        image = decode_shallow()
+    else:
+        image = tf.cond(depth == 16, decode_deep, decode_shallow)
+    # TensorFlow gives an opaque file of 1, 2 or 4 bits an alpha of 1, 3 or 15.
+    opaque = tf.cast(2 ** tf.minimum(depth, 8) - 1, tf.uint8)
+    return tf.cond(tf.reduce_all(image[..., 3] == opaque), lambda: image[..., :3], lambda: over_white(image))
+
+
+def _with_white_at(white_level, image):
+    """Scales colours from 0..white_level and alpha from 16 bits: uint16 [..., 4] to uint8 [..., 4]."""
+    whites = tf.constant([white_level] * 3 + [WHITE_LEVEL], tf.float32)
+    return to_uint8(tf.cast(image, tf.float32) * (255 / whites))
+
+
+def over_white(image):
+    """Lays an image with alpha, uint8 [height, width, 4], over white: uint8 [height, width, 3]."""
+    opacity = tf.cast(image[..., 3:], tf.int32)
+    blended = tf.cast(image[..., :3], tf.int32) * opacity + 255 * (255 - opacity)
+    return tf.cast((blended + 127) // 255, tf.uint8)  # rounded: 255 is odd, so nothing lies halfway
+
+
+def resize_picture(images, size, central_share=1.0):
+    """The central square of pictures, resized by `resize`.
+
+    Args:
+        images: uint8 or float in 0..255, [..., height, width, 3].
+        size: pixels of the result.
+        central_share: side of the square as share of the shorter side.
+
+    Returns: uint8 [..., size, size, 3].
+    """
+    height, width = tf.unstack(tf.shape(images)[-3:-1])
+    side = tf.maximum(1, tf.cast(tf.round(central_share * tf.cast(tf.minimum(height, width), tf.float32)), tf.int32))
+    top, left = (height - side) // 2, (width - side) // 2
+    square = images[..., top:top + side, left:left + side, :]
+    return to_uint8(resize(square, (size, size)))
+
+
+def resize(images: tf.Tensor, shape) -> tf.Tensor:
+    """Resizes pictures: by a box filter along a side that shrinks, linearly along one that grows.
+
+    Where a side shrinks, a pixel is the mean of what it covers, so none is skipped and fine
+    patterns do not turn into coarse ones. A JPEG decoder that shrinks does the same. What this
+    costs over plain bilinear is a tenth (500x375 pixels to 224) to 40 % (1600x1200) of what
+    `antialias=True` costs over it.
+
+    Args:
+        images: uint8 or float, [height, width, channels] or [batch, height, width, channels].
+        shape: (height, width) of the result, int32 [2] or a pair of int.
+
+    Returns: float32, in the range of `images`.
+    """
+    sides = tf.shape(images)[-3:-1]
+
+    def shrink():
+        return tf.image.resize(images, shape, method='area')
+
+    def enlarge():
+        return tf.image.resize(tf.cast(images, tf.float32), shape)
+
+    def shrink_and_enlarge():
+        smaller = tf.image.resize(images, tf.minimum(sides, shape), method='area')
+        return tf.image.resize(smaller, shape)
+
+    # The last would do for all; a filter that changes nothing takes its time too.
+    grows, shrinks = tf.reduce_any(sides < shape), tf.reduce_any(sides > shape)
+    kind = tf.where(grows, tf.where(shrinks, 2, 1), 0)
+    return tf.switch_case(kind, [shrink, enlarge, shrink_and_enlarge])
+
+
+def to_uint8(images):
+    """Rounds numbers in 0..255 to whole ones; what lies outside is clipped."""
+    if images.dtype == tf.uint8:
+        return images
+    # One pass where rounding, clipping and casting take three.
+    quantized = tf.raw_ops.QuantizeV2(
+        input=tf.cast(images, tf.float32), min_range=0.0, max_range=255.0, T=tf.quint8)
+    return tf.bitcast(quantized.output, tf.uint8)

@@ -1,0 +1,500 @@
+"""What an image file is good for: TensorFlow reads it right as it is, or a converted copy of it, or it is broken.
+
+Training, evaluation and `predict.py` see a file through `as_decodable`. Verdicts and copies are kept in TFDS's data folder,
+so that a file is examined once, and again when it has changed.
+"""
+import concurrent.futures
+import contextlib
+import hashlib
+import io
+import json
+import os
+import re
+import stat
+import tempfile
+import unicodedata
+import uuid
+import warnings
+from typing import NamedTuple
+
+import numpy as np
+import PIL
+import tensorflow as tf
+import tensorflow_datasets as tfds
+import tqdm
+from PIL import ExifTags, Image
+
+from common.errors import RunError, one_line
+from inputs import file_signatures, heif, image_ops, jpeg_files
+
+# What is looked at; what a file then is, its content decides. The last two are there to be named: Pillow reads none of them.
+SUFFIXES = ('.jpg', '.jpeg', '.jpe', '.jfif', '.mpo', '.png', '.apng', '.gif', '.bmp', '.dib', '.webp', '.tif', '.tiff', '.avif',
+            '.jp2', '.j2k', '.ppm', '.pgm', '.pbm', '.pnm', '.heic', '.heif', '.hif', '.jxl', '.svg')
+# Formats that begin with a mark of their own, and that Pillow reads without another program (EPS would start Ghostscript).
+FORMATS = ('JPEG', 'PNG', 'GIF', 'BMP', 'DIB', 'WEBP', 'TIFF', 'AVIF', 'JPEG2000', 'PPM', *heif.FORMATS)
+JPEGS = ('JPEG', 'MPO')  # MPO: a JPEG file with further pictures behind the first
+LOSSY = (*JPEGS, 'WEBP', 'AVIF', 'JPEG2000', 'HEIF')
+MOST_PIXELS = 2**27  # 400 MB as uint8 [height, width, 3]
+MOST_BYTES = 8 * MOST_PIXELS  # of a file: as many pixels, with four channels of 16 bits
+TURNS = {  # EXIF orientation (EXIF 2.32, tag 0x0112) -> what a viewer does
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+BITS_PER_SAMPLE = 258  # TIFF 6.0, page 29
+NEARLY_ALL, LEAST_HABIT = 0.9, 3  # share and number of JPEG files with one fault that make it a habit of their writer
+EMBEDDINGS = ('LRE', 'RLE', 'LRO', 'RLO', 'PDF', 'LRI', 'RLI', 'FSI', 'PDI')  # Unicode Standard Annex 9, 2.1 to 2.5
+UNSEEN = '\ufeff\u00ad'  # the mark of an encoding, and a soft hyphen: no name needs them
+CHUNK = 64  # files that are examined between two looks at what was said to standard error
+ENDS_TOO_EARLY = 'the file ends too early: copy or download it again'
+READERS = [f'Pillow {PIL.__version__}', f'TensorFlow {tf.__version__}', *([f'pillow-heif {heif.VERSION}'] if heif.VERSION else [])]
+RULES = ', '.join(['4', *READERS])  # that verdicts were found by; count up what changes them
+
+
+class Broken(Exception):
+    """Why a file cannot be used."""
+
+
+class Verdict(NamedTuple):
+    """On one file.
+
+    Attributes:
+        digest: SHA-256 of its content; '' where that could not be read.
+        num_bytes: of what is to be read.
+        copy: path of the converted copy that is to be read, or '' for the file itself.
+        broken: why it cannot be used, or ''.
+        file_format: Pillow's name of it, such as 'JPEG'; of a broken file 'JPEG' or ''.
+        peak: the largest value of an image with more than 8 bits, 0 of others.
+        remark: what libjpeg complains of although no pixel can have changed, or ''.
+        doubt: what it complains of that may be damage, or the habit of a camera, or ''.
+        has_upper_bits_only: whether its colours have 16 bits of which only eight can be read.
+    """
+
+    digest: str = ''
+    num_bytes: int = 0
+    copy: str = ''
+    broken: str = ''
+    file_format: str = ''
+    peak: int = 0
+    remark: str = ''
+    doubt: str = ''
+    has_upper_bits_only: bool = False
+
+
+class Decodable(NamedTuple):
+    """A JPEG or PNG file that TensorFlow reads as a viewer shows it, and what was found on the way there, as in `Verdict`."""
+
+    content: bytes
+    file_format: str
+    peak: int = 0
+    remark: str = ''
+    doubt: str = ''
+    has_upper_bits_only: bool = False
+
+
+def as_decodable(content: bytes) -> bytes:
+    """Returns the file that training reads in place of this one: itself, if TensorFlow shows it as a viewer does.
+
+    Otherwise a JPEG or PNG file: turned as EXIF says, in colours or greys that `pictures.decode` reads. What may be damage
+    is passed over: `decodable` tells of it.
+
+    Args:
+        content: an image file of any of `FORMATS`.
+
+    Raises: Broken: it cannot be used; the message says why.
+    """
+    return decodable(content).content
+
+
+def decodable(content: bytes) -> Decodable:
+    """`as_decodable`, with what was found out: whether a doubt counts, the files beside this one would say.
+
+    Raises: Broken: it cannot be used; the message says why.
+    """
+    if not content:
+        raise Broken('empty: 0 bytes')
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # Pillow's: what matters of them is an error here
+            with _standard_error() as said:
+                found = _convert(content)
+                complains = bool(said())
+            return _without_complaint(content, found) if complains else found
+    except Broken:
+        raise
+    except MemoryError:
+        raise Broken('too large for the memory that is free') from None
+    except Exception as error:  # a damaged file can make Pillow raise anything
+        raise Broken(_fault(error, content)) from error
+
+
+def examine(root, paths, white_level=image_ops.WHITE_LEVEL):
+    """Finds out which files can be used; converts those that TensorFlow would refuse or misread.
+
+    Args:
+        root: the user's folder.
+        paths: of files below it.
+        white_level: of images of 16 bits, as in `pictures.decode`: not all can do with another than all 16.
+
+    Returns: {path: Verdict}, in the order of `paths`. `list_of_broken(root)` then has those that are broken, if any are.
+
+    Raises: RunError if the data folder cannot be written.
+    """
+    try:
+        tf.io.gfile.makedirs(_copies(root))
+        verdicts = _without_doubts(_examine_new(root, paths))
+        if white_level != image_ops.WHITE_LEVEL:
+            verdicts = _without_upper_bits(verdicts)
+        broken = [f'{shown(path)}: {verdicts[path].broken}\n' for path in paths if verdicts[path].broken]
+        if broken:
+            _write(list_of_broken(root), ''.join(broken).encode())
+    except tf.errors.OpError as error:
+        raise RunError(f'{_cache(root)} cannot be written ({_reason(error)}): set the environment variable TFDS_DATA_DIR '
+                       'to a folder that can be, with room for converted pictures') from error
+    return {path: verdicts[path] for path in paths}
+
+
+def list_of_broken(root):
+    """Path of the text file with all broken files, one a line."""
+    return os.path.join(_cache(root), 'broken.txt')
+
+
+def shown(name):
+    """The name of a file as it can be printed, on one line."""
+    return ascii(name) if any(_disturbs(letter) for letter in name) else name
+
+
+def _disturbs(letter):
+    """Whether a letter ends a line, changes the order of what follows it, or cannot be seen."""
+    is_control = unicodedata.category(letter) in ('Cc', 'Cs', 'Zl', 'Zp')
+    return is_control or letter in UNSEEN or unicodedata.bidirectional(letter) in EMBEDDINGS
+
+
+def _write(path, content):
+    """Writes bytes to a file that is either whole or not there. Raises tf.errors.OpError."""
+    partial = f'{path}.{uuid.uuid4().hex}'
+    with tf.io.gfile.GFile(partial, 'wb') as file:
+        file.write(content)
+    tf.io.gfile.rename(partial, path, overwrite=True)
+
+
+def _cache(root):
+    place = root.rstrip('/') if '://' in root else os.path.abspath(root)
+    name = re.sub('[^A-Za-z0-9._-]', '_', os.path.basename(place))
+    return os.path.join(tfds.core.constants.DATA_DIR, 'folder', f'{name}-{hashlib.sha256(os.fsencode(place)).hexdigest()[:16]}')
+
+
+def _copies(root):
+    return os.path.join(_cache(root), 'copies')
+
+
+def _examine_new(root, paths):
+    """Verdicts on all files: those known from before where neither file nor copy has changed since."""
+    manifest = os.path.join(_cache(root), 'manifest.json')
+    known, copies = _read_manifest(manifest), {'', *(os.path.join(_copies(root), name) for name in tf.io.gfile.listdir(_copies(root)))}
+    verdicts, changed = {}, []
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        ask = pool.map if '://' in root else map  # a local answer takes less time than to ask for it elsewhere
+        stamps = dict(zip(paths, ask(lambda path: _stamp(os.path.join(root, path)), paths)))
+    for path, stamp in stamps.items():
+        if isinstance(stamp, Broken):
+            verdicts[path] = Verdict(broken=str(stamp))
+        elif path in known and known[path][0] == stamp and known[path][1].copy in copies:
+            verdicts[path] = known[path][1]
+        else:
+            changed.append(path)
+    if changed:
+        print(f'examining {len(changed):,} files of {shown(root)}, once', flush=True)
+        try:
+            found = _examine_all([os.path.join(root, path) for path in changed], _copies(root))
+            bar = tqdm.tqdm(total=len(changed), unit=' files', disable=None, delay=2, leave=False)
+            with contextlib.closing(found), bar:  # its threads end here, also where this is interrupted
+                for path, verdict in zip(changed, found):
+                    verdicts[path] = verdict
+                    bar.update()
+        finally:  # also what an interrupted start has found out
+            known |= {path: (stamps[path], verdicts[path]) for path in changed if path in verdicts and verdicts[path].digest}
+            _write(manifest, json.dumps({'rules': RULES, 'files': known}).encode())
+    return verdicts
+
+
+def _without_doubts(verdicts):
+    """The verdicts, with files broken whose complaint is not what nearly all JPEG files have."""
+    doubtful = {path: verdict for path, verdict in verdicts.items() if verdict.doubt}
+    num_jpegs = sum(verdict.file_format in JPEGS for verdict in verdicts.values())
+    if len(doubtful) >= max(LEAST_HABIT, NEARLY_ALL * num_jpegs):
+        return verdicts
+    return verdicts | {path: Verdict(verdict.digest, broken=f'damaged: {verdict.doubt}') for path, verdict in doubtful.items()}
+
+
+def _without_upper_bits(verdicts):
+    """The verdicts, with files broken of which only the upper eight of 16 bits can be read."""
+    reason = ('16-bit colours, of which only the upper eight bits can be read: save it as a PNG of 16 bits, '
+              'so that config.dataset.white_level can count')
+    coarse = {path: verdict for path, verdict in verdicts.items() if verdict.has_upper_bits_only}
+    return verdicts | {path: Verdict(verdict.digest, broken=reason) for path, verdict in coarse.items()}
+
+
+def _read_manifest(path):
+    """{path: (stamp, Verdict)}; nothing where there is no manifest, or a damaged one."""
+    try:
+        with tf.io.gfile.GFile(path, 'rb') as file:
+            manifest = json.loads(file.read())
+        if manifest['rules'] != RULES:
+            return {}
+        return {path: (tuple(stamp), Verdict(*verdict)) for path, (stamp, verdict) in manifest['files'].items()}
+    except (tf.errors.OpError, ValueError, TypeError, KeyError, AttributeError):
+        return {}
+
+
+def _stamp(path):
+    """(bytes, nanoseconds of the last change) of a regular file; or Broken."""
+    try:
+        if '://' in path:
+            status = tf.io.gfile.stat(path)
+            return status.length, status.mtime_nsec
+        status = os.stat(path)
+    except (OSError, tf.errors.OpError) as error:
+        return Broken('a link to nothing' if os.path.islink(path) else _reason(error))
+    try:
+        _require_regular(status)
+    except Broken as broken:
+        return broken
+    return status.st_size, status.st_mtime_ns
+
+
+def _require_regular(status):
+    """Raises Broken of what is no file: to open a pipe would be to wait for ever."""
+    if not stat.S_ISREG(status.st_mode):
+        raise Broken('no regular file')
+
+
+def _examine_all(paths, copies):
+    """Yields the Verdict on each file, in order. Raises tf.errors.OpError if a copy cannot be written."""
+    Image.init()
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool, warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # of Pillow: each file has its verdict
+        for begin in range(0, len(paths), CHUNK):
+            chunk = paths[begin:begin + CHUNK]
+            with _standard_error() as said:
+                verdicts = list(pool.map(lambda path: _verdict(path, copies), chunk))
+                complains = bool(said())  # some of them: libjpeg does not say which
+            if complains:
+                verdicts = [_listen(path, verdict, copies) for path, verdict in zip(chunk, verdicts)]
+            yield from verdicts
+
+
+@contextlib.contextmanager
+def _standard_error():
+    """Collects what this process says to standard error, C libraries included; yields a function that returns what is new."""
+    usual = os.dup(2)
+    with tempfile.TemporaryFile(buffering=0) as said:
+        os.dup2(said.fileno(), 2)
+        heard = 0
+
+        def new():
+            nonlocal heard
+            text = os.pread(said.fileno(), os.fstat(said.fileno()).st_size - heard, heard)
+            heard += len(text)
+            return text
+
+        try:
+            yield new
+        finally:
+            os.dup2(usual, 2)
+            os.close(usual)
+
+
+def _verdict(path, copies, listens=False):
+    """Examines one file, and writes its copy if it needs one; with `listens`, hears what libjpeg says of it."""
+    content, digest, file_format = b'', '', ''
+    try:
+        content = read(path)
+        digest = hashlib.sha256(content).hexdigest()
+        file_format = 'JPEG' if content.startswith(jpeg_files.START_OF_IMAGE) else ''
+        found = _convert(content)
+        if listens:
+            found = _without_complaint(content, found)
+    except MemoryError:  # there may be enough another time, so without digest
+        return Verdict(broken='too large for the memory that is free')
+    except Exception as error:  # a damaged file can make Pillow raise anything
+        return Verdict(digest, broken=_fault(error, content), file_format=file_format)
+    copy = ''
+    if found.content is not content:
+        ending = '.png' if found.content.startswith(image_ops.PNG_SIGNATURE) else '.jpg'
+        copy = os.path.join(copies, digest + ending)
+        _write(copy, found.content)
+    return Verdict(digest, len(found.content), copy, '', *found[1:])
+
+
+def _listen(path, verdict, copies):
+    """Examines a file again, by itself, if it may be the one that libjpeg complains of."""
+    if verdict.broken or verdict.file_format not in JPEGS:
+        return verdict
+    with _standard_error():
+        return _verdict(path, copies, listens=True)
+
+
+def read(path):
+    """The content of an image file, on a disk or in a bucket. Raises Broken, OSError, tf.errors.OpError."""
+    if '://' not in path:
+        _require_regular(os.stat(path))
+    with tf.io.gfile.GFile(path, 'rb') if '://' in path else open(path, 'rb') as file:  # GFile takes no name that is not UTF-8
+        content = file.read(MOST_BYTES + 1)
+    if not content:
+        raise Broken('empty: 0 bytes')
+    if len(content) > MOST_BYTES:
+        raise Broken(f'too large: more than {MOST_BYTES:,} bytes')
+    return content
+
+
+def _convert(content):
+    """Returns the file as TensorFlow can read it, `Decodable`: with this very `content` where it reads it right. Raises anything."""
+    recognizable = jpeg_files.with_marker_first(content)
+    if recognizable is not content:
+        found = _convert(recognizable)
+        return found._replace(remark=found.remark or 'bytes before the first marker')
+    try:
+        image = Image.open(io.BytesIO(content), formats=FORMATS)
+    except PIL.UnidentifiedImageError:
+        if file_signatures.lacks_directory(content):
+            raise Broken(ENDS_TOO_EARLY) from None
+        raise Broken(file_signatures.reason(content)) from None
+    except Image.DecompressionBombError:
+        raise Broken(f'too large: more than {MOST_PIXELS:,} pixels') from None
+    raw = file_signatures.reason_of_raw(image, content)
+    if raw:
+        raise Broken(raw)
+    width, height = image.size
+    if not 0 < width * height <= MOST_PIXELS:
+        raise Broken(f'too large: {width} x {height} is more than {MOST_PIXELS:,} pixels' if width * height else 'no pixels')
+    if image.format in JPEGS or image.format == 'PNG':
+        return _convert_decodable(content, image)
+    image.load()
+    if image.mode.startswith('I;16') or (image.format, image.mode) == ('PPM', 'I'):
+        greys = np.asarray(image)[..., None].astype(np.uint16)  # Pillow would clip them
+        return Decodable(_encoded_deep(_as_seen(greys, image)), image.format, int(greys.max()))
+    colors = np.asarray(_over_white(image))
+    if _has_deep_colors(image):  # Pillow keeps the upper eight bits
+        deep = _as_seen(colors, image).astype(np.uint16) * 257
+        return Decodable(_encoded_deep(deep), image.format, int(colors.max()) * 256 + 255, has_upper_bits_only=True)
+    return Decodable(_encoded(_as_seen(colors, image), image.format), image.format)
+
+
+def _convert_decodable(content, image):
+    """`_convert` of a JPEG or PNG file: only TensorFlow reads its pixels, so that no two decoders can differ."""
+    decoded = image_ops.decode(content).numpy()  # also notices damage that Pillow does not, such as a wrong checksum
+    width, height = image.size
+    if decoded.shape[:2] != (height, width):
+        raise Broken(f'{width} x {height} pixels for Pillow, {decoded.shape[1]} x {decoded.shape[0]} for TensorFlow')
+    if _png_depth(content) != 16:
+        turned = _encoded(_as_seen(decoded, image), image.format) if _is_turned(image) else content
+        return Decodable(turned, image.format)
+    deep = tf.io.decode_png(content, channels=4, dtype=tf.uint16).numpy()  # [height, width, 4]
+    turned = _encoded_deep(_as_seen(deep, image)) if _is_turned(image) else content
+    return Decodable(turned, image.format, int(deep[..., :3].max()))
+
+
+def _png_depth(content):
+    """Bits of a channel, or 0 of a file that is no PNG."""
+    return content[image_ops.PNG_DEPTH_AT] if content.startswith(image_ops.PNG_SIGNATURE) else 0
+
+
+def _encoded(pixels, file_format):
+    """The copy of an image, uint8 [height, width, 3], in `file_format`: PNG, or JPEG where pixels are lost already."""
+    encoded = io.BytesIO()
+    if file_format in LOSSY:
+        Image.fromarray(pixels).save(encoded, 'JPEG', quality=95, subsampling=0)
+    else:
+        Image.fromarray(pixels).save(encoded, 'PNG')
+    return encoded.getvalue()
+
+
+def _encoded_deep(pixels):
+    """The copy of an image, uint16 [height, width, 1, 3 or 4], which says nothing of the value of white."""
+    return tf.io.encode_png(pixels).numpy()
+
+
+def _as_seen(pixels, image):
+    """Pixels [height, width, channels] turned as the EXIF data of `image` say, [height', width', channels]."""
+    if not _is_turned(image):
+        return pixels
+    channels = [Image.fromarray(pixels[..., index]).transpose(_turn(image)) for index in range(pixels.shape[-1])]
+    return np.stack([np.asarray(channel) for channel in channels], -1)
+
+
+def _turn(image):
+    return TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+
+
+def _is_turned(image):
+    try:
+        return _turn(image) is not None
+    except Exception:  # a picture is no worse for damage in what lies beside it
+        return False
+
+
+def _over_white(image):
+    """The first frame of an image that TensorFlow cannot read, as mode RGB and over white.
+
+    Raises: Broken: the file does not say which value is white.
+    """
+    if image.mode in ('I', 'F'):
+        raise Broken('float or 32-bit pixels, and nothing says which is white: save it with 8 or 16 bits')
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image.convert('RGBA'))
+    return image.convert('RGB')
+
+
+def _has_deep_colors(image):
+    """Whether a TIFF file has several channels of 16 bits."""
+    bits = image.tag_v2.get(BITS_PER_SAMPLE, ()) if image.format == 'TIFF' else ()
+    return len(bits) > 1 and max(bits) == 16
+
+
+def _without_complaint(content, found):
+    """What to read in place of a file of which libjpeg may complain, and whether the complaint matters.
+
+    Args:
+        content: the file.
+        found: what `_convert` made of it.
+
+    Returns: `Decodable` with a remark or a doubt. Its content has the same pixels, and nobody complains of it.
+
+    Raises: Broken: the complaint is of damage.
+    """
+    if found.file_format not in JPEGS:
+        return found
+    recognizable = jpeg_files.with_marker_first(content)
+    quiet = jpeg_files.without_stray_bytes(recognizable, _decode_aloud)
+    if quiet.damage:
+        raise Broken(f'damaged: {quiet.damage}')
+    if found.content != recognizable:  # a converted copy is quiet anyway
+        return found._replace(remark=quiet.remark, doubt=quiet.doubt)
+    return found._replace(content=quiet.content, remark=quiet.remark, doubt=quiet.doubt)
+
+
+def _decode_aloud(content):
+    """The pixels of a JPEG file, uint8 [height, width, 3], and what libjpeg says of it, on one line."""
+    with _standard_error() as said:
+        pixels = image_ops.decode(content).numpy()
+        return pixels, one_line(said().decode(errors='replace'))
+
+
+def _fault(error, content):
+    """Why a file cannot be used, on one line; `content` is what could be read of it."""
+    reason = _reason(error)
+    if isinstance(error, Broken) or not content:
+        return reason
+    if file_signatures.ends_too_early(content) or 'truncated' in reason.lower():  # a word of Pillow's
+        return ENDS_TOO_EARLY
+    return f'it cannot be decoded ({reason}): copy or download it again, or convert it to PNG'
+
+
+def _reason(error):
+    text = getattr(error, 'strerror', None) or re.sub(r'\{\{.*?\}\}|\[Op:.*?\]', '', str(error))  # TensorFlow adds its own names
+    return shown(one_line(text, 200)) or type(error).__name__

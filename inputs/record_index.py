@@ -1,0 +1,220 @@
+"""Reads encoded examples of a split from any place on: what makes an exact resume cheap.
+
+A split is a list of pieces. A piece is a run of neighbouring records of a TFRecord file, one file of a folder, or one
+example that is kept in memory. The order of an epoch is an order of pieces; only a window of them is ever shuffled
+record by record, so a resumed run reads again at most the window that it stopped in.
+"""
+import concurrent.futures
+import dataclasses
+import os
+import re
+import struct
+from collections.abc import Callable
+
+import numpy as np
+import tensorflow as tf
+import tensorflow_datasets as tfds
+
+from common.errors import RunError
+from inputs import tfds_features
+
+PIECES = 1000  # per epoch, at least, where there are as many examples
+EXAMPLES_AT_A_PLACE = 4  # of a sample, where a piece has so many
+PARSED_TOGETHER = 1024  # records, where one feature is wanted: ten times as fast as one by one
+RECORD_OVERHEAD = 16  # bytes around each record of a TFRecord file: length, two checksums
+
+
+@dataclasses.dataclass(frozen=True)
+class Records:
+    """Pieces of TFRecord files that TFDS prepared.
+
+    Attributes:
+        counts: int64 [pieces], examples in each.
+        first_ids: int64 [pieces], the number in the split of the first example of each.
+        filenames: string [pieces].
+        offsets: int64 [pieces], where in its file each begins, in bytes.
+        features: of the data set; parse a record.
+        columns: which of them are the image and the label.
+        name: of the data set and the split.
+        num_bytes: of all encoded examples, about.
+    """
+
+    counts: np.ndarray
+    first_ids: np.ndarray
+    filenames: np.ndarray
+    offsets: np.ndarray
+    features: tfds.features.FeaturesDict
+    columns: tfds_features.Columns
+    name: str
+    num_bytes: int
+
+    def read(self, pieces):
+        """A tf.data.Dataset of (id int64 [], encoded string [], label int64 []) of `pieces`, int64 [n], in an order of its own.
+
+        A label that is none of the classes ends it: see `tfds_features.require_class`.
+        """
+        num_classes = tfds_features.feature_at(self.features, self.columns.label).num_classes
+        specs = self._specs(*self.columns)
+
+        def parse(number, record):
+            example = tf.io.parse_single_example(record, specs)
+            label = example[self.columns.label]
+            checked = tfds_features.require_class(label, num_classes, self.name, number)
+            return number, example[self.columns.image], checked
+
+        return self._serialized(pieces).map(parse)
+
+    def entries(self, pieces):
+        """A tf.data.Dataset of (id int64 [], ...) of `pieces`, int64 [n]: what `fetch` takes after the id."""
+        return self.read(pieces)
+
+    def fetch(self, encoded, label):
+        """(encoded string [], label int64 []) of an entry."""
+        return encoded, label
+
+    def column(self, path: str) -> np.ndarray:
+        """Reads one feature of all examples, images or labels of any value, in some order."""
+        specs = self._specs(path)
+        batches = self._serialized(np.arange(len(self.counts))).batch(PARSED_TOGETHER)
+        values = batches.map(lambda numbers, records: tf.io.parse_example(records, specs)[path])
+        return np.concatenate(list(values.as_numpy_iterator()))
+
+    def sample(self, num_examples: int) -> 'Records':
+        """Returns at most so many examples, of evenly spread pieces with the first and last."""
+        at_a_place = min(EXAMPLES_AT_A_PLACE, int(self.counts.max()))
+        last = len(self.counts) - 1
+        places = np.unique(np.linspace(0, last, num_examples // at_a_place).astype(np.int64))
+        return dataclasses.replace(
+            self,
+            counts=np.minimum(self.counts[places], at_a_place),
+            first_ids=self.first_ids[places],
+            filenames=self.filenames[places],
+            offsets=self.offsets[places],
+        )
+
+    def _specs(self, *paths: str) -> dict[str, tf.io.FixedLenFeature]:
+        """What of a record is parsed: these features, and nothing is decoded."""
+        return {path: self.features.tf_example_spec[path] for path in paths}
+
+    def _serialized(self, pieces):
+        """A tf.data.Dataset of (id int64 [], record string []) of `pieces`."""
+        filenames, offsets, counts, first_ids = map(tf.constant, (self.filenames, self.offsets, self.counts, self.first_ids))
+
+        def piece(index):
+            # The class tf.data.TFRecordDataset does not offer what its operation can: to begin inside of a file.
+            variant = tf.raw_ops.TFRecordDatasetV2(filenames=filenames[index][None], compression_type='', buffer_size=256 * 1024,
+                                                   byte_offsets=offsets[index][None])
+            records = tf.data.experimental.from_variant(variant, tf.TensorSpec([], tf.string))
+            return records.take(counts[index]).enumerate(first_ids[index])
+
+        dataset = tf.data.Dataset.from_tensor_slices(pieces)
+        return dataset.interleave(piece, cycle_length=4, num_parallel_calls=4, deterministic=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Singles:
+    """Examples that can be had one by one, from memory or from picture files: each is a piece.
+
+    Attributes:
+        stored: string [examples], what `load` makes encoded pictures of: themselves, or the paths of files.
+        labels, ids: int64 [examples].
+        num_bytes: of all encoded examples.
+        load: `tf.identity` or `tf.io.read_file`.
+    """
+
+    stored: tf.Tensor
+    labels: tf.Tensor
+    ids: tf.Tensor
+    num_bytes: int
+    load: Callable
+
+    @property
+    def counts(self):
+        return np.ones(len(self.labels), np.int64)
+
+    def read(self, pieces):
+        """See `Records.read`; in the order of `pieces`."""
+        return self.entries(pieces).map(lambda number, index: (number, *self.fetch(index)), tf.data.AUTOTUNE)
+
+    def entries(self, pieces):
+        """See `Records.entries`: an entry is an index, so that files are read where pictures are decoded."""
+        return tf.data.Dataset.from_tensor_slices((tf.gather(self.ids, pieces), pieces))
+
+    def fetch(self, index):
+        """See `Records.fetch`."""
+        return self.load(self.stored[index]), self.labels[index]
+
+
+def require_tfrecord(builder):
+    """Raises RunError if a data set is prepared in another format."""
+    if builder.info.file_format != tfds.core.FileFormat.TFRECORD:
+        raise RunError(f'{builder.name} in {builder.data_dir} is prepared as {builder.info.file_format.value}: prepare it as tfrecord, '
+                       'or point --config.dataset.data_dir at a folder where it is')
+
+
+def of_builder(builder, columns, split, share=(0, 1), longest=None):
+    """`Records` of a prepared TFDS split.
+
+    Args:
+        builder: prepared as TFRecord files.
+        columns: which features are the image and the label.
+        split: a TFDS split, such as 'train[:90%]'.
+        share: (index, number) of a host: which of how many even shares, as `tfds.even_splits` cuts them.
+        longest: how many examples a piece may have; without it, so many that an epoch has at least `PIECES`. With 1 their order is that of examples in memory.
+    """
+    info = builder.info.splits[split]
+    begin, end = share_of(info.num_examples, share)
+    whole = builder.info.splits[re.split(r'[\[+]', split)[0].strip()]
+    whole_bytes = whole.num_bytes or sum(tf.io.gfile.stat(path).length for path in whole.filepaths)  # some data sets do not say
+    longest = longest or max(1, info.num_examples // PIECES)
+    runs, first_id = [], 0  # (filename, records to skip, records to take, id of the first)
+    for file in info.file_instructions:
+        low, high = max(begin, first_id), min(end, first_id + file.take)
+        if low < high:
+            runs.append((file.filename, file.skip + low - first_id, high - low, low))
+        first_id += file.take
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        pieces = [piece for found in pool.map(lambda run: _pieces_of_run(*run, longest), runs) for piece in found]
+    filenames, offsets, counts, first_ids = map(np.array, zip(*pieces))
+    return Records(counts=counts.astype(np.int64), first_ids=first_ids.astype(np.int64), filenames=filenames, offsets=offsets.astype(np.int64),
+                   features=builder.info.features, columns=columns,
+                   name=f'{builder.name}, split {split}',
+                   num_bytes=int(whole_bytes / whole.num_examples * (end - begin)))
+
+
+def in_memory(split):
+    """`Singles` of all examples of a split, kept in memory."""
+    columns = next(iter(split.read(np.arange(len(split.counts))).batch(int(split.counts.sum()))))
+    ids, encoded, labels = (tf.gather(column, tf.argsort(columns[0])) for column in columns)
+    return Singles(stored=encoded, labels=labels, ids=ids, num_bytes=split.num_bytes, load=tf.identity)
+
+
+def share_of(num_examples, share):
+    """(begin, end) of share (index, number): the shares differ by one example at most. Raises RunError if there are more hosts than examples."""
+    index, number = share
+    if num_examples < number:  # all hosts see it, so none waits for another
+        raise RunError(f'a split has {num_examples} examples for {number} hosts, and each needs one: name a larger one in config.dataset.train_split or eval_split')
+    return num_examples * index // number, num_examples * (index + 1) // number
+
+
+def _pieces_of_run(filename, skip, take, first_id, longest):
+    """(filename, offset, count, first id) of the pieces of one run of records; only a run that is cut needs its offsets."""
+    if skip == 0 and take <= (2 * longest if longest > 1 else 1):
+        return [(filename, 0, take, first_id)]
+    starts = record_offsets(filename, skip + take)
+    return [(filename, starts[skip + done], min(longest, take - done), first_id + done) for done in range(0, take, longest)]
+
+
+def record_offsets(filename, count):
+    """Where each of the first `count` records of a TFRecord file begins, in bytes; reads their lengths only."""
+    offsets, offset = [], 0
+    with tf.io.gfile.GFile(filename, 'rb') as file:
+        for _ in range(count):
+            offsets.append(offset)
+            try:
+                file.seek(offset)
+                length, = struct.unpack('<Q', file.read(8))
+            except (tf.errors.OutOfRangeError, struct.error) as error:
+                raise RunError(f'{filename} was cut short: rm -r {os.path.dirname(filename)}') from error
+            offset += length + RECORD_OVERHEAD
+    return offsets

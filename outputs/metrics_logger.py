@@ -1,0 +1,173 @@
+"""What a run writes down while it goes on: metrics.jsonl, TensorBoard and the progress bar."""
+import json
+import os
+import re
+import socket
+import sys
+import tempfile
+import time
+
+from tqdm import tqdm
+
+from common import storage
+
+NAME = 'metrics.jsonl'
+EVENTS = 'events.out.tfevents'  # how the name of a file begins that TensorBoard reads
+
+
+class Logbook:
+    """Metrics of a run, one object a line, each step once.
+
+    A number that is not finite is null in metrics.jsonl, which is JSON, and NaN in TensorBoard's
+    files. Those always say what metrics.jsonl says: where rows are dropped or replaced, they are
+    written anew from the rows.
+
+    Args:
+        workdir: the folder of the run.
+        first_step: what comes after it in the files of an earlier, interrupted start is dropped: it will be redone.
+        total_steps: length of the progress bar.
+    """
+
+    def __init__(self, workdir, first_step, total_steps):
+        import tensorflow as tf  # here, because reading a logbook needs none
+
+        self.path = os.path.join(workdir, NAME)
+        rows, damaged = _read(self.path)
+        lost = [number for number in damaged if number <= len(rows)]  # not the last line: that is what a crash leaves
+        if lost:
+            print(f'damaged   {self.path}: line {", ".join(map(str, lost))} cannot be read and is left out', flush=True)
+        self._rows = [row for row in rows if row['step'] <= first_step]
+        self._board_folder = os.path.join(workdir, 'tensorboard')
+        self._summary = tf.summary
+        if damaged or len(self._rows) < len(rows):
+            # Before metrics.jsonl: if this start is killed in between, the next one still sees why.
+            rewrite_board(self._board_folder, self._rows)
+        storage.write(self.path, _as_text(self._rows))
+        self._board = tf.summary.create_file_writer(self._board_folder)
+        self._bar = tqdm(total=total_steps, initial=first_step, unit='step', dynamic_ncols=True, smoothing=0.1,
+                         disable=None if sys.stderr.isatty() else True)
+        self._bar_text = {}
+
+    def write(self, step, metrics):
+        """Adds numbers measured after `step` updates to the row of that step."""
+        if self._rows and self._rows[-1]['step'] == step:
+            replaces = any(name in self._rows[-1] for name in metrics)
+            self._rows[-1].update(metrics)
+            storage.write(self.path, _as_text(self._rows))
+            if replaces:  # as the evaluation of another split does
+                self._board.close()
+                rewrite_board(self._board_folder, self._rows)
+                self._board = self._summary.create_file_writer(self._board_folder)
+                return self._show(step, metrics)
+        else:
+            self._rows.append({'step': step, 'wall_time': time.time(), **metrics})
+            storage.append(self.path, _as_text(self._rows[-1:]))
+        with self._board.as_default(step):
+            for name, value in metrics.items():
+                self._summary.scalar(name, value)
+        self._board.flush()
+        self._show(step, metrics)
+
+    def advance(self, step):
+        """Moves the progress bar to `step`."""
+        self._bar.update(step - self._bar.n)
+
+    def say(self, text):
+        """Prints a line, above the progress bar."""
+        self._bar.write(text)
+
+    def close(self):
+        self._bar.close()
+        self._board.close()
+
+    def _show(self, step, metrics):
+        names = {'train/loss': 'loss', 'train/skipped_updates': 'skipped', 'train/learning_rate': 'lr', 'train/examples_per_second': 'img/s', 'eval/accuracy': 'accuracy'}
+        shown = {
+            names[name]: f'{value:.2%}' if name == 'eval/accuracy' else f'{value:.4g}'
+            for name, value in metrics.items()
+            if name in names and (value or name != 'train/skipped_updates')
+        }
+        self._bar_text.update(shown)
+        self._bar.set_postfix(self._bar_text, refresh=not self._bar.disable)
+        if self._bar.disable:  # no terminal: a line for each evaluation and each tenth of the run is enough
+            tenth = max(1, self._bar.total // 10)
+            if 'eval/accuracy' in metrics or step // tenth > getattr(self, '_shown', 0):
+                self._shown = step // tenth
+                print(f'step {step:,}/{self._bar.total:,}  ' + '  '.join(f'{name} {value}' for name, value in shown.items()), flush=True)
+
+
+def read_metrics(workdir):
+    """The rows of metrics.jsonl that can be read: a crash may have cut the last one short.
+
+    What is null there is NaN.
+    """
+    return _read(os.path.join(workdir, NAME))[0]
+
+
+def rewrite_board(folder: str, rows: list[dict]) -> None:
+    """Makes TensorBoard's files in `folder` say what `rows` of metrics.jsonl say, with their times.
+
+    Other files that are there are left alone.
+    """
+    before = [name for name in storage.list_folder(folder) if name.startswith(EVENTS)]
+    if rows:
+        storage.make_folder(folder)
+        storage.write(os.path.join(folder, _event_file_name(rows)), _events(rows))
+    for name in before:
+        storage.delete(os.path.join(folder, name))
+
+
+def _event_file_name(rows: list[dict]) -> str:
+    """Returns a new name as TensorBoard's writer gives them: with a time, a host and a process.
+
+    TensorBoard reads these files in the order of their names, so the time is that of the first
+    row: the file comes before that of the writer which goes on.
+    """
+    seconds = int(rows[0].get('wall_time', 0))
+    host = re.sub('[^A-Za-z0-9-]', '-', socket.gethostname())
+    return f'{EVENTS}.{seconds:010d}.{host}.{os.getpid()}.{time.time_ns()}.v2'
+
+
+def _events(rows: list[dict]) -> bytes:
+    """Returns a file of TensorBoard's events, as `tf.summary.scalar` would have written them."""
+    import tensorflow as tf
+
+    v1 = tf.compat.v1
+    scalars = v1.SummaryMetadata(
+        plugin_data=v1.SummaryMetadata.PluginData(plugin_name='scalars')
+    )
+    events = [v1.Event(wall_time=rows[0].get('wall_time', 0), file_version='brain.Event:2')]
+    for row in rows:
+        summary = v1.Summary()
+        for name, value in row.items():
+            if name not in ('step', 'wall_time'):
+                tensor = tf.make_tensor_proto(float(value), tf.float32)
+                summary.value.add(tag=name, tensor=tensor, metadata=scalars)
+        events.append(
+            v1.Event(wall_time=row.get('wall_time', 0), step=row['step'], summary=summary)
+        )
+    with tempfile.TemporaryDirectory() as scratch:
+        path = os.path.join(scratch, 'events')
+        with tf.io.TFRecordWriter(path) as writer:
+            for event in events:
+                writer.write(event.SerializeToString())
+        return storage.read(path)
+
+
+def _read(path):
+    """(rows, numbers of the lines that are none)."""
+    rows, damaged = [], []
+    for number, line in enumerate(storage.read(path).decode(errors='replace').splitlines() if storage.exists(path) else (), 1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if isinstance(row, dict) and isinstance(row.get('step'), int):
+            rows.append(storage.nan_for_null(row))
+        else:
+            damaged.append(number)
+    return rows, damaged
+
+
+def _as_text(rows):
+    return ''.join(storage.as_json(row) + '\n' for row in rows)

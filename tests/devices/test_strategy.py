@@ -1,0 +1,102 @@
+"""The strategy fits the hardware, and one that was asked for and is not there is an error that says what was found."""
+import json
+
+import pytest
+import tensorflow as tf
+
+from common.errors import ConfigError, RunError
+from configs import default
+from devices import strategy as devices
+
+
+@pytest.fixture
+def config(monkeypatch):
+    for name in ('TF_CONFIG', 'TPU_NAME', 'COLAB_TPU_ADDR', 'TPU_ACCELERATOR_TYPE'):
+        monkeypatch.delenv(name, raising=False)
+    return default.get_config()
+
+
+def test_one_cpu_is_one_device(config):
+    strategy, reason = devices.make_strategy(config)
+    assert isinstance(strategy, tf.distribute.OneDeviceStrategy) and strategy.num_replicas_in_sync == 1
+    assert reason.startswith('OneDeviceStrategy on one CPU: found')
+    assert devices.device_kind(strategy) == 'CPU'
+
+
+def test_virtual_devices_are_mirrored(config):
+    config.virtual_devices = 2
+    strategy, reason = devices.make_strategy(config)
+    assert isinstance(strategy, tf.distribute.MirroredStrategy) and strategy.num_replicas_in_sync == 2
+    assert reason.startswith('MirroredStrategy on 2 virtual CPUs')
+
+
+def test_a_strategy_can_be_forced(config):
+    config.virtual_devices, config.strategy = 2, 'one_device'
+    strategy, reason = devices.make_strategy(config)
+    assert strategy.num_replicas_in_sync == 1 and 'config.strategy asks for it' in reason
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('forced, says', [
+    ('mirrored', 'needs several devices, but found 4 CPUs'),
+    ('multi_worker', 'needs the environment variable TF_CONFIG'),
+    ('tpu', "the TPU 'local' does not start"),
+])
+def test_a_forced_strategy_that_is_not_there_says_what_was_found(config, forced, says):
+    config.strategy = forced
+    with pytest.raises(RunError, match=says) as raised:
+        devices.make_strategy(config)
+    assert 'CPU' in str(raised.value) and '\n' not in str(raised.value)
+
+
+def test_a_named_tpu_that_does_not_start_is_never_a_silent_cpu_run(config, monkeypatch):
+    monkeypatch.setenv('TPU_NAME', 'local')
+    with pytest.raises(RunError, match='does not start'):
+        devices.make_strategy(config)
+
+
+def test_a_broken_tf_config_is_one_line(config, monkeypatch):
+    monkeypatch.setenv('TF_CONFIG', '{"cluster": ')
+    with pytest.raises(RunError, match='TF_CONFIG is no JSON of a cluster'):
+        devices.make_strategy(config)
+
+
+@pytest.mark.parametrize('cluster, task', [
+    ({'chief': ['localhost:1'], 'worker': ['localhost:2']}, {}),
+    ({'worker': ['localhost:1', 'localhost:2']}, {'type': 'worker', 'index': 7}),
+])
+def test_a_cluster_in_which_this_worker_has_no_place_is_one_line(config, monkeypatch, cluster, task):
+    monkeypatch.setenv('TF_CONFIG', json.dumps({'cluster': cluster, 'task': task}))
+    with pytest.raises(RunError, match='TF_CONFIG does not work here') as raised:
+        devices.make_strategy(config)
+    assert '\n' not in str(raised.value)
+
+
+def test_a_tpu_that_the_config_names_is_expected_whatever_the_environment_says(config, monkeypatch):
+    config.tpu = 'mine'
+    monkeypatch.setenv('TPU_NAME', 'other')
+    with pytest.raises(RunError, match="the TPU 'mine' does not start"):
+        devices.make_strategy(config)
+
+
+def test_one_worker_alone_needs_no_cluster(config, monkeypatch):
+    monkeypatch.setenv('TF_CONFIG', json.dumps({'cluster': {'worker': ['localhost:1']}, 'task': {'type': 'worker', 'index': 0}}))
+    assert devices.make_strategy(config)[0].num_replicas_in_sync == 1
+
+
+@pytest.mark.parametrize('precision, kind, policy', [
+    ('auto', 'CPU', 'float32'), ('auto', 'TPU', 'mixed_bfloat16'), ('bfloat16', 'CPU', 'mixed_bfloat16'),
+    ('float16', 'GPU', 'mixed_float16'), ('float32', 'TPU', 'float32')])
+def test_precision_follows_the_hardware(precision, kind, policy):
+    assert devices.resolve_precision(precision, kind) == policy
+
+
+@pytest.mark.parametrize('jit_compile, kind, compiles', [
+    ('auto', 'CPU', False), ('auto', 'GPU', True), ('auto', 'TPU', False), ('true', 'CPU', True), ('false', 'GPU', False)])
+def test_xla_is_used_where_it_serves(jit_compile, kind, compiles):
+    assert devices.resolve_jit_compile(jit_compile, kind) == compiles
+
+
+def test_xla_on_a_tpu_host_is_refused():
+    with pytest.raises(ConfigError, match='write auto'):
+        devices.resolve_jit_compile('true', 'TPU')

@@ -1,0 +1,219 @@
+"""A data set of TFDS whose labels or images a run could not use is refused before the run begins."""
+import os
+import re
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import main
+import train
+from common.errors import ConfigError, RunError
+from configs import default
+from experiment import config_schema
+from inputs import dataset_status, datasets, image_ops, tfds_checks
+from tests import image_kinds
+from tests.inputs.test_tfds_features import FLAT, LABEL, F, config_of, make, rows
+
+KNOWN, UNKNOWN, SOME = (0, 1), (-1,), (0, -1)
+
+
+def labeled(folder, count=8, **labels):
+    examples = {split: rows(count, labels=values) for split, values in labels.items()}
+    return make(folder, FLAT, examples, ('image', 'label'))
+
+
+def restate(folder, before, after):
+    """Changes what features.json says of a data set that is written already."""
+    path = folder / 'mine' / '1.0.0' / 'features.json'
+    text = path.read_text()
+    assert text.count(before) == 1
+    path.write_text(text.replace(before, after))
+
+
+def refused(config):
+    """Returns the line that `load` and the doctor refuse a data set with."""
+    with pytest.raises(RunError) as raised:
+        datasets.load(config)
+    with pytest.raises(RunError, match=f'^{re.escape(str(raised.value))}$'):
+        dataset_status.look(config)
+    assert '\n' not in str(raised.value)
+    return str(raised.value)
+
+
+# Labels.
+
+@pytest.mark.parametrize('labels, key, instead', [
+    (dict(train=KNOWN, test=SOME), 'eval_split',
+     "--config.dataset.train_split='train[:90%]' --config.dataset.eval_split='train[90%:]'"),
+    (dict(train=KNOWN, test=UNKNOWN, val=KNOWN), 'eval_split', '--config.dataset.eval_split=val'),
+    (dict(train=SOME, test=KNOWN), 'train_split',
+     'there is no other, so prepare the data set without them'),
+    (dict(train=SOME, test=KNOWN, a=KNOWN, b=KNOWN), 'train_split',
+     '--config.dataset.train_split=a or b'),
+])
+def test_another_split_is_named_for_one_without_labels(tmp_path, labels, key, instead):
+    config = labeled(tmp_path, **labels)
+    text = refused(config)
+    assert text.startswith(f'config.dataset.{key}=')
+    assert text.endswith(f'Name a split without them: {instead}')
+    changes = re.findall(r'--config\.dataset\.(\w+)=(\S+?)(?: or b)?(?: |$)', instead)
+    config.update({name: value.strip("'") for name, value in changes})
+    if changes:
+        assert datasets.load(config).num_eval > 0
+
+
+def test_a_part_of_a_split_that_has_labels_is_taken(tmp_path):
+    config = make(tmp_path, FLAT, {'train': rows(8) + rows(8, labels=UNKNOWN)}, ('image', 'label'))
+    config.train_split, config.eval_split = 'train[:4]', 'train[4:8]'
+    assert datasets.load(config).num_eval == 4
+    config.eval_split = 'train[4:9]'
+    assert "eval_split='train[4:9]' of mine has 5 examples, and 1 have" in refused(config)
+
+
+def test_one_label_among_all_of_a_small_split_is_found(tmp_path):
+    labels = [0] * 3000
+    labels[1234] = -1
+    assert 'has 3,000 examples, and 1 have a label' in refused(labeled(tmp_path, 3000, train=labels, test=KNOWN))
+
+
+def test_of_a_large_split_a_sample_is_looked_at(tmp_path, monkeypatch):
+    monkeypatch.setattr(tfds_checks, 'READ_WHOLE', 0)
+    labels = [number // 2 % 2 - 1 for number in range(3000)]  # half of them are -1
+    text = refused(labeled(tmp_path, 3000, train=KNOWN, test=labels))
+    found = re.search(r'has 3,000 examples, and (\d+) of (\d+) that were looked at have', text)
+    unknown, looked_at = map(int, found.groups())
+    assert 200 <= looked_at <= 256 and looked_at / 4 < unknown < looked_at * 3 / 4
+
+
+@pytest.mark.parametrize('gib', [4.0, 1e-6], ids=['in memory', 'from files'])
+@pytest.mark.parametrize('bad', ['train', 'test'])
+def test_a_label_that_the_sample_misses_ends_the_run_with_one_line(tmp_path, monkeypatch, tiny, bad, gib):
+    labels = {'train': [0] * 600, 'test': [1] * 600}
+    labels[bad][236] = -1
+    tiny.dataset = labeled(tmp_path, 600, **labels)
+    tiny.dataset.memory_gib = gib
+    monkeypatch.setattr(tfds_checks, 'READ_WHOLE', 0)
+    with pytest.raises(tf.errors.InvalidArgumentError) as raised:
+        train.run(tiny, str(tmp_path / 'run'))
+    line, status = main.failure(raised.value)
+    assert status == 1 and line == (
+        'an example has a label that is none of the 2 classes, as TFDS writes where it is not known; '
+        f'name another split: mine, split {bad}, example 236 has -1')
+
+
+def test_classes_without_a_name_are_refused(tmp_path):
+    config = labeled(tmp_path, train=KNOWN, test=KNOWN)
+    assert datasets.load(config).class_names == ('cat', 'dog')
+    restate(tmp_path, '"numClasses": "2"', '"numClasses": "3"')
+    (tmp_path / 'mine' / '1.0.0' / 'label.labels.txt').write_text('cat\n\nowl\n')
+    assert 'has 3 classes, but names for 2: write one name a line into its labels.txt' in refused(config)
+
+
+@pytest.mark.parametrize('num_classes', [None, 1])
+def test_fewer_than_two_classes_are_refused(tmp_path, num_classes):
+    stored = {'image': F.Image(), 'label': F.ClassLabel(num_classes=num_classes)}
+    examples = {'train': [], 'test': []} if num_classes is None else {'train': rows(2, labels=(0,)), 'test': rows(2, labels=(0,))}
+    config = make(tmp_path, stored, examples, ('image', 'label'))
+    assert f'has {num_classes or 0} class; a classifier needs at least two' in refused(config)
+
+
+def test_records_that_are_not_what_is_stated_are_refused(tmp_path):
+    config = labeled(tmp_path, train=KNOWN, test=KNOWN)
+    restate(tmp_path, '"label": {', '"kind": {')
+    assert refused(config).startswith('mine, split train: its records are not what its features.json says (')
+
+
+# Images.
+
+def of_images(folder, feature, images):
+    examples = [{'image': image, 'label': 0} for image in images]
+    return make(folder, {'image': feature, 'label': LABEL}, {'train': examples, 'test': examples}, ('image', 'label'))
+
+
+@pytest.mark.parametrize('file_format', ['WEBP', 'TIFF'])
+def test_files_that_tensorflow_cannot_decode_are_refused(tmp_path, file_format):
+    file = image_kinds.encoded(image_kinds.pixels_of(1), file_format)
+    text = refused(of_images(tmp_path, F.Image(), [file] * 2))
+    assert text.startswith('mine, split train: an image cannot be decoded (')
+    assert text.endswith('): prepare it as JPEG or PNG files')
+
+
+def test_transparency_that_would_be_left_out_is_refused(tmp_path):
+    rgba = np.dstack([image_kinds.pixels_of(1), image_kinds.pixels_of(2)[..., 0]])
+    files = [image_kinds.encoded(rgba, file_format) for file_format in ('PNG', 'BMP')]
+    assert 'an image of 4 channels is no PNG file' in refused(of_images(tmp_path, F.Image(shape=(24, 32, 4)), files))
+
+
+@pytest.mark.parametrize('largest', [4095, 1023])
+def test_uint16_images_of_12_bits_or_less_are_refused(tmp_path, largest):
+    values = np.linspace(0, largest, 24 * 32).reshape(24, 32, 1).astype(np.uint16)
+    config = of_images(tmp_path, F.Image(shape=(24, 32, 1), dtype=np.uint16), [values // 2, values])
+    assert refused(config) == (
+        f'mine, split train: its uint16 images go up to {largest:,} of 65,535, nearly black: '
+        f'write --config.dataset.white_level={largest}')
+    config.white_level = largest
+    source = datasets.load(config)
+    encoded = [encoded for *_, encoded, _ in source.examples('train').as_numpy_iterator()]
+    assert max(image_ops.decode(file, largest).numpy().max() for file in encoded) == 255
+
+
+# The choice of image and label.
+
+@pytest.mark.parametrize('supervised_keys, values, weights', [
+    (None, {}, ''),
+    ((('image', 'weight'), 'label'), {}, ''),
+    (('weight', 'label'), {}, ''),
+    (('image', 'label', 'weight'), {}, 'weight'),
+    (('image', 'label', {'a': 'weight'}), {'image_key': 'image', 'label_key': 'label'}, 'weight'),
+    (None, {'image_key': 'image'}, ''),
+])
+def test_a_choice_that_is_not_plain_is_a_note(tmp_path, capsys, supervised_keys, values, weights):
+    make(tmp_path, FLAT | {'weight': np.float32}, {'train': rows(8, weight=1.0), 'test': rows(4, weight=1.0)}, supervised_keys)
+    source = datasets.load(config_of(tmp_path, **values))
+    note = "of mine the image is 'image' and the class label 'label'"
+    note += f'; its weights of examples, {weights}, are not used' if weights else ''
+    assert source.notes == (note,) and capsys.readouterr().out == f'note      {note}\n'
+
+
+@pytest.mark.parametrize('supervised_keys, values', [
+    (('image', 'label'), {}),
+    (('image', 'label'), {'label_key': 'label'}),
+    (None, {'image_key': 'image', 'label_key': 'label'}),
+])
+def test_a_plain_choice_is_no_note(tmp_path, capsys, supervised_keys, values):
+    make(tmp_path, FLAT, {'train': rows(8), 'test': rows(4)}, supervised_keys)
+    assert datasets.load(config_of(tmp_path, **values)).notes == ()
+    assert capsys.readouterr().out == ''
+
+
+@pytest.mark.parametrize('key', ['image_key', 'label_key'])
+def test_a_folder_has_no_features_to_name(key):
+    config = default.get_config()
+    config.dataset.name, config.dataset[key] = 'folder', 'image'
+    with pytest.raises(ConfigError, match=f"^config.dataset.{key}='image' names a feature of a TFDS data set, .*: leave it out$"):
+        config_schema.check_config(config)
+
+
+# Damage.
+
+def test_records_that_are_damaged_are_named_by_the_doctor(tmp_path):
+    config = labeled(tmp_path, train=KNOWN, test=KNOWN)
+    directory = tmp_path / 'mine' / '1.0.0'
+    path = directory / 'mine-test.tfrecord-00001-of-00002'
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(RunError, match=f'^files of mine are damaged .*: rm -r {directory}$'):
+        dataset_status.look(config)
+
+
+def test_a_file_that_was_cut_short_is_named(tmp_path):
+    config = labeled(tmp_path, train=KNOWN, test=KNOWN)
+    path = tmp_path / 'mine' / '1.0.0' / 'mine-test.tfrecord-00001-of-00002'
+    for size in (20, 5, 0):  # within a record, within its length, everything
+        os.truncate(path, size)
+        with pytest.raises(RunError, match=f'^{path} was cut short: rm -r {path.parent}$'):
+            datasets.load(config)
+        with pytest.raises(RunError, match=f'shorter than they were, of its split test: rm -r {path.parent}$'):
+            dataset_status.look(config)
