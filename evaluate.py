@@ -33,7 +33,7 @@ def run(config, workdir, which=None):
         found = {'checkpoint': which, 'step': step, **metrics}
         write_json(os.path.join(workdir, 'evaluation.json'), found)
         if not math.isfinite(metrics['eval/loss']):
-            better = '' if which == 'best' else '; --checkpoint=best evaluates the best'
+            better = '; --checkpoint=best evaluates the best' if which == 'last' and session.checkpoints.has_best() else ''
             print(f'note      the loss is not finite: the model has diverged{better}', flush=True)
         print(as_json(found))
     return metrics

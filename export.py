@@ -22,10 +22,6 @@ MAX_DECODED = 8  # of them that are also given decoded, one at a time, because t
 # Largest difference of a logit, as share of the largest logit: a few roundings of the type that the model computes in.
 TOLERANCE = {'float64': 1e-6, 'float32': 1e-4, 'mixed_bfloat16': 5e-2, 'mixed_float16': 1e-2}
 TOLERANCE_TF32 = 1e-2  # of float32 on a GPU: TensorFlow multiplies with 10 bits there, as many as float16 has
-DIVERGED = (
-    'the model has diverged. --mode=export --checkpoint=best takes the weights of its best '
-    'evaluation; or train anew with a lower config.schedule.peak_lr or with config.grad_clip_norm'
-)
 READER = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'outputs', 'read_saved_model.py')
 
 
@@ -137,7 +133,12 @@ def _require_finite(session):
     variables = models.weights(session.state.model)
     for variable, value in zip(variables, steps.evaluated_weights(session.state), strict=True):
         if not np.isfinite(value.numpy()).all():
-            raise RunError(f'the weights are not finite, {variable.path} for one: {DIVERGED}')
+            raise RunError(f'the weights are not finite, {variable.path} for one: {_diverged(session)}')
+
+
+def _diverged(session):
+    best = 'export the weights of its best evaluation with --mode=export --checkpoint=best, or ' if session.checkpoints.has_best() else ''
+    return f'the model has diverged: {best}train anew with a lower config.schedule.peak_lr or with config.grad_clip_norm'
 
 
 def _write_saved_model(session, directory):
@@ -196,7 +197,7 @@ def _compare(session, directory):
     num_answered = int(np.isfinite(expected).all(-1).sum())
     if num_answered < len(expected):
         examples = f'{len(expected) - num_answered:,} of {counted(len(expected), "evaluation example")}'
-        raise RunError(f'the answers of the model to {examples} are not finite: {DIVERGED}')
+        raise RunError(f'the answers of the model to {examples} are not finite: {_diverged(session)}')
 
     tolerance = TOLERANCE_TF32 if (session.kind, session.dtype_policy) == ('GPU', 'float32') else TOLERANCE[session.dtype_policy]
     allowed = tolerance * max(1.0, float(np.abs(expected).max()))

@@ -59,8 +59,6 @@ def run(config, workdir, continues='same'):
 
 def lead(session, workdir, changes, held):
     """The run as the only process, or as the one of several workers that writes; returns the exit status."""
-    print(session.describe(), flush=True)
-
     def before_commit():  # what a checkpoint will be continued with must be there, and the folder this run's
         held.require()
         storage.force(os.path.join(workdir, 'metrics.jsonl'))
@@ -68,6 +66,7 @@ def lead(session, workdir, changes, held):
     session.checkpoints.before_commit = before_commit
     with preemption.watch() as stop:
         progress = resume.restore(session, workdir, changes)
+        print(session.describe(), flush=True)
         resumed_from, notes = resume.record_start(session, workdir, progress, changes)
         stop_signal = train_until_stopped(session, workdir, progress, stop)
     if stop_signal is not None:

@@ -81,7 +81,7 @@ class Plan:
         per_replica = self.batch_size // self.num_replicas
         epochs, steps_per_epoch = f'{self.epochs:.4g} epochs', f'{self.steps_per_epoch:.6g} steps'
         length = f'{self.total_steps:,} = {epochs} x {steps_per_epoch}'
-        if any(self.ahead):
+        if self.ahead.updates or self.ahead.examples:
             other_sizes = 'some of them with batches of another size'
             length = f'{self.total_steps:,}, {other_sizes}; {epochs}, now of {steps_per_epoch}'
         return '\n'.join((

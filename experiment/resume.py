@@ -201,7 +201,7 @@ def restore(session, workdir, changes: Sequence[ConfigChange] = ()) -> Progress:
         lost = f'; what came after it, up to step {rows[-1]["step"]:,}, is done again' if rows and rows[-1]['step'] > saved else ''
         print(f'resumes   at step {saved:,}{lost}', flush=True)
         session.continue_from(progress)
-        if any(session.plan.ahead):
+        if session.plan.ahead.updates or session.plan.ahead.examples:
             print(f'          after {progress.examples_seen:,} examples, in batches of several sizes: '
                   f'the run has {session.plan.total_steps:,} updates, and its schedule, in batches of today, is at '
                   f'step {saved + session.plan.ahead.updates:,} of {session.plan.schedule_steps:,}', flush=True)

@@ -105,11 +105,11 @@ def _tfds(dataset_config, needs_training):
     num_train = split_size(builder.name, builder.info.splits, 'train_split', dataset_config, needed=needs_training)
     num_eval = split_size(builder.name, builder.info.splits, 'eval_split', dataset_config, needed=True)
     record_index.require_tfrecord(builder)
-    for key in ('train_split', 'eval_split') if needs_training else ('eval_split',):
-        tfds_checks.require_usable(builder, columns, key, dataset_config)
-    supervised_keys = builder.info.supervised_keys
-    note = tfds_features.describe_choice(columns, supervised_keys, dataset_config)
-    if note:
+    keys = ('train_split', 'eval_split') if needs_training else ('eval_split',)
+    notes = [tfds_checks.require_usable(builder, columns, key, dataset_config) for key in keys]
+    notes.append(tfds_features.describe_choice(columns, builder.info.supervised_keys, dataset_config))
+    notes = tuple(filter(None, notes))
+    for note in notes:
         print(f'note      {note}', flush=True)
     return Source(
         name=dataset_config.name,
@@ -121,7 +121,7 @@ def _tfds(dataset_config, needs_training):
         memory_bytes=int(dataset_config.memory_gib * 2**30),
         find=functools.partial(record_index.of_builder, builder, columns),
         identity=' '.join([builder.info.full_name, dataset_config.train_split, *filter(None, (dataset_config.image_key, dataset_config.label_key))]),
-        notes=(note,) if note else (),
+        notes=notes,
     )
 
 

@@ -10,6 +10,8 @@ from PIL import Image, TiffImagePlugin, features
 from inputs import heif, jpeg_files
 
 DAMAGED = 'it is damaged: copy or download it again'
+UNREAD = 'it is damaged, or of a kind that is not read: save it as PNG'
+UNKNOWN = 'get it again, or take it away'
 CONVERT = 'convert it: magick FILE.{0} FILE.png'
 RAW = 'convert it: darktable-cli FILE.{0} FILE.jpg'
 FRAMES = 'extract frames: ffmpeg -i FILE.{0} -vf fps=1 FILE-%04d.jpg'
@@ -101,7 +103,7 @@ def reason(content: bytes) -> str:
     """Returns why a file that Pillow does not recognize cannot be read, in at most 200 letters."""
     what, advice = _name(content)
     if not what:
-        return f'no picture that can be read: it begins with {content[:16]!r}'
+        return f'no picture that can be read: it begins with {content[:16]!r}; {UNKNOWN}'
     return f'no picture that can be read: {what}, which begins with {content[:16]!r}; {advice}'
 
 
@@ -120,6 +122,12 @@ def lacks_directory(content: bytes) -> bool:
     orders = {b'II*\0': 'little', b'MM\0*': 'big'}
     order = orders.get(content[:4])
     return order is not None and len(content) < int.from_bytes(content[4:8], order)
+
+
+def depth_of_jpeg2000(content: bytes) -> int:
+    """Returns the bits of the first channel: of the marker SIZ, ISO/IEC 15444-1, A.5.1."""
+    sizes = content.find(b'\xff\x4f\xff\x51') + 2
+    return (content[sizes + 40] & 0x7F) + 1
 
 
 def reason_of_raw(image: Image.Image, content: bytes) -> str:
@@ -167,7 +175,7 @@ def _name(content: bytes) -> tuple[str, str]:
 def _of_read(feature: str | None) -> str:
     if feature and not features.check(feature):
         return 'this build of Pillow reads none: python -m pip install --force-reinstall pillow'
-    return DAMAGED
+    return UNREAD
 
 
 def _name_of_brands(content: bytes) -> tuple[str, str]:

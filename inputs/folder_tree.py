@@ -10,11 +10,14 @@ import tensorflow as tf
 NOT_OURS = frozenset((
     '__macosx', 'network trash folder', 'temporary items', 'thevolumesettingsfolder',
     '$recycle.bin', 'system volume information', 'thumbs.db', 'ehthumbs.db', 'desktop.ini',
+    '$windows.~bt', '$windows.~ws', '$winreagent', '$sysreset', '$getcurrent',
+    'windowsapps', 'wpsystem', 'wudownloadcache', 'msocache', 'config.msi',
     'lost+found', 'lost.dir', '__pycache__',
     '@eadir', '@tmp', '#recycle', '#snapshot', '~snapshot',
     '@recycle', '@recently-snapshot', '@__thumb',
 ))
 NOT_OURS_PATTERN = re.compile(r'found\.[0-9]{3}')  # of Windows, after a repair of the disk
+NOT_OURS_IN_CAPITALS = frozenset(('RECYCLER', 'RECYCLED'))  # of Windows; in small letters they may be classes
 
 
 class Tree:
@@ -58,7 +61,7 @@ def _sorted_ours(names: list[str]) -> list[str]:
 
 def _is_ours(name: str) -> bool:
     folded = name.casefold()
-    is_of_system = folded in NOT_OURS or NOT_OURS_PATTERN.fullmatch(folded)
+    is_of_system = folded in NOT_OURS or NOT_OURS_PATTERN.fullmatch(folded) or name in NOT_OURS_IN_CAPITALS
     return not name.startswith('.') and not is_of_system
 
 

@@ -296,8 +296,10 @@ def _notes_on_deep_pictures(files, white_level):
         return []
     brightest = max(deep, key=lambda file: file.verdict.peak)
     peak = brightest.verdict.peak
-    if peak > white_level:
-        return [f'{shown(brightest.path)} has values up to {peak:,}, which are cut off at config.dataset.white_level={white_level}']
+    num_cut = sum(file.verdict.peak > white_level for file in deep)
+    if num_cut:
+        return [f'{num_cut:,} of {len(deep):,} pictures of 16 bits have values that are cut off at '
+                f'config.dataset.white_level={white_level}, such as {shown(brightest.path)}, up to {peak:,}']
     used = next((2**bits - 1 for bits in DEEP_BITS if peak < 2**bits), white_level)
     if used >= white_level:
         return []

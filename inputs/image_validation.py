@@ -45,14 +45,14 @@ TURNS = {  # EXIF orientation (EXIF 2.32, tag 0x0112) -> what a viewer does
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-BITS_PER_SAMPLE = 258  # TIFF 6.0, page 29
+BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # TIFF 6.0, pages 29 and 37
 NEARLY_ALL, LEAST_HABIT = 0.9, 3  # share and number of JPEG files with one fault that make it a habit of their writer
 EMBEDDINGS = ('LRE', 'RLE', 'LRO', 'RLO', 'PDF', 'LRI', 'RLI', 'FSI', 'PDI')  # Unicode Standard Annex 9, 2.1 to 2.5
 UNSEEN = '\ufeff\u00ad'  # the mark of an encoding, and a soft hyphen: no name needs them
 CHUNK = 64  # files that are examined between two looks at what was said to standard error
 ENDS_TOO_EARLY = 'the file ends too early: copy or download it again'
 READERS = [f'Pillow {PIL.__version__}', f'TensorFlow {tf.__version__}', *([f'pillow-heif {heif.VERSION}'] if heif.VERSION else [])]
-RULES = ', '.join(['4', *READERS])  # that verdicts were found by; count up what changes them
+RULES = ', '.join(['5', *READERS])  # that verdicts were found by; count up what changes them
 
 
 class Broken(Exception):
@@ -120,7 +120,7 @@ def decodable(content: bytes) -> Decodable:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # Pillow's: what matters of them is an error here
-            with _standard_error() as said:
+            with standard_error() as said:
                 found = _convert(content)
                 complains = bool(said())
             return _without_complaint(content, found) if complains else found
@@ -280,7 +280,7 @@ def _examine_all(paths, copies):
         warnings.simplefilter('ignore')  # of Pillow: each file has its verdict
         for begin in range(0, len(paths), CHUNK):
             chunk = paths[begin:begin + CHUNK]
-            with _standard_error() as said:
+            with standard_error() as said:
                 verdicts = list(pool.map(lambda path: _verdict(path, copies), chunk))
                 complains = bool(said())  # some of them: libjpeg does not say which
             if complains:
@@ -289,7 +289,7 @@ def _examine_all(paths, copies):
 
 
 @contextlib.contextmanager
-def _standard_error():
+def standard_error():
     """Collects what this process says to standard error, C libraries included; yields a function that returns what is new."""
     usual = os.dup(2)
     with tempfile.TemporaryFile(buffering=0) as said:
@@ -335,7 +335,7 @@ def _listen(path, verdict, copies):
     """Examines a file again, by itself, if it may be the one that libjpeg complains of."""
     if verdict.broken or verdict.file_format not in JPEGS:
         return verdict
-    with _standard_error():
+    with standard_error():
         return _verdict(path, copies, listens=True)
 
 
@@ -376,12 +376,17 @@ def _convert(content):
         return _convert_decodable(content, image)
     image.load()
     if image.mode.startswith('I;16') or (image.format, image.mode) == ('PPM', 'I'):
-        greys = np.asarray(image)[..., None].astype(np.uint16)  # Pillow would clip them
-        return Decodable(_encoded_deep(_as_seen(greys, image)), image.format, int(greys.max()))
+        greys = _as_seen(_deep_greys(image), image)
+        if _leaves_white_open(image, content):
+            return Decodable(_encoded_deep(greys), image.format, int(greys.max()))
+        shallow = np.rint(greys / 257).astype(np.uint8)  # Pillow has scaled them by the white that the file names
+        return Decodable(_encoded(shallow.repeat(3, axis=-1), 'PNG'), image.format)
     colors = np.asarray(_over_white(image))
-    if _has_deep_colors(image):  # Pillow keeps the upper eight bits
+    if _leaves_white_open(image, content):  # Pillow keeps the upper eight bits
         deep = _as_seen(colors, image).astype(np.uint16) * 257
-        return Decodable(_encoded_deep(deep), image.format, int(colors.max()) * 256 + 255, has_upper_bits_only=True)
+        brightest = int(colors.max())
+        peak = int((brightest - 0.5) * 257) if image.format == 'PPM' else brightest * 256 + 255  # rounded; cut off
+        return Decodable(_encoded_deep(deep), image.format, max(0, peak), has_upper_bits_only=True)
     return Decodable(_encoded(_as_seen(colors, image), image.format), image.format)
 
 
@@ -450,10 +455,32 @@ def _over_white(image):
     return image.convert('RGB')
 
 
-def _has_deep_colors(image):
-    """Whether a TIFF file has several channels of 16 bits."""
-    bits = image.tag_v2.get(BITS_PER_SAMPLE, ()) if image.format == 'TIFF' else ()
-    return len(bits) > 1 and max(bits) == 16
+def _deep_greys(image):
+    """The values of a grey image of more than eight bits, uint16 [height, width, 1]; 0 is black."""
+    greys = np.asarray(image)[..., None].astype(np.uint16)  # Pillow would clip them
+    if image.format == 'TIFF' and image.tag_v2.get(PHOTOMETRIC) == WHITE_IS_ZERO:
+        return 2**max(_bits_of_tiff(image)) - 1 - greys
+    return greys
+
+
+def _leaves_white_open(image, content):
+    """Whether a file has 16 bits a channel, of which it may use fewer: then nothing in it says which value is white."""
+    if image.format == 'TIFF':
+        return max(_bits_of_tiff(image)) > 8
+    if image.format == 'PPM':
+        return _largest_of_ppm(content) == 2**16 - 1
+    return image.format == 'JPEG2000' and file_signatures.depth_of_jpeg2000(content) == 16
+
+
+def _bits_of_tiff(image):
+    bits = image.tag_v2.get(BITS_PER_SAMPLE, 1)
+    return bits if isinstance(bits, tuple) else (bits,)
+
+
+def _largest_of_ppm(content):
+    """The value of white, the fourth word of a PGM or PPM file; 1 of a PBM file, which has no such word."""
+    words = re.sub(rb'#[^\n]*', b'', content[:1000]).split(maxsplit=4)
+    return 1 if words[0] in (b'P1', b'P4') else int(words[3])
 
 
 def _without_complaint(content, found):
@@ -480,7 +507,7 @@ def _without_complaint(content, found):
 
 def _decode_aloud(content):
     """The pixels of a JPEG file, uint8 [height, width, 3], and what libjpeg says of it, on one line."""
-    with _standard_error() as said:
+    with standard_error() as said:
         pixels = image_ops.decode(content).numpy()
         return pixels, one_line(said().decode(errors='replace'))
 

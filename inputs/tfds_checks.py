@@ -11,7 +11,7 @@ import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
 
 from common.errors import RunError, one_line
-from inputs import record_index
+from inputs import image_validation, record_index
 from inputs.image_ops import PNG_SIGNATURE, decode
 from inputs.tfds_features import Columns, feature_at
 
@@ -37,11 +37,13 @@ def names_of_classes(builder: tfds.core.DatasetBuilder, columns: Columns) -> tup
 
 def require_usable(
     builder: tfds.core.DatasetBuilder, columns: Columns, key: str, dataset_config: ConfigDict,
-) -> None:
+) -> str:
     """Looks into the split that `dataset_config` names under `key`: at labels and at some images.
 
     Every label is looked at in a split of up to `READ_WHOLE` bytes, and a sample in a larger one.
     The others are looked at when they are read: see `record_index.Records.read`.
+
+    Returns: what the user may not expect of its images, or ''.
 
     Raises: RunError: the split cannot be trained or evaluated on.
     """
@@ -60,6 +62,7 @@ def require_usable(
             f'({one_line(error, 150)}): prepare it again') from error
     _require_labels(builder, records, labels, key, dataset_config)
     _require_readable(records, images, dataset_config.white_level)
+    return _note_on_stored_images(records, images, dataset_config.white_level)
 
 
 def _require_labels(
@@ -95,7 +98,44 @@ def _labeled_instead(
     if key == 'eval_split' and train_split in builder.info.splits:
         return (f"--config.dataset.train_split='{train_split}[:90%]' "
                 f"--config.dataset.eval_split='{train_split}[90%:]'")
-    return 'there is no other, so prepare the data set without them'
+    return f'a part that has none, as in {train_split}[:50%], or prepare the data set without them'
+
+
+def _why_unreadable(encoded: bytes) -> str:
+    """Why the graph of a run cannot decode an image, and what to do."""
+    try:
+        image_validation.decodable(encoded)
+    except image_validation.Broken as broken:
+        return f'{broken}, and prepare the data set again'
+    return 'it is neither a JPEG nor a PNG file; prepare the data set with such files'
+
+
+def _note_on_stored_images(
+    records: record_index.Records, images: np.ndarray, white_level: int
+) -> str:
+    """A note if `predict.py` would show the model other pixels than training does; else ''.
+
+    The graph of a run reads what TFDS has stored. It knows nothing of EXIF.
+    """
+    differing = sum(_is_seen_otherwise(encoded, white_level) for encoded in images)
+    if not differing:
+        return ''
+    return (
+        f'{records.name}: {differing} of {len(images)} images that were looked at are turned by their '
+        'EXIF data, or transparent in a way that TensorFlow does not read: training and evaluation '
+        'take them as they are stored, and predict.py as a viewer shows them. Prepare the data set '
+        'with images that are turned, on white')
+
+
+def _is_seen_otherwise(encoded: bytes, white_level: int) -> bool:
+    try:
+        seen = image_validation.as_decodable(encoded)
+    except image_validation.Broken:  # damaged, though TensorFlow reads it
+        return False
+    if seen == encoded:
+        return False
+    stored, seen = decode(encoded, white_level), decode(seen, white_level)
+    return stored.shape != seen.shape or bool(tf.reduce_any(stored != seen))
 
 
 def _require_readable(
@@ -107,11 +147,11 @@ def _require_readable(
     brightest = 0
     for encoded in images:
         try:
-            decode(encoded)
+            with image_validation.standard_error():  # what libjpeg says besides
+                decode(encoded)
         except tf.errors.OpError as error:
-            raise RunError(
-                f'{records.name}: an image cannot be decoded ({one_line(error, 150)}): '
-                'prepare it as JPEG or PNG files') from error
+            reason = _why_unreadable(encoded)
+            raise RunError(f'{records.name}: an image cannot be decoded: {reason}') from error
         if has_alpha and not encoded.startswith(PNG_SIGNATURE):
             raise RunError(
                 f'{records.name}: an image of {feature.shape[-1]} channels is no PNG file, '

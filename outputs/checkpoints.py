@@ -181,6 +181,11 @@ class Checkpoints:
                 storage.delete(folder)
                 self._good.pop(int(name[5:]), None)
 
+    def has_best(self):
+        """Whether there is a best checkpoint to restore."""
+        step = self.latest_step()
+        return step is not None and self._best_named_by(step) is not None
+
     def _best_named_by(self, step):
         try:
             return (self._good.get(step) or _manifest(_folder(self.directory, step)))['best_step']

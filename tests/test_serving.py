@@ -398,6 +398,47 @@ def test_a_white_level_makes_twelve_bits_bright(kind):
     np.testing.assert_allclose(bright, np.repeat(values[..., None] / 4095 * 255, 3, -1), atol=0.51)
 
 
+def portable(values, white, magic=b'P5'):
+    """A PGM or PPM file that says which value is white."""
+    size = f'{values.shape[1]} {values.shape[0]}'.encode()
+    return magic + b'\n# a comment\n' + size + f'\n{white}\n'.encode() + values.astype('>u2').tobytes()
+
+
+@pytest.mark.parametrize('white', [1023, 4095, 40_000, 65_534])
+def test_a_white_level_is_nothing_to_files_that_name_their_white(white):
+    greys = np.linspace(0, white, 24 * 32).reshape(24, 32).astype(np.uint16)
+    expected = np.repeat(greys[..., None] / white * 255, 3, -1)
+    colors = np.stack([greys] * 3, -1)
+    for content in (portable(greys, white), portable(colors, white, b'P6')):
+        for white_level in (65535, 4095):
+            found = image_ops.decode(image_validation.as_decodable(content), white_level)
+            np.testing.assert_allclose(found, expected, atol=1.01)
+
+
+def test_dark_colors_of_a_portable_file_are_noted_and_refused(examine):
+    values = np.stack([twelve_bits(1)] * 3, -1)
+    content = portable(values, 65535, b'P6')
+    verdict = examine({'x.ppm': content})['x.ppm']
+    assert 2047 < verdict.peak <= 4095 and verdict.has_upper_bits_only
+    assert examine({'x.ppm': content}, white_level=4095)['x.ppm'].broken.startswith('16-bit colours')
+
+
+def little_tiff(greys, photometric):
+    """A TIFF file, uint16 [height, width]."""
+    height, width = greys.shape
+    data = greys.astype('<u2').tobytes()
+    entries = [(256, width), (257, height), (258, 16), (259, 1), (262, photometric), (273, 8), (277, 1), (278, height), (279, len(data))]
+    directory = struct.pack('<H', len(entries)) + b''.join(struct.pack('<HHII', tag, 4, 1, value) for tag, value in entries) + bytes(4)
+    return b'II*\0' + struct.pack('<I', 8 + len(data)) + data + directory
+
+
+def test_white_may_be_zero_in_a_tiff_file_of_16_bits():
+    greys = np.linspace(0, 65535, 24 * 32).reshape(24, 32).astype(np.uint16)
+    found = [image_ops.decode(image_validation.as_decodable(content)) for content in (little_tiff(greys, 1), little_tiff(65535 - greys, 0))]
+    np.testing.assert_array_equal(*found)
+    assert found[0].numpy()[0, 0, 0] == 0 and found[0].numpy()[-1, -1, 0] == 255
+
+
 def test_a_white_level_is_nothing_to_files_of_eight_bits():
     for name in ('PNG', 'JPEG', '8-bit RGBA PNG', 'TIFF'):
         content, _ = KINDS[name].make(image_kinds.pixels_of(1))

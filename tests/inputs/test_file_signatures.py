@@ -143,7 +143,7 @@ def test_a_file_is_called_what_it_is_whatever_its_ending(tmp_path, kind, ending)
 @pytest.mark.parametrize('content', [b'text', b'The free picture', b'BMW, a car', b'PKW, ein Auto', b'P.S. I write', b'a,b\n1,2\n', bytes(4) + b'x' * 600,
                                      b'\0\0\0\x18fty', np.random.RandomState(0).bytes(10_000)])
 def test_what_begins_with_no_sign_is_shown(content):
-    assert file_signatures.reason(content) == f'no picture that can be read: it begins with {content[:16]!r}'
+    assert file_signatures.reason(content) == f'no picture that can be read: it begins with {content[:16]!r}; get it again, or take it away'
 
 
 @pytest.mark.parametrize('name', [name for name, *_ in READ.values()])
@@ -151,7 +151,7 @@ def test_no_picture_that_is_read_is_taken_for_something_else(name):
     """Every format that is read has a name of its own here, for when it is damaged, and no other."""
     content = next(content for other, content, *_ in READ.values() if other == name)
     what, advice = file_signatures._name(content)
-    assert what and advice == file_signatures.DAMAGED
+    assert what and advice == file_signatures.UNREAD
 
 
 def test_every_reason_fits_a_line():

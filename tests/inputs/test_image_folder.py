@@ -352,7 +352,7 @@ def test_a_file_says_what_it_is_itself_and_other_files_are_left_alone(tmp_path):
 
 LEFT_BY_SYSTEMS = ['lost+found', '$RECYCLE.BIN', 'System Volume Information', '.Trashes', '.Spotlight-V100', '.fseventsd', '@eaDir', '__MACOSX', '#recycle',
                    '#snapshot', '@Recycle', '@Recently-Snapshot', '.@__thumb', '.ipynb_checkpoints', '__pycache__', 'LOST.DIR', 'FOUND.000',
-                   'Network Trash Folder', 'Temporary Items', '.AppleDouble', '.git', '$recycle.bin', 'SYSTEM VOLUME INFORMATION', 'Lost+Found', '@EADIR']
+                   'RECYCLER', 'RECYCLED', '$WINDOWS.~BT', 'WindowsApps', 'Network Trash Folder', 'Temporary Items', '.AppleDouble', '.git', '$recycle.bin', 'SYSTEM VOLUME INFORMATION', 'Lost+Found', '@EADIR']
 
 
 @pytest.mark.parametrize('name', LEFT_BY_SYSTEMS)

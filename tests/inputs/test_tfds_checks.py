@@ -48,7 +48,7 @@ def refused(config):
      "--config.dataset.train_split='train[:90%]' --config.dataset.eval_split='train[90%:]'"),
     (dict(train=KNOWN, test=UNKNOWN, val=KNOWN), 'eval_split', '--config.dataset.eval_split=val'),
     (dict(train=SOME, test=KNOWN), 'train_split',
-     'there is no other, so prepare the data set without them'),
+     'a part that has none, as in train[:50%], or prepare the data set without them'),
     (dict(train=SOME, test=KNOWN, a=KNOWN, b=KNOWN), 'train_split',
      '--config.dataset.train_split=a or b'),
 ])
@@ -135,8 +135,42 @@ def of_images(folder, feature, images):
 def test_files_that_tensorflow_cannot_decode_are_refused(tmp_path, file_format):
     file = image_kinds.encoded(image_kinds.pixels_of(1), file_format)
     text = refused(of_images(tmp_path, F.Image(), [file] * 2))
-    assert text.startswith('mine, split train: an image cannot be decoded (')
-    assert text.endswith('): prepare it as JPEG or PNG files')
+    assert text == (
+        'mine, split train: an image cannot be decoded: it is neither a JPEG nor a PNG file; '
+        'prepare the data set with such files')
+
+
+def test_a_damaged_image_is_said_to_be_damaged(tmp_path, capfd):
+    whole = image_kinds.encoded(image_kinds.pixels_of(1), 'JPEG')
+    text = refused(of_images(tmp_path, F.Image(), [whole, whole[:-100]]))
+    assert text.startswith('mine, split train: an image cannot be decoded: the file ends too early')
+    assert capfd.readouterr().err == ''  # of libjpeg
+
+
+def turned_jpeg(number):
+    content, _ = image_kinds.turned('JPEG', 3)(image_kinds.pixels_of(number))
+    return content
+
+
+def clear_gif(number):
+    content, _ = image_kinds.KINDS['GIF with a transparent colour'].make(image_kinds.pixels_of(number))
+    return content
+
+
+@pytest.mark.parametrize('odd', [turned_jpeg, clear_gif])
+def test_images_that_predict_shows_otherwise_are_noted(tmp_path, capsys, odd):
+    plain = image_kinds.encoded(image_kinds.pixels_of(1), 'JPEG')
+    config = of_images(tmp_path, F.Image(), [plain, odd(1), odd(2)])
+    notes = datasets.load(config).notes
+    assert len(notes) == 2  # of two splits
+    assert notes[0].startswith('mine, split train: 2 of 3 images that were looked at are turned by their EXIF data, or transparent')
+    assert capsys.readouterr().out.count('note      mine, split') == 2
+
+
+def test_images_that_are_seen_alike_are_not_noted(tmp_path):
+    files = [image_kinds.encoded(image_kinds.pixels_of(1), file_format) for file_format in ('JPEG', 'PNG', 'GIF')]
+    files.append(image_kinds.put_before_markers(files[0], bytes(1), {0xD9}))  # of which libjpeg complains
+    assert datasets.load(of_images(tmp_path, F.Image(), files)).notes == ()
 
 
 def test_transparency_that_would_be_left_out_is_refused(tmp_path):
