@@ -27,7 +27,7 @@ from configs import default  # noqa: E402
 from outputs.console import end_unread, import_tensorflow_quietly, print_what_can_be_printed  # noqa: E402
 
 FLAGS = flags.FLAGS
-# Not locked: further keys of config.schedule and config.optimizer are arguments. settings.check_config finds unknown keys.
+# Not locked: further keys of config.schedule and config.optimizer are arguments. config_schema.check_config finds unknown keys.
 config_flags.DEFINE_config_file('config', None, 'Config file, such as configs/digits.py; --config.KEY=VALUE changes a key.',
                                 lock_config=False, accept_new_attributes=True)
 flags.DEFINE_string('workdir', None, 'Folder of the run; runs/NAME for configs/NAME.py by default.')

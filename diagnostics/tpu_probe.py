@@ -57,7 +57,7 @@ def probe(way, name='local', seconds=SECONDS, environ=os.environ, lock='/tmp/lib
 
 
 def start_tpu(say, hear):
-    """What the process does: see `apart.Apart`."""
+    """What the process does: see `worker_process.Apart`."""
     name = hear()
     say({'begin': 'import'})
     import tensorflow as tf

@@ -98,7 +98,7 @@ def make_plan(config, train_examples, eval_examples, num_classes, num_replicas):
     """Turns the durations of a checked config into steps.
 
     Args:
-        config: a ConfigDict that passed `settings.check_config`.
+        config: a ConfigDict that passed `config_schema.check_config`.
         train_examples, eval_examples, num_classes: of the data set. Without training examples the run has no updates:
             it only evaluates.
         num_replicas: devices that train in sync.

@@ -40,7 +40,7 @@ class Session:
     checkpoints: Checkpoints
     synchronize: object  # call it before reading the variables: makes unsynchronized statistics the same on all replicas
     is_chief: bool  # whether this process writes; of several workers one does
-    agree: object  # sums of numbers over all workers: see devices.make_agreement
+    agree: object  # sums of numbers over all workers: see devices.strategy.make_agreement
     loaded: str  # what was taken from config.model.weights, in words; '' for random weights
     teacher: object  # a function, or None: see distillation.make_teacher
     teacher_name: str

@@ -68,7 +68,7 @@ def random_crop(encoded, seed, area, size, white_level=WHITE_LEVEL):
         seed: int64 [2].
         area: (low, high) shares of the picture.
         size: pixels, height and width, to which the crop will be resized.
-        white_level: see `pictures.decode`.
+        white_level: see `image_ops.decode`.
 
     Returns: uint8 [height, width, 3]: the window as it is, or of a JPEG shrunk to 1/2, 1/4 or 1/8
         where both sides stay at least `size`.

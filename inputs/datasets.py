@@ -41,7 +41,7 @@ class Source:
     num_train: int  # 0 where there is nothing to train on, and nothing was to be
     num_eval: int
     memory_bytes: int  # of host memory for what is read ahead; from the config alone, as the order of examples follows from it
-    find: Callable  # (split, share, longest) -> the examples of a host's share (index, number), as `reading.Records` or `reading.Singles`
+    find: Callable  # (split, share, longest) -> the examples of a host's share (index, number), as `record_index.Records` or `record_index.Singles`
     identity: str  # says which training examples these are: another text, other examples
     notes: tuple[str, ...] = ()  # what the user may not expect, for the report
     damage: Callable = str  # () -> text that names the files that have changed for the worse since, or ''
@@ -49,7 +49,7 @@ class Source:
     _kept: dict = dataclasses.field(default_factory=dict)
 
     def split(self, name, share=(0, 1), in_memory=True):
-        """A host's share (index, number) of a split, to be read from any place on: see `reading`.
+        """A host's share (index, number) of a split, to be read from any place on: see `record_index`.
 
         Where a quarter of the budget is enough for it, it is kept `in_memory`, encoded, or read in the order that it had there.
 

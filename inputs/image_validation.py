@@ -99,7 +99,7 @@ class Decodable(NamedTuple):
 def as_decodable(content: bytes) -> bytes:
     """Returns the file that training reads in place of this one: itself, if TensorFlow shows it as a viewer does.
 
-    Otherwise a JPEG or PNG file: turned as EXIF says, in colours or greys that `pictures.decode` reads. What may be damage
+    Otherwise a JPEG or PNG file: turned as EXIF says, in colours or greys that `image_ops.decode` reads. What may be damage
     is passed over: `decodable` tells of it.
 
     Args:
@@ -138,7 +138,7 @@ def examine(root, paths, white_level=image_ops.WHITE_LEVEL):
     Args:
         root: the user's folder.
         paths: of files below it.
-        white_level: of images of 16 bits, as in `pictures.decode`: not all can do with another than all 16.
+        white_level: of images of 16 bits, as in `image_ops.decode`: not all can do with another than all 16.
 
     Returns: {path: Verdict}, in the order of `paths`. `list_of_broken(root)` then has those that are broken, if any are.
 

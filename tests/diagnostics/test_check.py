@@ -721,7 +721,7 @@ def test_a_process_that_dies_over_the_model_is_named(tmp_path, monkeypatch, tiny
 
 
 def die_after_the_check(say, hear):
-    """What the process of the test before does in place of `trial.examine`."""
+    """What the process of the test before does in place of `tensorflow_checks.examine`."""
     hear()
     say({'checked': True})
     os.kill(os.getpid(), 9)
