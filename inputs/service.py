@@ -19,6 +19,7 @@ import tensorflow as tf
 from common.errors import RunError
 
 PATIENCE = 60  # seconds
+MOST_IN_GROUP = 8  # images that one call prepares
 
 
 def prepare(examples, picture, batch_size, addresses, parallel_calls):
@@ -39,7 +40,7 @@ def prepare(examples, picture, batch_size, addresses, parallel_calls):
         return chosen.map(picture, parallel_calls).batch(batch_size, drop_remainder=True, num_parallel_calls=parallel_calls)
 
     if not addresses:
-        return batches(examples)
+        return _in_groups(examples, picture, batch_size, parallel_calls)
     addresses = addresses.split(',')
 
     def every_nth(index):
@@ -54,6 +55,24 @@ def prepare(examples, picture, batch_size, addresses, parallel_calls):
 
     streams = [remote(index, address) for index, address in enumerate(addresses)]
     return tf.data.Dataset.choose_from_datasets(streams, tf.data.Dataset.range(len(streams)).repeat())
+
+
+def _in_groups(examples, picture, batch_size, parallel_calls):
+    """Returns the batches of `prepare`, made of groups of examples that one call prepares, one after the other.
+
+    It saves calls: each takes tf.data a tenth of the time that an image of 500x375 pixels takes.
+    """
+    size = max(size for size in range(1, MOST_IN_GROUP + 1) if batch_size % size == 0)
+    signature = examples.map(picture).element_spec
+
+    def prepare_group(*columns):
+        return tf.map_fn(lambda example: picture(*example), columns, signature, parallel_iterations=1)
+
+    def join(*structure):  # [batch / size, size, ...] each
+        return tf.nest.map_structure(lambda part: tf.reshape(part, [batch_size, *part.shape[2:]]), structure)
+
+    groups = examples.batch(size, drop_remainder=True).map(prepare_group, parallel_calls)
+    return groups.batch(batch_size // size, drop_remainder=True, num_parallel_calls=parallel_calls).map(join)
 
 
 @contextlib.contextmanager

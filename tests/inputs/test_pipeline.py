@@ -14,7 +14,7 @@ from sklearn.linear_model import LogisticRegression
 from common.errors import RunError
 from configs import folder
 from experiment import planning
-from inputs import datasets, pipeline, record_index
+from inputs import datasets, pipeline, record_index, service
 from inputs.image_ops import decode, resize_picture
 
 ONE_DEVICE = tf.distribute.OneDeviceStrategy('CPU:0')
@@ -135,6 +135,14 @@ def test_repeated_examples_differ_within_their_batch_and_all_come_equally_often(
     assert batch_digest(next(iter(training_batches(tiny, source, begin=41)))) == batches[41]
     images = next(iter(training_batches(tiny, source)))[0].numpy()
     assert len({digest(image) for image in images}) == 48
+
+
+@pytest.mark.parametrize('batch_size', [32, 30, 31])
+def test_batches_do_not_depend_on_the_groups_that_they_are_made_of(tiny, source, batch_size, monkeypatch):
+    tiny.train_for, tiny.batch_size, tiny.augment.flip, tiny.augment.random_erasing = '6 steps', batch_size, True, 0.5
+    batches = [batch_digest(batch) for batch in training_batches(tiny, source)]
+    monkeypatch.setattr(service, 'MOST_IN_GROUP', 1)
+    assert batches == [batch_digest(batch) for batch in training_batches(tiny, source)]
 
 
 @pytest.mark.parametrize('parallel_calls', [1, 2, 8])
