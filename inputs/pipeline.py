@@ -35,7 +35,8 @@ def training_batches(source, config, plan, begin_step, end_step, strategy):
         split = source.split(source.train_split, _share(context), in_memory=not config.dataset.service)
         begin = plan.stream_position(begin_step, repeats) // context.num_input_pipelines
 
-        def picture(repeat, epoch, number, *entry):
+        def picture(repeat, example):
+            epoch, (number, *entry) = example
             encoded, label = split.fetch(*entry)
             seed = tf.stack([config.seed * 2**31 + epoch, (number * repeats + repeat) * augment.SEEDS])
             return prepare(encoded, seed, config.eval_crop), label, augment.draws(config.augment, seed)
@@ -80,7 +81,7 @@ def ordered_entries(split, seed, window_bytes, begin):
     An epoch is a random order of the split's pieces. Where a piece has several examples, as many pieces as fit into
     `window_bytes`, but no more than 2 % of the epoch, are shuffled together.
 
-    Returns: a tf.data.Dataset of (epoch int64 [], id int64 [], ...), with what `split.fetch` takes behind.
+    Returns: a tf.data.Dataset of (epoch int64 [], (id int64 [], ...)), with what `split.fetch` takes behind.
     """
     num_pieces, num_examples, longest = len(split.counts), int(split.counts.sum()), int(split.counts.max())
     window_examples = min(MOST_READ_AGAIN * num_examples, window_bytes * num_examples / max(1, split.num_bytes))
@@ -104,26 +105,35 @@ def ordered_entries(split, seed, window_bytes, begin):
             chosen = split.entries(pieces[tf.where(number == first, in_window, 0):])
         else:
             chosen = split.entries(pieces).shuffle(pieces_per_window * longest, seed=_pair(seed, number)[1], reshuffle_each_iteration=False)
-        return chosen.map(lambda *entry: (epoch, *entry))
+        return _preceded_by(epoch, chosen)
 
+    numbers = tf.data.Dataset.range(first, 2**62)
+    if longest == 1:
+        return numbers.flat_map(examples)
     # While one window is used up the next one is read.
-    stream = tf.data.Dataset.range(first, 2**62).interleave(examples, cycle_length=1, num_parallel_calls=1)
-    return stream.skip(0 if longest == 1 else in_window)
+    return numbers.interleave(examples, cycle_length=1, num_parallel_calls=1).skip(in_window)
 
 
 def repeated(examples, batch_size, repeats):
-    """Examples with the number of the repetition before them, each `repeats` times in its batch (Hoffer et al. 2020).
+    """Repeats each example in its batch (Hoffer et al. 2020).
 
     A batch holds its distinct examples once, then all of them again, so neighbours differ.
+
+    Returns: a tf.data.Dataset of (number of the repetition int64 [], example).
     """
     if repeats == 1:
-        return examples.map(lambda *example: (tf.constant(0, tf.int64), *example))
+        return _preceded_by(tf.constant(0, tf.int64), examples)
 
-    def tile(*columns):
+    def tile(*example):
         number = tf.repeat(tf.range(repeats, dtype=tf.int64), batch_size // repeats)
-        return number, *(tf.tile(column, [repeats]) for column in columns)
+        return number, tf.nest.map_structure(lambda column: tf.tile(column, [repeats]), example)
 
     return examples.batch(batch_size // repeats, drop_remainder=True).map(tile).unbatch()
+
+
+def _preceded_by(number, examples):
+    """Returns a tf.data.Dataset of (number, example): without a map, whose calls would cost more."""
+    return tf.data.Dataset.zip(tf.data.Dataset.from_tensors(number).repeat(), examples)
 
 
 def _share(context):

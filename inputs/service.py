@@ -66,7 +66,7 @@ def _in_groups(examples, picture, batch_size, parallel_calls):
     signature = examples.map(picture).element_spec
 
     def prepare_group(*columns):
-        return tf.map_fn(lambda example: picture(*example), columns, signature, parallel_iterations=1)
+        return tf.map_fn(lambda example: picture(*example), columns, fn_output_signature=signature, parallel_iterations=1)
 
     def join(*structure):  # [batch / size, size, ...] each
         return tf.nest.map_structure(lambda part: tf.reshape(part, [batch_size, *part.shape[2:]]), structure)

@@ -64,7 +64,7 @@ def global_batches(dataset, strategy):
 
 def ids(split, seed, begin, end):
     """(epoch, id) of examples `begin` to `end`."""
-    return [(int(epoch), int(number)) for epoch, number, *_ in pipeline.ordered_entries(split, seed, 10**9, begin).take(end - begin).as_numpy_iterator()]
+    return [(int(epoch), int(number)) for epoch, (number, *_) in pipeline.ordered_entries(split, seed, 10**9, begin).take(end - begin).as_numpy_iterator()]
 
 
 @pytest.mark.slow
@@ -124,7 +124,7 @@ def test_a_resumed_run_gets_the_batch_that_would_have_come(tiny, source):
 def test_repeated_examples_differ_within_their_batch_and_all_come_equally_often(tiny, source):
     tiny.augment.repeats, tiny.batch_size, tiny.train_for = 3, 48, '60 steps'  # 2 epochs and 6 examples
     split = source.split('train')
-    seen = [(int(repeat), int(epoch), int(number)) for repeat, epoch, number, *_ in
+    seen = [(int(repeat), int(epoch), int(number)) for repeat, (epoch, (number, *_)) in
             pipeline.repeated(pipeline.ordered_entries(split, 0, 10**9, 0), 48, 3).take(3 * 1437 // 48 * 48).as_numpy_iterator()]
     for begin in range(0, len(seen), 48):
         batch = seen[begin:begin + 48]
@@ -217,7 +217,7 @@ def test_without_augmentation_the_training_picture_is_the_evaluation_picture(sti
     images, labels, draws = next(iter(training_batches(still, source)))
     split = source.split('train')
     entries = pipeline.ordered_entries(split, still.seed, 10**9, 0).take(32)
-    examples = [split.fetch(*entry) for _, _, *entry in entries]
+    examples = [split.fetch(*entry) for _, (_, *entry) in entries]
     np.testing.assert_array_equal(images, tf.stack([resize_picture(decode(encoded), 16) for encoded, _ in examples]))
     assert draws == {} and images.dtype == tf.uint8
 
