@@ -297,9 +297,7 @@ def kernels(folder):
         begin, extent, _ = tf.image.sample_distorted_bounding_box(
             tf.io.extract_jpeg_shape(content), tf.constant([[[0.0, 0.0, 1.0, 1.0]]]),
             min_object_covered=0.0, aspect_ratio_range=(3 / 4, 4 / 3), area_range=(0.08, 1.0))
-        ratio = augment.ratio_index(extent[:2], SIZE)
-        decode = functools.partial(augment.decode_jpeg_window, content, begin[:2], extent[:2])
-        window = tf.switch_case(ratio, [functools.partial(decode, r) for r in augment.RATIOS])
+        window = augment.decode_jpeg_window(content, begin[:2], extent[:2], SIZE)
         return tf.image.resize(window, (SIZE, SIZE), method='area')[0, 0]
 
     @tf.function

@@ -9,17 +9,13 @@ All of it is ours and not Keras' layers. Those draw from a state that is the sam
 neither order nor resume could be exact; that rules out MixUp, CutMix and RandomFlip too, which are as fast as these. RandAugment there computes
 all operations for each picture and keeps one (benchmarks/augmentation.py measures them side by side).
 """
-import functools
-import io
 import math
 
 import tensorflow as tf
-from PIL import Image
 
-from inputs.image_ops import WHITE_LEVEL, decode, resize, resize_picture, rounded, to_uint8
+from inputs.image_ops import WHITE_LEVEL, decode, resize, resize_picture, to_uint8
 
 LUMA = (0.299, 0.587, 0.114)  # grey from red, green and blue: ITU-R BT.601
-RATIOS = (1, 2, 4, 8)  # by which libjpeg shrinks while it decodes
 SEEDS = 8  # of each example: `seed + (0, n)` for n below
 GEOMETRY = ('rotate', 'shear_x', 'shear_y', 'translate_x', 'translate_y')
 # What strength 1 is, of RandAugment at magnitude 10 (Cubuk et al. 2019) and of TrivialAugment's wide space (Müller and
@@ -51,7 +47,8 @@ def on_host(settings, size, white_level=WHITE_LEVEL):
 
     def prepare(encoded, seed, central_share):
         if settings.crop == 'random':
-            image = random_resized_crop(encoded, seed, settings.crop_area, size, white_level)
+            crop = random_crop(encoded, seed, settings.crop_area, size, white_level)
+            image = to_uint8(resize(crop, (size, size)))
         else:
             image = resize_picture(decode(encoded, white_level), size, central_share)
         if moves:
@@ -63,94 +60,67 @@ def on_host(settings, size, white_level=WHITE_LEVEL):
     return prepare
 
 
-def random_resized_crop(encoded, seed, area, size, white_level=WHITE_LEVEL):
-    """A random window of an image, resized to a square (Szegedy et al. 2015).
+def random_crop(encoded, seed, area, size, white_level=WHITE_LEVEL):
+    """The window of a random resized crop (Szegedy et al. 2015): a share of the picture in `area`, aspect 3/4 to 4/3.
 
     Args:
         encoded: a JPEG, PNG, GIF or BMP file, string []. Of a JPEG only the window is decoded.
         seed: int64 [2].
-        area: (low, high) shares of the image.
-        size: pixels.
+        area: (low, high) shares of the picture.
+        size: pixels, height and width, to which the crop will be resized.
         white_level: see `image_ops.decode`.
 
-    Returns: uint8 [size, size, 3].
+    Returns: uint8 [height, width, 3]: the window as it is, or of a JPEG shrunk to 1/2, 1/4 or 1/8
+        where both sides stay at least `size`.
     """
-    square = (size, size)
-    is_jpeg = tf.io.is_jpeg(encoded)
-    jpeg = tf.where(is_jpeg, encoded, _smallest_jpeg())
-    begin, extent = random_window(tf.io.extract_jpeg_shape(jpeg), seed, area)
+    def window(shape):
+        begin, extent, _ = tf.image.stateless_sample_distorted_bounding_box(
+            shape, tf.constant([[[0.0, 0.0, 1.0, 1.0]]]), seed=seed, min_object_covered=0.0,
+            aspect_ratio_range=(3 / 4, 4 / 3), area_range=area, max_attempts=10)
+        return begin[:2], extent[:2]
+
+    def crop_jpeg():
+        return decode_jpeg_window(encoded, *window(tf.io.extract_jpeg_shape(encoded)), size)
 
     def crop_decoded():
         image = decode(encoded, white_level)
-        (top, left), (height, width) = map(tf.unstack, random_window(tf.shape(image), seed, area))
-        return rounded(resize(image[top:top + height, left:left + width], square))
+        (top, left), (height, width) = map(tf.unstack, window(tf.shape(image)))
+        return image[top:top + height, left:left + width]
 
-    def crop_jpeg():
-        return rounded(resize(decode_jpeg_window(encoded, begin, extent, 1), square))
-
-    def shrink_jpeg(ratio):
-        window = decode_jpeg_window(encoded, begin, extent, ratio)
-        return rounded(tf.image.resize(window, square, method='area'))
-
-    # A single choice: each takes tf.data 2 % of the time that an image of 500x375 pixels takes.
-    shrink = [functools.partial(shrink_jpeg, ratio) for ratio in RATIOS]
-    shrinks = tf.reduce_all(extent >= size)
-    chosen = tf.where(shrinks, ratio_index(extent, size), len(RATIOS))
-    return tf.switch_case(
-        tf.where(is_jpeg, chosen, len(RATIOS) + 1), [*shrink, crop_jpeg, crop_decoded])
-
-
-def _smallest_jpeg() -> bytes:
-    file = io.BytesIO()
-    Image.new('L', (1, 1)).save(file, 'JPEG')
-    return file.getvalue()
-
-
-def random_window(shape, seed, area):
-    """Draws a window with a share of the image in `area` and an aspect of 3/4 to 4/3.
-
-    Where ten draws do not fit into the image it is the whole image.
-
-    Args:
-        shape: (height, width, channels), int32 [3].
-        seed: int64 [2].
-        area: (low, high) shares of the image.
-
-    Returns: (top, left) and (height, width), int32 [2] each.
-    """
-    begin, extent, _ = tf.image.stateless_sample_distorted_bounding_box(
-        shape, tf.constant([[[0.0, 0.0, 1.0, 1.0]]]), seed=seed, min_object_covered=0.0,
-        aspect_ratio_range=(3 / 4, 4 / 3), area_range=area, max_attempts=10)
-    return begin[:2], extent[:2]
-
-
-def ratio_index(extent: tf.Tensor, size: int) -> tf.Tensor:
-    """Which of `RATIOS` is the largest that leaves no side of (height, width) below `size`."""
-    is_enough = tf.reduce_min(extent) >= [size * ratio for ratio in RATIOS[1:]]
-    return tf.reduce_sum(tf.cast(is_enough, tf.int32))
+    # In a map of tf.data this takes less time than tf.cond, which would do as well.
+    kind = tf.cast(tf.io.is_jpeg(encoded), tf.int32)
+    return tf.ensure_shape(tf.switch_case(kind, [crop_decoded, crop_jpeg]), [None, None, 3])
 
 
 def decode_jpeg_window(
-    encoded: tf.Tensor, begin: tf.Tensor, extent: tf.Tensor, ratio: int
+    encoded: tf.Tensor, begin: tf.Tensor, extent: tf.Tensor, size: int
 ) -> tf.Tensor:
-    """Decodes a window of a JPEG, shrunk by `ratio`.
+    """Decodes a window of a JPEG, shrunk by the largest ratio that leaves no side below `size`.
 
-    The decoder computes means of ratio x ratio pixels from the frequencies, at less cost. The
-    window is rounded to such pixels, which moves it by half a pixel of the result at most; sides
-    of at least `ratio * size` remain at least `size` pixels then.
+    With a ratio the decoder computes means of ratio x ratio pixels from the frequencies, at less
+    cost. The window is rounded to such pixels, which moves it by half a pixel of the result at
+    most; sides of at least `ratio * size` remain at least `size` pixels then.
 
     Args:
         encoded: string [].
         begin: (top, left), int32 [2].
         extent: (height, width), int32 [2].
-        ratio: one of `RATIOS`.
+        size: pixels.
 
     Returns: uint8 [height / ratio, width / ratio, 3].
     """
+    ratios = (1, 2, 4, 8)  # what libjpeg offers
+    is_enough = tf.reduce_min(extent) >= [size * ratio for ratio in ratios[1:]]
+    chosen = tf.reduce_sum(tf.cast(is_enough, tf.int32))
+    ratio = tf.gather(ratios, chosen)
     first = (begin + ratio // 2) // ratio
     last = (begin + extent + ratio // 2) // ratio
     window = tf.concat([first, last - first], axis=0)
-    return tf.image.decode_and_crop_jpeg(encoded, window, channels=3, ratio=ratio)
+
+    def decode_by(ratio):
+        return lambda: tf.image.decode_and_crop_jpeg(encoded, window, channels=3, ratio=ratio)
+
+    return tf.switch_case(chosen, [decode_by(ratio) for ratio in ratios])
 
 
 def apply_policy(image, seed, policy):
@@ -313,7 +283,7 @@ def _without_details(image: tf.Tensor, zoom: tf.Tensor) -> tf.Tensor:
     shape = tf.shape(image)[:2]
     zoomed = tf.cast(tf.math.ceil(tf.cast(shape, tf.float32) * zoom), tf.int32)
     coarse = resize(image, tf.where(zoom < 0.5, zoomed, shape))
-    return tf.ensure_shape(rounded(resize(coarse, shape)), image.shape)
+    return tf.ensure_shape(to_uint8(resize(coarse, shape)), image.shape)
 
 
 def _rectangle(shape, height, width, down, across):

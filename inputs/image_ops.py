@@ -96,7 +96,7 @@ def resize_picture(images, size, central_share=1.0):
     side = tf.maximum(1, tf.cast(tf.round(central_share * tf.cast(tf.minimum(height, width), tf.float32)), tf.int32))
     top, left = (height - side) // 2, (width - side) // 2
     square = images[..., top:top + side, left:left + side, :]
-    return rounded(resize(square, (size, size)))
+    return to_uint8(resize(square, (size, size)))
 
 
 def resize(images: tf.Tensor, shape) -> tf.Tensor:
@@ -131,13 +131,8 @@ def resize(images: tf.Tensor, shape) -> tf.Tensor:
     return tf.switch_case(kind, [shrink, enlarge, shrink_and_enlarge])
 
 
-def rounded(images: tf.Tensor) -> tf.Tensor:
-    """Rounds numbers in 0..255, float32 of any shape, to uint8, halves up."""
-    return tf.cast(images + 0.5, tf.uint8)
-
-
 def to_uint8(images):
-    """Rounds numbers to uint8 as `rounded` does; what lies outside of 0..255 is clipped."""
+    """Rounds numbers in 0..255 to whole ones; what lies outside is clipped."""
     if images.dtype == tf.uint8:
         return images
     # One pass where rounding, clipping and casting take three.
