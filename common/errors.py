@@ -1,12 +1,26 @@
-"""The two kinds of mistake that `main.py` turns into one clear line instead of a stack trace, and how the line is worded."""
+"""Mistakes that `main.py` turns into one clear line in place of a stack trace."""
+
 import difflib
 import re
 
 
 class UserError(Exception):
-    """What went wrong and what to do about it, in one line. `exit_status` is what the process returns."""
+    """A mistake that the user can mend. Its text is one line.
+
+    Attributes:
+        problem: what went wrong.
+        fix: what to do about it, or ''.
+        key: of the config whose value it is, or None.
+        exit_status: what the process returns.
+    """
 
     exit_status = 1
+
+    def __init__(self, problem: str, fix: str = '', key: str | None = None):
+        super().__init__(f'{problem}: {fix}' if fix else problem)
+        self.problem = problem
+        self.fix = fix
+        self.key = key
 
 
 class ConfigError(UserError):
@@ -16,7 +30,7 @@ class ConfigError(UserError):
 
 
 class RunError(UserError):
-    """The run failed: missing data, absent hardware, a checkpoint of another model, an export that differs."""
+    """The run failed: no data, no such hardware, a checkpoint of another model."""
 
 
 def one_line(text, limit=300):
@@ -27,29 +41,34 @@ def one_line(text, limit=300):
 
 
 def counted(number, noun, nouns=None):
-    """Returns '1 file', '2 files' or '1,000 files'; `nouns` where the plural is not made with an s."""
-    return f'{number:,} {noun if number == 1 else nouns or noun + "s"}'
+    """Returns '1 file', '2 files' or '1,000 files'; `nouns` is a plural that is not made with s."""
+    if number == 1:
+        return f'1 {noun}'
+    return f'{number:,} {nouns or noun + "s"}'
 
 
 def _own_words(message):
     """Returns what an error of TensorFlow says itself, without where in its graph it was."""
     unwanted = (
-        r'\s*\[\[(\{\{.*?\}\}|[A-Za-z_][\w/]*)\]\]',  # [[{{node cond/Assert}}]] and [[IteratorGetNext]]
+        # [[{{node cond/Assert}}]] and [[IteratorGetNext]]
+        r'\s*\[\[(\{\{.*?\}\}|[A-Za-z_][\w/]*)\]\]',
         r'\{\{.*?\}\}\s*',
         r'\[Op:.*',
         r'\s*Stack trace for op definition:.*',
-        r'Graph execution error:\s+Detected at node .*?(<stack traces unavailable>\n|\n\n(?! *File))',
+        r'Graph execution error:\s+Detected at node .*?'
+        r'(<stack traces unavailable>\n|\n\n(?! *File))',
         r'Error in user-defined function passed to \S+ transformation with iterator: \S+:? ',
     )
     for pattern in unwanted:
         message = re.sub(pattern, '', message, flags=re.DOTALL)
-    # Several errors: the first of them.
-    message = re.sub(r'[0-9]+ root error\(s\) found\.\s+\(0\) \w+: (.*?)\s+\(1\) .*', r'\1', message, flags=re.DOTALL)
+    several = r'[0-9]+ root error\(s\) found\.\s+\(0\) \w+: (.*?)\s+\(1\) .*'
+    message = re.sub(several, r'\1', message, flags=re.DOTALL)  # the first of them
     asserted = re.search(r'assertion failed: \[(.*)\]', message, re.DOTALL)  # each word in brackets
     return asserted[1].replace('] [', ' ') if asserted else message
 
 
 def did_you_mean(word, words, cutoff=0.6):
-    """'; did you mean X?' with the nearest of `words`, or nothing."""
-    close = difflib.get_close_matches(str(word), [str(known) for known in words], n=1, cutoff=cutoff)
+    """Returns '; did you mean X?' with the nearest of `words`, or ''."""
+    known = [str(other) for other in words]
+    close = difflib.get_close_matches(str(word), known, n=1, cutoff=cutoff)
     return f'; did you mean {close[0]}?' if close else ''

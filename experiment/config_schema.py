@@ -1,163 +1,355 @@
-"""What a config may say: its keys, types, choices, bounds and durations. Needs no data and no device.
+"""What a config may say: its keys, types, choices, bounds and durations.
+
+Needs no data and no device.
 
 A mistake is answered at once, in one line that says what to write instead.
 """
+
 import math
 import re
+from collections.abc import Collection
 from fractions import Fraction
+from typing import NamedTuple
 
 import schedules
 from common.errors import ConfigError, did_you_mean
 from common.storage import flatten
 from configs import default
 
-CHOICES = {
-    'precision': ('auto', 'float32', 'bfloat16', 'float16', 'float64'),
-    'jit_compile': ('auto', 'true', 'false'),
-    'strategy': ('auto', 'tpu', 'multi_worker', 'mirrored', 'one_device'),
-    'augment.crop': ('center', 'random'),
-    'augment.policy.name': ('', 'rand_augment', 'trivial_augment'),
-    'schedule.name': schedules.CURVES,
-    'best_metric': ('eval/accuracy', 'eval/top5', 'eval/loss'),
+DURATION = ('epochs', 'steps', 'examples')
+PART_OF_RUN = (*DURATION, '%')
+AMOUNT_AND_UNIT = (
+    r'\s*((?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9][0-9_]*)(?:\.[0-9]+)?)'  # 90, 1_000, 1,000 or 2.5
+    r'\s*(%|[A-Za-z]+)\s*'
+)
+ADDRESSES = r'([^,:\s]+:[0-9]+(,[^,:\s]+:[0-9]+)*)?'
+TYPES = {
+    bool: 'true or false',
+    int: 'a whole number',
+    float: 'a number',
+    str: 'text',
+    tuple: 'several values in brackets',
 }
-# Inclusive bounds. None: no bound on that side.
-RANGES = {
-    'seed': (0, 2**31 - 1),
-    'dataset.eval_share': (0.001, 0.999),
-    'dataset.split_seed': (0, 2**31 - 1),
-    'dataset.max_broken': (0, 1),
-    'dataset.white_level': (255, 2**16 - 1),
-    'dataset.memory_gib': (0.001, 2**20),
-    'image_size': (8, 4096),
-    'batch_size': (1, 2**24),
-    'accumulate_steps': (1, 2**16),
-    'eval_batch_size': (1, 2**24),
-    'schedule.peak_lr': (0, None),
-    'schedule.start_lr': (0, None),
-    'schedule.end_lr': (0, None),
-    'weight_decay': (0, None),
-    'l2_regularization': (0, None),
-    'label_smoothing': (0, 0.999),
-    'ema_decay': (0, 0.999999),
-    'grad_clip_norm': (0, None),
-    'model.dropout': (0, 0.999),
-    'model.drop_path': (0, 0.999),
-    'model.layer_decay': (0.001, 1),
-    'distill.alpha': (0, 1),
-    'distill.temperature': (0.01, 1000),
-    'augment.translate': (0, 1),
-    'augment.rotate': (0, 1),
-    'augment.zoom': (0, 0.999),
-    'augment.repeats': (1, 64),
-    'augment.policy.num_ops': (1, 16),
-    'augment.policy.magnitude': (0, 30),
-    'augment.policy.rate': (0, 1),
-    'augment.color_jitter': (0, 1),
-    'augment.random_erasing': (0, 1),
-    'augment.mixup': (0, None),
-    'augment.cutmix': (0, None),
-    'progressive.stages': (1, 64),
-    'progressive.image_size': (8, 4096),
-    'progressive.strength': (0, 1),
-    'eval_crop': (0.05, 1),
-    'virtual_devices': (0, 64),
-    'steps_per_loop': (1, 2**31 - 1),
-    'keep_checkpoints': (1, None),
-    'max_skipped_updates': (0, None),
-}
-UNITS = {
-    'train_for': ('epochs', 'steps', 'examples'),
-    'schedule.warmup': ('epochs', 'steps', 'examples', '%'),
-    'schedule.hold': ('epochs', 'steps', 'examples', '%'),
-    'log_every': ('epochs', 'steps', 'examples', '%'),
-    'eval_every': ('epochs', 'steps', 'examples', '%'),
-    'checkpoint_every': ('epochs', 'steps', 'examples', '%', 'minutes'),
-    'patience': ('epochs', 'steps', 'examples', '%'),  # or ''
+
+
+class Key(NamedTuple):
+    """What a value of the config means, and which values it may have.
+
+    The type is that of the default in configs/default.py.
+
+    Attributes:
+        doc: for people, Markdown.
+        low, high: inclusive bounds; None: no bound on that side.
+        choices: the values it may have; (): any.
+        units: of a duration; (): it is none.
+        optional: whether a duration may be ''.
+    """
+
+    doc: str
+    low: float | None = None
+    high: float | None = None
+    choices: Collection[str] = ()
+    units: tuple[str, ...] = ()
+    optional: bool = False
+
+
+KEYS = {
+    'seed': Key(
+        'Of the initial weights, the order of the examples, augmentation and dropout.', 0, 2**31 - 1
+    ),
+    'dataset.name': Key(
+        "A name of TFDS, `'digits'` (embedded), or `'folder'` for your own images."
+    ),
+    'dataset.data_dir': Key('The folder of the data; empty: the default of TFDS.'),
+    'dataset.train_split': Key("A TFDS split, such as `'train[:90%]'`; of a folder, a subfolder."),
+    'dataset.eval_split': Key('The same for evaluation.'),
+    'dataset.image_key': Key('The feature of a TFDS data set that is the image; empty: found.'),
+    'dataset.label_key': Key('The feature that is the class label; empty: found.'),
+    'dataset.eval_share': Key(
+        'Share of each class that is held out where a folder has no evaluation split.', 0.001, 0.999
+    ),
+    'dataset.split_seed': Key('Which images are held out.', 0, 2**31 - 1),
+    'dataset.max_broken': Key('A larger share of unusable files in a folder ends the run.', 0, 1),
+    'dataset.white_level': Key(
+        'The value of white in images of 16 bits: 4095 where a camera used 12 of them.',
+        255,
+        2**16 - 1,
+    ),
+    'dataset.memory_gib': Key(
+        'Host memory, in GiB, for encoded images and for batches that are read ahead.', 0.001, 2**20
+    ),
+    'dataset.service': Key(
+        "`'HOST:PORT,HOST:PORT'` of tf.data services that prepare the training images."
+    ),
+    'image_size': Key('Height and width of what the model sees, in pixels.', 8, 4096),
+    'batch_size': Key('Examples of an update, over all replicas of all hosts.', 1, 2**24),
+    'accumulate_steps': Key(
+        'Parts, computed one after the other, that an update is made of.', 1, 2**16
+    ),
+    'eval_batch_size': Key('Examples that are evaluated at a time, over all replicas.', 1, 2**24),
+    'train_for': Key('The length of the run.', units=DURATION),
+    'schedule.name': Key(
+        'The curve of the learning rate after warmup and hold. '
+        'Further keys of `schedule` are its arguments.',
+        choices=schedules.CURVES,
+    ),
+    'schedule.peak_lr': Key('The learning rate between warmup and decay.', 0),
+    'schedule.start_lr': Key('The learning rate of the first update.', 0),
+    'schedule.end_lr': Key('The learning rate at the end.', 0),
+    'schedule.warmup': Key('How long the rate rises.', units=PART_OF_RUN),
+    'schedule.hold': Key('How long it then stays at its peak.', units=PART_OF_RUN),
+    'optimizer.name': Key(
+        'See modeling/optimizers.py. '
+        'Further keys of `optimizer` are arguments of the Keras optimizer.'
+    ),
+    'weight_decay': Key(
+        'Decoupled, scaled by the learning rate; never of biases and normalisation.', 0
+    ),
+    'l2_regularization': Key('Added to the gradient, times the weight; of the same variables.', 0),
+    'label_smoothing': Key('Share of each label that is spread over all classes.', 0, 0.999),
+    'ema_decay': Key(
+        'Above 0 an average of the weights with this decay is kept, evaluated and exported.',
+        0,
+        0.999999,
+    ),
+    'grad_clip_norm': Key('Above 0 the norm of the whole gradient is clipped to it.', 0),
+    'model.name': Key("A model of `keras.applications`, or `'tiny'`."),
+    'model.weights': Key(
+        "Empty: random; `'imagenet'`; or a run, checkpoint or SavedModel of yours."
+    ),
+    'model.freeze': Key(
+        "`'backbone'`, or the first layer or block that is trained; empty: all are."
+    ),
+    'model.layer_decay': Key(
+        'The learning rate of a block is this times that of the block after it.', 0.001, 1
+    ),
+    'model.dropout': Key('Rate of dropout before the head.', 0, 0.999),
+    'model.drop_path': Key(
+        'Rate of stochastic depth in the last block; it grows linearly from 0 in the first.',
+        0,
+        0.999,
+    ),
+    'model.sync_batch_norm': Key(
+        'Whether batch normalisation takes its statistics from all replicas.'
+    ),
+    'distill.teacher': Key(
+        'A run or SavedModel that knows the same classes, or, on ImageNet, a model of '
+        '`keras.applications`; empty: none.'
+    ),
+    'distill.weights': Key('Of a teacher of `keras.applications`, or a file of them.'),
+    'distill.alpha': Key('Share of the loss that the teacher makes.', 0, 1),
+    'distill.temperature': Key(
+        "Divides the logits: above 1 the teacher's small probabilities count for more.", 0.01, 1000
+    ),
+    'augment.crop': Key(
+        "`'center'` as evaluation does, or a random resized crop.", choices=('center', 'random')
+    ),
+    'augment.crop_area': Key('(low, high) shares of the image that a random crop covers.'),
+    'augment.flip': Key('Whether half of the images are flipped left to right.'),
+    'augment.translate': Key('At most this share of the size, both ways.', 0, 1),
+    'augment.rotate': Key('At most this share of a full turn, both ways.', 0, 1),
+    'augment.zoom': Key('At most this share, both ways.', 0, 0.999),
+    'augment.repeats': Key(
+        'How often each example is in its batch, augmented in different ways.', 1, 64
+    ),
+    'augment.policy.name': Key(
+        'RandAugment or TrivialAugment; empty: neither.',
+        choices=('', 'rand_augment', 'trivial_augment'),
+    ),
+    'augment.policy.num_ops': Key('Operations that RandAugment applies to an image.', 1, 16),
+    'augment.policy.magnitude': Key('Their strength.', 0, 30),
+    'augment.policy.rate': Key('Probability that the policy changes an image at all.', 0, 1),
+    'augment.color_jitter': Key(
+        'Brightness, contrast and saturation: at most this share, both ways.', 0, 1
+    ),
+    'augment.random_erasing': Key('Probability that a rectangle of an image is erased.', 0, 1),
+    'augment.mixup': Key('alpha of Beta(alpha, alpha); 0: off.', 0),
+    'augment.cutmix': Key(
+        'The same for CutMix; with both, each pair of images takes one of them.', 0
+    ),
+    'eval_crop': Key(
+        'Side of the central square that is evaluated, as a share of the shorter side.', 0.05, 1
+    ),
+    'progressive.stages': Key(
+        'Equal parts of the run in which image size and augmentation grow; 1: they do not.', 1, 64
+    ),
+    'progressive.image_size': Key(
+        'Image size of the first stage, in pixels, a multiple of 32.', 8, 4096
+    ),
+    'progressive.strength': Key(
+        'Share of dropout, magnitude, color_jitter, mixup and cutmix in the first stage.', 0, 1
+    ),
+    'precision': Key(
+        'What is computed in.', choices=('auto', 'float32', 'bfloat16', 'float16', 'float64')
+    ),
+    'jit_compile': Key('Whether XLA compiles the step.', choices=('auto', 'true', 'false')),
+    'strategy': Key(
+        'Over which devices.', choices=('auto', 'tpu', 'multi_worker', 'mirrored', 'one_device')
+    ),
+    'virtual_devices': Key(
+        'Above 0 the processor counts as so many devices, to try a strategy.', 0, 64
+    ),
+    'tpu': Key("`'local'` (Colab, Kaggle, a TPU VM), or the name of a TPU."),
+    'steps_per_loop': Key('Updates for each call from Python.', 1, 2**31 - 1),
+    'log_every': Key('How often a row of metrics is written.', units=PART_OF_RUN),
+    'eval_every': Key('How often the model is evaluated.', units=PART_OF_RUN),
+    'checkpoint_every': Key('How often a checkpoint is written.', units=(*PART_OF_RUN, 'minutes')),
+    'keep_checkpoints': Key('The last so many are kept, and the best.', 1),
+    'best_metric': Key(
+        'What makes an evaluation the best.', choices=('eval/accuracy', 'eval/top5', 'eval/loss')
+    ),
+    'patience': Key(
+        'The run ends when no evaluation was better for so long; empty: never.',
+        units=PART_OF_RUN,
+        optional=True,
+    ),
+    'max_skipped_updates': Key(
+        'So many updates in a row whose loss or gradient is not finite end the run; '
+        '0: the first does.',
+        0,
+    ),
 }
 
 
 def check_config(config):
-    """Raises ConfigError, one line, for an unknown key, a wrong type, an impossible value or a duration without unit.
+    """Locks a config that has every key, with a value it may have, and no key too many.
 
-    A config that passes is locked.
+    Raises: ConfigError: it has not.
     """
-    reference = flatten(default.get_config())
+    defaults = flatten(default.get_config())
     values = flatten(config)
     for key, value in values.items():
-        if key in reference:
-            _check_type(key, value, reference[key])
-        elif not key.startswith(('optimizer.', 'schedule.')) or key.count('.') > 1:
-            raise ConfigError(_unknown(key, reference))
-        elif isinstance(value, str):  # arguments of the optimizer and of the curve are numbers
-            raise ConfigError(f'config.{key}={value!r} must be a number, true or false{did_you_mean(key, reference, cutoff=0.9)}')
-    for key in reference:
+        if key in defaults:
+            _check_type(key, value, defaults[key])
+        else:
+            _check_argument(key, value)
+    for key in KEYS:
         if key not in values:
-            raise ConfigError(f'config.{key} is missing: start from configs/default.py and change values, do not remove them')
-    for key, choices in CHOICES.items():
-        if values[key] not in choices:
-            raise ConfigError(f'config.{key}={values[key]!r} is not one of {", ".join(map(repr, choices))}{did_you_mean(values[key], choices)}')
-    for key, (low, high) in RANGES.items():
-        if not math.isfinite(values[key]) or values[key] < low or (high is not None and values[key] > high):
-            bounds = f'from {low} to {high:,}' if high is not None else f'at least {low}'
-            raise ConfigError(f'config.{key}={values[key]} is impossible: it must be {bounds}')
-    for key, units in UNITS.items():
-        if values[key] or key != 'patience':
-            parse_duration(key, values[key], units)
-    curve_arguments = schedules.CURVES[config.schedule.name].__kwdefaults__ or {}
-    for key in config.schedule:
-        if f'schedule.{key}' not in reference and key not in curve_arguments:
-            known = [name.split('.')[1] for name in reference if name.startswith('schedule.')] + list(curve_arguments)
-            raise ConfigError(f'config.schedule.{key} does not exist{did_you_mean(key, known)}; {config.schedule.name} has {", ".join(known)}')
-    low, high = _crop_area(values['augment.crop_area'])
-    if values['progressive.stages'] > 1 and values['progressive.image_size'] > values['image_size']:
-        raise ConfigError(f"config.progressive.image_size={values['progressive.image_size']} is larger than config.image_size={values['image_size']}: pictures grow")
-    if not re.fullmatch(r'([^,:\s]+:[0-9]+(,[^,:\s]+:[0-9]+)*)?', values['dataset.service']):
-        raise ConfigError(f"config.dataset.service={values['dataset.service']!r} is no address: write HOST:PORT, and a comma between several")
-    for key in ('dataset.image_key', 'dataset.label_key'):
-        if values[key] and values['dataset.name'] == 'folder':
-            raise ConfigError(
-                f'config.{key}={values[key]!r} names a feature of a TFDS data set, '
-                'and a folder has none: leave it out')
-    if values['progressive.stages'] > 1 and values['progressive.image_size'] % 32:
-        raise ConfigError(f"config.progressive.image_size={values['progressive.image_size']} is impossible: the sizes of stages are multiples of 32")
-    if not 0 < low <= high <= 1:
-        raise ConfigError(f'config.augment.crop_area={(low, high)} is impossible: two shares of the picture, 0 < low <= high <= 1')
+            fix = 'start from configs/default.py and change values, do not remove them'
+            raise ConfigError(f'config.{key} is missing', fix, key)
+        _check_value(key, values[key], KEYS[key])
+    _check_curve(config.schedule)
+    _check_crop_area(values['augment.crop_area'])
+    _check_together(values)
     config.lock()
 
 
-def parse_duration(key, text, units):
-    """'90 epochs' -> (Fraction(90), 'epochs'); raises ConfigError for anything that is not a number and one of `units`."""
-    match = re.fullmatch(r'\s*((?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9][0-9_]*)(?:\.[0-9]+)?)\s*(%|[A-Za-z]+)\s*', text)
-    spelled = {unit[:-1]: unit for unit in units if unit.endswith('s')} | {unit: unit for unit in units}
+def _check_argument(key: str, value) -> None:
+    """Raises ConfigError unless it can be an argument of the optimizer or of the curve."""
+    group, _, name = key.partition('.')
+    if group not in ('optimizer', 'schedule') or '.' in name:
+        same_name = [known for known in KEYS if known.split('.')[-1] == key.split('.')[-1]]
+        hint = did_you_mean(key, KEYS) or did_you_mean(key, same_name, cutoff=0)
+        raise ConfigError(
+            f'config.{key} does not exist{hint}; configs/default.py lists every key', key=key
+        )
+    if isinstance(value, str):  # they are numbers
+        hint = did_you_mean(key, KEYS, cutoff=0.9)
+        raise ConfigError(f'config.{key}={value!r} must be a number, true or false{hint}', key=key)
+
+
+def _check_type(key: str, value, default_value) -> None:
+    kind = type(default_value)
+    if kind is float:
+        fits = isinstance(value, (float, int)) and not isinstance(value, bool)
+    elif kind is int:
+        fits = isinstance(value, int) and not isinstance(value, bool)
+    else:
+        fits = isinstance(value, kind)
+    if not fits:
+        fix = f'write {TYPES[kind]}, as in {key}={default_value!r}'
+        raise ConfigError(f'config.{key}={value!r} has the wrong type', fix, key)
+
+
+def _check_value(key: str, value, allowed: Key) -> None:
+    if allowed.choices and value not in allowed.choices:
+        choices = ', '.join(map(repr, allowed.choices))
+        hint = did_you_mean(value, allowed.choices)
+        raise ConfigError(f'config.{key}={value!r} is not one of {choices}{hint}', key=key)
+    if allowed.low is not None:
+        _check_bounds(key, value, allowed.low, allowed.high)
+    is_absent = allowed.optional and not value
+    if allowed.units and not is_absent:
+        parse_duration(key, value, allowed.units)
+
+
+def _check_bounds(key: str, value: float, low: float, high: float | None) -> None:
+    is_above = high is not None and value > high
+    if math.isfinite(value) and value >= low and not is_above:
+        return
+    bounds = f'at least {low}' if high is None else f'from {low} to {high:,}'
+    raise ConfigError(f'config.{key}={value} is impossible', f'it must be {bounds}', key)
+
+
+def _check_curve(schedule) -> None:
+    """Raises ConfigError for an argument that the curve of the learning rate does not have."""
+    known = [key.removeprefix('schedule.') for key in KEYS if key.startswith('schedule.')]
+    known += schedules.CURVES[schedule.name].__kwdefaults__ or ()
+    for name in schedule:
+        if name not in known:
+            key = f'schedule.{name}'
+            hint = did_you_mean(name, known)
+            has = f'{schedule.name} has {", ".join(known)}'
+            raise ConfigError(f'config.{key} does not exist{hint}; {has}', key=key)
+
+
+def _check_crop_area(area) -> None:
+    key = 'augment.crop_area'
+    problem = f'config.{key}={tuple(area)!r} is impossible'
+    if len(area) != 2 or not all(isinstance(share, (int, float)) for share in area):
+        raise ConfigError(problem, 'write two numbers, as in (0.08, 1.0)', key)
+    low, high = area
+    if not 0 < low <= high <= 1:
+        raise ConfigError(problem, 'two shares of the picture, 0 < low <= high <= 1', key)
+
+
+def _check_together(values: dict) -> None:
+    """Raises ConfigError for values that do not go together, and for text that has a form."""
+    key = 'progressive.image_size'
+    size = values[key]
+    if values['progressive.stages'] > 1:
+        if size > values['image_size']:
+            larger = f'is larger than config.image_size={values["image_size"]}'
+            raise ConfigError(f'config.{key}={size} {larger}', 'pictures grow', key)
+        if size % 32:
+            fix = 'the sizes of stages are multiples of 32'
+            raise ConfigError(f'config.{key}={size} is impossible', fix, key)
+    key = 'dataset.service'
+    if not re.fullmatch(ADDRESSES, values[key]):
+        fix = 'write HOST:PORT, and a comma between several'
+        raise ConfigError(f'config.{key}={values[key]!r} is no address', fix, key)
+    for key in ('dataset.image_key', 'dataset.label_key'):
+        if values[key] and values['dataset.name'] == 'folder':
+            problem = f'config.{key}={values[key]!r} names a feature of a TFDS data set'
+            raise ConfigError(f'{problem}, and a folder has none', 'leave it out', key)
+
+
+def parse_duration(key: str, text: str, units: Collection[str]) -> tuple[Fraction, str]:
+    """Parses the value of a key: '90 epochs' is (90, 'epochs').
+
+    Raises: ConfigError: it is not a number and one of `units`, or no such duration can be.
+    """
+    match = re.fullmatch(AMOUNT_AND_UNIT, text)
+    spelled = {unit: unit for unit in units}
+    spelled |= {unit.removesuffix('s'): unit for unit in units}
     if match is None or len(match[1]) > 20 or match[2].lower() not in spelled:
-        number = re.match(r'\s*([0-9][0-9_,.]*)', text)
-        example = number[1].rstrip('.,_') if number else '10'
-        examples = [f"'{example}{'' if unit == '%' else ' '}{unit}'" for unit in units]
-        raise ConfigError(f'config.{key}={text!r} is no duration: write a number with a unit, {", ".join(examples[:-1])} or {examples[-1]}')
+        raise ConfigError(f'config.{key}={text!r} is no duration', _how_to_write(text, units), key)
     amount, unit = Fraction(re.sub('[_,]', '', match[1])), spelled[match[2].lower()]
     if unit == '%' and amount > 100:
-        raise ConfigError(f'config.{key}={text!r} is more than the whole run: write at most 100%')
+        problem = f'config.{key}={text!r} is more than the whole run'
+        raise ConfigError(problem, 'write at most 100%', key)
+    impossible = f'config.{key}={text!r} is impossible'
     if unit in ('steps', 'examples') and amount.denominator != 1:
-        raise ConfigError(f'config.{key}={text!r} is impossible: {unit} come as whole numbers')
-    if (key.endswith('_every') or key == 'patience') and not amount:
-        raise ConfigError(f'config.{key}={text!r} is impossible: write at least 1 step, or 100% for once, at the end')
+        raise ConfigError(impossible, f'{unit} come as whole numbers', key)
+    recurs = key.endswith('_every') or key == 'patience'
+    if recurs and not amount:
+        raise ConfigError(impossible, 'write at least 1 step, or 100% for once, at the end', key)
     return amount, unit
 
 
-def _unknown(key, reference):
-    last = [known for known in reference if known.split('.')[-1] == key.split('.')[-1]]
-    return f'config.{key} does not exist{did_you_mean(key, reference) or did_you_mean(key, last, cutoff=0)}; configs/default.py lists every key'
-
-
-def _check_type(key, value, reference):
-    kinds = {bool: 'true or false', int: 'a whole number', float: 'a number', str: 'text', tuple: 'several values in brackets'}
-    kind = type(reference)
-    fits = isinstance(value, (kind, int) if kind is float else kind) and (kind is bool or not isinstance(value, bool))
-    if not fits:
-        raise ConfigError(f'config.{key}={value!r} has the wrong type: write {kinds[kind]}, as in {key}={reference!r}')
-
-
-def _crop_area(value):
-    if len(value) != 2 or not all(isinstance(number, (int, float)) for number in value):
-        raise ConfigError(f'config.augment.crop_area={tuple(value)!r} is impossible: write two numbers, as in (0.08, 1.0)')
-    return value
+def _how_to_write(text: str, units: Collection[str]) -> str:
+    """Says how a duration is written, with the number that `text` begins with."""
+    number = re.match(r'\s*([0-9][0-9_,.]*)', text)
+    amount = number[1].rstrip('.,_') if number else '10'
+    *examples, last = (f"'{amount}%'" if unit == '%' else f"'{amount} {unit}'" for unit in units)
+    return f'write a number with a unit, {", ".join(examples)} or {last}'

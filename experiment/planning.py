@@ -10,7 +10,7 @@ import numpy as np
 
 import schedules
 from common.errors import ConfigError
-from experiment.config_schema import UNITS, parse_duration
+from experiment.config_schema import KEYS, parse_duration
 
 MOST_STEPS = 2**31 - 1  # a loop's steps are counted in 32 bits
 
@@ -128,7 +128,7 @@ def make_plan(config, train_examples, eval_examples, num_classes, num_replicas):
                           f'mix pairs: write --config.batch_size={config.batch_size + num_replicas}')
 
     def steps(key, total=None, least=0):
-        amount, unit = parse_duration(key, _get(config, key), UNITS[key])
+        amount, unit = parse_duration(key, _get(config, key), KEYS[key].units)
         if unit == '%':
             exact = amount * total / 100
         else:
@@ -148,7 +148,7 @@ def make_plan(config, train_examples, eval_examples, num_classes, num_replicas):
     if warmup_steps + hold_steps > total_steps:
         raise ConfigError(f'config.schedule.warmup and hold take {warmup_steps:,} + {hold_steps:,} steps, but the run has '
                           f'{total_steps:,}: shorten them (as percent they follow the run) or raise config.train_for')
-    amount, unit = parse_duration('checkpoint_every', config.checkpoint_every, UNITS['checkpoint_every'])
+    amount, unit = parse_duration('checkpoint_every', config.checkpoint_every, KEYS['checkpoint_every'].units)
     in_minutes = unit == 'minutes'
     plan = Plan(
         train_examples=train_examples,
@@ -186,7 +186,7 @@ def continued(plan: Plan, config, step: int, examples_seen: int, distinct_seen: 
         config: the config of that plan.
         step, examples_seen, distinct_seen: see `outputs.train_progress.Progress`.
     """
-    _, unit = parse_duration('train_for', config.train_for, UNITS['train_for'])
+    _, unit = parse_duration('train_for', config.train_for, KEYS['train_for'].units)
     position = step if unit == 'steps' else examples_seen // plan.batch_size
     ahead = Ahead(
         updates=position - step,

@@ -179,7 +179,7 @@ def test_a_position_follows_from_what_was_seen_whenever_it_is_asked_for(
     ('augment.policy.name', 'randaugment', 'did you mean rand_augment'),
     ('schedule.warmup_steps', 100, 'did you mean warmup?'),
     ('schedule.peek_lr', 0.1, 'did you mean peak_lr?'),
-    ('schedule.step', 3, '; cosine has end_lr, hold'),
+    ('schedule.step', 3, '; cosine has name, peak_lr'),
     ('schedule.warmups', '5%', 'did you mean schedule.warmup?'),
     ('optimizer.nam', 'sgd', 'did you mean optimizer.name?'),
     ('optimizer.nested', {'key': 1}, 'does not exist'),
@@ -191,7 +191,7 @@ def test_an_impossible_value_is_one_line_that_says_what_to_write(key, value, say
         (config[section] if section else config)[name] = value
     with pytest.raises(ConfigError, match=says.replace('?', r'\?')) as error:
         config_schema.check_config(config)
-    assert key in str(error.value) and '\n' not in str(error.value)
+    assert error.value.key.startswith(key) and '\n' not in str(error.value)
 
 
 @pytest.mark.parametrize('key, suggestion', [('batch_sise', 'batch_size'), ('model.nme', 'model.name'), ('warmup', 'schedule.warmup'), ('dataset.nam', 'dataset.name')])
