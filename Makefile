@@ -1,9 +1,10 @@
 # make train   checks the machine, then trains configs/digits.py into runs/digits; again: does nothing that is done already
+# make lint    checks form, types and style; it needs neither TensorFlow nor anything else of the program
 # make test    runs the tests, in about ten minutes on two cores
 # make test-slow    runs the tests that make test leaves out: the longer ones, which repeat much of what the others look at
 # make test-tpu    traces the loops of every config for a TPU that is not there, with both TPU builds of TensorFlow
 #
-# The first three create .venv from the pinned versions first. PYTHON chooses the interpreter (3.10 to 3.13), ACCELERATOR one of
+# make train and make test create .venv from the pinned versions first. PYTHON chooses the interpreter (3.10 to 3.13), ACCELERATOR one of
 # cpu, gpu and tpu: without it, gpu where nvidia-smi finds one, else cpu.
 
 PYTHON ?= python3
@@ -13,11 +14,16 @@ INSTALL = .venv/bin/python -m pip install --quiet --disable-pip-version-check -c
 # Environments of test-tpu, outside of the repository so that a clean checkout finds them again.
 TPU_VENVS ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/warmstart
 
-.PHONY: train test test-slow test-tpu
+.PHONY: train lint test test-slow test-tpu
 
 train: .venv/train-$(ACCELERATOR)
 	@test -e runs/digits/summary.json || .venv/bin/python main.py --config=configs/digits.py --workdir=runs/digits --mode=check
 	.venv/bin/python main.py --config=configs/digits.py --workdir=runs/digits
+
+lint: .venv/lint
+	.venv/bin/python -m ruff format --check .
+	.venv/bin/python -m ruff check .
+	.venv/bin/python -m mypy
 
 test: .venv/test-$(ACCELERATOR)
 	.venv/bin/python -m pytest -n 2 --dist loadfile -m 'not slow'
@@ -36,6 +42,11 @@ test-slow: .venv/test-$(ACCELERATOR)
 
 .venv/test-$(ACCELERATOR): .venv/train-$(ACCELERATOR)
 	$(INSTALL) '.[$(ACCELERATOR),test]'
+	@touch $@
+
+.venv/lint: requirements/lint.txt
+	test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	@touch $@
 
 test-tpu: $(TPU_VENVS)/tpu/installed $(TPU_VENVS)/tpu220/installed

@@ -1,4 +1,5 @@
 """Several runs side by side: python compare.py RUN [RUN ...] [--output=comparison.png]"""
+
 import argparse
 import json
 import math
@@ -35,7 +36,9 @@ def main(arguments):
     parser.add_argument('--output', default='comparison.png', help='where the curves are drawn')
     options = parser.parse_args(arguments)
     try:
-        runs = {name: read_run(path) for name, path in zip(_short_names(options.runs), options.runs)}
+        runs = {
+            name: read_run(path) for name, path in zip(_short_names(options.runs), options.runs)
+        }
         print('\n'.join([table(runs), *differences(runs)]), flush=True)
         from outputs.plots import plot_curves
 
@@ -100,7 +103,10 @@ def table(runs: dict[str, Run]) -> str:
         lines.append([name] + [_cell(run, *column) for column in COLUMNS.values()])
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     lines.insert(1, ['-' * width for width in widths])
-    return '\n'.join('| ' + ' | '.join(cell.ljust(width) for cell, width in zip(line, widths)) + ' |' for line in lines)
+    return '\n'.join(
+        '| ' + ' | '.join(cell.ljust(width) for cell, width in zip(line, widths)) + ' |'
+        for line in lines
+    )
 
 
 def differences(runs: dict[str, Run]) -> list[str]:

@@ -1,4 +1,5 @@
 """The SavedModel: pictures in, classes out, preprocessing inside; checked in a fresh process that has TensorFlow alone."""
+
 import os
 import subprocess
 import sys
@@ -21,7 +22,9 @@ MAX_CHECKED = 1000  # evaluation examples that the exported model is compared on
 MAX_DECODED = 8  # of them that are also given decoded, one at a time, because their sizes differ
 # Largest difference of a logit, as share of the largest logit: a few roundings of the type that the model computes in.
 TOLERANCE = {'float64': 1e-6, 'float32': 1e-4, 'mixed_bfloat16': 5e-2, 'mixed_float16': 1e-2}
-TOLERANCE_TF32 = 1e-2  # of float32 on a GPU: TensorFlow multiplies with 10 bits there, as many as float16 has
+TOLERANCE_TF32 = (
+    1e-2  # of float32 on a GPU: TensorFlow multiplies with 10 bits there, as many as float16 has
+)
 READER = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'outputs', 'read_saved_model.py')
 
 
@@ -64,7 +67,10 @@ def restore(session, which=None) -> tuple[int, dict, str]:
             return *session.checkpoints.restore('best', partly=True), 'best'
         except (RunError, tf.errors.OpError) as error:
             if session.is_chief:
-                print(f'note      {one_line(error)}; the weights of the last update are exported', flush=True)
+                print(
+                    f'note      {one_line(error)}; the weights of the last update are exported',
+                    flush=True,
+                )
     which = which or 'last'
     return *session.checkpoints.restore(which, partly=True), which
 
@@ -77,8 +83,10 @@ def describe(config, step: int, last_step: int) -> str:
     weights = f'{weights}, the best by {config.best_metric}'
     if not exports_best(config):
         return weights
-    return (f'{weights}: config.patience is set; --mode=export --checkpoint=last takes those '
-            f'after update {last_step:,}')
+    return (
+        f'{weights}: config.patience is set; --mode=export --checkpoint=last takes those '
+        f'after update {last_step:,}'
+    )
 
 
 def evaluation(progress: dict, step: int) -> dict:
@@ -91,7 +99,9 @@ def evaluation(progress: dict, step: int) -> dict:
         update was not evaluated.
     """
     metrics = storage.nan_for_null(progress['metrics']) if progress['evaluated_at'] == step else {}
-    return {f'export/eval_{name}': metrics.get(f'eval/{name}') for name in ('accuracy', 'loss', 'top5')}
+    return {
+        f'export/eval_{name}': metrics.get(f'eval/{name}') for name in ('accuracy', 'loss', 'top5')
+    }
 
 
 def _correct_summary(workdir, exported: dict):
@@ -124,7 +134,9 @@ def write(session, directory):
     with storage.written_beside(directory) as partial:
         with storage.explained(partial):
             _write_saved_model(session, partial)
-        storage.write(os.path.join(partial, labels_file.NAME), labels_file.to_text(session.source.class_names))
+        storage.write(
+            os.path.join(partial, labels_file.NAME), labels_file.to_text(session.source.class_names)
+        )
         return _compare(session, partial)
 
 
@@ -133,11 +145,17 @@ def _require_finite(session):
     variables = models.weights(session.state.model)
     for variable, value in zip(variables, steps.evaluated_weights(session.state), strict=True):
         if not np.isfinite(value.numpy()).all():
-            raise RunError(f'the weights are not finite, {variable.path} for one: {_diverged(session)}')
+            raise RunError(
+                f'the weights are not finite, {variable.path} for one: {_diverged(session)}'
+            )
 
 
 def _diverged(session):
-    best = 'export the weights of its best evaluation with --mode=export --checkpoint=best, or ' if session.checkpoints.has_best() else ''
+    best = (
+        'export the weights of its best evaluation with --mode=export --checkpoint=best, or '
+        if session.checkpoints.has_best()
+        else ''
+    )
     return f'the model has diverged: {best}train anew with a lower config.schedule.peak_lr or with config.grad_clip_norm'
 
 
@@ -150,12 +168,19 @@ def _write_saved_model(session, directory):
     for variable, value in zip(models.weights(model), steps.evaluated_weights(session.state)):
         variable.assign(value.numpy())
     if session.config.model.name != 'tiny':
-        pretrained.save_backbone(model, session.config, os.path.join(directory, 'backbone.weights.h5'))
+        pretrained.save_backbone(
+            model, session.config, os.path.join(directory, 'backbone.weights.h5')
+        )
 
     def answer(pictures):
         logits = model(tf.cast(pictures, tf.float32), training=False)  # [batch, classes]
         best = tf.argmax(logits, -1)
-        return {'logits': logits, 'probabilities': tf.nn.softmax(logits), 'class_index': best, 'label': tf.gather(names, best)}
+        return {
+            'logits': logits,
+            'probabilities': tf.nn.softmax(logits),
+            'class_index': best,
+            'label': tf.gather(names, best),
+        }
 
     def classify(images):
         return answer(resize_picture(images, size, share))
@@ -169,10 +194,22 @@ def _write_saved_model(session, directory):
 
     archive = keras.export.ExportArchive()
     archive.track(model)
-    archive.add_endpoint('classify', classify, [tf.TensorSpec([None, None, None, 3], tf.uint8, name='images')])
-    archive.add_endpoint('classify_float', classify, [tf.TensorSpec([None, None, None, 3], tf.float32, name='images')])
-    archive.add_endpoint('classify_encoded', classify_encoded, [tf.TensorSpec([None], tf.string, name='encoded')])
-    archive.add_endpoint('logits', lambda images: model(images, training=False), [tf.TensorSpec([None, *model.input_shape[1:]], tf.float32, name='images')])
+    archive.add_endpoint(
+        'classify', classify, [tf.TensorSpec([None, None, None, 3], tf.uint8, name='images')]
+    )
+    archive.add_endpoint(
+        'classify_float',
+        classify,
+        [tf.TensorSpec([None, None, None, 3], tf.float32, name='images')],
+    )
+    archive.add_endpoint(
+        'classify_encoded', classify_encoded, [tf.TensorSpec([None], tf.string, name='encoded')]
+    )
+    archive.add_endpoint(
+        'logits',
+        lambda images: model(images, training=False),
+        [tf.TensorSpec([None, *model.input_shape[1:]], tf.float32, name='images')],
+    )
     archive.add_endpoint('label_names', lambda: names, [])
     archive.write_out(directory, verbose=False)
 
@@ -183,30 +220,58 @@ def _compare(session, directory):
     The SavedModel gets the user's own files, as README says to give them to it.
     """
     with tempfile.TemporaryDirectory() as folder:
-        served, evaluated, decoded, answers = (os.path.join(folder, name) for name in (
-            'served.tfrecord', 'evaluated.tfrecord', 'decoded.tfrecord', 'answers.npz'))
+        served, evaluated, decoded, answers = (
+            os.path.join(folder, name)
+            for name in ('served.tfrecord', 'evaluated.tfrecord', 'decoded.tfrecord', 'answers.npz')
+        )
         labels, num_converted = _write_examples(session, served, evaluated, decoded)
         # Without accelerators: they are this process's. Without the caller's paths: the model must need TensorFlow alone.
-        environment = {**os.environ, 'CUDA_VISIBLE_DEVICES': '-1', 'TPU_LOAD_LIBRARY': '0', 'PYTHONPATH': '', 'TF_CPP_MIN_LOG_LEVEL': '3'}
-        reader = subprocess.run([sys.executable, READER, directory, served, decoded, answers], env=environment, capture_output=True, text=True)
+        environment = {
+            **os.environ,
+            'CUDA_VISIBLE_DEVICES': '-1',
+            'TPU_LOAD_LIBRARY': '0',
+            'PYTHONPATH': '',
+            'TF_CPP_MIN_LOG_LEVEL': '3',
+        }
+        reader = subprocess.run(
+            [sys.executable, READER, directory, served, decoded, answers],
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
         if reader.returncode:
-            last_line = (reader.stderr.splitlines() or [f'status {reader.returncode}, perhaps for want of memory'])[-1]
-            raise RunError(f'the exported model cannot be used with TensorFlow alone: {one_line(last_line)}')
+            last_line = (
+                reader.stderr.splitlines()
+                or [f'status {reader.returncode}, perhaps for want of memory']
+            )[-1]
+            raise RunError(
+                f'the exported model cannot be used with TensorFlow alone: {one_line(last_line)}'
+            )
         exported = dict(np.load(answers))
         expected = _expected_logits(session, evaluated)
     num_answered = int(np.isfinite(expected).all(-1).sum())
     if num_answered < len(expected):
-        examples = f'{len(expected) - num_answered:,} of {counted(len(expected), "evaluation example")}'
-        raise RunError(f'the answers of the model to {examples} are not finite: {_diverged(session)}')
+        examples = (
+            f'{len(expected) - num_answered:,} of {counted(len(expected), "evaluation example")}'
+        )
+        raise RunError(
+            f'the answers of the model to {examples} are not finite: {_diverged(session)}'
+        )
 
-    tolerance = TOLERANCE_TF32 if (session.kind, session.dtype_policy) == ('GPU', 'float32') else TOLERANCE[session.dtype_policy]
+    tolerance = (
+        TOLERANCE_TF32
+        if (session.kind, session.dtype_policy) == ('GPU', 'float32')
+        else TOLERANCE[session.dtype_policy]
+    )
     allowed = tolerance * max(1.0, float(np.abs(expected).max()))
     largest = 0.0
     for name, logits in exported.items():
-        difference = float(np.abs(logits - expected[:len(logits)]).max())
+        difference = float(np.abs(logits - expected[: len(logits)]).max())
         if not difference <= allowed:  # also when it is not a number
-            raise RunError(f'the exported model answers otherwise than the model: {name} differs by {difference:.3g} in a logit '
-                           f'(allowed {allowed:.3g}); it was left in {directory}')
+            raise RunError(
+                f'the exported model answers otherwise than the model: {name} differs by {difference:.3g} in a logit '
+                f'(allowed {allowed:.3g}); it was left in {directory}'
+            )
         largest = max(largest, difference)
     return {
         'export/examples': len(labels),
@@ -229,8 +294,14 @@ def _write_examples(session, served, evaluated, decoded):
     """
     labels, num_converted = [], 0
     white_level = session.config.dataset.white_level
-    with tf.io.TFRecordWriter(served) as questions, tf.io.TFRecordWriter(evaluated) as records, tf.io.TFRecordWriter(decoded) as pngs:
-        for encoded, original, label in session.source.sample(session.source.eval_split, MAX_CHECKED):
+    with (
+        tf.io.TFRecordWriter(served) as questions,
+        tf.io.TFRecordWriter(evaluated) as records,
+        tf.io.TFRecordWriter(decoded) as pngs,
+    ):
+        for encoded, original, label in session.source.sample(
+            session.source.eval_split, MAX_CHECKED
+        ):
             question = encoded if original is None else original
             if question != encoded:  # evaluation reads a copy
                 question = image_validation.as_decodable(original)

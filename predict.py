@@ -3,6 +3,7 @@
 An IMAGE is a file or a folder of files, of any format that training accepts; it is read as evaluation reads it. Without
 one the first examples of the evaluation split are taken. Computes on the processor: an accelerator may be in use.
 """
+
 import argparse
 import functools
 import os
@@ -40,21 +41,38 @@ class Answer(NamedTuple):
 def main(arguments):
     """Prints the most likely classes of each image and draws them; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('run', metavar='RUN', help='folder of a run with its export, or gs://BUCKET/FOLDER')
+    parser.add_argument(
+        'run', metavar='RUN', help='folder of a run with its export, or gs://BUCKET/FOLDER'
+    )
     parser.add_argument('images', nargs='*', metavar='IMAGE', help='files, or folders of files')
-    parser.add_argument('--output', help='where the images and their classes are drawn; RUN/plots/predictions.png by default')
+    parser.add_argument(
+        '--output',
+        help='where the images and their classes are drawn; RUN/plots/predictions.png by default',
+    )
     options = parser.parse_args(arguments)
     if options.output and not options.output.endswith('.png'):
         parser.error(f'--output={options.output}: write the name of a .png file')
     os.environ.update(tpu_environment.without_accelerators())
     import_tensorflow_quietly()
     try:
-        run = os.path.dirname(options.run.rstrip('/')) if storage.exists(os.path.join(options.run, 'saved_model.pb')) else options.run
+        run = (
+            os.path.dirname(options.run.rstrip('/'))
+            if storage.exists(os.path.join(options.run, 'saved_model.pb'))
+            else options.run
+        )
         model, labels = load(run)
-        images = list(files_to_try(options.images)) if options.images else evaluation_examples(run, labels)
+        images = (
+            list(files_to_try(options.images))
+            if options.images
+            else evaluation_examples(run, labels)
+        )
         drawn, num_failed = answer_all(model, labels, images, white_level_of(run))
         if drawn:
-            draw(options.output or os.path.join(run, 'plots', 'predictions.png'), drawn, len(images) - num_failed)
+            draw(
+                options.output or os.path.join(run, 'plots', 'predictions.png'),
+                drawn,
+                len(images) - num_failed,
+            )
     except BrokenPipeError:
         return end_unread()
     except (UserError, OSError) as error:
@@ -69,15 +87,21 @@ def load(run):
     """(the SavedModel of a run, its labels). Raises RunError if there is none, it is damaged, or it can do more than compute."""
     directory = os.path.join(run, 'export')
     if not storage.exists(os.path.join(directory, 'saved_model.pb')):
-        raise RunError(f'{run} has no export: train it to its end, or python main.py --config=... --workdir={run} --mode=export')
+        raise RunError(
+            f'{run} has no export: train it to its end, or python main.py --config=... --workdir={run} --mode=export'
+        )
     from modeling import labels_file, saved_model_safety
 
     try:
-        return saved_model_safety.load(directory), labels_file.from_text(storage.read(os.path.join(directory, labels_file.NAME)).decode())
+        return saved_model_safety.load(directory), labels_file.from_text(
+            storage.read(os.path.join(directory, labels_file.NAME)).decode()
+        )
     except RunError:
         raise
     except Exception as error:  # of many kinds, by where it is damaged
-        raise RunError(f'{directory} is damaged ({type(error).__name__}: {one_line(error, 200)}): export it again') from error
+        raise RunError(
+            f'{directory} is damaged ({type(error).__name__}: {one_line(error, 200)}): export it again'
+        ) from error
 
 
 def white_level_of(run: str) -> int:
@@ -126,7 +150,10 @@ def files_to_try(paths: list[str]) -> Iterator[Image]:
         if not below:
             yield Image(image_folder.shown(path), refuse_empty)
         for name in below:
-            yield Image(image_folder.shown(os.path.join(path, name)), functools.partial(read, os.path.join(path, name)))
+            yield Image(
+                image_folder.shown(os.path.join(path, name)),
+                functools.partial(read, os.path.join(path, name)),
+            )
 
 
 def evaluation_examples(run, labels):
@@ -139,12 +166,21 @@ def evaluation_examples(run, labels):
     from inputs import datasets, image_folder
 
     dataset = ConfigDict(dataset_of(run))
-    if re.match(r'[\w-]+:[a-zA-Z]', dataset.name):  # a namespace of TFDS; a version begins with a digit
-        raise RunError(f'{run} was evaluated on {dataset.name}, for which TFDS downloads code and runs it: give the pictures to try')
+    if re.match(
+        r'[\w-]+:[a-zA-Z]', dataset.name
+    ):  # a namespace of TFDS; a version begins with a digit
+        raise RunError(
+            f'{run} was evaluated on {dataset.name}, for which TFDS downloads code and runs it: give the pictures to try'
+        )
     source = datasets.load(dataset, needs_training=False)
     examples = source.examples(source.eval_split).take(EXAMPLES).as_numpy_iterator()
-    return [Image(f'evaluation example {number}, which is {image_folder.shown(labels[label])}', lambda encoded=encoded: (encoded, ''))
-            for number, (encoded, label) in enumerate(examples)]
+    return [
+        Image(
+            f'evaluation example {number}, which is {image_folder.shown(labels[label])}',
+            lambda encoded=encoded: (encoded, ''),
+        )
+        for number, (encoded, label) in enumerate(examples)
+    ]
 
 
 def answer_all(
@@ -166,8 +202,14 @@ def answer_all(
             print(f'error: {image.title}: {reason(error)}', file=sys.stderr)
             continue
         if doubt:
-            print(f'note: {image.title} may be damaged ({doubt}): look at it, and copy it again if a part is grey', file=sys.stderr)
-        likely = ', '.join(f'{image_folder.shown(label)} {probability:.1%}' for label, probability in answer.classes)
+            print(
+                f'note: {image.title} may be damaged ({doubt}): look at it, and copy it again if a part is grey',
+                file=sys.stderr,
+            )
+        likely = ', '.join(
+            f'{image_folder.shown(label)} {probability:.1%}'
+            for label, probability in answer.classes
+        )
         print(f'{image.title}: {likely}', flush=True)
         if len(drawn) < MOST_DRAWN:
             drawn.append(answer)
@@ -199,7 +241,10 @@ def classify(
     except tf.errors.OpError as error:
         raise RunError('no picture that the model can decode') from error
     probabilities = answer['probabilities'][0].numpy()  # [classes]
-    likely = [(labels[index], float(probabilities[index])) for index in (-probabilities).argsort()[:CLASSES]]
+    likely = [
+        (labels[index], float(probabilities[index]))
+        for index in (-probabilities).argsort()[:CLASSES]
+    ]
     stride = max(1, max(pixels.shape) // DRAWN_SIZE)
     return Answer(title, likely, pixels[::stride, ::stride])
 
@@ -209,14 +254,16 @@ def draw(path: str, answers: list[Answer], num_answers: int) -> None:
     from outputs import plots
 
     titles = [end_of(plots.drawable(answer.title)) for answer in answers]
-    plots.plot_answers(path, [answer.pixels for answer in answers], titles, [answer.classes for answer in answers])
+    plots.plot_answers(
+        path, [answer.pixels for answer in answers], titles, [answer.classes for answer in answers]
+    )
     part = f'the first {len(answers)} of {num_answers:,} are ' if len(answers) < num_answers else ''
     print(f'{part}drawn in {path}')
 
 
 def end_of(title: str) -> str:
     """Returns the end of a long title: of a path it says most."""
-    return title if len(title) <= TITLE_LENGTH else '...' + title[3 - TITLE_LENGTH:]
+    return title if len(title) <= TITLE_LENGTH else '...' + title[3 - TITLE_LENGTH :]
 
 
 if __name__ == '__main__':

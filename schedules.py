@@ -12,6 +12,7 @@ over `xp`, which is `numpy` (float64) or `keras.ops` (float32 whatever `keras.co
 also inside a compiled step). It comes in three forms: `learning_rate`, a function; `WarmupDecay`,
 for an optimizer; and `WarmupCosineDecayCallback`, for `model.fit`.
 """
+
 import difflib
 import math
 import reprlib
@@ -22,8 +23,18 @@ import keras
 import numpy as np
 
 
-def learning_rate(step, *, curve='cosine', warmup_steps, total_steps, hold=0, start_lr=0.0, target_lr, end_lr=0.0,
-                  **curve_arguments):
+def learning_rate(
+    step,
+    *,
+    curve='cosine',
+    warmup_steps,
+    total_steps,
+    hold=0,
+    start_lr=0.0,
+    target_lr,
+    end_lr=0.0,
+    **curve_arguments,
+):
     """The learning rate of update `step`.
 
     Args:
@@ -41,17 +52,28 @@ def learning_rate(step, *, curve='cosine', warmup_steps, total_steps, hold=0, st
         ValueError: an argument or a step is impossible. The values of a tensor cannot be checked: there a negative
             step counts as 0, and a fraction is cut off.
     """
-    arguments = _checked(curve, warmup_steps, total_steps, hold, start_lr, target_lr, end_lr, curve_arguments)
+    arguments = _checked(
+        curve, warmup_steps, total_steps, hold, start_lr, target_lr, end_lr, curve_arguments
+    )
     if _is_tensor(step):
         return _rate(keras.ops, keras.ops.cast(step, 'int64'), arguments)
     rates = _rate(np, _checked_steps(step), arguments)
     return float(rates) if rates.ndim == 0 else rates
 
 
-def lr_warmup_cosine_decay(global_step, warmup_steps, hold, total_steps, start_lr=0.0, target_lr=1e-3, end_lr=0.0):
+def lr_warmup_cosine_decay(
+    global_step, warmup_steps, hold, total_steps, start_lr=0.0, target_lr=1e-3, end_lr=0.0
+):
     """Linear warmup, hold and cosine decay: `learning_rate` with its arguments in the customary order."""
-    return learning_rate(global_step, warmup_steps=warmup_steps, total_steps=total_steps, hold=hold, start_lr=start_lr,
-                         target_lr=target_lr, end_lr=end_lr)
+    return learning_rate(
+        global_step,
+        warmup_steps=warmup_steps,
+        total_steps=total_steps,
+        hold=hold,
+        start_lr=start_lr,
+        target_lr=target_lr,
+        end_lr=end_lr,
+    )
 
 
 @keras.saving.register_keras_serializable(package='warmstart')
@@ -73,31 +95,68 @@ class WarmupDecay(keras.optimizers.schedules.LearningRateSchedule):
     policy 'mixed_float16' keeps variables in float32.
     """
 
-    def __init__(self, *, curve='cosine', warmup_steps, total_steps, hold=0, start_lr=0.0, target_lr, end_lr=0.0,
-                 gradient_accumulation_steps=1, **curve_arguments):
+    def __init__(
+        self,
+        *,
+        curve='cosine',
+        warmup_steps,
+        total_steps,
+        hold=0,
+        start_lr=0.0,
+        target_lr,
+        end_lr=0.0,
+        gradient_accumulation_steps=1,
+        **curve_arguments,
+    ):
         super().__init__()
-        self.arguments = _checked(curve, warmup_steps, total_steps, hold, start_lr, target_lr, end_lr, curve_arguments)
+        self.arguments = _checked(
+            curve, warmup_steps, total_steps, hold, start_lr, target_lr, end_lr, curve_arguments
+        )
         # Keras optimizers write None where nothing is accumulated.
         batches = 1 if gradient_accumulation_steps is None else gradient_accumulation_steps
         self.gradient_accumulation_steps = _whole('gradient_accumulation_steps', batches, low=1)
 
     def __call__(self, step):
         """The rate at `step`, an integer tensor, variable or number, as a float32 tensor."""
-        return _rate(keras.ops, keras.ops.cast(step, 'int64') // self.gradient_accumulation_steps, self.arguments)
+        return _rate(
+            keras.ops,
+            keras.ops.cast(step, 'int64') // self.gradient_accumulation_steps,
+            self.arguments,
+        )
 
     def get_config(self):
         config = self.arguments._asdict()
         curve_arguments = config.pop('curve_arguments')
-        return {**config, 'gradient_accumulation_steps': self.gradient_accumulation_steps, **curve_arguments}
+        return {
+            **config,
+            'gradient_accumulation_steps': self.gradient_accumulation_steps,
+            **curve_arguments,
+        }
 
 
 @keras.saving.register_keras_serializable(package='warmstart')
 class WarmupCosineDecay(WarmupDecay):
     """`WarmupDecay` with the cosine, and its arguments in the customary order."""
 
-    def __init__(self, start_lr, target_lr, warmup_steps, total_steps, hold=0, end_lr=0.0, gradient_accumulation_steps=1):
-        super().__init__(start_lr=start_lr, target_lr=target_lr, warmup_steps=warmup_steps, total_steps=total_steps,
-                         hold=hold, end_lr=end_lr, gradient_accumulation_steps=gradient_accumulation_steps)
+    def __init__(
+        self,
+        start_lr,
+        target_lr,
+        warmup_steps,
+        total_steps,
+        hold=0,
+        end_lr=0.0,
+        gradient_accumulation_steps=1,
+    ):
+        super().__init__(
+            start_lr=start_lr,
+            target_lr=target_lr,
+            warmup_steps=warmup_steps,
+            total_steps=total_steps,
+            hold=hold,
+            end_lr=end_lr,
+            gradient_accumulation_steps=gradient_accumulation_steps,
+        )
 
     def get_config(self):
         config = super().get_config()
@@ -143,8 +202,15 @@ class WarmupCosineDecayCallback(keras.callbacks.Callback):
         self._decays = total_steps is not None
         if not self._decays:
             total_steps = max(1, _whole('warmup_steps', warmup_steps) + _whole('hold', hold))
-        self._arguments = _checked('cosine' if self._decays else 'constant', warmup_steps, total_steps, hold, start_lr,
-                                   target_lr, end_lr)
+        self._arguments = _checked(
+            'cosine' if self._decays else 'constant',
+            warmup_steps,
+            total_steps,
+            hold,
+            start_lr,
+            target_lr,
+            end_lr,
+        )
         self.lrs, self._factor = [], 1.0
         # What was planned and set last, and of which optimizer.
         self._planned = self._set = self._optimizer = None
@@ -164,8 +230,10 @@ class WarmupCosineDecayCallback(keras.callbacks.Callback):
     def on_train_begin(self, logs=None):
         # A rate that can be set is a variable; a schedule gives a tensor.
         if not isinstance(self.model.optimizer.learning_rate, keras.Variable):
-            raise ValueError("the optimizer's learning rate is a schedule, which this callback cannot set: compile with a "
-                             'number, as in learning_rate=0.1, or leave the callback out')
+            raise ValueError(
+                "the optimizer's learning rate is a schedule, which this callback cannot set: compile with a "
+                'number, as in learning_rate=0.1, or leave the callback out'
+            )
         # What happened to the rate between two runs is no callback's doing.
         self._planned = self._set = None
         self._first_epoch, self._at_first_batch = None, True
@@ -211,9 +279,13 @@ class WarmupCosineDecayCallback(keras.callbacks.Callback):
         remedy = 'restore the optimizer too, as keras.models.load_model does'
         if isinstance(optimizer.iterations, keras.Variable):
             remedy += ', or before fit set model.optimizer.iterations.assign(UPDATES)'
-        self._warn('start', (
-            f'training begins with initial_epoch={self._first_epoch}, but the optimizer has made '
-            f'no update, so the schedule starts over at update 0: {remedy}'))
+        self._warn(
+            'start',
+            (
+                f'training begins with initial_epoch={self._first_epoch}, but the optimizer has made '
+                f'no update, so the schedule starts over at update 0: {remedy}'
+            ),
+        )
 
     def _warn_of_lost_factor(self, optimizer: keras.optimizers.Optimizer, step: int) -> None:
         """Warns where the restored rate shows a factor that was not carried over."""
@@ -228,28 +300,40 @@ class WarmupCosineDecayCallback(keras.callbacks.Callback):
         if planned[-2] == 0.0 or np.isclose(rate, planned, rtol=0.01, atol=0.0).any():
             return
         factor = rate / planned[-2]
-        self._warn('factor', (
-            f'before update {step} the optimizer has a learning rate of {rate:.4g}, {factor:.4g} '
-            'times the planned one, and it is not kept: if another callback changed it, set '
-            f'factor = {factor:.4g} on WarmupCosineDecayCallback before fit'))
+        self._warn(
+            'factor',
+            (
+                f'before update {step} the optimizer has a learning rate of {rate:.4g}, {factor:.4g} '
+                'times the planned one, and it is not kept: if another callback changed it, set '
+                f'factor = {factor:.4g} on WarmupCosineDecayCallback before fit'
+            ),
+        )
 
     def _warn_of_rounding(self, optimizer: keras.optimizers.Optimizer) -> None:
         wanted = None if self._planned is None else self._planned * self._factor
         if wanted is None or math.isclose(self._set, wanted, rel_tol=0.01):
             return
         dtype = keras.backend.standardize_dtype(optimizer.learning_rate.dtype)
-        self._warn('rounding', (
-            f'the optimizer keeps its learning rate in {dtype}, which turns {wanted:.4g} into '
-            f"{self._set:.4g}: create the optimizer with keras.config.floatx() at 'float32'; for "
-            "computing in float16 there is keras.config.set_dtype_policy('mixed_float16')"))
+        self._warn(
+            'rounding',
+            (
+                f'the optimizer keeps its learning rate in {dtype}, which turns {wanted:.4g} into '
+                f"{self._set:.4g}: create the optimizer with keras.config.floatx() at 'float32'; for "
+                "computing in float16 there is keras.config.set_dtype_policy('mixed_float16')"
+            ),
+        )
 
     def _warn_of_end(self, step: int) -> None:
         a = self._arguments
         is_past = self._decays and step >= a.total_steps and self._planned == a.end_lr
         if is_past and (self._at_first_batch or a.end_lr == 0.0):
-            self._warn('end', (
-                f'{step} updates are done and total_steps={a.total_steps}, so the learning rate '
-                f'stays at end_lr={a.end_lr:g}: write a larger total_steps, or train no further'))
+            self._warn(
+                'end',
+                (
+                    f'{step} updates are done and total_steps={a.total_steps}, so the learning rate '
+                    f'stays at end_lr={a.end_lr:g}: write a larger total_steps, or train no further'
+                ),
+            )
 
     def _warn(self, subject: str, message: str) -> None:
         """Warns of each subject once in a `fit`."""
@@ -272,6 +356,7 @@ class WarmupCosineDecayCallback(keras.callbacks.Callback):
 
 class _Arguments(NamedTuple):
     """Checked arguments: steps as int, rates as float, and every argument of the curve."""
+
     curve: str
     warmup_steps: int
     total_steps: int
@@ -341,7 +426,9 @@ def _linear(xp, s, a):
 
 def _polynomial(xp, s, a, *, power=2.0):
     """between(((n - s) / n) ** power). The default is that of LARS, You et al., arXiv:1708.03888."""
-    return _between(a, xp.power(_ratio(xp, a.decay_steps - s, a.decay_steps), _number('power', power)))
+    return _between(
+        a, xp.power(_ratio(xp, a.decay_steps - s, a.decay_steps), _number('power', power))
+    )
 
 
 def _exponential(xp, s, a, *, decay=0.01):
@@ -361,10 +448,14 @@ def _piecewise(xp, s, a, *, boundaries=(1 / 3, 2 / 3, 8 / 9), factors=(0.1, 0.01
     boundaries, factors = np.atleast_1d(boundaries).tolist(), np.atleast_1d(factors).tolist()
     steps = [_steps('boundaries', boundary, a.total_steps) for boundary in boundaries]
     if len(boundaries) != len(factors):
-        raise ValueError(f'{len(boundaries)} boundaries and {len(factors)} factors: write one factor for each boundary')
+        raise ValueError(
+            f'{len(boundaries)} boundaries and {len(factors)} factors: write one factor for each boundary'
+        )
     if sorted(steps) != steps or not all(a.decay_begins < step <= a.total_steps for step in steps):
-        raise ValueError(f'boundaries={boundaries} are the steps {steps}: write them in increasing order, after warmup and '
-                         f'hold ({a.decay_begins}) and up to total_steps ({a.total_steps})')
+        raise ValueError(
+            f'boundaries={boundaries} are the steps {steps}: write them in increasing order, after warmup and '
+            f'hold ({a.decay_begins}) and up to total_steps ({a.total_steps})'
+        )
     rate = _float(xp, a.target_lr)
     for step, factor in zip(steps, factors):
         lowered = max(a.end_lr, a.target_lr * _number('factors', factor, high=1.0))
@@ -398,12 +489,16 @@ def _cosine_restarts(xp, s, a, *, cycles=4, cycle_mul=1.0, cycle_decay=1.0):
         ends = np.cumsum(cycle_mul ** np.arange(cycles))
         b = [0, *np.rint(a.decay_steps * (ends / ends[-1])).astype(np.int64).tolist()]
     if not all(begin < end for begin, end in zip(b, b[1:])):
-        raise ValueError(f'cycles={cycles} with cycle_mul={cycle_mul:g} leaves a cycle without a step, as there are '
-                         f'{a.decay_steps} after warmup and hold: write fewer cycles')
+        raise ValueError(
+            f'cycles={cycles} with cycle_mul={cycle_mul:g} leaves a cycle without a step, as there are '
+            f'{a.decay_steps} after warmup and hold: write fewer cycles'
+        )
     share = 0.0
     for k, (begin, end) in enumerate(zip(b, b[1:])):
-        cosine = 0.5 * (1.0 + xp.cos(math.pi * _ratio(xp, xp.clip(s - begin, 0, end - begin), end - begin)))
-        share = xp.where(s >= begin, cycle_decay ** k * cosine, share)
+        cosine = 0.5 * (
+            1.0 + xp.cos(math.pi * _ratio(xp, xp.clip(s - begin, 0, end - begin), end - begin))
+        )
+        share = xp.where(s >= begin, cycle_decay**k * cosine, share)
     return _between(a, share)
 
 
@@ -413,7 +508,9 @@ def _rsqrt(xp, s, a, *, timescale=None):
     It defaults to warmup_steps, which without hold makes it target_lr * sqrt(W / t) as in Vaswani et al.,
     arXiv:1706.03762; and without warmup to the 10_000 of T5, Raffel et al., arXiv:1910.10683.
     """
-    timescale = _whole('timescale', a.warmup_steps or 10_000 if timescale is None else timescale, low=1)
+    timescale = _whole(
+        'timescale', a.warmup_steps or 10_000 if timescale is None else timescale, low=1
+    )
     return xp.maximum(a.target_lr / xp.sqrt(_ratio(xp, timescale + s, timescale)), a.end_lr)
 
 
@@ -425,40 +522,68 @@ def _trapezoid(xp, s, a, *, cooldown=0.2, cooldown_power=0.5):
     """
     length = _steps('cooldown', cooldown, a.total_steps, low=0)
     if length > a.decay_steps:
-        raise ValueError(f'cooldown={cooldown} is {length} steps, but {a.decay_steps} are left after warmup and hold: write '
-                         'a smaller one')
+        raise ValueError(
+            f'cooldown={cooldown} is {length} steps, but {a.decay_steps} are left after warmup and hold: write '
+            'a smaller one'
+        )
     done = _ratio(xp, xp.clip(s - (a.decay_steps - length), 0, length), length)
     return _between(a, 1.0 - xp.power(done, _number('cooldown_power', cooldown_power)))
 
 
-CURVES = {'cosine': _cosine, 'constant': _constant, 'linear': _linear, 'polynomial': _polynomial,
-          'exponential': _exponential, 'piecewise': _piecewise, 'triangular': _triangular,
-          'cosine_restarts': _cosine_restarts, 'rsqrt': _rsqrt, 'trapezoid': _trapezoid}
+CURVES = {
+    'cosine': _cosine,
+    'constant': _constant,
+    'linear': _linear,
+    'polynomial': _polynomial,
+    'exponential': _exponential,
+    'piecewise': _piecewise,
+    'triangular': _triangular,
+    'cosine_restarts': _cosine_restarts,
+    'rsqrt': _rsqrt,
+    'trapezoid': _trapezoid,
+}
 
 
-def _checked(curve, warmup_steps, total_steps, hold, start_lr, target_lr, end_lr, curve_arguments=()):
+def _checked(
+    curve, warmup_steps, total_steps, hold, start_lr, target_lr, end_lr, curve_arguments=()
+):
     """`_Arguments`, or a ValueError of one line that says what is wrong and what to write."""
     if curve not in CURVES:
         raise _unknown('there is no curve', curve, CURVES)
     defaults = CURVES[curve].__kwdefaults__ or {}
     for name in curve_arguments:
         if name not in defaults:
-            raise _unknown(f'curve {curve!r} has no argument', name, [*defaults, *_Arguments._fields[1:-1]])
+            raise _unknown(
+                f'curve {curve!r} has no argument', name, [*defaults, *_Arguments._fields[1:-1]]
+            )
     # As they come back from a saved model: lists, and numbers of Python.
     curve_arguments = {**defaults, **dict(curve_arguments)}
     given = {name: _plain(name, value) for name, value in curve_arguments.items()}
-    a = _Arguments(curve, _whole('warmup_steps', warmup_steps), _whole('total_steps', total_steps, low=1),
-                   _whole('hold', hold), _number('start_lr', start_lr), _number('target_lr', target_lr),
-                   _number('end_lr', end_lr), given)
+    a = _Arguments(
+        curve,
+        _whole('warmup_steps', warmup_steps),
+        _whole('total_steps', total_steps, low=1),
+        _whole('hold', hold),
+        _number('start_lr', start_lr),
+        _number('target_lr', target_lr),
+        _number('end_lr', end_lr),
+        given,
+    )
     if a.decay_steps < 0:
-        raise ValueError(f'warmup_steps={a.warmup_steps} and hold={a.hold} are more than total_steps={a.total_steps}: write '
-                         'smaller ones, or a larger total_steps')
+        raise ValueError(
+            f'warmup_steps={a.warmup_steps} and hold={a.hold} are more than total_steps={a.total_steps}: write '
+            'smaller ones, or a larger total_steps'
+        )
     if a.end_lr > a.target_lr:
-        raise ValueError(f'end_lr={a.end_lr} is above target_lr={a.target_lr}: write one that is not')
+        raise ValueError(
+            f'end_lr={a.end_lr} is above target_lr={a.target_lr}: write one that is not'
+        )
     if curve == 'constant':
         if a.end_lr not in (0.0, a.target_lr):
-            raise ValueError(f'end_lr={a.end_lr} would never be used, because without a decay the rate stays at target_lr: '
-                             'leave it out, or write a curve that decays')
+            raise ValueError(
+                f'end_lr={a.end_lr} would never be used, because without a decay the rate stays at target_lr: '
+                'leave it out, or write a curve that decays'
+            )
         a = a._replace(end_lr=a.target_lr)
     _rate(np, np.int64(0), a)  # the curves check their own arguments
     return a
@@ -467,8 +592,12 @@ def _checked(curve, warmup_steps, total_steps, hold, start_lr, target_lr, end_lr
 def _checked_steps(step):
     """`step` as an int64 array."""
     steps = np.asarray(step)
-    if steps.dtype.kind not in 'iuf' or not np.all((steps >= 0) & (steps == np.floor(steps)) & (steps < 2**63)):
-        raise ValueError('a step is negative, a fraction or not a number: write whole numbers, 0 or more')
+    if steps.dtype.kind not in 'iuf' or not np.all(
+        (steps >= 0) & (steps == np.floor(steps)) & (steps < 2**63)
+    ):
+        raise ValueError(
+            'a step is negative, a fraction or not a number: write whole numbers, 0 or more'
+        )
     return steps.astype(np.int64)
 
 
@@ -502,7 +631,8 @@ def _plain(name: str, value: Any) -> Any:
         array = _value(value) if _is_tensor(value) else np.asarray(value)
     except (RuntimeError, TypeError, ValueError) as error:
         raise ValueError(
-            f'{name} is a symbolic tensor, which has no value yet: write a number') from error
+            f'{name} is a symbolic tensor, which has no value yet: write a number'
+        ) from error
     return array.tolist()
 
 
@@ -510,8 +640,10 @@ def _whole(name, value, low=0):
     number = _plain(name, value)
     is_number = isinstance(number, (int, float)) and not isinstance(number, bool)
     if not is_number or number % 1 or number < low:
-        raise ValueError(f'{name}={reprlib.repr(number)}: write a whole number, {low} or more'
-                         + _cardinality_hint(name, number if is_number else 0))
+        raise ValueError(
+            f'{name}={reprlib.repr(number)}: write a whole number, {low} or more'
+            + _cardinality_hint(name, number if is_number else 0)
+        )
     return int(number)
 
 
@@ -519,8 +651,10 @@ def _cardinality_hint(name: str, number: float) -> str:
     """What to add about a negative number of steps, which `cardinality()` may have made."""
     if name not in ('warmup_steps', 'total_steps', 'hold') or not number < 0:
         return ''
-    return ('; if it comes from the cardinality() of a tf.data.Dataset, which is -1 for a data '
-            'set without end and -2 for an unknown length, write steps_per_epoch * epochs')
+    return (
+        '; if it comes from the cardinality() of a tf.data.Dataset, which is -1 for a data '
+        'set without end and -2 for an unknown length, write steps_per_epoch * epochs'
+    )
 
 
 def _number(name, value, high=math.inf):
@@ -530,8 +664,10 @@ def _number(name, value, high=math.inf):
     except (TypeError, ValueError):
         number = math.nan
     if not 0.0 <= number <= high or math.isinf(number):
-        raise ValueError(f'{name}={reprlib.repr(plain)}: write a number, '
-                         + ('0 or more' if high == math.inf else f'from 0 to {high}'))
+        raise ValueError(
+            f'{name}={reprlib.repr(plain)}: write a number, '
+            + ('0 or more' if high == math.inf else f'from 0 to {high}')
+        )
     return number
 
 

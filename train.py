@@ -1,4 +1,5 @@
 """A training run, in the order in which it happens: session, resume, loop, export, report."""
+
 import contextlib
 import dataclasses
 import hashlib
@@ -53,12 +54,16 @@ def run(config, workdir, continues='same'):
         session = open_session(config, workdir)
         if is_chief:
             return lead(session, workdir, changes, held)
-    with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(io.StringIO()):  # one worker writes and speaks for all
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        contextlib.redirect_stdout(io.StringIO()),
+    ):  # one worker writes and speaks for all
         return follow(session, scratch, changes)
 
 
 def lead(session, workdir, changes, held):
     """The run as the only process, or as the one of several workers that writes; returns the exit status."""
+
     def before_commit():  # what a checkpoint will be continued with must be there, and the folder this run's
         held.require()
         storage.force(os.path.join(workdir, 'metrics.jsonl'))
@@ -71,8 +76,15 @@ def lead(session, workdir, changes, held):
         stop_signal = train_until_stopped(session, workdir, progress, stop)
     if stop_signal is not None:
         saved = session.checkpoints.latest_step()
-        print(f'{signal.Signals(stop_signal).name}: stopped at step {progress.step:,}; '
-              + (f'the same command continues at step {saved:,}, which is saved' if saved else 'nothing is saved yet'), flush=True)
+        print(
+            f'{signal.Signals(stop_signal).name}: stopped at step {progress.step:,}; '
+            + (
+                f'the same command continues at step {saved:,}, which is saved'
+                if saved
+                else 'nothing is saved yet'
+            ),
+            flush=True,
+        )
         return preemption.exit_status(stop_signal)
 
     if progress.step < session.plan.total_steps:
@@ -85,14 +97,23 @@ def lead(session, workdir, changes, held):
         print(f'exports   {weights}', flush=True)
     exported = {**of_exported, **export.write(session, os.path.join(workdir, 'export'))}
     rows = read_metrics(workdir)
-    plots.plot_learning_rate(os.path.join(workdir, 'plots', 'learning_rate.png'), *planning.planned_rates(session.config, session.plan), rows,
-                             session.plan.warmup_steps, session.plan.hold_steps,
-                             begin=-session.plan.ahead.updates)
-    plots.plot_curves(os.path.join(workdir, 'plots', 'curves.png'), {os.path.basename(workdir): rows})
+    plots.plot_learning_rate(
+        os.path.join(workdir, 'plots', 'learning_rate.png'),
+        *planning.planned_rates(session.config, session.plan),
+        rows,
+        session.plan.warmup_steps,
+        session.plan.hold_steps,
+        begin=-session.plan.ahead.updates,
+    )
+    plots.plot_curves(
+        os.path.join(workdir, 'plots', 'curves.png'), {os.path.basename(workdir): rows}
+    )
     summary = summarize(session, progress, rows, exported, resumed_from, last_weights)
     data_notes = (*session.source.notes, *session.data_changes)
     report.write_report(workdir, summary, session.describe(), data_notes, notes)
-    storage.write_json(os.path.join(workdir, resume.SUMMARY), summary)  # the last file: it says that all is done
+    storage.write_json(
+        os.path.join(workdir, resume.SUMMARY), summary
+    )  # the last file: it says that all is done
     print(f'{report.headline(summary)}; report in {os.path.join(workdir, "report.md")}')
     session.agree([1])  # the others may go
     return 0
@@ -105,9 +126,11 @@ def why_it_ended(session, progress: Progress) -> str:
     if progress.best_step is not None:
         than = f'than that of step {progress.best_step:,} '
         since = since if progress.best_step < progress.patience_from else ''
-    return (f'ended at step {progress.step:,} of {session.plan.total_steps:,}: '
-            f'no {config.best_metric} was better {than}{since}for {config.patience}, '
-            'config.patience; to train on, raise it or set it to \'\', and add --resume=changed')
+    return (
+        f'ended at step {progress.step:,} of {session.plan.total_steps:,}: '
+        f'no {config.best_metric} was better {than}{since}for {config.patience}, '
+        "config.patience; to train on, raise it or set it to '', and add --resume=changed"
+    )
 
 
 def load_exported(session, progress: Progress) -> dict:
@@ -146,7 +169,9 @@ def train_until_stopped(session, workdir, progress, stop):
         except tf.errors.OpError as error:
             damage = session.source.damage()
             if damage:
-                raise RunError(f'pictures cannot be read any more: {damage}. The same command leaves them out and continues at the last checkpoint') from error
+                raise RunError(
+                    f'pictures cannot be read any more: {damage}. The same command leaves them out and continues at the last checkpoint'
+                ) from error
             raise
         finally:
             session.checkpoints.wait()  # also when something else went wrong: what was saved shall count
@@ -172,7 +197,9 @@ def train(session, logbook, progress, stop):
         done = progress.evaluated_at == step and (at_end or progress.out_of_patience(plan.patience))
         stop_signal = None if done else asked(session, stop)  # what is left at the end is short
         is_due = due(session, step, saved_at)
-        if step and (done or ((is_due or best or stop_signal) and not progress.skipped_in_a_row)):  # a diverging run would save over something better
+        if step and (
+            done or ((is_due or best or stop_signal) and not progress.skipped_in_a_row)
+        ):  # a diverging run would save over something better
             session.synchronize()
             checkpoints.save(step, dataclasses.asdict(progress), progress.best_step)
             saved_at = time.monotonic()
@@ -181,14 +208,25 @@ def train(session, logbook, progress, stop):
         if step == stage_end:
             stage_begin, (stage_end, stage_config) = step, stages.pop(0)
             train_loop, iterator = begin_stage(session, stage_config, step, stage_end)
-        until = min(stage_end, step + config.steps_per_loop, *(next_multiple(step, every) for every in plan.intervals))
+        until = min(
+            stage_end,
+            step + config.steps_per_loop,
+            *(next_multiple(step, every) for every in plan.intervals),
+        )
         began = time.monotonic()
-        results = {key: float(value) for key, value in train_loop(iterator, tf.constant(until - step)).items()}  # waits for the devices
+        results = {
+            key: float(value)
+            for key, value in train_loop(iterator, tf.constant(until - step)).items()
+        }  # waits for the devices
         seconds = time.monotonic() - began
         progress.add(until, results, seconds, plan.batch_size, config.augment.repeats)
         logbook.advance(until)
-        if seconds > LONG_LOOP and step > stage_begin and not warned:  # the first one of a stage is traced and compiled as well
-            logbook.say(f'note      a loop takes {seconds:.0f} s, and a machine that is taken back gives about 30: lower config.steps_per_loop to stop in time')
+        if (
+            seconds > LONG_LOOP and step > stage_begin and not warned
+        ):  # the first one of a stage is traced and compiled as well
+            logbook.say(
+                f'note      a loop takes {seconds:.0f} s, and a machine that is taken back gives about 30: lower config.steps_per_loop to stop in time'
+            )
             warned = True
         require_numbers(session, progress, os.path.dirname(logbook.path))
         if until % plan.log_every == 0 or until == plan.total_steps:
@@ -199,9 +237,19 @@ def begin_stage(session, config, first_step, end_step):
     """The training loop, not traced yet, and the batches of steps `first_step` to `end_step` under the config of a stage."""
     plan = session.plan
     models.set_dropout(session.state.model, config.model.dropout)
-    train_step = steps.make_train_step(session.state, config, augment.on_device(config.augment, plan.num_classes), num_classes=plan.num_classes,
-                                       num_replicas=plan.num_replicas, jit_compile=session.jit_compile, on_tpu=session.kind == 'TPU', teacher=session.teacher)
-    batches = pipeline.training_batches(session.source, config, plan, first_step, end_step, session.strategy)
+    train_step = steps.make_train_step(
+        session.state,
+        config,
+        augment.on_device(config.augment, plan.num_classes),
+        num_classes=plan.num_classes,
+        num_replicas=plan.num_replicas,
+        jit_compile=session.jit_compile,
+        on_tpu=session.kind == 'TPU',
+        teacher=session.teacher,
+    )
+    batches = pipeline.training_batches(
+        session.source, config, plan, first_step, end_step, session.strategy
+    )
     return loops.make_train_loop(session.strategy, train_step), iter(batches)
 
 
@@ -212,15 +260,28 @@ def require_numbers(session, progress, workdir):
         return
     session.checkpoints.wait()
     saved = session.checkpoints.latest_step()
-    first, last = progress.step - progress.skipped_in_a_row if most else progress.window_start, progress.step - 1
-    teacher = f'see whether the answers of the teacher {session.teacher_name} are numbers, ' if session.teacher else ''
+    first, last = (
+        progress.step - progress.skipped_in_a_row if most else progress.window_start,
+        progress.step - 1,
+    )
+    teacher = (
+        f'see whether the answers of the teacher {session.teacher_name} are numbers, '
+        if session.teacher
+        else ''
+    )
     skipped = {'first_update': first, 'last_update': last, 'ahead': session.plan.ahead}
     storage.write_json(os.path.join(workdir, resume.SKIPPED), skipped)
     updates = f'updates {first:,} to {last:,}' if first < last else f'update {first:,}'
     were_skipped = f', which {"were" if first < last else "was"} skipped' if most else ''
-    raise RunError(f'the loss or its gradient was not finite {"in" if most or first == last else "somewhere in"} {updates}{were_skipped}: {teacher}'
-                     'look at the first batch with --mode=preview; lower config.schedule.peak_lr, lengthen config.schedule.warmup or set config.grad_clip_norm, '
-                     + (f'and go on from step {saved:,}, which is saved, with --resume=changed' if saved else 'and start again; no step is saved yet'))
+    raise RunError(
+        f'the loss or its gradient was not finite {"in" if most or first == last else "somewhere in"} {updates}{were_skipped}: {teacher}'
+        'look at the first batch with --mode=preview; lower config.schedule.peak_lr, lengthen config.schedule.warmup or set config.grad_clip_norm, '
+        + (
+            f'and go on from step {saved:,}, which is saved, with --resume=changed'
+            if saved
+            else 'and start again; no step is saved yet'
+        )
+    )
 
 
 def due(session, step, saved_at):
@@ -253,7 +314,9 @@ def weights_digest(session) -> str:
 
 def summarize(session, progress, rows, exported, resumed_from, last_weights):
     """The content of summary.json: of the last update, except for best/... and export/..."""
-    speeds = [row['train/examples_per_second'] for row in rows if 'train/examples_per_second' in row]
+    speeds = [
+        row['train/examples_per_second'] for row in rows if 'train/examples_per_second' in row
+    ]
     return {
         'steps': progress.step,
         'examples_seen': progress.examples_seen,
@@ -262,8 +325,12 @@ def summarize(session, progress, rows, exported, resumed_from, last_weights):
         'best/step': progress.best_step,
         session.config.best_metric.replace('eval/', 'best/'): progress.best,
         'train_seconds': progress.train_seconds,  # in the training loop: without evaluation, checkpoints and set-up
-        'examples_per_second': statistics.median(speeds) if speeds else 0.0,  # nothing where metrics.jsonl was lost
-        'input_wait_fraction': min(1.0, progress.input_seconds / progress.train_seconds) if progress.train_seconds else 0.0,
+        'examples_per_second': statistics.median(speeds)
+        if speeds
+        else 0.0,  # nothing where metrics.jsonl was lost
+        'input_wait_fraction': min(1.0, progress.input_seconds / progress.train_seconds)
+        if progress.train_seconds
+        else 0.0,
         'resumed_from': resumed_from,
         'weights_sha256': last_weights,
         **exported,

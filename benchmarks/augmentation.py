@@ -5,6 +5,7 @@
 RandAugment runs where each would run, on the host inside of tf.data, over pictures or over batches; the rest in a compiled
 function, as in the training step. Both take turns, and the ratio is the median of the rounds'.
 """
+
 import argparse
 import json
 import os
@@ -36,16 +37,37 @@ def main():
     images = tf.constant(random.randint(0, 256, (BATCH_SIZE, SIZE, SIZE, 3)).astype(np.uint8))
     labels = tf.constant(random.randint(0, CLASSES, BATCH_SIZE))
     report = {}
-    for name, (ours, theirs) in {'rand_augment': rand_augment(images), **on_device(images, labels)}.items():
-        times = [(seconds(ours), seconds(theirs)) for _ in range(options.rounds + 1)][1:]  # the first round traces
-        report[name] = {'ours_ms': round(1000 * statistics.median(one for one, _ in times), 1),
-                        'keras_ms': round(1000 * statistics.median(other for _, other in times), 1),
-                        'keras_divided_by_ours': round(statistics.median(other / one for one, other in times), 2)}
-        print(f'{name:15} ours {report[name]["ours_ms"]:8.1f} ms   Keras {report[name]["keras_ms"]:8.1f} ms   '
-              f'Keras / ours {report[name]["keras_divided_by_ours"]:.2f}', flush=True)
+    for name, (ours, theirs) in {
+        'rand_augment': rand_augment(images),
+        **on_device(images, labels),
+    }.items():
+        times = [(seconds(ours), seconds(theirs)) for _ in range(options.rounds + 1)][
+            1:
+        ]  # the first round traces
+        report[name] = {
+            'ours_ms': round(1000 * statistics.median(one for one, _ in times), 1),
+            'keras_ms': round(1000 * statistics.median(other for _, other in times), 1),
+            'keras_divided_by_ours': round(
+                statistics.median(other / one for one, other in times), 2
+            ),
+        }
+        print(
+            f'{name:15} ours {report[name]["ours_ms"]:8.1f} ms   Keras {report[name]["keras_ms"]:8.1f} ms   '
+            f'Keras / ours {report[name]["keras_divided_by_ours"]:.2f}',
+            flush=True,
+        )
     if options.output:
         with open(options.output, 'w') as file:
-            json.dump({'cpu_cores': os.cpu_count(), 'batch_size': BATCH_SIZE, 'image_size': SIZE, 'augmentations': report}, file, indent=1)
+            json.dump(
+                {
+                    'cpu_cores': os.cpu_count(),
+                    'batch_size': BATCH_SIZE,
+                    'image_size': SIZE,
+                    'augmentations': report,
+                },
+                file,
+                indent=1,
+            )
 
 
 def seconds(call):
@@ -61,9 +83,15 @@ def rand_augment(images):
     layer = keras.layers.RandAugment(value_range=RANGE, num_ops=2, factor=0.5, seed=0)
     pictures = tf.data.Dataset.from_tensors(images).repeat(4).cache()
     numbered = pictures.unbatch().enumerate()
-    ours = numbered.map(lambda number, image: augment.apply_policy(image, tf.stack([tf.constant(0, tf.int64), number * augment.SEEDS]), policy),
-                        tf.data.AUTOTUNE).batch(BATCH_SIZE)
-    theirs = pictures.map(lambda batch: layer(tf.cast(batch, tf.float32), training=True), tf.data.AUTOTUNE)
+    ours = numbered.map(
+        lambda number, image: augment.apply_policy(
+            image, tf.stack([tf.constant(0, tf.int64), number * augment.SEEDS]), policy
+        ),
+        tf.data.AUTOTUNE,
+    ).batch(BATCH_SIZE)
+    theirs = pictures.map(
+        lambda batch: layer(tf.cast(batch, tf.float32), training=True), tf.data.AUTOTUNE
+    )
     return lambda: list(ours), lambda: list(theirs)
 
 
@@ -73,8 +101,14 @@ def on_device(images, labels):
     one_hot = tf.one_hot(labels, CLASSES)
     layers = {
         'flip': ({'flip': True}, keras.layers.RandomFlip('horizontal', seed=0)),
-        'color_jitter': ({'color_jitter': 0.4}, keras.layers.RandomColorJitter(RANGE, 0.4, 0.4, 0.4, None, seed=0)),
-        'random_erasing': ({'random_erasing': 0.25}, keras.layers.RandomErasing(0.25, value_range=RANGE, seed=0)),
+        'color_jitter': (
+            {'color_jitter': 0.4},
+            keras.layers.RandomColorJitter(RANGE, 0.4, 0.4, 0.4, None, seed=0),
+        ),
+        'random_erasing': (
+            {'random_erasing': 0.25},
+            keras.layers.RandomErasing(0.25, value_range=RANGE, seed=0),
+        ),
         'mixup': ({'mixup': 0.2}, keras.layers.MixUp(0.2, seed=0)),
         'cutmix': ({'cutmix': 1.0}, keras.layers.CutMix(1.0, seed=0)),
     }
@@ -86,10 +120,22 @@ def on_device(images, labels):
         drawn = {key: tf.stack([one[key] for one in drawn]) for key in drawn[0]}
         ours = tf.function(augment.on_device(settings, CLASSES), autograph=False)
         if name in ('mixup', 'cutmix'):
-            theirs = tf.function(lambda images, labels, layer=layer: layer({'images': tf.cast(images, tf.float32), 'labels': labels}, training=True))
+            theirs = tf.function(
+                lambda images, labels, layer=layer: layer(
+                    {'images': tf.cast(images, tf.float32), 'labels': labels}, training=True
+                )
+            )
         else:
-            theirs = tf.function(lambda images, labels, layer=layer: (layer(tf.cast(images, tf.float32), training=True), labels))
-        pairs[name] = (lambda ours=ours, drawn=drawn: ours(images, labels, drawn), lambda theirs=theirs: theirs(images, one_hot))
+            theirs = tf.function(
+                lambda images, labels, layer=layer: (
+                    layer(tf.cast(images, tf.float32), training=True),
+                    labels,
+                )
+            )
+        pairs[name] = (
+            lambda ours=ours, drawn=drawn: ours(images, labels, drawn),
+            lambda theirs=theirs: theirs(images, one_hot),
+        )
     return pairs
 
 

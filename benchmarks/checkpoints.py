@@ -5,6 +5,7 @@
 One process trains pieces of 50 steps, with and without a checkpoint at their end in turn, so that both see the same machine. The time of a
 piece with one includes what its background thread takes away, since a piece is timed until the next one begins and at the end is waited for.
 """
+
 import argparse
 import dataclasses
 import importlib
@@ -45,7 +46,7 @@ def measure(config, rounds):
 
         step = piece()  # traces
         for number in range(rounds):
-            for way in (*WAYS[number % 3:], *WAYS[:number % 3]):
+            for way in (*WAYS[number % 3 :], *WAYS[: number % 3]):
                 began = time.monotonic()
                 if way != 'without':
                     session.checkpoints.save(step, dataclasses.asdict(Progress(step=step)))
@@ -56,7 +57,9 @@ def measure(config, rounds):
                 seconds[way].append(time.monotonic() - began)
         newest = session.checkpoints.latest_step()
         folder = os.path.join(session.checkpoints.directory, f'step-{newest}')
-        return seconds, sum(os.path.getsize(os.path.join(folder, name)) for name in os.listdir(folder))
+        return seconds, sum(
+            os.path.getsize(os.path.join(folder, name)) for name in os.listdir(folder)
+        )
 
 
 def main():
@@ -69,10 +72,23 @@ def main():
     config.steps_per_loop = 10
     seconds, size = measure(config, arguments.rounds)
     medians = {way: statistics.median(values) for way, values in seconds.items()}
-    result = {'config': arguments.config, 'steps': STEPS, 'rounds': arguments.rounds, 'checkpoint_mb': size / 1e6, 'seconds': medians,
-              'slower': {way: statistics.median(value / base - 1 for value, base in zip(seconds[way], seconds['without'])) for way in WAYS[1:]}}
+    result = {
+        'config': arguments.config,
+        'steps': STEPS,
+        'rounds': arguments.rounds,
+        'checkpoint_mb': size / 1e6,
+        'seconds': medians,
+        'slower': {
+            way: statistics.median(
+                value / base - 1 for value, base in zip(seconds[way], seconds['without'])
+            )
+            for way in WAYS[1:]
+        },
+    }
     for way, share in result['slower'].items():
-        print(f'{way:20} {share:+.2%} of {medians["without"]:.3g} s for {STEPS} steps; a checkpoint is {size / 1e6:.3g} MB')
+        print(
+            f'{way:20} {share:+.2%} of {medians["without"]:.3g} s for {STEPS} steps; a checkpoint is {size / 1e6:.3g} MB'
+        )
     if arguments.output:
         with open(arguments.output, 'w') as file:
             json.dump(result, file, indent=1)

@@ -6,6 +6,7 @@ Each damage is done to a fresh copy of a run of the tiny model with four checkpo
 to be, to the bit, what was in a checkpoint of that very step; it has to be the newest that is whole; what was passed over has to be
 named, unless it or its manifest is gone; and where none is whole, one line has to say so. Then the run has to be able to go on.
 """
+
 import argparse
 import collections
 import contextlib
@@ -51,14 +52,23 @@ def main():
         print(f'{outcome:60} {count:4}')
     if options.output:
         with open(options.output, 'w') as file:
-            json.dump({'seed': options.seed, **result, 'seconds': round(time.monotonic() - began)}, file, indent=1)
+            json.dump(
+                {'seed': options.seed, **result, 'seconds': round(time.monotonic() - began)},
+                file,
+                indent=1,
+            )
     if result['failures']:
-        sys.exit(f'error: {len(result["failures"])} of {options.damages} damages went wrong, the first: {result["failures"][0]}')
+        sys.exit(
+            f'error: {len(result["failures"])} of {options.damages} damages went wrong, the first: {result["failures"][0]}'
+        )
 
 
 def damage_all(pristine, variables, damages, seed):
     """{'outcomes': {'kind: outcome': how often}, 'failures': lines} of so many damages to copies of a folder of checkpoints."""
-    truth = {step: digest(torture.tensors(folder)) for step, folder in torture.checkpoints(os.path.dirname(pristine))[0].items()}
+    truth = {
+        step: digest(torture.tensors(folder))
+        for step, folder in torture.checkpoints(os.path.dirname(pristine))[0].items()
+    }
     outcomes, failures = collections.Counter(), []
     for number in range(damages):
         draw = random.Random(f'{seed} {number}')
@@ -72,16 +82,25 @@ def damage_all(pristine, variables, damages, seed):
                     outcome = restore_and_judge(copy, which, variables, truth, pristine)
                 except AssertionError as failure:
                     outcome = 'FAILURE'
-                    failures.append(f'{which} after {", ".join(done)} (seed {seed} {number}): {failure}')
+                    failures.append(
+                        f'{which} after {", ".join(done)} (seed {seed} {number}): {failure}'
+                    )
                 outcomes[f'{kinds[0] if len(kinds) == 1 else "several":12} {which}: {outcome}'] += 1
-    return {'damages': damages, 'steps': sorted(truth), 'outcomes': dict(outcomes), 'failures': failures}
+    return {
+        'damages': damages,
+        'steps': sorted(truth),
+        'outcomes': dict(outcomes),
+        'failures': failures,
+    }
 
 
 def digest(arrays):
     """sha256 of {name: array}."""
     sha256 = hashlib.sha256()
     for name in sorted(arrays):
-        sha256.update(f'{name} {arrays[name].dtype} {arrays[name].shape}'.encode() + arrays[name].tobytes())
+        sha256.update(
+            f'{name} {arrays[name].dtype} {arrays[name].shape}'.encode() + arrays[name].tobytes()
+        )
     return sha256.hexdigest()
 
 
@@ -102,6 +121,7 @@ def any_file(draw, folder):
 
 def changed(change):
     """A damage that changes the bytes of one file by `change(draw, bytes)`."""
+
     def damage(draw, folder):
         path = any_file(draw, folder)
         if path is None:
@@ -111,6 +131,7 @@ def changed(change):
         with open(path, 'wb') as file:
             file.write(change(draw, content))
         return os.path.relpath(path, folder)
+
     return damage
 
 
@@ -128,7 +149,7 @@ def overwrite(draw, content):
 
 def zero_page(draw, content):
     first = draw.randrange(len(content) // PAGE + 1) * PAGE
-    return content[:first] + bytes(len(content[first:first + PAGE])) + content[first + PAGE:]
+    return content[:first] + bytes(len(content[first : first + PAGE])) + content[first + PAGE :]
 
 
 def other_digit(draw, content):
@@ -196,7 +217,9 @@ def delete_folder(draw, folder):
 
 
 KINDS = {
-    'truncate': changed(lambda draw, content: content[:draw.choice((0, draw.randrange(len(content) + 1)))]),
+    'truncate': changed(
+        lambda draw, content: content[: draw.choice((0, draw.randrange(len(content) + 1)))]
+    ),
     'flip': changed(flip_bit),
     'overwrite': changed(overwrite),
     'zero page': changed(zero_page),
@@ -215,14 +238,25 @@ def is_whole(pristine, copy, step):
     """Whether a checkpoint is as it was, byte for byte."""
     first, second = (os.path.join(folder, f'step-{step}') for folder in (pristine, copy))
     names = os.listdir(first)
-    return os.path.isdir(second) and sorted(os.listdir(second)) == sorted(names) and filecmp.cmpfiles(first, second, names, shallow=False)[0] == names
+    return (
+        os.path.isdir(second)
+        and sorted(os.listdir(second)) == sorted(names)
+        and filecmp.cmpfiles(first, second, names, shallow=False)[0] == names
+    )
 
 
 def restore_and_judge(copy, which, variables, truth, pristine):
     """Restores from a damaged folder, and goes on; returns what happened, in words. Raises AssertionError if that must not happen."""
     whole = [step for step in truth if is_whole(pristine, copy, step)]
-    best = {step: torture.read(pristine, f'step-{step}', 'manifest.json')['manifest']['best_step'] for step in truth}
-    there = [step for step in truth if os.path.exists(os.path.join(copy, f'step-{step}', 'manifest.json'))]  # without it, it never was one
+    best = {
+        step: torture.read(pristine, f'step-{step}', 'manifest.json')['manifest']['best_step']
+        for step in truth
+    }
+    there = [
+        step
+        for step in truth
+        if os.path.exists(os.path.join(copy, f'step-{step}', 'manifest.json'))
+    ]  # without it, it never was one
     said = io.StringIO()
     for variable in sum(variables.values(), []):
         variable.assign(variable + 1)  # nothing of before may pass
@@ -232,18 +266,30 @@ def restore_and_judge(copy, which, variables, truth, pristine):
             step, progress = checkpoints.restore(which)
     except RunError as error:
         assert len(str(error).splitlines()) == 1, f'not one line: {error}'
-        assert not whole or which == 'best' and best[max(whole)] not in whole, f'gave up, though step-{max(whole)} is whole: {error}'
+        assert not whole or which == 'best' and best[max(whole)] not in whole, (
+            f'gave up, though step-{max(whole)} is whole: {error}'
+        )
         return 'reported'
     except Exception as error:
         raise AssertionError(f'{type(error).__name__}: {error}') from error
     assert step in truth, f'began at step {step}, which was never saved'
     assert digest_of(variables) == truth[step], f'WRONG WEIGHTS of step {step}'
-    assert progress == torture.read(pristine, f'step-{step}', 'manifest.json')['manifest']['progress'], f'progress of another step than {step}'
+    assert (
+        progress == torture.read(pristine, f'step-{step}', 'manifest.json')['manifest']['progress']
+    ), f'progress of another step than {step}'
     if which == 'best':
-        assert step in [best[last] for last in truth if last >= max(whole, default=0)], f'the best is not step {step}'
+        assert step in [best[last] for last in truth if last >= max(whole, default=0)], (
+            f'the best is not step {step}'
+        )
         return 'the best'
-    assert step >= max(whole, default=0), f'went back to step {step}, though step-{max(whole)} is whole'
-    unsaid = [newer for newer in there if newer > step and not re.search(rf'step-{newer}\b', said.getvalue())]
+    assert step >= max(whole, default=0), (
+        f'went back to step {step}, though step-{max(whole)} is whole'
+    )
+    unsaid = [
+        newer
+        for newer in there
+        if newer > step and not re.search(rf'step-{newer}\b', said.getvalue())
+    ]
     go_on(checkpoints, copy, variables, step, best[step])
     assert not unsaid, f'step-{unsaid[0]} was passed over without a word: {said.getvalue()!r}'
     if step == max(truth):
@@ -263,18 +309,30 @@ def go_on(checkpoints, copy, variables, step, best_step):
                 checkpoints.wait()
                 found = Checkpoints(copy, variables, keep=3).restore()[0]
             except RunError as error:
-                raise AssertionError(f'restored step {step}, but could not go on at {later}: {error}') from error
-            assert (found, digest_of(variables)) == (later, expected), f'saved step {later} after {step}, and found {found}'
+                raise AssertionError(
+                    f'restored step {step}, but could not go on at {later}: {error}'
+                ) from error
+            assert (found, digest_of(variables)) == (later, expected), (
+                f'saved step {later} after {step}, and found {found}'
+            )
 
 
 def digest_of(variables):
-    return digest({f'{group}/{index:04}': variable.numpy() for group, members in variables.items() for index, variable in enumerate(members)})
+    return digest(
+        {
+            f'{group}/{index:04}': variable.numpy()
+            for group, members in variables.items()
+            for index, variable in enumerate(members)
+        }
+    )
 
 
 def variables_of(pristine):
     """{'model': [...], 'optimizer': [...], ...}: variables of the shapes that the checkpoints in a folder hold."""
     variables = collections.defaultdict(list)
-    for name, array in torture.tensors(next(iter(torture.checkpoints(os.path.dirname(pristine))[0].values()))).items():
+    for name, array in torture.tensors(
+        next(iter(torture.checkpoints(os.path.dirname(pristine))[0].values()))
+    ).items():
         variables[name.split('/')[0]].append(tf.Variable(array))
     return dict(variables)
 

@@ -30,6 +30,7 @@ the CUDA graphs, best with what `write --size=32 --batch_sizes=4,2 --float32_bat
 --check_batch_size=4` has written; at that size batch normalisation magnifies every rounding, so
 that the comparison with TensorFlow fails.
 """
+
 import argparse
 import contextlib
 import dataclasses
@@ -187,8 +188,11 @@ def write(options: argparse.Namespace) -> None:
         names.append(program.name)
         kilobytes = os.path.getsize(f'{path}.stablehlo.gz') / 1000
         work = description['work']
-        print(f'{program.name:32} {kilobytes:5.0f} KB, {work["flops"] / 1e9:,.0f} GFLOP, '
-              f'{time.monotonic() - began:.0f} s', flush=True)
+        print(
+            f'{program.name:32} {kilobytes:5.0f} KB, {work["flops"] / 1e9:,.0f} GFLOP, '
+            f'{time.monotonic() - began:.0f} s',
+            flush=True,
+        )
     with open(os.path.join(options.folder, 'programs.json'), 'w') as file:
         json.dump(names, file)
 
@@ -258,8 +262,14 @@ def build(program: Program, size: int, classes: int) -> Built:
         seeds = draw_weights(models.weights(model))
         state = session.build_state(model, config, plan, program.policy)
     step = steps.make_train_step(
-        state, config, augment.on_device(config.augment, classes), num_classes=classes,
-        num_replicas=1, jit_compile=False, on_tpu=program.for_tpu)
+        state,
+        config,
+        augment.on_device(config.augment, classes),
+        num_classes=classes,
+        num_replicas=1,
+        jit_compile=False,
+        on_tpu=program.for_tpu,
+    )
     variables = []
     paths = [variable.path for variable in models.weights(model)]
     for part, values in state.variables().items():
@@ -577,13 +587,17 @@ def groups(options: argparse.Namespace) -> list[list[Part]]:
         label = f'ours {name}'
         if updates > 1:
             label += f'-loop_of_{updates}'
-        return Part(
-            label, 'ours', arguments, sys.executable, options.part_minutes, jax_environment)
+        return Part(label, 'ours', arguments, sys.executable, options.part_minutes, jax_environment)
 
     def timm(policy, batch_size, compiled, profiled=False):
         arguments = shared | {
-            'policy': policy, 'batch_size': batch_size, 'size': size, 'classes': main['classes'],
-            'compiled': compiled, 'profiled': profiled}
+            'policy': policy,
+            'batch_size': batch_size,
+            'size': size,
+            'classes': main['classes'],
+            'compiled': compiled,
+            'profiled': profiled,
+        }
         label = f'timm {"compiled" if compiled else "eager"} {policy}-{batch_size}'
         return Part(label, 'timm', arguments, options.torch_python, options.part_minutes)
 
@@ -592,7 +606,8 @@ def groups(options: argparse.Namespace) -> list[list[Part]]:
         if not described[name]['masks']:
             arguments = shared | {'name': name}
             checks.append(
-                Part(name, 'check', arguments, sys.executable, options.check_minutes, exact))
+                Part(name, 'check', arguments, sys.executable, options.check_minutes, exact)
+            )
     policy, batch_size = main['policy'], main['batch_size']
     listed = [
         [Part('floors', 'floors', shared, sys.executable, options.check_minutes, jax_environment)],
@@ -636,9 +651,7 @@ def contests(parts: list[Part], alive: dict) -> Iterator[tuple[str, list[str]]]:
             yield label, []
 
 
-def start(
-    parts: list[Part], end: float, stack: contextlib.ExitStack, report: 'Report'
-) -> dict:
+def start(parts: list[Part], end: float, stack: contextlib.ExitStack, report: 'Report') -> dict:
     """Starts the parts together; returns {label: Process} of those that got ready and go on.
 
     Args:
@@ -675,8 +688,13 @@ class Process:
         self.log = tempfile.TemporaryFile('w+')
         command = [part.python, os.path.abspath(__file__), 'part', part.kind]
         self.process = subprocess.Popen(
-            command + [json.dumps(part.arguments)], env={**os.environ, **part.environment},
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, start_new_session=True)
+            command + [json.dumps(part.arguments)],
+            env={**os.environ, **part.environment},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            start_new_session=True,
+        )
         self.output, self.buffer, self.is_over = self.process.stdout, b'', False
 
     def ask(self, request: dict | None, limit: float) -> dict:
@@ -717,7 +735,11 @@ class Process:
 
 
 def compare(
-    baseline: str, others: list[str], alive: dict, options: argparse.Namespace, deadline: float,
+    baseline: str,
+    others: list[str],
+    alive: dict,
+    options: argparse.Namespace,
+    deadline: float,
     report: 'Report',
 ) -> None:
     """Lets a program of ours and others take turns, and reports medians and ratios."""
@@ -746,7 +768,8 @@ def compare(
             if len(measured) > 1:
                 own = seconds[baseline, 'direct']
                 report.add_speed(
-                    stream, batch_size, measured[1:], issued[stream], baseline, own[1:])
+                    stream, batch_size, measured[1:], issued[stream], baseline, own[1:]
+                )
 
 
 class Report:
@@ -756,8 +779,11 @@ class Report:
         self.path, self.began = options.output, time.monotonic()
         self.parts, self.speeds = {}, []
         self.machine = {
-            'platform': options.platform, 'cpu_cores': os.cpu_count(), 'gpu': describe_gpu(),
-            'seconds_of_a_turn': options.seconds, 'rounds': options.rounds,
+            'platform': options.platform,
+            'cpu_cores': os.cpu_count(),
+            'gpu': describe_gpu(),
+            'seconds_of_a_turn': options.seconds,
+            'rounds': options.rounds,
         }
         print(self.machine, flush=True)
 
@@ -768,13 +794,19 @@ class Report:
         self._say(f'{label}: {shown}')
 
     def add_speed(
-        self, stream: tuple[str, str], batch_size: int, seconds: list[float], issued: float,
-        baseline: str, own: list[float],
+        self,
+        stream: tuple[str, str],
+        batch_size: int,
+        seconds: list[float],
+        issued: float,
+        baseline: str,
+        own: list[float],
     ) -> None:
         """Adds a measured stream; ratios are of images a second, those of `baseline` by its own."""
         ratios = [other / ours for other, ours in zip(seconds, own)]
         row = {
-            'part': stream[0], 'stream': stream[1],
+            'part': stream[0],
+            'stream': stream[1],
             'images_per_second': round(batch_size / statistics.median(seconds), 1),
             'ms': round(1000 * statistics.median(seconds), 3),
             'ms_of_rounds': [round(1000 * value, 3) for value in seconds],
@@ -797,14 +829,18 @@ class Report:
         lines = ['']
         floors = self.parts.get('floors', {})
         if 'bytes_per_second' in floors:
-            lines.append(f'the chip: {floors["bytes_per_second"] / 1e12:.2f} TB/s, '
-                         f'{floors["flops_per_second"] / 1e12:.0f} TFLOP/s of bfloat16')
+            lines.append(
+                f'the chip: {floors["bytes_per_second"] / 1e12:.2f} TB/s, '
+                f'{floors["flops_per_second"] / 1e12:.0f} TFLOP/s of bfloat16'
+            )
         for label, part in self.parts.items():
             if 'check' in part:
                 found = part['check']
-                lines.append(f'{label}: {"right" if found["passes"] else "WRONG"}, losses within '
-                             f'{found["loss_difference"]:.1e} of TensorFlow\'s, changes of '
-                             f'weights within {found["change_difference"]:.1e}')
+                lines.append(
+                    f'{label}: {"right" if found["passes"] else "WRONG"}, losses within '
+                    f"{found['loss_difference']:.1e} of TensorFlow's, changes of "
+                    f'weights within {found["change_difference"]:.1e}'
+                )
             if part.get('compiled_bytes') and 'bytes_per_second' in floors:
                 lines.append(f'{label}: at least {describe_floors(part, floors)}')
         lines += [speed_line(row) for row in self.speeds]
@@ -824,8 +860,10 @@ class Report:
 
 def speed_line(row: dict) -> str:
     name = row['part'] + (', graph' if row['stream'] == 'graph' else '')
-    return (f'{name:44} {row["images_per_second"]:9,.0f} images/s {row["ms"]:8.2f} ms '
-            f'(host {row["host_ms"]:.2f})   ours / it {row["baseline_divided_by_it"]}')
+    return (
+        f'{name:44} {row["images_per_second"]:9,.0f} images/s {row["ms"]:8.2f} ms '
+        f'(host {row["host_ms"]:.2f})   ours / it {row["baseline_divided_by_it"]}'
+    )
 
 
 def describe_floors(part: dict, floors: dict) -> str:
@@ -956,9 +994,7 @@ class Compiled(NamedTuple):
     program: object  # jax.stages.Compiled
 
 
-def compile_step(
-    step: Step, compiler_options: dict | None = None, updates: int = 1
-) -> Compiled:
+def compile_step(step: Step, compiler_options: dict | None = None, updates: int = 1) -> Compiled:
     """Compiles a program with JAX's public interface. Its state is donated.
 
     Args:
@@ -987,7 +1023,7 @@ def compile_step(
         values |= zip(parameters, state, strict=True)
         values |= zip(constants, others, strict=True)
         outcome = exported.call(*[values[index] for index in range(len(inputs))])
-        measured = outcome[:results[0]]
+        measured = outcome[: results[0]]
         # In the order of the state: JAX then writes each new value into the place of the old one.
         return [outcome[result] for result in results], measured
 
@@ -1001,7 +1037,8 @@ def compile_step(
     batch_kinds = tuple(inputs[:3])
     if updates > 1:
         batch_kinds = tuple(
-            jax.ShapeDtypeStruct((updates, *kind.shape), kind.dtype) for kind in batch_kinds)
+            jax.ShapeDtypeStruct((updates, *kind.shape), kind.dtype) for kind in batch_kinds
+        )
     began = time.perf_counter()
     kinds = [[inputs[index] for index in indices] for indices in (parameters, constants)]
     jitted = jax.jit(loop if updates > 1 else update, donate_argnums=0)
@@ -1017,7 +1054,8 @@ def compile_step(
         constants=[values[index] for index in constants],
         names=[described[index - 3]['name'] for index in parameters],
         seconds=seconds,
-        program=program)
+        program=program,
+    )
 
 
 def value_of(described: dict, kind) -> np.ndarray:
@@ -1174,8 +1212,14 @@ def profile_jax(stream: Stream) -> list[tuple[str, str, float, int]]:
 
 
 def timm(
-    folder: str, platform: str, policy: str, batch_size: int, size: int, classes: int,
-    compiled: bool, profiled: bool,
+    folder: str,
+    platform: str,
+    policy: str,
+    batch_size: int,
+    size: int,
+    classes: int,
+    compiled: bool,
+    profiled: bool,
 ):
     """Builds timm's model with the update of configs/imagenet.py, and makes the first updates."""
     import timm
@@ -1186,7 +1230,8 @@ def timm(
     torch.backends.cudnn.benchmark = True
     torch.set_float32_matmul_precision('high')  # TF32, which cuDNN may use anyway
     model = timm.create_model(
-        'tf_efficientnetv2_b0', num_classes=classes, drop_rate=0.2, drop_path_rate=0.2)
+        'tf_efficientnetv2_b0', num_classes=classes, drop_rate=0.2, drop_path_rate=0.2
+    )
     model = model.to(device, memory_format=torch.channels_last).train()
     batches = []
     for index in range(BATCHES):
@@ -1248,7 +1293,8 @@ def torch_step(torch, model, device, policy: str, batch_size: int, compiled: boo
         pixels = images.permute(0, 3, 1, 2)  # as it lies in memory: channels_last
         normalised = (pixels.float() - mean) * inverse
         with torch.autocast(
-            device.type, torch.bfloat16, enabled=policy == 'mixed_bfloat16', cache_enabled=False):
+            device.type, torch.bfloat16, enabled=policy == 'mixed_bfloat16', cache_enabled=False
+        ):
             logits = model(normalised)
         logits = logits.float()
         loss = functional.cross_entropy(logits, labels, label_smoothing=0.1)

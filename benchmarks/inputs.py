@@ -19,6 +19,7 @@ ahead included. The figures are medians over the rounds: of the speeds, and of t
 within a round, because a machine's speed drifts. torchvision need not be in the environment of this
 program: --torch_python names an interpreter that has it.
 """
+
 import argparse
 import functools
 import io
@@ -80,8 +81,10 @@ def interpreters(torch_python: str | None) -> dict[str, str]:
     if torch_python and not found:
         sys.exit(f'error: {torch_python} cannot import torchvision')
     if not found:
-        print('torchvision is not installed: left out; '
-              '--torch_python names an interpreter that has it')
+        print(
+            'torchvision is not installed: left out; '
+            '--torch_python names an interpreter that has it'
+        )
     pythons = {}
     for name in PEERS:
         if not name.startswith('torchvision'):
@@ -131,15 +134,24 @@ class Peer:
         self.name = name
         self.log = os.path.join(folder, f'{name}.log')
         environment = {
-            **os.environ, 'CUDA_VISIBLE_DEVICES': '-1', 'KERAS_BACKEND': 'tensorflow',
-            'TF_CPP_MIN_LOG_LEVEL': '2', 'TFDS_DATA_DIR': os.path.join(folder, 'tfds'),
+            **os.environ,
+            'CUDA_VISIBLE_DEVICES': '-1',
+            'KERAS_BACKEND': 'tensorflow',
+            'TF_CPP_MIN_LOG_LEVEL': '2',
+            'TFDS_DATA_DIR': os.path.join(folder, 'tfds'),
         }
         command = [python, os.path.abspath(__file__), f'--peer={name}']
         command.append('--folder=' + os.path.join(folder, 'pictures'))
         with open(self.log, 'w') as log:
             self.process = subprocess.Popen(
-                command, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                stderr=log, preexec_fn=os.setpgrp)  # a group: its workers are stopped with it
+                command,
+                env=environment,
+                text=True,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                preexec_fn=os.setpgrp,
+            )  # a group: its workers are stopped with it
         self._answer()  # it is ready
         self._signal(signal.SIGSTOP)
 
@@ -233,7 +245,11 @@ def random_part(photograph, random):
 
 
 def paths_of(folder):
-    return sorted(os.path.join(root, name) for root, _, names in os.walk(os.path.join(folder, 'train')) for name in names)
+    return sorted(
+        os.path.join(root, name)
+        for root, _, names in os.walk(os.path.join(folder, 'train'))
+        for name in names
+    )
 
 
 def ours(folder):
@@ -249,7 +265,9 @@ def ours(folder):
     config.train_for, config.augment.crop_area = '100_000 epochs', (0.08, 1.0)
     source = datasets.load(config.dataset)
     plan = planning.make_plan(config, source.num_train, source.num_eval, len(source.class_names), 1)
-    for images, *_ in pipeline.training_batches(source, config, plan, 0, plan.total_steps, tf.distribute.OneDeviceStrategy('CPU:0')):
+    for images, *_ in pipeline.training_batches(
+        source, config, plan, 0, plan.total_steps, tf.distribute.OneDeviceStrategy('CPU:0')
+    ):
         yield len(images)
 
 
@@ -259,9 +277,16 @@ def usual(folder, antialias=True):
     def picture(path):
         image = tf.image.decode_jpeg(tf.io.read_file(path), channels=3)
         begin, extent, _ = tf.image.sample_distorted_bounding_box(
-            tf.shape(image), tf.constant([[[0.0, 0.0, 1.0, 1.0]]]), min_object_covered=0.0, aspect_ratio_range=(3 / 4, 4 / 3), area_range=(0.08, 1.0))
+            tf.shape(image),
+            tf.constant([[[0.0, 0.0, 1.0, 1.0]]]),
+            min_object_covered=0.0,
+            aspect_ratio_range=(3 / 4, 4 / 3),
+            area_range=(0.08, 1.0),
+        )
         image = tf.image.resize(tf.slice(image, begin, extent), (SIZE, SIZE), antialias=antialias)
-        return (tf.image.random_flip_left_right(tf.ensure_shape(image, (SIZE, SIZE, 3))) / 255 - MEAN) / DEVIATION
+        return (
+            tf.image.random_flip_left_right(tf.ensure_shape(image, (SIZE, SIZE, 3))) / 255 - MEAN
+        ) / DEVIATION
 
     paths = tf.data.Dataset.from_tensor_slices(paths_of(folder)).shuffle(PICTURES).repeat()
     for images in paths.map(picture, tf.data.AUTOTUNE).batch(BATCH_SIZE).prefetch(tf.data.AUTOTUNE):
@@ -272,7 +297,9 @@ def decoding(folder):
     import tensorflow as tf
 
     paths = tf.data.Dataset.from_tensor_slices(paths_of(folder)).shuffle(PICTURES).repeat()
-    corners = paths.map(lambda path: tf.image.decode_jpeg(tf.io.read_file(path), channels=3)[0, 0], tf.data.AUTOTUNE)
+    corners = paths.map(
+        lambda path: tf.image.decode_jpeg(tf.io.read_file(path), channels=3)[0, 0], tf.data.AUTOTUNE
+    )
     for corner in corners.batch(BATCH_SIZE).prefetch(tf.data.AUTOTUNE):
         yield len(corner)
 
@@ -295,8 +322,12 @@ def kernels(folder):
     def picture(index):
         content = tf.gather(encoded, index)
         begin, extent, _ = tf.image.sample_distorted_bounding_box(
-            tf.io.extract_jpeg_shape(content), tf.constant([[[0.0, 0.0, 1.0, 1.0]]]),
-            min_object_covered=0.0, aspect_ratio_range=(3 / 4, 4 / 3), area_range=(0.08, 1.0))
+            tf.io.extract_jpeg_shape(content),
+            tf.constant([[[0.0, 0.0, 1.0, 1.0]]]),
+            min_object_covered=0.0,
+            aspect_ratio_range=(3 / 4, 4 / 3),
+            area_range=(0.08, 1.0),
+        )
         window = augment.decode_jpeg_window(content, begin[:2], extent[:2], SIZE)
         return tf.image.resize(window, (SIZE, SIZE), method='area')[0, 0]
 
@@ -317,12 +348,14 @@ def kernels(folder):
 def torchvision_pil(folder):
     from torchvision import datasets, transforms
 
-    change = transforms.Compose([
-        transforms.RandomResizedCrop(SIZE),
-        transforms.RandomHorizontalFlip(),
-        transforms.ToTensor(),
-        transforms.Normalize(MEAN, DEVIATION),
-    ])
+    change = transforms.Compose(
+        [
+            transforms.RandomResizedCrop(SIZE),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize(MEAN, DEVIATION),
+        ]
+    )
     return torch_batches(datasets.ImageFolder(os.path.join(folder, 'train'), change))
 
 
@@ -331,12 +364,14 @@ def torchvision_tensors(folder):
     from torchvision import datasets, io
     from torchvision.transforms import v2
 
-    change = v2.Compose([
-        v2.RandomResizedCrop(SIZE),
-        v2.RandomHorizontalFlip(),
-        v2.ToDtype(torch.float32, scale=True),
-        v2.Normalize(MEAN, DEVIATION),
-    ])
+    change = v2.Compose(
+        [
+            v2.RandomResizedCrop(SIZE),
+            v2.RandomHorizontalFlip(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(MEAN, DEVIATION),
+        ]
+    )
 
     def load(path):
         return io.decode_image(path, io.ImageReadMode.RGB)

@@ -4,6 +4,7 @@
 
 Its data and run are made in a temporary folder. What the notebook installs has to be there, as after `make test`.
 """
+
 import argparse
 import datetime
 import json
@@ -34,7 +35,9 @@ def main():
         'cells': {cell.id: seconds_of(cell) for cell in executed.cells if cell.cell_type == 'code'},
         'accuracy': float(re.search(r'([\d.]+)% of [\d,]+ evaluation examples', train)[1]) / 100,
         'cpu_cores': os.cpu_count(),
-        'load_before': round(load, 2),  # of other processes: with more than a few tenths the seconds say little
+        'load_before': round(
+            load, 2
+        ),  # of other processes: with more than a few tenths the seconds say little
     }
     print(json.dumps(result, indent=1))
     if options.output:
@@ -49,8 +52,12 @@ def execute(settings, environment=None, path=os.path.dirname(NOTEBOOK)):
     """
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     cell = next(cell for cell in notebook.cells if 'parameters' in cell.metadata.get('tags', ()))
-    cell.source = '\n'.join([cell.source, *(f'{name} = {value!r}' for name, value in settings.items())])
-    client = nbclient.NotebookClient(notebook, timeout=None, kernel_name='python3', resources={'metadata': {'path': path}})
+    cell.source = '\n'.join(
+        [cell.source, *(f'{name} = {value!r}' for name, value in settings.items())]
+    )
+    client = nbclient.NotebookClient(
+        notebook, timeout=None, kernel_name='python3', resources={'metadata': {'path': path}}
+    )
     client.execute(**({'env': {**os.environ, **environment}} if environment else {}))
     return notebook
 
@@ -62,7 +69,10 @@ def text_of(notebook, cell_id):
 
 
 def seconds_of(cell):
-    times = [datetime.datetime.fromisoformat(cell.metadata.execution[name].replace('Z', '+00:00')) for name in ('iopub.execute_input', 'shell.execute_reply')]
+    times = [
+        datetime.datetime.fromisoformat(cell.metadata.execution[name].replace('Z', '+00:00'))
+        for name in ('iopub.execute_input', 'shell.execute_reply')
+    ]
     return round((times[1] - times[0]).total_seconds(), 1)
 
 

@@ -4,6 +4,7 @@
 
 A config takes 2 to 15 minutes for each topology; what was compiled before is not compiled again. configs/folder.py is of data that is not here.
 """
+
 import argparse
 import importlib
 import json
@@ -19,21 +20,43 @@ from diagnostics import preflight  # noqa: E402
 from diagnostics.tpu_compiler import DoesNotFit, Topology  # noqa: E402
 from experiment import planning  # noqa: E402
 
-CONFIGS = ('digits', 'cifar10', 'imagenette', 'finetune', 'imagenet', 'imagenet_strong', 'imagenet_distill')
+CONFIGS = (
+    'digits',
+    'cifar10',
+    'imagenette',
+    'finetune',
+    'imagenet',
+    'imagenet_strong',
+    'imagenet_distill',
+)
 
 
 def estimate(name, topology):
     """The figures of a config's last training stage and of its evaluation, and the time of the whole run; or what it needs."""
     config = importlib.import_module(f'configs.{name}').get_config()
     data = preflight.known_data(config)
-    plan = planning.make_plan(config, data.num_train, data.num_eval, data.num_classes, topology.num_replicas)
+    plan = planning.make_plan(
+        config, data.num_train, data.num_eval, data.num_classes, topology.num_replicas
+    )
     try:
         flights = preflight.fly(config, plan, topology)
     except DoesNotFit as error:
-        return {'fits': False, 'batch_size': config.batch_size, 'needed_gib': error.needed / 2**30, 'available_gib': error.available / 2**30}
+        return {
+            'fits': False,
+            'batch_size': config.batch_size,
+            'needed_gib': error.needed / 2**30,
+            'available_gib': error.available / 2**30,
+        }
     figures = [preflight.figures(flight, topology) for flight in flights]
-    return {'fits': True, 'batch_size': config.batch_size, 'hours': sum(figure['hours'] for figure in figures), 'compiler': flights[0].program.compiler,
-            'chip_hours': sum(figure['hours'] for figure in figures) * topology.num_chips, 'training': figures[-2], 'evaluation': figures[-1]}
+    return {
+        'fits': True,
+        'batch_size': config.batch_size,
+        'hours': sum(figure['hours'] for figure in figures),
+        'compiler': flights[0].program.compiler,
+        'chip_hours': sum(figure['hours'] for figure in figures) * topology.num_chips,
+        'training': figures[-2],
+        'evaluation': figures[-1],
+    }
 
 
 def main():
@@ -52,10 +75,16 @@ def main():
             if result['fits']:
                 training = result['training']
                 rate = training['images_per_second_per_chip'][training['binds']]
-                print(f'{name:16} {text}: {training["batch_per_replica"]:,} of {training["image_size"]} px, {training["memory_gib"]:.3g} GiB, {rate:,.0f} pictures/s a chip, '
-                      f'{training["binds"]} binds, {result["chip_hours"]:.3g} chip-hours', flush=True)
+                print(
+                    f'{name:16} {text}: {training["batch_per_replica"]:,} of {training["image_size"]} px, {training["memory_gib"]:.3g} GiB, {rate:,.0f} pictures/s a chip, '
+                    f'{training["binds"]} binds, {result["chip_hours"]:.3g} chip-hours',
+                    flush=True,
+                )
             else:
-                print(f'{name:16} {text}: does not fit, {result["needed_gib"]:.3g} of {result["available_gib"]:.4g} GiB', flush=True)
+                print(
+                    f'{name:16} {text}: does not fit, {result["needed_gib"]:.3g} of {result["available_gib"]:.4g} GiB',
+                    flush=True,
+                )
             if arguments.output:
                 with open(arguments.output, 'w') as file:
                     json.dump(results, file, indent=1)

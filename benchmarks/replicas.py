@@ -8,6 +8,7 @@ config's global batch. Each case is a process of its own; the table shows the la
 A case is DEVICES JIT_COMPILE, as in --cases '1 false' '2 true'. A third word, `permuted`, is a control: one device
 without XLA again, but the rows of each batch in another order. It changes nothing except the rounding of sums.
 """
+
 import argparse
 import json
 import os
@@ -24,23 +25,41 @@ def main():
     parser.add_argument('--precision', default='float64')
     parser.add_argument('--steps', type=int, default=20)
     parser.add_argument('--output')
-    parser.add_argument('--cases', nargs='+', default=[f'{devices} {jit_compile}' for devices, jit_compile in CASES])
+    parser.add_argument(
+        '--cases', nargs='+', default=[f'{devices} {jit_compile}' for devices, jit_compile in CASES]
+    )
     parser.add_argument('--case', help='one of them, in this process; prints its losses')
     options = parser.parse_args()
     if options.case:
-        print(json.dumps(first_losses(options.model, options.precision, options.steps, *options.case.split())))
+        print(
+            json.dumps(
+                first_losses(options.model, options.precision, options.steps, *options.case.split())
+            )
+        )
         return
     losses = kept_losses(options)
     for case in options.cases:
         losses[case] = in_own_process(options, case)
-        differences = [abs(loss - first) for loss, first in zip(losses[case], losses[options.cases[0]])]
-        agreeing = next((step for step, difference in enumerate(differences) if difference > 1e-4), options.steps)
+        differences = [
+            abs(loss - first) for loss, first in zip(losses[case], losses[options.cases[0]])
+        ]
+        agreeing = next(
+            (step for step, difference in enumerate(differences) if difference > 1e-4),
+            options.steps,
+        )
         devices, jit_compile, *order = case.split()
-        print(f'{devices:>8} jit_compile={jit_compile:5} {" ".join(order):8}  loss {losses[case][0]:.6f} ... {losses[case][-1]:.6f}  '
-              f'largest difference {max(differences):.1e}, within 1e-4 for {agreeing} steps', flush=True)
+        print(
+            f'{devices:>8} jit_compile={jit_compile:5} {" ".join(order):8}  loss {losses[case][0]:.6f} ... {losses[case][-1]:.6f}  '
+            f'largest difference {max(differences):.1e}, within 1e-4 for {agreeing} steps',
+            flush=True,
+        )
         if options.output:
             with open(options.output, 'w') as file:
-                json.dump({'model': options.model, 'precision': options.precision, 'losses': losses}, file, indent=1)
+                json.dump(
+                    {'model': options.model, 'precision': options.precision, 'losses': losses},
+                    file,
+                    indent=1,
+                )
 
 
 def kept_losses(options):
@@ -49,12 +68,24 @@ def kept_losses(options):
         return {}
     with open(options.output) as file:
         kept = json.load(file)
-    return kept['losses'] if (kept['model'], kept['precision']) == (options.model, options.precision) else {}
+    return (
+        kept['losses']
+        if (kept['model'], kept['precision']) == (options.model, options.precision)
+        else {}
+    )
 
 
 def in_own_process(options, case):
     """The losses of one case, a list of floats."""
-    command = [sys.executable, __file__, f'--model={options.model}', f'--precision={options.precision}', f'--steps={options.steps}', '--case', case]
+    command = [
+        sys.executable,
+        __file__,
+        f'--model={options.model}',
+        f'--precision={options.precision}',
+        f'--steps={options.steps}',
+        '--case',
+        case,
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f'{" ".join(command)} failed:\n{done.stderr[-3000:]}')
@@ -75,15 +106,33 @@ def first_losses(model, precision, num_steps, devices, jit_compile, order=None):
     config = digits.get_config()
     config.model.name, config.model.dropout, config.model.drop_path = model, 0.0, 0.0
     config.augment = {**config.augment.to_dict(), 'translate': 0.0, 'rotate': 0.0, 'zoom': 0.0}
-    config.virtual_devices, config.jit_compile, config.precision = int(devices), jit_compile, precision
+    config.virtual_devices, config.jit_compile, config.precision = (
+        int(devices),
+        jit_compile,
+        precision,
+    )
     session = open_session(config, '/nonexistent')
-    train_step = steps.make_train_step(session.state, config, augment.on_device(config.augment, session.plan.num_classes), num_classes=session.plan.num_classes,
-                                       num_replicas=session.plan.num_replicas, jit_compile=session.jit_compile)
-    batches = pipeline.training_batches(session.source, config, session.plan, 0, session.plan.total_steps, session.strategy)
+    train_step = steps.make_train_step(
+        session.state,
+        config,
+        augment.on_device(config.augment, session.plan.num_classes),
+        num_classes=session.plan.num_classes,
+        num_replicas=session.plan.num_replicas,
+        jit_compile=session.jit_compile,
+    )
+    batches = pipeline.training_batches(
+        session.source, config, session.plan, 0, session.plan.total_steps, session.strategy
+    )
     if order == 'permuted':
         step = tf.function(train_step, autograph=False)
-        orders = [tf.random.experimental.stateless_shuffle(tf.range(config.batch_size), seed=[0, index]) for index in range(num_steps)]
-        return [float(step(tf.gather(images, rows), tf.gather(labels, rows), {})['loss']) for rows, (images, labels, _) in zip(orders, batches)]
+        orders = [
+            tf.random.experimental.stateless_shuffle(tf.range(config.batch_size), seed=[0, index])
+            for index in range(num_steps)
+        ]
+        return [
+            float(step(tf.gather(images, rows), tf.gather(labels, rows), {})['loss'])
+            for rows, (images, labels, _) in zip(orders, batches)
+        ]
     train_loop, batches = loops.make_train_loop(session.strategy, train_step), iter(batches)
     return [float(train_loop(batches, tf.constant(1))['loss']) for _ in range(num_steps)]
 

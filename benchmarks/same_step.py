@@ -7,6 +7,7 @@ weight (averages and statistics of batch normalisation included) from those of o
 are computed in float64, where what differs is the meaning and not the rounding. One micro-batch and four are compared on a model without batch normalisation,
 which sees a micro-batch at a time.
 """
+
 import argparse
 import itertools
 import json
@@ -35,16 +36,29 @@ FEATURES = ('clip', 'accumulate', 'ema', 'bfloat16', 'all')
 BATCH_SIZE, UPDATES = 32, 10
 PLACES = ('1', '2', '4', 'workers')
 # Of losses, which begin at 2.3 and are reported in float32, and of weights.
-TOLERANCE = {'float64': {'losses': 1e-6, 'weights': 1e-9}, 'float32': {'losses': 1e-4, 'weights': 1e-4}, 'mixed_bfloat16': {'losses': 5e-3, 'weights': 2e-2}}
+TOLERANCE = {
+    'float64': {'losses': 1e-6, 'weights': 1e-9},
+    'float32': {'losses': 1e-4, 'weights': 1e-4},
+    'mixed_bfloat16': {'losses': 5e-3, 'weights': 2e-2},
+}
 
 
 def config_for(optimizer, feature, accumulate_steps=None):
     """Digits with the tiny model, no augmentation and no dropout, with one feature of the step, or all."""
     config = digits.get_config()
-    config.model.name, config.image_size, config.batch_size, config.model.dropout = 'tiny', 16, BATCH_SIZE, 0.0
+    config.model.name, config.image_size, config.batch_size, config.model.dropout = (
+        'tiny',
+        16,
+        BATCH_SIZE,
+        0.0,
+    )
     config.augment.translate = config.augment.rotate = config.augment.zoom = config.ema_decay = 0.0
     config.train_for, config.schedule.warmup = '100 steps', '3 steps'
-    config.optimizer, config.schedule.peak_lr, config.weight_decay = {'name': optimizer}, 1e-2 if optimizer == 'sgd' else 1e-3, 0.01
+    config.optimizer, config.schedule.peak_lr, config.weight_decay = (
+        {'name': optimizer},
+        1e-2 if optimizer == 'sgd' else 1e-3,
+        0.01,
+    )
     if feature in ('clip', 'all'):
         config.grad_clip_norm = 0.5
     if feature in ('accumulate', 'all'):
@@ -65,31 +79,54 @@ def ten_updates(config, strategy, jit_compile, dtype_policy):
     with strategy.scope():
         state = sessions.build_state(models.build_model(config, 10), config, plan, dtype_policy)
     unchanged = augment.on_device(config.augment, 10)
-    loop = loops.make_train_loop(strategy, steps.make_train_step(state, config, unchanged, num_classes=10, num_replicas=replicas, jit_compile=jit_compile))
+    loop = loops.make_train_loop(
+        strategy,
+        steps.make_train_step(
+            state, config, unchanged, num_classes=10, num_replicas=replicas, jit_compile=jit_compile
+        ),
+    )
     random = np.random.RandomState(0)
-    images, labels = random.randint(0, 256, (UPDATES * BATCH_SIZE, 16, 16, 3)).astype(np.uint8), random.randint(0, 10, UPDATES * BATCH_SIZE)
+    images, labels = (
+        random.randint(0, 256, (UPDATES * BATCH_SIZE, 16, 16, 3)).astype(np.uint8),
+        random.randint(0, 10, UPDATES * BATCH_SIZE),
+    )
 
     def share(context):
-        rows = np.arange(UPDATES * BATCH_SIZE).reshape(UPDATES, context.num_input_pipelines, -1)[:, context.input_pipeline_id].ravel()
+        rows = (
+            np.arange(UPDATES * BATCH_SIZE)
+            .reshape(UPDATES, context.num_input_pipelines, -1)[:, context.input_pipeline_id]
+            .ravel()
+        )
         examples = tf.data.Dataset.from_tensor_slices((images[rows], labels[rows]))
-        return examples.map(lambda image, label: (image, label, {})).batch(BATCH_SIZE // replicas, drop_remainder=True)
+        return examples.map(lambda image, label: (image, label, {})).batch(
+            BATCH_SIZE // replicas, drop_remainder=True
+        )
 
     batches = iter(strategy.distribute_datasets_from_function(share))
     losses = [float(loop(batches, tf.constant(1))['loss']) for _ in range(UPDATES)]
     variables = state.variables()
-    return np.array(losses), np.concatenate([value.numpy().astype(np.float64).ravel() for value in variables['model'] + variables['average']])
+    return np.array(losses), np.concatenate(
+        [
+            value.numpy().astype(np.float64).ravel()
+            for value in variables['model'] + variables['average']
+        ]
+    )
 
 
 def strategy_at(place):
     if place == '1':
         return tf.distribute.OneDeviceStrategy('CPU:0')
-    return tf.distribute.MirroredStrategy([f'CPU:{index}' for index in range(int(place))], tf.distribute.ReductionToOneDevice())
+    return tf.distribute.MirroredStrategy(
+        [f'CPU:{index}' for index in range(int(place))], tf.distribute.ReductionToOneDevice()
+    )
 
 
 def policy_of(name, feature):
     if feature in ('bfloat16', 'all'):
         return 'mixed_bfloat16'
-    return 'float32' if name == 'muon' else 'float64'  # Keras' Muon multiplies float32 with what it gets
+    return (
+        'float32' if name == 'muon' else 'float64'
+    )  # Keras' Muon multiplies float32 with what it gets
 
 
 def as_workers(cases):
@@ -101,15 +138,31 @@ def as_workers(cases):
     with tempfile.TemporaryDirectory() as folder:
         processes = []
         for index in range(2):
-            cluster = json.dumps({'cluster': {'worker': addresses}, 'task': {'type': 'worker', 'index': index}})
-            command = [sys.executable, os.path.abspath(__file__), f'--worker={folder}/{index}.npz', f'--cases={json.dumps(cases)}']
-            processes.append(subprocess.Popen(command, env={**os.environ, 'TF_CONFIG': cluster, 'TF_CPP_MIN_LOG_LEVEL': '3'}, cwd=ROOT))
-        if any([process.wait() for process in processes]):
+            cluster = json.dumps(
+                {'cluster': {'worker': addresses}, 'task': {'type': 'worker', 'index': index}}
+            )
+            command = [
+                sys.executable,
+                os.path.abspath(__file__),
+                f'--worker={folder}/{index}.npz',
+                f'--cases={json.dumps(cases)}',
+            ]
+            processes.append(
+                subprocess.Popen(
+                    command,
+                    env={**os.environ, 'TF_CONFIG': cluster, 'TF_CPP_MIN_LOG_LEVEL': '3'},
+                    cwd=ROOT,
+                )
+            )
+        if any(process.wait() for process in processes):
             raise RuntimeError('a worker failed')
         first, second = (np.load(f'{folder}/{index}.npz') for index in range(2))
         for name in first:
             np.testing.assert_array_equal(first[name], second[name])
-        return {case: (first[f'{index} losses'], first[f'{index} weights']) for index, case in enumerate(cases)}
+        return {
+            case: (first[f'{index} losses'], first[f'{index} weights'])
+            for index, case in enumerate(cases)
+        }
 
 
 def work(path, cases):
@@ -117,7 +170,9 @@ def work(path, cases):
     strategy = tf.distribute.MultiWorkerMirroredStrategy()
     found = {}
     for index, (optimizer, feature, jit_compile) in enumerate(cases):
-        found[f'{index} losses'], found[f'{index} weights'] = ten_updates(config_for(optimizer, feature), strategy, jit_compile, policy_of(optimizer, feature))
+        found[f'{index} losses'], found[f'{index} weights'] = ten_updates(
+            config_for(optimizer, feature), strategy, jit_compile, policy_of(optimizer, feature)
+        )
     np.savez(path, **found)
 
 
@@ -129,26 +184,48 @@ def compare(names, features, places=PLACES, jit=(False, True)):
     for name, feature in itertools.product(names, features):
         config, policy = config_for(name, feature), policy_of(name, feature)
         losses, values = ten_updates(config, strategy_at('1'), False, policy)
-        found = [ten_updates(config, strategy_at(place), with_xla, policy) for place in places if place != 'workers' for with_xla in jit
-                 if (place, with_xla) != ('1', False)]
+        found = [
+            ten_updates(config, strategy_at(place), with_xla, policy)
+            for place in places
+            if place != 'workers'
+            for with_xla in jit
+            if (place, with_xla) != ('1', False)
+        ]
         found += [by_workers[name, feature, with_xla] for with_xla in jit if by_workers]
-        report[name, feature] = {'losses': max(np.abs(other - losses).max() for other, _ in found),
-                                 'weights': max(np.abs(other - values).max() for _, other in found),
-                                 'micro_batches': micro_batches(name, feature)}
-        print(f'{name:10} {feature:10} ' + '  '.join(f'{key} {value:.1e}' for key, value in report[name, feature].items()), flush=True)
+        report[name, feature] = {
+            'losses': max(np.abs(other - losses).max() for other, _ in found),
+            'weights': max(np.abs(other - values).max() for _, other in found),
+            'micro_batches': micro_batches(name, feature),
+        }
+        print(
+            f'{name:10} {feature:10} '
+            + '  '.join(f'{key} {value:.1e}' for key, value in report[name, feature].items()),
+            flush=True,
+        )
     return report
 
 
 def without_batch(name, activation, **_):
     """What stands in for batch normalisation where statistics must not depend on what else is in a batch."""
-    return keras.Sequential([keras.layers.LayerNormalization(name='normalization'), keras.layers.Activation(activation)], name=name)
+    return keras.Sequential(
+        [
+            keras.layers.LayerNormalization(name='normalization'),
+            keras.layers.Activation(activation),
+        ],
+        name=name,
+    )
 
 
 def micro_batches(name, feature):
     """The largest difference of a weight between one micro-batch and four, without batch normalisation and without bfloat16."""
     usual, models.BatchNormalization = models.BatchNormalization, without_batch
     try:
-        (_, one), (_, four) = (ten_updates(config_for(name, feature, count), strategy_at('1'), False, policy_of(name, 'clip')) for count in (1, 4))
+        (_, one), (_, four) = (
+            ten_updates(
+                config_for(name, feature, count), strategy_at('1'), False, policy_of(name, 'clip')
+            )
+            for count in (1, 4)
+        )
     finally:
         models.BatchNormalization = usual
     return np.abs(one - four).max()
@@ -164,24 +241,39 @@ def main():
     options = parser.parse_args()
     if options.worker:
         return work(options.worker, options.cases)
-    tf.config.set_logical_device_configuration(tf.config.list_physical_devices('CPU')[0], [tf.config.LogicalDeviceConfiguration()] * 4)
+    tf.config.set_logical_device_configuration(
+        tf.config.list_physical_devices('CPU')[0], [tf.config.LogicalDeviceConfiguration()] * 4
+    )
     report = compare(options.optimizers, options.features)
     if options.output:
-        known = json.load(open(options.output))['differences'] if os.path.exists(options.output) else {}  # of other optimizers
+        known = (
+            json.load(open(options.output))['differences'] if os.path.exists(options.output) else {}
+        )  # of other optimizers
         known |= {f'{name} {feature}': row for (name, feature), row in report.items()}
         with open(options.output, 'w') as file:
-            json.dump({'updates': UPDATES, 'places': PLACES, 'differences': dict(sorted(known.items()))}, file, indent=1)
+            json.dump(
+                {'updates': UPDATES, 'places': PLACES, 'differences': dict(sorted(known.items()))},
+                file,
+                indent=1,
+            )
     failed = beyond_tolerance(report)
     sys.exit(f'beyond the tolerance: {failed}' if failed else 0)
 
 
 def beyond_tolerance(report):
     """The (optimizer, feature) of a report of `compare` that differ too much."""
+
     def agrees(name, feature, row):
         allowed, exact = TOLERANCE[policy_of(name, feature)], TOLERANCE[policy_of(name, 'clip')]
-        return row['losses'] <= allowed['losses'] and row['weights'] <= allowed['weights'] and row['micro_batches'] <= exact['weights']
+        return (
+            row['losses'] <= allowed['losses']
+            and row['weights'] <= allowed['weights']
+            and row['micro_batches'] <= exact['weights']
+        )
 
-    return [(name, feature) for (name, feature), row in report.items() if not agrees(name, feature, row)]
+    return [
+        (name, feature) for (name, feature), row in report.items() if not agrees(name, feature, row)
+    ]
 
 
 if __name__ == '__main__':

@@ -5,8 +5,10 @@
 Both are the tiny model on digits, with dropout, augmentation and averages, on the processor; KEY=VALUE changes their config. The
 kill is SIGKILL, at random moments: while the run starts, takes up what was left, trains, evaluates, writes a checkpoint, and ends.
 """
+
 import argparse
 import collections
+import contextlib
 import json
 import os
 import random
@@ -19,12 +21,37 @@ import time
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 LOG, EVALUATE, SAVE = 7, 40, 10  # steps; 7, so that what was added up for the log is cut by kills
-CHANGES = ('model.name=tiny', 'image_size=16', 'batch_size=32', 'eval_batch_size=2', f'log_every={LOG} steps', f'eval_every={EVALUATE} steps',
-           f'checkpoint_every={SAVE} steps', 'steps_per_loop=5', 'ema_decay=0.99', 'model.dropout=0.2', 'augment.translate=0.1', 'augment.mixup=0.2',
-           'augment.random_erasing=0.3')
-AIMS = ('checkpoint', 'evaluation', 'training', 'start', 'checkpoint', 'resume', 'evaluation', 'training')
-TIMES = re.compile('seconds|per_second|wait_fraction|wall_time|resumed_from')  # what differs between any two runs
-EVALUATION_SECONDS = 0.1  # so long after the last row before an evaluation, the few steps up to it are done
+CHANGES = (
+    'model.name=tiny',
+    'image_size=16',
+    'batch_size=32',
+    'eval_batch_size=2',
+    f'log_every={LOG} steps',
+    f'eval_every={EVALUATE} steps',
+    f'checkpoint_every={SAVE} steps',
+    'steps_per_loop=5',
+    'ema_decay=0.99',
+    'model.dropout=0.2',
+    'augment.translate=0.1',
+    'augment.mixup=0.2',
+    'augment.random_erasing=0.3',
+)
+AIMS = (
+    'checkpoint',
+    'evaluation',
+    'training',
+    'start',
+    'checkpoint',
+    'resume',
+    'evaluation',
+    'training',
+)
+TIMES = re.compile(
+    'seconds|per_second|wait_fraction|wall_time|resumed_from'
+)  # what differs between any two runs
+EVALUATION_SECONDS = (
+    0.1  # so long after the last row before an evaluation, the few steps up to it are done
+)
 
 
 class Difference(Exception):
@@ -44,7 +71,9 @@ def main():
             result = torture(folder, options.kills, options.seed, options.steps, options.changes)
         except Difference as difference:
             sys.exit(f'error: {difference}')
-    print(f'{len(result["kills"])} kills: {result["fell"]}; weights {result["weights_sha256"][:16]}, all the same as without')
+    print(
+        f'{len(result["kills"])} kills: {result["fell"]}; weights {result["weights_sha256"][:16]}, all the same as without'
+    )
     if options.output:
         with open(options.output, 'w') as file:
             json.dump(result, file, indent=1)
@@ -53,7 +82,9 @@ def main():
 def torture(folder, kills, seed, steps, changes=()):
     """What was seen of a run in `folder` that was killed so many times. Raises Difference if it is not the run without kills."""
     began, draw = time.monotonic(), random.Random(seed)
-    left_alone = start(os.path.join(folder, 'alone'), steps, changes)  # meanwhile: what other processes do must not matter
+    left_alone = start(
+        os.path.join(folder, 'alone'), steps, changes
+    )  # meanwhile: what other processes do must not matter
     workdir = os.path.join(folder, 'killed')
     try:
         ends = kills // 12
@@ -62,38 +93,70 @@ def torture(folder, kills, seed, steps, changes=()):
         seen = []
         for index, aim in enumerate([*aims, *['end'] * ends]):
             reach = draw.uniform(0, 2 * (steps - newest(workdir)) / (kills - index))
-            after = min(newest(workdir) + reach, steps - EVALUATE - 1)  # the step after which it is to fall
-            seen.append(kill(start(workdir, steps, changes), workdir, aim, after, draw, steps, seen))
-            print('{0:3} aimed at {aim:10} fell into {fell:10} after {seconds:5.1f} s, checkpoint {checkpoint}, row {row}'.format(index + 1, **seen[-1]), flush=True)
+            after = min(
+                newest(workdir) + reach, steps - EVALUATE - 1
+            )  # the step after which it is to fall
+            seen.append(
+                kill(start(workdir, steps, changes), workdir, aim, after, draw, steps, seen)
+            )
+            print(
+                '{0:3} aimed at {aim:10} fell into {fell:10} after {seconds:5.1f} s, checkpoint {checkpoint}, row {row}'.format(
+                    index + 1, **seen[-1]
+                ),
+                flush=True,
+            )
         finish(start(workdir, steps, changes), workdir)
         finish(left_alone, os.path.join(folder, 'alone'))
     finally:
         stop(left_alone)
     differences = compare(os.path.join(folder, 'alone'), workdir)
     if differences:
-        raise Difference(f'{len(differences)} differences after {kills} kills (seed {seed}): ' + '; '.join(differences[:5]))
+        raise Difference(
+            f'{len(differences)} differences after {kills} kills (seed {seed}): '
+            + '; '.join(differences[:5])
+        )
     summary = read(workdir, 'summary.json')
-    return {'kills': seen, 'fell': dict(collections.Counter(one['fell'] for one in seen)), 'seed': seed, 'steps': steps, 'changes': list(changes),
-            'resumed_from': summary['resumed_from'], 'weights_sha256': summary['weights_sha256'], 'checkpoints': sorted(checkpoints(workdir)[0]),
-            'rows': len(rows(workdir)), 'cpu_cores': os.cpu_count(), 'seconds': round(time.monotonic() - began)}
+    return {
+        'kills': seen,
+        'fell': dict(collections.Counter(one['fell'] for one in seen)),
+        'seed': seed,
+        'steps': steps,
+        'changes': list(changes),
+        'resumed_from': summary['resumed_from'],
+        'weights_sha256': summary['weights_sha256'],
+        'checkpoints': sorted(checkpoints(workdir)[0]),
+        'rows': len(rows(workdir)),
+        'cpu_cores': os.cpu_count(),
+        'seconds': round(time.monotonic() - began),
+    }
 
 
 def start(workdir, steps, changes=()):
     """The run as a process, which leads a group of its own."""
     os.makedirs(os.path.dirname(workdir), exist_ok=True)
-    command = [sys.executable, os.path.join(ROOT, 'main.py'), '--config=configs/digits.py', f'--workdir={workdir}',
-               *(f'--config.{change}' for change in (*CHANGES, f'train_for={steps} steps', *changes))]
+    command = [
+        sys.executable,
+        os.path.join(ROOT, 'main.py'),
+        '--config=configs/digits.py',
+        f'--workdir={workdir}',
+        *(f'--config.{change}' for change in (*CHANGES, f'train_for={steps} steps', *changes)),
+    ]
     environment = {**os.environ, 'CUDA_VISIBLE_DEVICES': '-1', 'TF_CPP_MIN_LOG_LEVEL': '2'}
     with open(f'{workdir}.txt', 'a') as said:
-        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=said, stderr=subprocess.STDOUT, start_new_session=True)
+        return subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment,
+            stdout=said,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
 
 
 def stop(process):
     """SIGKILL to the process and all that it started."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
 
 
@@ -102,7 +165,9 @@ def finish(process, workdir, seconds=900):
     try:
         if process.wait(seconds):
             with open(f'{workdir}.txt') as file:
-                raise Difference(f'{os.path.basename(workdir)} ended with status {process.returncode}: {(file.read().splitlines() or [""])[-1]}')
+                raise Difference(
+                    f'{os.path.basename(workdir)} ended with status {process.returncode}: {(file.read().splitlines() or [""])[-1]}'
+                )
     finally:
         stop(process)
 
@@ -115,11 +180,24 @@ def kill(process, workdir, aim, after, draw, steps, seen, seconds=300):
     began, wall = time.monotonic(), time.time()
     try:
         startups = [one['seconds'] for one in seen if one['fell'] != 'start'] or [10]
-        moment = {'start': min(startups), 'resume': 0.1, 'checkpoint': 0.03, 'evaluation': 0.5, 'training': 0.2, 'end': 3}[aim] * draw.random()
+        moment = {
+            'start': min(startups),
+            'resume': 0.1,
+            'checkpoint': 0.03,
+            'evaluation': 0.5,
+            'training': 0.2,
+            'end': 3,
+        }[aim] * draw.random()
         before = trace(workdir)
-        while aim != 'start' and not reached(workdir, aim, after, wall, before, steps) and process.poll() is None:
+        while (
+            aim != 'start'
+            and not reached(workdir, aim, after, wall, before, steps)
+            and process.poll() is None
+        ):
             if time.monotonic() - began > seconds:
-                raise Difference(f'after {seconds} s the run had not come to {aim} after step {after:.0f}')
+                raise Difference(
+                    f'after {seconds} s the run had not come to {aim} after step {after:.0f}'
+                )
             time.sleep(0.0005)
         time.sleep(moment)
         if process.poll() is not None:
@@ -127,15 +205,22 @@ def kill(process, workdir, aim, after, draw, steps, seen, seconds=300):
             raise Difference(f'the run was over after {len(seen)} kills: give it more --steps')
     finally:
         stop(process)
-    return {'aim': aim, 'fell': where(workdir, wall, steps), 'seconds': round(time.monotonic() - began, 2), 'checkpoint': newest(workdir),
-            'row': last_row(workdir).get('step', 0)}
+    return {
+        'aim': aim,
+        'fell': where(workdir, wall, steps),
+        'seconds': round(time.monotonic() - began, 2),
+        'checkpoint': newest(workdir),
+        'row': last_row(workdir).get('step', 0),
+    }
 
 
 def reached(workdir, aim, after, wall, before, steps):
     """Whether the run, started at the time `wall`, does now what is aimed at."""
     row = last_row(workdir)
     if aim in ('resume', 'end'):
-        return trace(workdir) != before and (aim == 'resume' or row.get('step') == steps and 'eval/loss' in row)
+        return trace(workdir) != before and (
+            aim == 'resume' or row.get('step') == steps and 'eval/loss' in row
+        )
     if aim == 'checkpoint':
         return any(step > after for step in fresh(workdir, wall))
     if row.get('wall_time', 0) < wall or row['step'] < after:
@@ -179,7 +264,9 @@ def newest(workdir):
 def fresh(workdir, wall):
     """Steps of the unfinished checkpoints that were touched after the time `wall`."""
     try:
-        return [step for step, path in checkpoints(workdir)[1].items() if os.stat(path).st_mtime >= wall]
+        return [
+            step for step, path in checkpoints(workdir)[1].items() if os.stat(path).st_mtime >= wall
+        ]
     except FileNotFoundError:  # gone while we looked
         return []
 
@@ -221,6 +308,7 @@ def without_times(value):
 def tensors(folder):
     """{name: array} of a checkpoint."""
     import tensorflow as tf
+
     reader = tf.train.load_checkpoint(os.path.join(folder, 'variables'))
     return {name: reader.get_tensor(name) for name in sorted(reader.get_variable_to_shape_map())}
 
@@ -231,26 +319,61 @@ def bits(array):
 
 def compare(alone, killed):
     """What differs between the folders of two runs, a list of lines: digest, summary, rows, checkpoints to the bit."""
-    def differing(what, first, second):
-        first, second = ({key: json.dumps(value) for key, value in without_times(one).items()} for one in (first, second))
-        return [f'{what}: {key} is {second.get(key)}, without kills {first.get(key)}' for key in sorted({*first, *second}) if first.get(key) != second.get(key)]
 
-    differences = differing('summary.json', read(alone, 'summary.json'), read(killed, 'summary.json'))
+    def differing(what, first, second):
+        first, second = (
+            {key: json.dumps(value) for key, value in without_times(one).items()}
+            for one in (first, second)
+        )
+        return [
+            f'{what}: {key} is {second.get(key)}, without kills {first.get(key)}'
+            for key in sorted({*first, *second})
+            if first.get(key) != second.get(key)
+        ]
+
+    differences = differing(
+        'summary.json', read(alone, 'summary.json'), read(killed, 'summary.json')
+    )
     steps = [row['step'] for row in rows(killed)]
-    differences += [f'metrics.jsonl: step {step} is there twice, or too late' for step, following in zip(steps, steps[1:]) if following <= step]
+    differences += [
+        f'metrics.jsonl: step {step} is there twice, or too late'
+        for step, following in zip(steps, steps[1:])
+        if following <= step
+    ]
     by_step = ({str(row['step']): row for row in rows(workdir)} for workdir in (alone, killed))
     differences += differing('metrics.jsonl', *by_step)
-    differences += [f'{name} is in one of the two folders only' for name in sorted(set(os.listdir(alone)) ^ set(os.listdir(killed)))]
+    differences += [
+        f'{name} is in one of the two folders only'
+        for name in sorted(set(os.listdir(alone)) ^ set(os.listdir(killed)))
+    ]
     (first, _), (second, unfinished) = checkpoints(alone), checkpoints(killed)
     differences += [f'{path} was left unfinished' for path in unfinished.values()]
     if set(first) != set(second):
-        differences.append(f'checkpoints of the steps {sorted(second)}, without kills {sorted(first)}')
+        differences.append(
+            f'checkpoints of the steps {sorted(second)}, without kills {sorted(first)}'
+        )
     for step in sorted(set(first) & set(second)):
-        manifests = [read(folder, 'manifest.json')['manifest'] for folder in (first[step], second[step])]
-        differences += differing(f'manifest of step {step}', *({key: value for key, value in manifest.items() if key != 'files'} for manifest in manifests))
+        manifests = [
+            read(folder, 'manifest.json')['manifest'] for folder in (first[step], second[step])
+        ]
+        differences += differing(
+            f'manifest of step {step}',
+            *(
+                {key: value for key, value in manifest.items() if key != 'files'}
+                for manifest in manifests
+            ),
+        )
         expected, found = tensors(first[step]), tensors(second[step])
-        names = [name for name in sorted({*expected, *found}) if name not in expected or name not in found or bits(expected[name]) != bits(found[name])]
-        differences += [f'{name} in the checkpoint of step {step}' for name in names if not TIMES.search(name)]
+        names = [
+            name
+            for name in sorted({*expected, *found})
+            if name not in expected
+            or name not in found
+            or bits(expected[name]) != bits(found[name])
+        ]
+        differences += [
+            f'{name} in the checkpoint of step {step}' for name in names if not TIMES.search(name)
+        ]
     return differences
 
 

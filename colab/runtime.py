@@ -1,4 +1,5 @@
 """What the cells of train_tpu.ipynb call. Each verb is a process of its own: the kernel imports no TensorFlow and never holds the TPU."""
+
 import glob
 import os
 import re
@@ -34,9 +35,15 @@ class Runtime:
         place = place_of(storage)
         open_storage(place)
         self.workdir = os.path.join(place, 'runs', f'{config}-{run}')  # programs run in ROOT
-        self._arguments = [f'--config=configs/{config}.py', f'--workdir={self.workdir}', *words_of(changes)]
+        self._arguments = [
+            f'--config=configs/{config}.py',
+            f'--workdir={self.workdir}',
+            *words_of(changes),
+        ]
         if place:
-            self._arguments.append(f'--config.dataset.data_dir={os.path.join(place, "tensorflow_datasets")}')
+            self._arguments.append(
+                f'--config.dataset.data_dir={os.path.join(place, "tensorflow_datasets")}'
+            )
         if train_for:
             self._arguments.append(f'--config.train_for={train_for}')
         accelerator = accelerator or installation.choose()
@@ -60,9 +67,21 @@ class Runtime:
         """
         command = [program, *arguments]
         print(f'$ python {shlex.join(command)}\n', flush=True)
-        environment = {**os.environ, 'PYTHONUNBUFFERED': '1', 'MPLBACKEND': 'agg'}  # the kernel's draws in the notebook
-        process = subprocess.Popen([self._python, *command], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                                   errors='replace', start_new_session=True)
+        environment = {
+            **os.environ,
+            'PYTHONUNBUFFERED': '1',
+            'MPLBACKEND': 'agg',
+        }  # the kernel's draws in the notebook
+        process = subprocess.Popen(
+            [self._python, *command],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors='replace',
+            start_new_session=True,
+        )
         lines, interruptions = [], []
 
         def interrupt(signal_number, frame):
@@ -80,7 +99,9 @@ class Runtime:
         if interruptions:
             raise KeyboardInterrupt
         if status < 0:
-            raise SystemExit(f'error: {program} was ended by {signal.Signals(-status).name}, perhaps for want of memory')
+            raise SystemExit(
+                f'error: {program} was ended by {signal.Signals(-status).name}, perhaps for want of memory'
+            )
         if status:
             raise SystemExit(reason(lines) or f'error: {program} ended with status {status}')
 
@@ -89,8 +110,16 @@ class Runtime:
         with tempfile.TemporaryDirectory() as folder:
             if '://' in self.workdir:
                 copy = 'import os, sys, tensorflow as tf; [tf.io.gfile.copy(path, os.path.join(sys.argv[2], os.path.basename(path))) for path in tf.io.gfile.glob(sys.argv[1])]'
-                subprocess.run([self._python, '-c', copy, os.path.join(self.workdir, pattern), folder], check=True, env={**os.environ, 'TPU_LOAD_LIBRARY': '0'})
-            found = os.path.join(folder, '*') if '://' in self.workdir else os.path.join(ROOT, self.workdir, pattern)
+                subprocess.run(
+                    [self._python, '-c', copy, os.path.join(self.workdir, pattern), folder],
+                    check=True,
+                    env={**os.environ, 'TPU_LOAD_LIBRARY': '0'},
+                )
+            found = (
+                os.path.join(folder, '*')
+                if '://' in self.workdir
+                else os.path.join(ROOT, self.workdir, pattern)
+            )
             for path in sorted(glob.glob(found)):
                 display(Image(path))
 
@@ -101,7 +130,9 @@ def place_of(storage):
     if not storage or re.match('gs://[^/]', storage):
         return storage
     if not storage.startswith(('/', '~')):  # a folder of the checkout would go with it
-        raise SystemExit(f'error: STORAGE={storage!r} is no place: write a folder with all of its path, such as {DRIVE}/MyDrive/warmstart, or gs://BUCKET/FOLDER')
+        raise SystemExit(
+            f'error: STORAGE={storage!r} is no place: write a folder with all of its path, such as {DRIVE}/MyDrive/warmstart, or gs://BUCKET/FOLDER'
+        )
     return os.path.abspath(os.path.expanduser(storage))
 
 
@@ -110,7 +141,9 @@ def words_of(changes):
     try:
         return shlex.split(changes)
     except ValueError as error:
-        raise SystemExit(f'error: CHANGES={changes!r} cannot be read ({error}): write it as on a command line, such as --config.seed=1') from None
+        raise SystemExit(
+            f'error: CHANGES={changes!r} cannot be read ({error}): write it as on a command line, such as --config.seed=1'
+        ) from None
 
 
 def open_storage(storage):
@@ -131,5 +164,7 @@ def reason(lines):
     """Of what a program printed: the doctor's FAIL with what mends it, else the last line that says error, else the last one."""
     failed = [index for index, line in enumerate(lines) if line.startswith('FAIL')]
     if failed:
-        return '\n'.join(' '.join(' '.join(lines[index:index + 2]).split()) for index in failed)
-    return next((line for line in reversed(lines) if line.startswith('error: ')), lines[-1] if lines else '')
+        return '\n'.join(' '.join(' '.join(lines[index : index + 2]).split()) for index in failed)
+    return next(
+        (line for line in reversed(lines) if line.startswith('error: ')), lines[-1] if lines else ''
+    )

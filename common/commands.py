@@ -1,4 +1,5 @@
 """Commands as a user would type them here."""
+
 import os
 import sys
 
@@ -13,5 +14,7 @@ def python_command():
 
 def install_command(accelerator):
     """The command that installs the pinned set of 'cpu', 'gpu', 'tpu' or 'tpu220' from wherever one is."""
-    here = os.path.relpath(ROOT) if os.path.realpath(os.getcwd()) == os.path.realpath(ROOT) else ROOT
+    here = (
+        os.path.relpath(ROOT) if os.path.realpath(os.getcwd()) == os.path.realpath(ROOT) else ROOT
+    )
     return f"{python_command()} -m pip install -c {os.path.join('' if here == '.' else here, 'requirements', accelerator)}.txt '{here}[{accelerator}]'"

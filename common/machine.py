@@ -2,6 +2,7 @@
 
 `root` is where these folders lie.
 """
+
 import glob
 import os
 import platform
@@ -11,7 +12,10 @@ from typing import NamedTuple
 
 from common import tpu_environment
 
-NVIDIA, DISPLAY_CLASS = '0x10de', '0x03'  # PCI vendor, and how the class of graphics and 3D controllers begins
+NVIDIA, DISPLAY_CLASS = (
+    '0x10de',
+    '0x03',
+)  # PCI vendor, and how the class of graphics and 3D controllers begins
 
 
 class Gpu(NamedTuple):
@@ -42,11 +46,16 @@ def describe_platform(environ=os.environ, root='/'):
 def cores(root='/'):
     """Processor cores that this process may use, a float: a container may have half of one."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    for quota, period in ((_read(root, folder, 'cpu.max') or 'max 1').split() for folder in _groups(root, '')):
+    for quota, period in (
+        (_read(root, folder, 'cpu.max') or 'max 1').split() for folder in _groups(root, '')
+    ):
         if quota != 'max':
             allowed = min(allowed, int(quota) / int(period))
     for folder in _groups(root, 'cpu'):
-        quota, period = _read(root, folder, 'cpu.cfs_quota_us'), _read(root, folder, 'cpu.cfs_period_us')
+        quota, period = (
+            _read(root, folder, 'cpu.cfs_quota_us'),
+            _read(root, folder, 'cpu.cfs_period_us'),
+        )
         if quota and period and int(quota) > 0:
             allowed = min(allowed, int(quota) / int(period))
     return allowed
@@ -54,16 +63,28 @@ def cores(root='/'):
 
 def free_memory(root='/'):
     """(bytes of memory that can still be taken, what limits them: 'this machine' or 'this container or job')."""
-    values = dict(line.split(':') for line in (_read(root, 'proc/meminfo') or '').splitlines() if ':' in line)
+    values = dict(
+        line.split(':') for line in (_read(root, 'proc/meminfo') or '').splitlines() if ':' in line
+    )
     if 'MemAvailable' in values:
         free = int(values['MemAvailable'].split()[0]) * 1024
     else:
         free = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
     limits = [(folder, 'memory.max', 'memory.current') for folder in _groups(root, '')]
-    limits += [(folder, 'memory.limit_in_bytes', 'memory.usage_in_bytes') for folder in _groups(root, 'memory')]
-    within = [int(limit) - int(_read(root, folder, used) or 0) + _reclaimable(root, folder)
-              for folder, name, used in limits if (limit := _read(root, folder, name)) and limit.isdigit()]
-    return (max(0, min(within)), 'this container or job') if within and min(within) < free else (free, 'this machine')
+    limits += [
+        (folder, 'memory.limit_in_bytes', 'memory.usage_in_bytes')
+        for folder in _groups(root, 'memory')
+    ]
+    within = [
+        int(limit) - int(_read(root, folder, used) or 0) + _reclaimable(root, folder)
+        for folder, name, used in limits
+        if (limit := _read(root, folder, name)) and limit.isdigit()
+    ]
+    return (
+        (max(0, min(within)), 'this container or job')
+        if within and min(within) < free
+        else (free, 'this machine')
+    )
 
 
 def nvidia_smi(seconds=20):
@@ -72,18 +93,30 @@ def nvidia_smi(seconds=20):
         return [], ''
     query = ['nvidia-smi', '--query-gpu=name,driver_version,memory.total', '--format=csv,noheader']
     try:
-        done = subprocess.run(query, capture_output=True, text=True, errors='replace', timeout=seconds)
+        done = subprocess.run(
+            query, capture_output=True, text=True, errors='replace', timeout=seconds
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         return [], f'nvidia-smi does not answer ({type(error).__name__})'
     if done.returncode:
-        return [], ' '.join((done.stdout + done.stderr).split())[:200] or f'nvidia-smi ended with status {done.returncode}'
-    return [Gpu(*(field.strip() for field in line.split(','))) for line in done.stdout.splitlines() if line.count(',') == 2], ''
+        return [], ' '.join((done.stdout + done.stderr).split())[
+            :200
+        ] or f'nvidia-smi ended with status {done.returncode}'
+    return [
+        Gpu(*(field.strip() for field in line.split(',')))
+        for line in done.stdout.splitlines()
+        if line.count(',') == 2
+    ], ''
 
 
 def nvidia_on_the_bus(root='/'):
     """How many NVIDIA graphics cards the PCI bus has, whatever the driver says."""
     devices = glob.glob(os.path.join(root, 'sys/bus/pci/devices/*'))
-    return sum(_read(device, 'vendor') == NVIDIA and (_read(device, 'class') or '').startswith(DISPLAY_CLASS) for device in devices)
+    return sum(
+        _read(device, 'vendor') == NVIDIA
+        and (_read(device, 'class') or '').startswith(DISPLAY_CLASS)
+        for device in devices
+    )
 
 
 def free_disk(path):
@@ -117,7 +150,9 @@ def _groups(root, controller):
 
 def _reclaimable(root, folder):
     """Bytes of files that the group has read and that can be dropped: they count as used."""
-    statistics = dict(line.split() for line in (_read(root, folder, 'memory.stat') or '').splitlines())
+    statistics = dict(
+        line.split() for line in (_read(root, folder, 'memory.stat') or '').splitlines()
+    )
     return int(statistics.get('total_inactive_file', statistics.get('inactive_file', 0)))
 
 

@@ -2,6 +2,7 @@
 
 A file is written whole or not at all, also when the power is cut, and what goes wrong is said in one line.
 """
+
 import contextlib
 import errno
 import json
@@ -25,14 +26,20 @@ CAUSES = {  # of a failure to write, and what to do
     errno.EIO: 'the disk does not answer as it should: see what the system says about it (dmesg)',
     errno.ESTALE: 'the network disk has gone: mount it again, and the same command continues at the last checkpoint',
 }
-CODES = {'ResourceExhaustedError': errno.ENOSPC, 'PermissionDeniedError': errno.EACCES, 'NotFoundError': errno.ENOENT}  # of TensorFlow's errors
+CODES = {
+    'ResourceExhaustedError': errno.ENOSPC,
+    'PermissionDeniedError': errno.EACCES,
+    'NotFoundError': errno.ENOENT,
+}  # of TensorFlow's errors
 
 
 def flatten(config, prefix=''):
     """Returns {'model.name': ...} of a ConfigDict or of nested dicts."""
     flat = {}
     for key, value in config.items():
-        flat |= flatten(value, f'{prefix}{key}.') if hasattr(value, 'items') else {prefix + key: value}
+        flat |= (
+            flatten(value, f'{prefix}{key}.') if hasattr(value, 'items') else {prefix + key: value}
+        )
     return flat
 
 
@@ -56,7 +63,11 @@ def list_folder(path):
     with explained(path, 'read'):
         if not is_remote(path):
             return sorted(os.listdir(path)) if os.path.isdir(path) else []
-        return sorted(name.rstrip('/') for name in _gfile().listdir(path)) if _gfile().isdir(path) else []
+        return (
+            sorted(name.rstrip('/') for name in _gfile().listdir(path))
+            if _gfile().isdir(path)
+            else []
+        )
 
 
 def make_folder(path):
@@ -84,18 +95,26 @@ def delete(path):
 def move(source, target):
     """Renames a file or a folder; a file at `target` is replaced."""
     with explained(target):
-        _gfile().rename(source, target, overwrite=True) if is_remote(source) else os.replace(source, target)
+        _gfile().rename(source, target, overwrite=True) if is_remote(source) else os.replace(
+            source, target
+        )
 
 
 def read(path):
     """The bytes of a file."""
-    with explained(path, 'read'), (_gfile().GFile(path, 'rb') if is_remote(path) else open(path, 'rb')) as file:
+    with (
+        explained(path, 'read'),
+        _gfile().GFile(path, 'rb') if is_remote(path) else open(path, 'rb') as file,
+    ):
         return file.read()
 
 
 def parts(path, size=1 << 20):
     """Yields the bytes of a file in parts of `size`."""
-    with explained(path, 'read'), (_gfile().GFile(path, 'rb') if is_remote(path) else open(path, 'rb')) as file:
+    with (
+        explained(path, 'read'),
+        _gfile().GFile(path, 'rb') if is_remote(path) else open(path, 'rb') as file,
+    ):
         while part := file.read(size):
             yield part
 
@@ -197,7 +216,9 @@ def read_json(path):
     except ValueError as error:
         content = error
     if not isinstance(content, dict):
-        raise RunError(f'{path} is damaged ({one_line(content, 100)}): bring it back from a copy, or begin anew with --resume=never, which moves the run aside')
+        raise RunError(
+            f'{path} is damaged ({one_line(content, 100)}): bring it back from a copy, or begin anew with --resume=never, which moves the run aside'
+        )
     return content
 
 
@@ -212,7 +233,11 @@ def explained(path, act='write'):
         if type(error).__module__ != 'tensorflow.python.framework.errors_impl':
             raise
         code = CODES.get(type(error).__name__)
-        raise RunError(_explain(path, act, errno.EROFS if 'Read-only file system' in str(error) else code, error)) from error
+        raise RunError(
+            _explain(
+                path, act, errno.EROFS if 'Read-only file system' in str(error) else code, error
+            )
+        ) from error
 
 
 def _explain(path, act, code, error):

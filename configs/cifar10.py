@@ -7,6 +7,7 @@ Costs      100 epochs x 50,000 pictures at 96 pixels: EfficientNetV2 halves its 
 Reaches    not known.
 Measured   not yet.
 """
+
 from configs import default
 
 

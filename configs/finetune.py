@@ -11,6 +11,7 @@ Costs      30 epochs x 2,040 pictures at 224 pixels.
 Reaches    not known.
 Measured   not yet.
 """
+
 from configs import default
 
 
@@ -26,7 +27,9 @@ def get_config():
     config.eval_batch_size = 64
     config.train_for = '30 epochs'  # 30 x 2,040 / 64 = 956 steps
 
-    config.schedule.peak_lr = 3e-4  # a few times below that of training from scratch, so that the weights stay near
+    config.schedule.peak_lr = (
+        3e-4  # a few times below that of training from scratch, so that the weights stay near
+    )
     config.schedule.start_lr = 3e-6
     config.weight_decay = 0.05
     config.label_smoothing = 0.1

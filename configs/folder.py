@@ -13,6 +13,7 @@ Costs      50 epochs of what is to be trained on; the first start decodes each p
 Reaches    depends on the pictures.
 Measured   not yet; made-up folders are trained on in tests/test_train.py and tests/inputs/test_image_folder.py.
 """
+
 from configs import default
 
 

@@ -7,6 +7,7 @@ Costs      350 epochs x 1,281,167 pictures = 448 million. 8 replicas take 512 pi
 Reaches    78.7 % in the paper at 224 pixels, with training sizes that grow from 128 to 192, which this does not do.
 Measured   not yet: a made-up ImageNet has been run through it with the tiny model only (tests/test_imagenet.py).
 """
+
 from configs import default
 
 
@@ -28,19 +29,24 @@ def get_config():
         'end_lr': 0.0,
         'warmup': '5 epochs',
         'hold': '0%',
-        'decay': 0.97 ** (345 / 2.4),  # 0.97 every 2.4 epochs, over the 345 after warmup: 0.0125 of the peak
+        'decay': 0.97
+        ** (345 / 2.4),  # 0.97 every 2.4 epochs, over the 345 after warmup: 0.0125 of the peak
     }
 
     # In Keras' terms: rho is the decay of the squared gradient.
     config.optimizer = {'name': 'rmsprop', 'rho': 0.9, 'momentum': 0.9, 'epsilon': 1e-3}
     config.weight_decay = 0.0
-    config.l2_regularization = 1e-5  # the paper's weight decay is L2 in the loss, which RMSProp divides like a gradient
+    config.l2_regularization = (
+        1e-5  # the paper's weight decay is L2 in the loss, which RMSProp divides like a gradient
+    )
     config.label_smoothing = 0.1
     config.ema_decay = 0.9999
 
     config.model.dropout = 0.2
     config.model.drop_path = 0.2
-    config.model.sync_batch_norm = False  # 512 pictures per replica are enough; saves 2 all-reduces a layer
+    config.model.sync_batch_norm = (
+        False  # 512 pictures per replica are enough; saves 2 all-reduces a layer
+    )
 
     config.augment.crop = 'random'
     config.augment.flip = True

@@ -7,14 +7,21 @@ Costs      500 epochs, as configs/imagenet_strong.py, and the forward pass of th
 Reaches    not known for this pair. Beyer et al. (2022) taught a ResNet-50 so to 82.8 %, in 9,600 epochs; alone it has 76 to 80 %.
 Measured   not yet; benchmarks/transfer.py has a small pair.
 """
+
 from configs import imagenet_strong
 
 
 def get_config():
     config = imagenet_strong.get_config()
-    config.distill.teacher = 'ConvNeXtBase'  # 85.8 % at 224 pixels (Liu et al. 2022): as many as the student sees
-    config.distill.alpha = 1.0  # the teacher's answers alone: a label says nothing about a crop that misses its object
+    config.distill.teacher = (
+        'ConvNeXtBase'  # 85.8 % at 224 pixels (Liu et al. 2022): as many as the student sees
+    )
+    config.distill.alpha = (
+        1.0  # the teacher's answers alone: a label says nothing about a crop that misses its object
+    )
     config.label_smoothing = 0.0
-    config.augment.policy.name = ''  # patient and consistent: crops, flips and mixtures, of which the teacher sees the same
+    config.augment.policy.name = (
+        ''  # patient and consistent: crops, flips and mixtures, of which the teacher sees the same
+    )
     config.augment.mixup = 1.0
     return config

@@ -6,6 +6,7 @@ Costs      100 epochs x 9,469 pictures at 192 pixels.
 Reaches    not known.
 Measured   not yet.
 """
+
 from configs import default
 
 

@@ -1,4 +1,5 @@
 """What a run ran on."""
+
 import importlib.metadata
 import os
 import platform
@@ -6,7 +7,16 @@ import subprocess
 
 import tensorflow as tf
 
-PACKAGES = ('tensorflow', 'tensorflow-cpu', 'tensorflow-tpu', 'keras', 'tensorflow-datasets', 'ml-collections', 'numpy', 'libtpu')
+PACKAGES = (
+    'tensorflow',
+    'tensorflow-cpu',
+    'tensorflow-tpu',
+    'keras',
+    'tensorflow-datasets',
+    'ml-collections',
+    'numpy',
+    'libtpu',
+)
 
 
 def describe_environment():
@@ -14,11 +24,15 @@ def describe_environment():
     return {
         'python': platform.python_version(),
         'platform': platform.platform(),
-        'cpu_cores': len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count(),
+        'cpu_cores': len(os.sched_getaffinity(0))
+        if hasattr(os, 'sched_getaffinity')
+        else os.cpu_count(),
         'packages': {name: version for name in PACKAGES if (version := _version(name))},
         'devices': [_device(device) for device in tf.config.list_logical_devices()],
         'git_commit': _git('rev-parse', 'HEAD'),
-        'git_changed_files': (_git('status', '--porcelain', '--untracked-files=no') or '').splitlines(),
+        'git_changed_files': (
+            _git('status', '--porcelain', '--untracked-files=no') or ''
+        ).splitlines(),
     }
 
 
@@ -33,7 +47,9 @@ def _device(device):
     name = device.name
     if device.device_type == 'GPU':
         gpus = tf.config.list_physical_devices('GPU')
-        details = tf.config.experimental.get_device_details(gpus[int(name.rsplit(':', 1)[1]) % len(gpus)])
+        details = tf.config.experimental.get_device_details(
+            gpus[int(name.rsplit(':', 1)[1]) % len(gpus)]
+        )
         name += f' ({details.get("device_name", "GPU")})'
     return name
 
@@ -41,6 +57,8 @@ def _device(device):
 def _git(*arguments):
     try:
         root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-        return subprocess.run(['git', *arguments], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            ['git', *arguments], cwd=root, capture_output=True, text=True, check=True
+        ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None

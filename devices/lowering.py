@@ -1,4 +1,5 @@
 """A replica's step as a program for the TPU compiler, written by TensorFlow on a machine that has no TPU."""
+
 import tensorflow as tf
 from tensorflow.compiler.tf2xla.ops import gen_xla_ops
 from tensorflow.python.distribute import one_device_strategy
@@ -35,7 +36,9 @@ class _OneOfMany(one_device_strategy.OneDeviceExtended):
 
         def total(tensor):
             everyone = tf.constant([list(range(self._all))], tf.int32)
-            summed = gen_xla_ops.xla_all_reduce(input=tensor, group_assignment=everyone, reduce_op='Add', mode='CrossReplica')
+            summed = gen_xla_ops.xla_all_reduce(
+                input=tensor, group_assignment=everyone, reduce_op='Add', mode='CrossReplica'
+            )
             return summed * tf.cast(share, tensor.dtype)
 
         return tf.nest.map_structure(total, value)
@@ -51,12 +54,17 @@ def lower(strategy, step, specs):
 
     Raises: RunError where this build of TensorFlow cannot lower it.
     """
+
     @tf.function(jit_compile=True, autograph=False)
     def of_replica(*tensors):
         return strategy.run(step, args=tf.nest.pack_sequence_as(specs, tensors))
 
     try:
-        return of_replica.experimental_get_compiler_ir(*tf.nest.flatten(specs))(stage='hlo_serialized', platform_name='CPU')
+        return of_replica.experimental_get_compiler_ir(*tf.nest.flatten(specs))(
+            stage='hlo_serialized', platform_name='CPU'
+        )
     except (tf.errors.OpError, ValueError) as error:
-        raise RunError(f'this build of TensorFlow cannot lower the step ({one_line(error, 300)}): preflight takes the build for processors or for GPUs, '
-                       "pip install '.[cpu]' in an environment of its own") from error
+        raise RunError(
+            f'this build of TensorFlow cannot lower the step ({one_line(error, 300)}): preflight takes the build for processors or for GPUs, '
+            "pip install '.[cpu]' in an environment of its own"
+        ) from error

@@ -13,6 +13,7 @@ What Google documents:
   docs.cloud.google.com/kubernetes-engine/docs/concepts/handle-disruption-gpu-tpu, docs.cloud.google.com/tpu/docs/spot
 - `?wait_for_change=true` would let the server answer at the change. Two requests every two seconds cost less than two that hang for days.
 """
+
 import contextlib
 import dataclasses
 import http.client
@@ -22,11 +23,17 @@ import sys
 import threading
 import urllib.request
 
-SECONDS, MOST_SECONDS = 2, 60  # between questions to the metadata server: 2 of the 30 that remain; and where nothing answers
+SECONDS, MOST_SECONDS = (
+    2,
+    60,
+)  # between questions to the metadata server: 2 of the 30 that remain; and where nothing answers
 TIMEOUT = 3  # seconds for an answer of the metadata server, as google-auth has it
 NOTICES = {  # key: (its value when the machine will be stopped, in words)
     'preempted': ('TRUE', 'Google Cloud takes this machine back'),
-    'maintenance-event': ('TERMINATE_ON_HOST_MAINTENANCE', 'Google Cloud stops this machine for maintenance'),
+    'maintenance-event': (
+        'TERMINATE_ON_HOST_MAINTENANCE',
+        'Google Cloud stops this machine for maintenance',
+    ),
 }
 END = 0  # no signal has this number
 
@@ -54,14 +61,18 @@ def watch(on_google_cloud=None):
     def tell(number, why):
         if not ended.is_set() and _note(stop, heard, number, why):
             once_more = '; once more stops at once' if number == signal.SIGINT else ''
-            with contextlib.suppress(OSError, ValueError):  # who read the output has gone: no reason to listen no more
+            with contextlib.suppress(
+                OSError, ValueError
+            ):  # who read the output has gone: no reason to listen no more
                 print(f'\n{why}: finishing the loop, then saving{once_more}', flush=True)
 
     with contextlib.ExitStack() as stack:
         if threading.current_thread() is threading.main_thread():
             stack.enter_context(_signals(stop, tell, ended))
         if _on_google_cloud() if on_google_cloud is None else on_google_cloud:
-            threading.Thread(target=_ask_google, args=(tell, ended), name='notices of Google Cloud', daemon=True).start()
+            threading.Thread(
+                target=_ask_google, args=(tell, ended), name='notices of Google Cloud', daemon=True
+            ).start()
         stack.callback(ended.set)  # the first thing at the end
         yield stop
 
@@ -93,14 +104,20 @@ def _signals(stop, tell, ended):
         reader = threading.Thread(target=_read, args=(reading, tell), name='signals', daemon=True)
         reader.start()
         stack.callback(_end, writing, reader)
-        stack.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(writing, warn_on_full_buffer=False))
-        os.register_at_fork(after_in_child=in_forked_process)  # for good, there is no way to take it back
+        stack.callback(
+            signal.set_wakeup_fd, signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+        )
+        os.register_at_fork(
+            after_in_child=in_forked_process
+        )  # for good, there is no way to take it back
         for number in (signal.SIGINT, signal.SIGTERM):
             usual = signal.getsignal(number)
             # A script without job control starts its background jobs with SIGINT ignored: Ctrl-C is meant for what is in front. Python leaves
             # it so, and so do we. (nohup ignores SIGHUP alone.)
             if usual != signal.SIG_IGN:
-                handled[number] = usual or signal.SIG_DFL  # None: a library's in C, which Python cannot put back
+                handled[number] = (
+                    usual or signal.SIG_DFL
+                )  # None: a library's in C, which Python cannot put back
                 signal.signal(number, cover)
                 stack.callback(signal.signal, number, handled[number])
         yield
@@ -110,7 +127,11 @@ def _note(stop, heard, number, why):
     """Sets `stop` if nothing has; `heard` is what came before by the same way. Returns whether this is the first."""
     if heard and number == signal.SIGINT:
         try:
-            print('stopped at once; the same command continues at the last checkpoint', file=sys.stderr, flush=True)
+            print(
+                'stopped at once; the same command continues at the last checkpoint',
+                file=sys.stderr,
+                flush=True,
+            )
         finally:
             os._exit(128 + signal.SIGINT)  # an exception would wait for TensorFlow
     first = not heard
@@ -151,12 +172,21 @@ def _on_google_cloud(environ=os.environ, root='/'):
 
 def _ask_google(tell, ended):
     """The thread of the notices: asks until one comes. What does not answer, or only with errors (Colab, a container), is asked less and less."""
-    open_url = urllib.request.build_opener(urllib.request.ProxyHandler({})).open  # no proxy: the server is the machine's own
-    host = os.environ.get('GCE_METADATA_HOST') or '169.254.169.254'  # metadata.google.internal, whose look-up has no time limit
+    open_url = urllib.request.build_opener(
+        urllib.request.ProxyHandler({})
+    ).open  # no proxy: the server is the machine's own
+    host = (
+        os.environ.get('GCE_METADATA_HOST') or '169.254.169.254'
+    )  # metadata.google.internal, whose look-up has no time limit
     pause, stood = SECONDS, None
     while not ended.is_set():
-        answers = {key: _answer(open_url, f'http://{host}/computeMetadata/v1/instance/{key}') for key in NOTICES}
-        stood = answers['maintenance-event'] if stood is None else stood  # of an earlier start, which left for it, up to an hour ago
+        answers = {
+            key: _answer(open_url, f'http://{host}/computeMetadata/v1/instance/{key}')
+            for key in NOTICES
+        }
+        stood = (
+            answers['maintenance-event'] if stood is None else stood
+        )  # of an earlier start, which left for it, up to an hour ago
         for key, (value, why) in NOTICES.items():
             if answers[key] == value and (key, value) != ('maintenance-event', stood):
                 return tell(signal.SIGTERM, why)
@@ -167,7 +197,13 @@ def _ask_google(tell, ended):
 def _answer(open_url, url):
     """What the metadata server says, or None."""
     try:
-        with open_url(urllib.request.Request(url, headers={'Metadata-Flavor': 'Google'}), timeout=TIMEOUT) as response:
+        with open_url(
+            urllib.request.Request(url, headers={'Metadata-Flavor': 'Google'}), timeout=TIMEOUT
+        ) as response:
             return response.read(100).decode(errors='replace').strip()
-    except (OSError, ValueError, http.client.HTTPException):  # ValueError: GCE_METADATA_HOST is no host
+    except (
+        OSError,
+        ValueError,
+        http.client.HTTPException,
+    ):  # ValueError: GCE_METADATA_HOST is no host
         return None

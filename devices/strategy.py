@@ -1,4 +1,5 @@
 """A tf.distribute strategy for whatever hardware is there."""
+
 import contextlib
 import json
 import os
@@ -30,16 +31,26 @@ def make_strategy(config):
     if wanted == 'multi_worker' or (wanted == 'auto' and workers > 1):
         return _multi_worker(workers)
     gpus = [gpu.name for gpu in tf.config.list_logical_devices('GPU')]
-    cpus = [cpu.name for cpu in tf.config.list_logical_devices('CPU')][:max(1, config.virtual_devices)]
-    devices, kind = (gpus, 'GPU') if gpus else (cpus, 'virtual CPU' if config.virtual_devices else 'CPU')
+    cpus = [cpu.name for cpu in tf.config.list_logical_devices('CPU')][
+        : max(1, config.virtual_devices)
+    ]
+    devices, kind = (
+        (gpus, 'GPU') if gpus else (cpus, 'virtual CPU' if config.virtual_devices else 'CPU')
+    )
     if wanted == 'mirrored' or (wanted == 'auto' and len(devices) > 1):
         if len(devices) < 2:
-            raise RunError(f"config.strategy='mirrored' needs several devices, but found {_found()}: "
-                           f'write --config.strategy=auto, or try it on a CPU with --config.virtual_devices=2')
+            raise RunError(
+                f"config.strategy='mirrored' needs several devices, but found {_found()}: "
+                f'write --config.strategy=auto, or try it on a CPU with --config.virtual_devices=2'
+            )
         # Of CPUs one adds up, in a fixed order: repeatable, and two strategies in one process do not meet in a collective.
         sums = None if gpus else tf.distribute.ReductionToOneDevice()
-        return tf.distribute.MirroredStrategy(devices, sums), f'MirroredStrategy on {len(devices)} {kind}s: {_reason(wanted, f"found {_found()}")}'
-    return tf.distribute.OneDeviceStrategy(devices[0]), f'OneDeviceStrategy on one {kind}: {_reason(wanted, f"found {_found()}")}'
+        return tf.distribute.MirroredStrategy(
+            devices, sums
+        ), f'MirroredStrategy on {len(devices)} {kind}s: {_reason(wanted, f"found {_found()}")}'
+    return tf.distribute.OneDeviceStrategy(
+        devices[0]
+    ), f'OneDeviceStrategy on one {kind}: {_reason(wanted, f"found {_found()}")}'
 
 
 def device_kind(strategy):
@@ -70,7 +81,11 @@ def make_agreement(strategy):
 
     @tf.function(autograph=False)
     def total(numbers):
-        sums = strategy.run(lambda: tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, tf.identity(numbers)))
+        sums = strategy.run(
+            lambda: tf.distribute.get_replica_context().all_reduce(
+                tf.distribute.ReduceOp.SUM, tf.identity(numbers)
+            )
+        )
         return strategy.experimental_local_results(sums)[0] / local_replicas
 
     return lambda numbers: total(tf.constant(numbers, tf.float64)).numpy().tolist()
@@ -79,7 +94,9 @@ def make_agreement(strategy):
 def resolve_precision(precision, kind):
     """The Keras dtype policy for `config.precision`: 'float32', 'float64', 'mixed_bfloat16' or 'mixed_float16'."""
     if precision == 'auto':
-        capable = kind == 'TPU' or (kind == 'GPU' and all(capability >= (8, 0) for capability in _compute_capabilities()))
+        capable = kind == 'TPU' or (
+            kind == 'GPU' and all(capability >= (8, 0) for capability in _compute_capabilities())
+        )
         precision = 'bfloat16' if capable else 'float32'
     return precision if precision in ('float32', 'float64') else f'mixed_{precision}'
 
@@ -90,20 +107,28 @@ def resolve_jit_compile(jit_compile, kind):
     Raises: ConfigError for jit_compile='true' on a TPU, whose TensorFlow builds have no XLA for the host.
     """
     if kind == 'TPU' and jit_compile == 'true':
-        raise ConfigError("config.jit_compile='true' on a TPU would compile for the host, which fails: a TPU's step is compiled anyway, write auto")
+        raise ConfigError(
+            "config.jit_compile='true' on a TPU would compile for the host, which fails: a TPU's step is compiled anyway, write auto"
+        )
     return kind == 'GPU' if jit_compile == 'auto' else jit_compile == 'true'
 
 
 def _split_cpu(count):
     if tf.config.list_physical_devices('GPU'):
-        raise ConfigError('config.virtual_devices is for CPUs only, and a GPU was found: set it to 0, or hide the GPU with CUDA_VISIBLE_DEVICES=-1')
+        raise ConfigError(
+            'config.virtual_devices is for CPUs only, and a GPU was found: set it to 0, or hide the GPU with CUDA_VISIBLE_DEVICES=-1'
+        )
     cpu = tf.config.list_physical_devices('CPU')[0]
     try:
-        tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * count)
+        tf.config.set_logical_device_configuration(
+            cpu, [tf.config.LogicalDeviceConfiguration()] * count
+        )
     except RuntimeError:
         if len(tf.config.list_logical_devices('CPU')) < count:
-            raise RunError(f'config.virtual_devices={count}, but TensorFlow has already started with fewer devices: '
-                           f'start a new process') from None
+            raise RunError(
+                f'config.virtual_devices={count}, but TensorFlow has already started with fewer devices: '
+                f'start a new process'
+            ) from None
 
 
 def _tpu(name, wanted):
@@ -113,36 +138,62 @@ def _tpu(name, wanted):
         tf.config.experimental_connect_to_cluster(resolver)
         tf.tpu.experimental.initialize_tpu_system(resolver)
         strategy = tf.distribute.TPUStrategy(resolver)
-    except Exception as error:  # TensorFlow raises ValueError, NotFoundError, InvalidArgumentError, ... here
+    except (
+        Exception
+    ) as error:  # TensorFlow raises ValueError, NotFoundError, InvalidArgumentError, ... here
         reason = one_line(error, 200)
-        raise RunError(f'the TPU {name!r} does not start ({type(error).__name__}: {reason}); found {_found()}: '
-                       f"install the TPU build with pip install '.[tpu]', end other processes that hold the TPU, "
-                       f'or write --config.strategy=one_device') from error
-    return strategy, f'TPUStrategy on {strategy.num_replicas_in_sync} cores: {_reason(wanted, "a TPU was found")}'
+        raise RunError(
+            f'the TPU {name!r} does not start ({type(error).__name__}: {reason}); found {_found()}: '
+            f"install the TPU build with pip install '.[tpu]', end other processes that hold the TPU, "
+            f'or write --config.strategy=one_device'
+        ) from error
+    return (
+        strategy,
+        f'TPUStrategy on {strategy.num_replicas_in_sync} cores: {_reason(wanted, "a TPU was found")}',
+    )
 
 
 def num_workers():
     """How many workers TF_CONFIG names; 0 without it. Raises RunError for one that cannot be read."""
     try:
         cluster = json.loads(os.environ.get('TF_CONFIG', '{}')).get('cluster', {})
-        return len(cluster.get('chief', [])) + len(cluster.get('worker', []))  # a chief is a worker that also writes
+        return len(cluster.get('chief', [])) + len(
+            cluster.get('worker', [])
+        )  # a chief is a worker that also writes
     except (ValueError, AttributeError) as error:
-        raise RunError(f'the environment variable TF_CONFIG is no JSON of a cluster ({error}): mend it or unset it') from None
+        raise RunError(
+            f'the environment variable TF_CONFIG is no JSON of a cluster ({error}): mend it or unset it'
+        ) from None
 
 
 def _multi_worker(workers):
     if workers < 1:
-        raise RunError("config.strategy='multi_worker' needs the environment variable TF_CONFIG with the addresses of all workers, "
-                       f'but it names none; found {_found()}')
-    os.environ.setdefault('GRPC_FAIL_FAST', 'use_caller')  # a worker that has gone is an error for the others, not something to wait for
+        raise RunError(
+            "config.strategy='multi_worker' needs the environment variable TF_CONFIG with the addresses of all workers, "
+            f'but it names none; found {_found()}'
+        )
+    os.environ.setdefault(
+        'GRPC_FAIL_FAST', 'use_caller'
+    )  # a worker that has gone is an error for the others, not something to wait for
     if workers > 1:
-        print(f'waiting for the other workers that TF_CONFIG names, {workers} in all', file=sys.stderr, flush=True)
+        print(
+            f'waiting for the other workers that TF_CONFIG names, {workers} in all',
+            file=sys.stderr,
+            flush=True,
+        )
     try:
         with _ended_by_signals():
             strategy = tf.distribute.MultiWorkerMirroredStrategy()
-    except Exception as error:  # ValueError for a wrong task, an OpError for an address that cannot be used
-        raise RunError(f'the environment variable TF_CONFIG does not work here ({one_line(error)}): mend it or unset it') from error
-    return strategy, f'MultiWorkerMirroredStrategy on {workers} workers, {strategy.num_replicas_in_sync} replicas: TF_CONFIG names them'
+    except (
+        Exception
+    ) as error:  # ValueError for a wrong task, an OpError for an address that cannot be used
+        raise RunError(
+            f'the environment variable TF_CONFIG does not work here ({one_line(error)}): mend it or unset it'
+        ) from error
+    return (
+        strategy,
+        f'MultiWorkerMirroredStrategy on {workers} workers, {strategy.num_replicas_in_sync} replicas: TF_CONFIG names them',
+    )
 
 
 @contextlib.contextmanager
@@ -154,7 +205,10 @@ def _ended_by_signals():
     """
     usual = {}
     if threading.current_thread() is threading.main_thread():
-        usual = {number: signal.getsignal(number) or signal.SIG_DFL for number in (signal.SIGINT, signal.SIGTERM)}
+        usual = {
+            number: signal.getsignal(number) or signal.SIG_DFL
+            for number in (signal.SIGINT, signal.SIGTERM)
+        }
     for number, handler in usual.items():
         if handler != signal.SIG_IGN:
             signal.signal(number, signal.SIG_DFL)
@@ -175,5 +229,8 @@ def _found():
 
 
 def _compute_capabilities():
-    details = [tf.config.experimental.get_device_details(gpu) for gpu in tf.config.list_physical_devices('GPU')]
+    details = [
+        tf.config.experimental.get_device_details(gpu)
+        for gpu in tf.config.list_physical_devices('GPU')
+    ]
     return [detail.get('compute_capability') or (0, 0) for detail in details]

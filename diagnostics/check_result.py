@@ -1,4 +1,5 @@
 """A line of the doctor's table: see diagnostics/check.py."""
+
 from typing import NamedTuple
 
 

@@ -1,14 +1,43 @@
 """What a compiled TPU program says of itself: the text that the compiler writes has its estimate of the cycles of each instruction,
 and of each tensor whether it lives in HBM or in the chip's own memory.
 """
+
 import dataclasses
 import math
 import re
 
-BYTES = {'pred': 1, 's8': 1, 'u8': 1, 'bf16': 2, 'f16': 2, 's16': 2, 'u16': 2, 'f32': 4, 's32': 4, 'u32': 4, 'f64': 8, 's64': 8, 'u64': 8}
+BYTES = {
+    'pred': 1,
+    's8': 1,
+    'u8': 1,
+    'bf16': 2,
+    'f16': 2,
+    's16': 2,
+    'u16': 2,
+    'f32': 4,
+    's32': 4,
+    'u32': 4,
+    'f64': 8,
+    's64': 8,
+    'u64': 8,
+}
 SHAPE = re.compile(rf'\b({"|".join(BYTES)})\[([\d,]*)\](\{{[^}}]*\}})?')
-INSTRUCTION = re.compile(r'\s*(?:ROOT )?%(?P<name>[\w.\-]+) = (?P<shape>.*?) (?P<kind>[a-z][\w\-]*)\((?P<rest>.*)$')
-NO_TRAFFIC = {'parameter', 'tuple', 'get-tuple-element', 'bitcast', 'constant', 'copy-done', 'slice-done', 'all-reduce-done', 'partition-id', 'replica-id', 'after-all'}
+INSTRUCTION = re.compile(
+    r'\s*(?:ROOT )?%(?P<name>[\w.\-]+) = (?P<shape>.*?) (?P<kind>[a-z][\w\-]*)\((?P<rest>.*)$'
+)
+NO_TRAFFIC = {
+    'parameter',
+    'tuple',
+    'get-tuple-element',
+    'bitcast',
+    'constant',
+    'copy-done',
+    'slice-done',
+    'all-reduce-done',
+    'partition-id',
+    'replica-id',
+    'after-all',
+}
 CHIPS_OWN = 'S(1)'  # the memory space of VMEM; without it a tensor lives in HBM
 
 
@@ -60,19 +89,28 @@ def read_program(answer, chip):
         compiler=answer['compiler'],
         seconds=answer['seconds'],
         flops=answer['flops'],
-        memory_bytes=memory['argument'] + memory['output'] - memory['alias'] + memory['temp'] + memory['generated_code'],
+        memory_bytes=memory['argument']
+        + memory['output']
+        - memory['alias']
+        + memory['temp']
+        + memory['generated_code'],
         memory_available=chip.hbm_bytes / chip.replicas,
         hbm_traffic=hbm_traffic(entry),
-        all_reduce_bytes=tuple(sum(map(tensor_bytes, SHAPE.finditer(line.partition(' all-reduce')[0])))
-                               for line in answer['text'].splitlines() if re.search(r' all-reduce(-start)?\(', line)),
-        instructions=tuple(sorted(instructions(entry), key=lambda instruction: -instruction.cycles)),
+        all_reduce_bytes=tuple(
+            sum(map(tensor_bytes, SHAPE.finditer(line.partition(' all-reduce')[0])))
+            for line in answer['text'].splitlines()
+            if re.search(r' all-reduce(-start)?\(', line)
+        ),
+        instructions=tuple(
+            sorted(instructions(entry), key=lambda instruction: -instruction.cycles)
+        ),
     )
 
 
 def entry_computation(text):
     """The lines of the computation that runs; what it calls is counted where it is called."""
     begin = text.index('\nENTRY ')
-    return text[begin:text.index('\n}', begin)].splitlines()[2:]
+    return text[begin : text.index('\n}', begin)].splitlines()[2:]
 
 
 def instructions(entry):
@@ -83,15 +121,33 @@ def instructions(entry):
             match, name = INSTRUCTION.match(line), re.search(r'op_name="([^"]*)"', line)
             layer, operation, backward = split_name(name[1] if name else '')
             first = SHAPE.search(match['shape'])
-            yield Instruction(int(cycles[1]), layer, operation or match['kind'], backward, f'{first[1]}[{first[2]}]' if first else '')
+            yield Instruction(
+                int(cycles[1]),
+                layer,
+                operation or match['kind'],
+                backward,
+                f'{first[1]}[{first[2]}]' if first else '',
+            )
 
 
 def split_name(name):
     """'gradient_tape/MODEL_1/BACKBONE_1/block1a_bn_1/moments/Sum' -> ('block1a_bn', 'moments/Sum', True). What Keras adds to a name that it has used is left out."""
     backward = 'gradient_tape' in name
-    parts = [re.sub(r'_[0-9]+$', '', part) for part in name.split('/') if part and not part.startswith('gradient_tape')]
-    known = [index for index, part in enumerate(parts[:-1]) if re.match(r'(block|conv|stem|top|normalization|rescaling|predictions|avg_pool)', part)]
-    return (parts[known[0]], '/'.join(parts[known[0] + 1:]), backward) if known else ('', '/'.join(parts[-2:]), backward)
+    parts = [
+        re.sub(r'_[0-9]+$', '', part)
+        for part in name.split('/')
+        if part and not part.startswith('gradient_tape')
+    ]
+    known = [
+        index
+        for index, part in enumerate(parts[:-1])
+        if re.match(r'(block|conv|stem|top|normalization|rescaling|predictions|avg_pool)', part)
+    ]
+    return (
+        (parts[known[0]], '/'.join(parts[known[0] + 1 :]), backward)
+        if known
+        else ('', '/'.join(parts[-2:]), backward)
+    )
 
 
 def hbm_traffic(entry):
@@ -104,17 +160,24 @@ def hbm_traffic(entry):
         parts = list(SHAPE.finditer(match['shape']))
         if match['kind'] == 'slice-start':  # ((source), slice, context): the slice moves
             total += tensor_bytes(parts[1])
-        elif match['kind'] == 'copy-start':  # (destination, source, context): it moves into or out of HBM
+        elif (
+            match['kind'] == 'copy-start'
+        ):  # (destination, source, context): it moves into or out of HBM
             total += max(in_hbm(part[0]) for part in parts[:2])
         else:
             operands = re.findall(r'%([\w.\-]+)', match['rest'].split('), ')[0])
-            total += sum(in_hbm(shape) for shape in (match['shape'], *(shapes.get(operand, '') for operand in operands)))
+            total += sum(
+                in_hbm(shape)
+                for shape in (match['shape'], *(shapes.get(operand, '') for operand in operands))
+            )
     return total
 
 
 def in_hbm(shape):
     """Bytes of the tensors of a shape that live in HBM."""
-    return sum(tensor_bytes(part) for part in SHAPE.finditer(shape) if CHIPS_OWN not in (part[3] or ''))
+    return sum(
+        tensor_bytes(part) for part in SHAPE.finditer(shape) if CHIPS_OWN not in (part[3] or '')
+    )
 
 
 def tensor_bytes(part):

@@ -2,6 +2,7 @@
 
 TensorFlow asks libtpu for some 210 C functions by name when it is imported on a TPU host, and ends where one is missing.
 """
+
 import mmap
 import os
 import re
@@ -10,7 +11,9 @@ from elftools.common.exceptions import ELFError
 from elftools.elf.elffile import ELFFile
 
 # TpuExecutor_Init, TfTpu_Initialize, ConfigureDistributedTpuOp_DoWork, HardwareLayout_ShapeSize, ... as a string of its own.
-FUNCTION = re.compile(rb'(?<=\0)((?:[A-Za-z]*T(?:pu|PU)[A-Za-z]*|SparseCore|HardwareLayout)_[A-Z][a-z][A-Za-z0-9]*)(?=\0)')
+FUNCTION = re.compile(
+    rb'(?<=\0)((?:[A-Za-z]*T(?:pu|PU)[A-Za-z]*|SparseCore|HardwareLayout)_[A-Z][a-z][A-Za-z0-9]*)(?=\0)'
+)
 
 
 def functions_needed(tensorflow_folder):
@@ -20,7 +23,9 @@ def functions_needed(tensorflow_folder):
         return set()
     with open(path, 'rb') as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as content:
         try:
-            constants = ELFFile(file).get_section_by_name('.rodata')  # a tenth of the file: the doctor is waiting
+            constants = ELFFile(file).get_section_by_name(
+                '.rodata'
+            )  # a tenth of the file: the doctor is waiting
             begin, end = constants['sh_offset'], constants['sh_offset'] + constants['sh_size']
         except ELFError:
             begin, end = 0, len(content)

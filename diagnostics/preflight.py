@@ -1,4 +1,5 @@
 """What the TPU compiler says of a config, on a machine without a TPU: whether it compiles and fits, and how fast it may be. Trains nothing."""
+
 import dataclasses
 import glob
 import inspect
@@ -43,29 +44,46 @@ def run(config, workdir, topology, largest_batch=False):
     topology = Topology.parse(topology)
     resolve_jit_compile(config.jit_compile, 'TPU')
     data = known_data(config)
-    print(f'preflight for {topology}: {topology.num_chips} chip{"s" * (topology.num_chips > 1)}, {topology.num_replicas} replica{"s" * (topology.num_replicas > 1)}; '
-          'compiling takes minutes', flush=True)
-    plan = planning.make_plan(config, data.num_train, data.num_eval, data.num_classes, topology.num_replicas)
+    print(
+        f'preflight for {topology}: {topology.num_chips} chip{"s" * (topology.num_chips > 1)}, {topology.num_replicas} replica{"s" * (topology.num_replicas > 1)}; '
+        'compiling takes minutes',
+        flush=True,
+    )
+    plan = planning.make_plan(
+        config, data.num_train, data.num_eval, data.num_classes, topology.num_replicas
+    )
     print(plan.describe(), flush=True)
     try:
         flights = fly(config, plan, topology)
     except DoesNotFit as error:
-        key, what = ('eval_batch_size', 'batch of the evaluation') if isinstance(error, EvaluationDoesNotFit) else ('batch_size', 'batch')
-        raise RunError(f'{config[key]:,} pictures in a {what} do not fit into {topology}: a replica needs {error}. '
-                       f'{batch_that_fits(config, data, topology, error, key)}') from None
+        key, what = (
+            ('eval_batch_size', 'batch of the evaluation')
+            if isinstance(error, EvaluationDoesNotFit)
+            else ('batch_size', 'batch')
+        )
+        raise RunError(
+            f'{config[key]:,} pictures in a {what} do not fit into {topology}: a replica needs {error}. '
+            f'{batch_that_fits(config, data, topology, error, key)}'
+        ) from None
     print(describe(flights, topology))
     if largest_batch:
         print('searching the largest batch, by compiling others', flush=True)
-        per_replica, program = search_largest(config, data, topology, max(flights[:-1], key=lambda flight: flight.image_size))
-        print(f'largest   {per_replica:,} pictures on a replica, --config.batch_size={per_replica * topology.num_replicas}: '
-              f'{program.memory_bytes / GIB:.2f} of {program.memory_available / GIB:g} GiB')
+        per_replica, program = search_largest(
+            config, data, topology, max(flights[:-1], key=lambda flight: flight.image_size)
+        )
+        print(
+            f'largest   {per_replica:,} pictures on a replica, --config.batch_size={per_replica * topology.num_replicas}: '
+            f'{program.memory_bytes / GIB:.2f} of {program.memory_available / GIB:g} GiB'
+        )
 
 
 def known_data(config):
     """The inputs.dataset_status.Presence of the data set; it need not be prepared. Raises RunError if nothing says how many examples it has."""
     data = dataset_status.look(config.dataset)
     if data.num_train is None:
-        raise RunError(f'how many examples {config.dataset.name} has is known when it is prepared: see --mode=check for the command')
+        raise RunError(
+            f'how many examples {config.dataset.name} has is known when it is prepared: see --mode=check for the command'
+        )
     return data
 
 
@@ -77,46 +95,105 @@ def fly(config, plan, topology):
     flights, begin = [], 0
     for end, stage in planning.stages(config, plan):
         program = compile_training(stage, plan, topology)
-        flights.append(Flight('training', plan.batch_size // plan.num_replicas, stage.image_size, end - begin, program))
+        flights.append(
+            Flight(
+                'training',
+                plan.batch_size // plan.num_replicas,
+                stage.image_size,
+                end - begin,
+                program,
+            )
+        )
         begin = end
-    batches = math.ceil(plan.eval_examples / plan.eval_batch_size) * math.ceil(plan.total_steps / plan.eval_every)
+    batches = math.ceil(plan.eval_examples / plan.eval_batch_size) * math.ceil(
+        plan.total_steps / plan.eval_every
+    )
     try:
         program = compile_evaluation(config, plan, topology)
     except DoesNotFit as error:
         raise EvaluationDoesNotFit(error.needed, error.available) from None
-    flights.append(Flight('evaluation', plan.eval_batch_size // plan.num_replicas, config.image_size, batches, program))
+    flights.append(
+        Flight(
+            'evaluation',
+            plan.eval_batch_size // plan.num_replicas,
+            config.image_size,
+            batches,
+            program,
+        )
+    )
     return flights
 
 
 def compile_training(config, plan, topology):
     """The Program of the training step that `train` runs, with its sums over all replicas."""
-    return compile_program(lambda: lower_training(config, plan, topology), topology, 'training', *description(config, plan))
+    return compile_program(
+        lambda: lower_training(config, plan, topology),
+        topology,
+        'training',
+        *description(config, plan),
+    )
 
 
 def compile_evaluation(config, plan, topology):
     """The Program of the evaluation step."""
-    return compile_program(lambda: lower_evaluation(config, plan, topology), topology, 'evaluation', *description(config, plan))
+    return compile_program(
+        lambda: lower_evaluation(config, plan, topology),
+        topology,
+        'evaluation',
+        *description(config, plan),
+    )
 
 
 def lower_training(config, plan, topology):
     strategy, state, teacher = build(config, plan, topology)
-    train_step = steps.make_train_step(state, config, augment.on_device(config.augment, plan.num_classes), num_classes=plan.num_classes,
-                                       num_replicas=plan.num_replicas, jit_compile=False, on_tpu=True, teacher=teacher)
-    batch, drawn = plan.batch_size // plan.num_replicas, augment.draws(config.augment, tf.constant([0, 1], tf.int64))
-    return lower(strategy, train_step, (*pictures(batch, config.image_size), {name: tf.TensorSpec((batch, *value.shape), value.dtype) for name, value in drawn.items()}))
+    train_step = steps.make_train_step(
+        state,
+        config,
+        augment.on_device(config.augment, plan.num_classes),
+        num_classes=plan.num_classes,
+        num_replicas=plan.num_replicas,
+        jit_compile=False,
+        on_tpu=True,
+        teacher=teacher,
+    )
+    batch, drawn = (
+        plan.batch_size // plan.num_replicas,
+        augment.draws(config.augment, tf.constant([0, 1], tf.int64)),
+    )
+    return lower(
+        strategy,
+        train_step,
+        (
+            *pictures(batch, config.image_size),
+            {
+                name: tf.TensorSpec((batch, *value.shape), value.dtype)
+                for name, value in drawn.items()
+            },
+        ),
+    )
 
 
 def lower_evaluation(config, plan, topology):
     strategy, state, _ = build(config, plan, topology)
     batch = plan.eval_batch_size // plan.num_replicas
-    return lower(strategy, steps.make_eval_step(state, num_classes=plan.num_classes), (*pictures(batch, config.image_size), tf.TensorSpec((batch,), tf.float32)))
+    return lower(
+        strategy,
+        steps.make_eval_step(state, num_classes=plan.num_classes),
+        (*pictures(batch, config.image_size), tf.TensorSpec((batch,), tf.float32)),
+    )
 
 
 def description(config, plan):
     """What a program follows from: config, plan, and the code that makes it."""
     code = ''.join(map(inspect.getsource, (build, pictures, lower_training, lower_evaluation)))
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    for pattern in ('modeling/*.py', 'inputs/augment.py', 'experiment/session.py', 'schedules.py', 'devices/lowering.py'):
+    for pattern in (
+        'modeling/*.py',
+        'inputs/augment.py',
+        'experiment/session.py',
+        'schedules.py',
+        'devices/lowering.py',
+    ):
         for path in sorted(glob.glob(os.path.join(root, pattern))):
             with open(path) as file:
                 code += file.read()
@@ -131,7 +208,9 @@ def build(config, plan, topology):
     strategy = OneOfMany(topology.num_replicas)
     with strategy.scope():
         state = build_state(models.build_model(config, plan.num_classes), config, plan, policy)
-        teacher, _ = distillation.make_teacher(config, known_data(config).class_names, pretrained=False)
+        teacher, _ = distillation.make_teacher(
+            config, known_data(config).class_names, pretrained=False
+        )
     return strategy, state, teacher
 
 
@@ -150,7 +229,11 @@ def batch_that_fits(config, data, topology, error, key):
         try:
             program = compile_with_batch(config, data, topology, per_replica, key)
             fits = f'--config.{key}={per_replica * topology.num_replicas} does, with {program.memory_bytes / GIB:.2f} GiB'
-            return fits if key == 'eval_batch_size' else f'{fits}; lower schedule.peak_lr with it, or keep the batch and write --config.accumulate_steps=N'
+            return (
+                fits
+                if key == 'eval_batch_size'
+                else f'{fits}; lower schedule.peak_lr with it, or keep the batch and write --config.accumulate_steps=N'
+            )
         except DoesNotFit as again:
             error = again
     return 'Nor does the smallest batch: take smaller pictures or a smaller model'
@@ -161,27 +244,41 @@ def search_largest(config, data, topology, flight):
     unit = math.lcm(MULTIPLE, shares(config))
     fits, program, too_many = flight.batch, flight.program, None
     while too_many is None or too_many - fits > max(unit, CLOSE * too_many):
-        growth = program.memory_available / program.memory_bytes  # what is kept for each picture outweighs what is not, so this is below the limit at first
+        growth = (
+            program.memory_available / program.memory_bytes
+        )  # what is kept for each picture outweighs what is not, so this is below the limit at first
         tried = int(fits * max(1.1, growth)) if too_many is None else (fits + too_many) // 2
         tried = (max(fits + unit, tried)) // unit * unit
         try:
             program, fits = compile_with_batch(config, data, topology, tried, 'batch_size'), tried
-        except (DoesNotFit, ConfigError) as error:  # or the config has no such batch: there are too few examples, say
+        except (
+            DoesNotFit,
+            ConfigError,
+        ) as error:  # or the config has no such batch: there are too few examples, say
             too_many, reason = tried, 'do not fit' if isinstance(error, DoesNotFit) else str(error)
-        print(f'          {tried:,} pictures on a replica: {"fit" if fits == tried else reason}', flush=True)
+        print(
+            f'          {tried:,} pictures on a replica: {"fit" if fits == tried else reason}',
+            flush=True,
+        )
     return fits, program
 
 
 def shares(config):
     """Of what the examples of a replica have to be a multiple."""
-    return math.lcm(config.accumulate_steps, config.augment.repeats, 2 if config.augment.mixup or config.augment.cutmix else 1)
+    return math.lcm(
+        config.accumulate_steps,
+        config.augment.repeats,
+        2 if config.augment.mixup or config.augment.cutmix else 1,
+    )
 
 
 def compile_with_batch(config, data, topology, per_replica, key):
     """The Program of the training step, in its largest stage, or of the evaluation, with another batch."""
     config = config.copy_and_resolve_references()
     config[key] = per_replica * topology.num_replicas
-    plan = planning.make_plan(config, data.num_train, data.num_eval, data.num_classes, topology.num_replicas)
+    plan = planning.make_plan(
+        config, data.num_train, data.num_eval, data.num_classes, topology.num_replicas
+    )
     if key == 'eval_batch_size':
         return compile_evaluation(config, plan, topology)
     return compile_training(planning.stages(config, plan)[-1][1], plan, topology)
@@ -221,35 +318,66 @@ def describe(flights, topology):
         '': [flight.name for flight in flights],
         'pictures': [f'{flight.batch:,} of {flight.image_size} px' for flight in flights],
         'compiles': [f'yes, {column["compile_seconds"]:.0f} s' for column in columns],
-        'memory of a replica': [f'{column["memory_gib"]:.3g} of {column["memory_available_gib"]:g} GiB' for column in columns],
-        'sums over replicas': [f'{column["all_reduces"]} of {column["all_reduce_mb"]:.3g} MB' if column['all_reduces'] else 'none' for column in columns],
+        'memory of a replica': [
+            f'{column["memory_gib"]:.3g} of {column["memory_available_gib"]:g} GiB'
+            for column in columns
+        ],
+        'sums over replicas': [
+            f'{column["all_reduces"]} of {column["all_reduce_mb"]:.3g} MB'
+            if column['all_reduces']
+            else 'none'
+            for column in columns
+        ],
         'estimated cycles': [f'{column["estimated_cycles"] / 1e6:.3g} M' for column in columns],
         'HBM traffic a picture': [f'{column["hbm_mb_per_image"]:.3g} MB' for column in columns],
         'operations a picture': [f'{column["gflop_per_image"]:.3g} GFLOP' for column in columns],
     }
     for bound in columns[0]['images_per_second_per_chip']:
-        rows[f'images/s a chip, {bound}'] = [f'{column["images_per_second_per_chip"][bound]:,.0f}{" <- binds" if column["binds"] == bound else ""}' for column in columns]
-    rows["share of the matrix unit's peak"] = [f'{column["share_of_peak"]:.1%}' for column in columns]
+        rows[f'images/s a chip, {bound}'] = [
+            f'{column["images_per_second_per_chip"][bound]:,.0f}{" <- binds" if column["binds"] == bound else ""}'
+            for column in columns
+        ]
+    rows["share of the matrix unit's peak"] = [
+        f'{column["share_of_peak"]:.1%}' for column in columns
+    ]
     rows['time of the whole run'] = [duration(column['hours']) for column in columns]
-    widths = [max(map(len, rows))] + [max(len(row[index]) for row in rows.values()) for index in range(len(flights))]
-    lines = ['  '.join(cell.ljust(width) for cell, width in zip((name, *row), widths)).rstrip() for name, row in rows.items()]
+    widths = [max(map(len, rows))] + [
+        max(len(row[index]) for row in rows.values()) for index in range(len(flights))
+    ]
+    lines = [
+        '  '.join(cell.ljust(width) for cell, width in zip((name, *row), widths)).rstrip()
+        for name, row in rows.items()
+    ]
     hours = sum(column['hours'] for column in columns)
     largest = max(flights[:-1], key=lambda flight: flight.image_size)
-    return os.linesep.join((
-        '', *lines, '',
-        f'{duration(hours)}, {hours * topology.num_chips:.3g} chip-hours: what the compiler ({flights[0].program.compiler}) estimates at {topology.chip.clock / 1e9:g} GHz.',
-        'Nothing ran on a TPU; the time that all-reduces, the host and reading pictures take is not in it.', '',
-        f'the {MOST_EXPENSIVE} most expensive instructions of the training step, of {len(largest.program.instructions)}:',
-        *expensive(largest.program),
-    ))
+    return os.linesep.join(
+        (
+            '',
+            *lines,
+            '',
+            f'{duration(hours)}, {hours * topology.num_chips:.3g} chip-hours: what the compiler ({flights[0].program.compiler}) estimates at {topology.chip.clock / 1e9:g} GHz.',
+            'Nothing ran on a TPU; the time that all-reduces, the host and reading pictures take is not in it.',
+            '',
+            f'the {MOST_EXPENSIVE} most expensive instructions of the training step, of {len(largest.program.instructions)}:',
+            *expensive(largest.program),
+        )
+    )
 
 
 def duration(hours):
-    return f'{hours:.3g} hours' if hours >= 1 else f'{60 * hours:.3g} minutes' if hours >= 1 / 60 else f'{3600 * hours:.3g} seconds'
+    return (
+        f'{hours:.3g} hours'
+        if hours >= 1
+        else f'{60 * hours:.3g} minutes'
+        if hours >= 1 / 60
+        else f'{3600 * hours:.3g} seconds'
+    )
 
 
 def expensive(program):
     for instruction in program.instructions[:MOST_EXPENSIVE]:
         way = 'backward' if instruction.backward else 'forward' if instruction.layer else '-'
-        yield (f'{instruction.cycles / program.cycles:6.1%}  {instruction.cycles:>11,}  {way:8}  {instruction.layer or "-":24}  '
-               f'{instruction.operation:50}  {instruction.shape}')
+        yield (
+            f'{instruction.cycles / program.cycles:6.1%}  {instruction.cycles:>11,}  {way:8}  {instruction.layer or "-":24}  '
+            f'{instruction.operation:50}  {instruction.shape}'
+        )

@@ -1,4 +1,5 @@
 """What training will see, without training: batches as the model gets them, and the learning rate of the whole run."""
+
 import os
 
 import numpy as np
@@ -22,7 +23,13 @@ def run(config, workdir, step=None):
     """
     strategy, _ = make_strategy(config)
     source = datasets.load(config.dataset)
-    plan = planning.make_plan(config, source.num_train, source.num_eval, len(source.class_names), strategy.num_replicas_in_sync)
+    plan = planning.make_plan(
+        config,
+        source.num_train,
+        source.num_eval,
+        len(source.class_names),
+        strategy.num_replicas_in_sync,
+    )
     print(plan.describe(), planning.describe_stages(config, plan), sep='\n', flush=True)
     skipped = os.path.join(workdir, SKIPPED)
     if step is None and storage.exists(skipped):
@@ -30,12 +37,18 @@ def run(config, workdir, step=None):
         step = found['first_update']
         # As the run was: before, batches may have had another size.
         plan = planning.moved(plan, planning.Ahead(*found.get('ahead', ())))
-        print(f'update {step:,} and those after it were skipped: their loss or gradient was not finite')
+        print(
+            f'update {step:,} and those after it were skipped: their loss or gradient was not finite'
+        )
     if step is not None and not 0 <= step < plan.total_steps:
-        raise ConfigError(f'--step={step} is no update of this run: it has 0 to {plan.total_steps - 1:,}')
+        raise ConfigError(
+            f'--step={step} is no update of this run: it has 0 to {plan.total_steps - 1:,}'
+        )
     folder = os.path.join(workdir, 'preview')
     path = os.path.join(folder, 'learning_rate.png')
-    plots.plot_learning_rate(path, *planning.planned_rates(config, plan), [], plan.warmup_steps, plan.hold_steps)
+    plots.plot_learning_rate(
+        path, *planning.planned_rates(config, plan), [], plan.warmup_steps, plan.hold_steps
+    )
     print(path)
     begin = 0
     for end, stage in planning.stages(config, plan):
@@ -45,7 +58,12 @@ def run(config, workdir, step=None):
             path = os.path.join(folder, f'batch_{drawn}.png')
             shown = min(len(images), MOST_PICTURES)
             title = f'{shown} of the {len(images)} pictures of update {drawn:,}, {stage.image_size} x {stage.image_size} pixels'
-            plots.plot_batch(path, images[:shown], [caption(label, source.class_names) for label in labels[:shown]], title)
+            plots.plot_batch(
+                path,
+                images[:shown],
+                [caption(label, source.class_names) for label in labels[:shown]],
+                title,
+            )
             print(path)
         begin = end
 
@@ -54,9 +72,13 @@ def batch_of(config, source, plan, strategy, step):
     """One global batch as the model gets it: images float32 [batch, size, size, 3] in 0..255, labels float32 [batch, classes]."""
     change = augment.on_device(config.augment, plan.num_classes)
     parts = []
-    for _, batch in zip(range(1), pipeline.training_batches(source, config, plan, step, step + 1, strategy)):
+    for _, batch in zip(
+        range(1), pipeline.training_batches(source, config, plan, step, step + 1, strategy)
+    ):
         columns = [strategy.experimental_local_results(column) for column in tf.nest.flatten(batch)]
-        parts = [change(*tf.nest.pack_sequence_as(batch, list(replica))) for replica in zip(*columns)]
+        parts = [
+            change(*tf.nest.pack_sequence_as(batch, list(replica))) for replica in zip(*columns)
+        ]
     return tuple(np.concatenate([tensor.numpy() for tensor in tensors]) for tensors in zip(*parts))
 
 

@@ -1,6 +1,7 @@
 """What the doctor can find out with TensorFlow alone: devices, data set, plan, model, checkpoints. It runs in a process of its own,
 because TensorFlow can end or hang the process that imports it.
 """
+
 import math
 import os
 import re
@@ -12,7 +13,9 @@ from diagnostics.check_result import fail, ok, warn
 
 GIB = 2**30
 BATCHES = 3  # of decoded pictures on the host: one that is filled, one that waits, one that is used
-LEFT_FOR_THE_MODEL = 1.5 * GIB  # of host memory, beside what is read ahead: TensorFlow with a loaded model takes about as much
+LEFT_FOR_THE_MODEL = (
+    1.5 * GIB
+)  # of host memory, beside what is read ahead: TensorFlow with a loaded model takes about as much
 
 
 def examine(say, hear):
@@ -24,8 +27,16 @@ def examine(say, hear):
     import tensorflow as tf
 
     built = tf.sysconfig.get_build_info()
-    say({'imported': {'version': tf.__version__, 'gpus': [device.name for device in tf.config.list_physical_devices('GPU')],
-                      'cuda': built.get('cuda_version', ''), 'cudnn': built.get('cudnn_version', '')}})
+    say(
+        {
+            'imported': {
+                'version': tf.__version__,
+                'gpus': [device.name for device in tf.config.list_physical_devices('GPU')],
+                'cuda': built.get('cuda_version', ''),
+                'cudnn': built.get('cudnn_version', ''),
+            }
+        }
+    )
     from ml_collections import ConfigDict
 
     from common.errors import ConfigError, UserError, one_line
@@ -45,7 +56,15 @@ def examine(say, hear):
     except UserError as error:  # of something that the rest needs
         say({'finding': of_error('config', error)})
     except Exception as error:
-        say({'finding': fail('config', f'{type(error).__name__}: {one_line(error)}', 'the same command without --mode=check and with --verbosity=1 shows where')})
+        say(
+            {
+                'finding': fail(
+                    'config',
+                    f'{type(error).__name__}: {one_line(error)}',
+                    'the same command without --mode=check and with --verbosity=1 shows where',
+                )
+            }
+        )
     say({'done': True})
 
 
@@ -90,7 +109,9 @@ def strategy_finding(config):
     if config.strategy == 'multi_worker' or config.strategy == 'auto' and workers > 1:
         import tensorflow as tf
 
-        return ok('strategy', f'MultiWorkerMirroredStrategy on {workers} workers: TF_CONFIG names them'), workers * max(1, len(tf.config.list_physical_devices('GPU')))
+        return ok(
+            'strategy', f'MultiWorkerMirroredStrategy on {workers} workers: TF_CONFIG names them'
+        ), workers * max(1, len(tf.config.list_physical_devices('GPU')))
     try:
         strategy, reason = make_strategy(config)
     except UserError as error:
@@ -114,22 +135,47 @@ def tpu_compile_finding(config):
 def data_finding(config, data):
     """Whether the data set is there, and if not how to get it."""
     name = config.dataset.name
-    program = os.path.join(os.path.dirname(python_command()), 'tfds')  # TFDS's own, beside this Python
+    program = os.path.join(
+        os.path.dirname(python_command()), 'tfds'
+    )  # TFDS's own, beside this Python
     above = os.path.expanduser(config.dataset.data_dir) or data.place.split(f'/{name}/')[0]
     get = f'{program if os.path.exists(program) else "tfds"} build {name} --data_dir={shlex.quote(above)}   # or let the first start do it'
     if data.state == 'here':
         return ok('data set', f'{name} in {data.place}')
     in_the_way = machine.nearest(data.place) if '://' not in data.place else ''
     if in_the_way and not (os.path.isdir(in_the_way) and os.access(in_the_way, os.W_OK)):
-        return fail('data set', f'{name} is not prepared, and {in_the_way} is no folder that can be written to', '--config.dataset.data_dir=DIR, or export TFDS_DATA_DIR=DIR')
+        return fail(
+            'data set',
+            f'{name} is not prepared, and {in_the_way} is no folder that can be written to',
+            '--config.dataset.data_dir=DIR, or export TFDS_DATA_DIR=DIR',
+        )
     if data.state == 'made':
-        return ok('data set', f'{name}: made at the first start from what scikit-learn brings, in {data.place}')
+        return ok(
+            'data set',
+            f'{name}: made at the first start from what scikit-learn brings, in {data.place}',
+        )
     if data.state == 'downloaded':
-        size = f'at most {machine.gib(data.num_bytes)}' if data.num_bytes else 'a size that TFDS does not know'
-        return warn('data set', f'{name} is not in {data.place}: the first start downloads {size} and prepares it', get)
+        size = (
+            f'at most {machine.gib(data.num_bytes)}'
+            if data.num_bytes
+            else 'a size that TFDS does not know'
+        )
+        return warn(
+            'data set',
+            f'{name} is not in {data.place}: the first start downloads {size} and prepares it',
+            get,
+        )
     if data.state == 'unpacked':
-        return warn('data set', f'{name} is not prepared in {data.place}, but its archives are here: the first start unpacks them, which takes hours', get)
-    return fail('data set', f'{name} is not prepared in {data.place}, and its archives are not here', f'{data.how}  Or name a folder that has it: --config.dataset.data_dir=DIR')
+        return warn(
+            'data set',
+            f'{name} is not prepared in {data.place}, but its archives are here: the first start unpacks them, which takes hours',
+            get,
+        )
+    return fail(
+        'data set',
+        f'{name} is not prepared in {data.place}, and its archives are not here',
+        f'{data.how}  Or name a folder that has it: --config.dataset.data_dir=DIR',
+    )
 
 
 def memory_finding(config, data, root='/'):
@@ -145,13 +191,25 @@ def memory_finding(config, data, root='/'):
     found = f'{machine.gib(free)} free on {where}; {machine.gib(need)} for pictures that are read ahead, {machine.gib(batches)} for batches'
     if batches > free:
         fits = max(1, config[key] // 2 ** math.ceil(math.log2(2 * batches / free)))
-        return fail('memory', f'{found}: one of {config[key]:,} pictures takes {machine.gib(batch)}', f'--config.{key}={fits}')
+        return fail(
+            'memory',
+            f'{found}: one of {config[key]:,} pictures takes {machine.gib(batch)}',
+            f'--config.{key}={fits}',
+        )
     need += batches
     smaller = f'--config.dataset.memory_gib={max(0.01, free / 2 / GIB):.2g}'
     if need > free:
-        return fail('memory', f'{found} (config.dataset.memory_gib={config.dataset.memory_gib:g})', smaller)
+        return fail(
+            'memory', f'{found} (config.dataset.memory_gib={config.dataset.memory_gib:g})', smaller
+        )
     if need + LEFT_FOR_THE_MODEL > free:
-        return warn('memory', f'{found}, which leaves little for the model', smaller if need > LEFT_FOR_THE_MODEL else 'end other programs, or take a larger machine')
+        return warn(
+            'memory',
+            f'{found}, which leaves little for the model',
+            smaller
+            if need > LEFT_FOR_THE_MODEL
+            else 'end other programs, or take a larger machine',
+        )
     return ok('memory', found)
 
 
@@ -162,15 +220,26 @@ def plan_findings(config, data, replicas):
 
     known = data.num_train is not None
     try:
-        plan = planning.make_plan(config, data.num_train if known else 2**20, data.num_eval if known else 2**10, data.num_classes, replicas)
+        plan = planning.make_plan(
+            config,
+            data.num_train if known else 2**20,
+            data.num_eval if known else 2**10,
+            data.num_classes,
+            replicas,
+        )
     except ConfigError as error:
         yield of_error('config', error)
         return None
     if known:
-        for line in filter(None, (*plan.describe().splitlines(), planning.describe_stages(config, plan))):
+        for line in filter(
+            None, (*plan.describe().splitlines(), planning.describe_stages(config, plan))
+        ):
             yield ok(*line.split(None, 1))
     else:
-        yield ok('steps', f'{config.train_for} in batches of {config.batch_size:,}; the number of steps is known when the data set is prepared')
+        yield ok(
+            'steps',
+            f'{config.train_for} in batches of {config.batch_size:,}; the number of steps is known when the data set is prepared',
+        )
     return plan
 
 
@@ -192,23 +261,45 @@ def model_findings(config, workdir, data, plan):
         with tf.device('CPU:0'):
             model = models.build_model(config, data.num_classes)
             state = build_state(model, config, plan, policy)
-            cost = forward_multiply_adds(lambda images: model(images, training=False), config.image_size)
+            cost = forward_multiply_adds(
+                lambda images: model(images, training=False), config.image_size
+            )
             if config.model.weights and not resume.begun(workdir):  # a run that goes on has its own
                 yield weights_finding(config, model)
-            teacher, teacher_name = distillation.make_teacher(config, data.class_names, pretrained=False)  # nothing is downloaded here
+            teacher, teacher_name = distillation.make_teacher(
+                config, data.class_names, pretrained=False
+            )  # nothing is downloaded here
             teacher_cost = forward_multiply_adds(teacher, config.image_size) if teacher else 0
     except UserError as error:
         yield of_error('model', error)
         return 0
-    checkpoint_bytes = sum(math.prod(variable.shape) * variable.dtype.size for part in state.variables().values() for variable in part)
+    checkpoint_bytes = sum(
+        math.prod(variable.shape) * variable.dtype.size
+        for part in state.variables().values()
+        for variable in part
+    )
     trained = sum(math.prod(variable.shape) for variable in model.trainable_variables)
-    yield ok('model', f'{config.model.name} with {config.optimizer.name}: {model.count_params():,} parameters, {trained:,} of them trained; '
-             f'a checkpoint is {machine.gib(checkpoint_bytes)}')
-    whole_run = f', and the whole run {2 * (3 * cost + teacher_cost) * plan.total_steps * plan.batch_size:.2g} FLOP' if data.num_train else ''
+    yield ok(
+        'model',
+        f'{config.model.name} with {config.optimizer.name}: {model.count_params():,} parameters, {trained:,} of them trained; '
+        f'a checkpoint is {machine.gib(checkpoint_bytes)}',
+    )
+    whole_run = (
+        f', and the whole run {2 * (3 * cost + teacher_cost) * plan.total_steps * plan.batch_size:.2g} FLOP'
+        if data.num_train
+        else ''
+    )
     to_train = f'about three times that{f", and {in_words(teacher_cost)} of the teacher" if teacher else ""}'
-    yield ok('cost', f'{in_words(cost)} for a picture of {config.image_size} pixels; to train on it takes {to_train}{whole_run}')
+    yield ok(
+        'cost',
+        f'{in_words(cost)} for a picture of {config.image_size} pixels; to train on it takes {to_train}{whole_run}',
+    )
     if teacher:
-        yield pretrained_finding('teacher', teacher_name) if teacher_name.endswith('(imagenet)') else ok('teacher', teacher_name)
+        yield (
+            pretrained_finding('teacher', teacher_name)
+            if teacher_name.endswith('(imagenet)')
+            else ok('teacher', teacher_name)
+        )
     return checkpoint_bytes
 
 
@@ -240,28 +331,50 @@ def forward_multiply_adds(network, image_size):
     import tensorflow as tf
     from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
 
-    forward = tf.function(network, autograph=False).get_concrete_function(tf.TensorSpec([1, image_size, image_size, 3]))
-    graph = convert_variables_to_constants_v2(forward).graph  # with what functions, such as a SavedModel's, call
+    forward = tf.function(network, autograph=False).get_concrete_function(
+        tf.TensorSpec([1, image_size, image_size, 3])
+    )
+    graph = convert_variables_to_constants_v2(
+        forward
+    ).graph  # with what functions, such as a SavedModel's, call
     profiler = tf.compat.v1.profiler
-    options = profiler.ProfileOptionBuilder(profiler.ProfileOptionBuilder.float_operation()).with_empty_output().build()
+    options = (
+        profiler.ProfileOptionBuilder(profiler.ProfileOptionBuilder.float_operation())
+        .with_empty_output()
+        .build()
+    )
     return profiler.profile(graph, options=options).total_float_ops / 2
 
 
 def disk_finding(config, workdir, data, checkpoint_bytes):
     """Disk against the data set where it is not prepared, and the checkpoints: the last few, the best, and one that is being written."""
-    needs = [((config.keep_checkpoints + 2) * checkpoint_bytes, 'checkpoints', workdir, '--workdir=DIR'),
-             (data.room_bytes, config.dataset.name, data.place, '--config.dataset.data_dir=DIR')]
+    needs = [
+        ((config.keep_checkpoints + 2) * checkpoint_bytes, 'checkpoints', workdir, '--workdir=DIR'),
+        (data.room_bytes, config.dataset.name, data.place, '--config.dataset.data_dir=DIR'),
+    ]
     systems = {}  # {(bytes free, number of the file system): needs there}
     for need in needs:
         if need[0] and '://' not in need[2]:
             systems.setdefault(machine.free_disk(need[2]), []).append(need)
-    found = '; '.join(f'{machine.gib(free)} free for ' + ' and '.join(f'{machine.gib(need)} of {name}' for need, name, *_ in of_it) for (free, _), of_it in systems.items())
-    short = [max(of_it) for (free, _), of_it in systems.items() if sum(need for need, *_ in of_it) > free]
+    found = '; '.join(
+        f'{machine.gib(free)} free for '
+        + ' and '.join(f'{machine.gib(need)} of {name}' for need, name, *_ in of_it)
+        for (free, _), of_it in systems.items()
+    )
+    short = [
+        max(of_it) for (free, _), of_it in systems.items() if sum(need for need, *_ in of_it) > free
+    ]
     if not short:
         return ok('disk', found or 'nothing is stored on this machine')
     _, name, place, elsewhere = short[0]
-    guessed = name != 'checkpoints' and data.state == 'downloaded'  # TFDS adds up all variants that can be downloaded
-    return (warn if guessed else fail)('disk', f'{found}{" at most" * guessed}', f'df -h {shlex.quote(machine.nearest(place))}   # then make room there, or write {elsewhere}')
+    guessed = (
+        name != 'checkpoints' and data.state == 'downloaded'
+    )  # TFDS adds up all variants that can be downloaded
+    return (warn if guessed else fail)(
+        'disk',
+        f'{found}{" at most" * guessed}',
+        f'df -h {shlex.quote(machine.nearest(place))}   # then make room there, or write {elsewhere}',
+    )
 
 
 def workdir_finding(config, workdir):
@@ -273,8 +386,15 @@ def workdir_finding(config, workdir):
         require_same_config(config, workdir)
         held, finished = begun(workdir), is_finished(workdir)
     except UserError as error:
-        return of_error('run', error, '--workdir=DIR, a folder or gs://BUCKET/FOLDER that you can read and write')
-    return ok('run', f'{workdir} {"holds the finished run of this config" if finished else "holds a run of this config, which goes on" if held else "is new"}')
+        return of_error(
+            'run',
+            error,
+            '--workdir=DIR, a folder or gs://BUCKET/FOLDER that you can read and write',
+        )
+    return ok(
+        'run',
+        f'{workdir} {"holds the finished run of this config" if finished else "holds a run of this config, which goes on" if held else "is new"}',
+    )
 
 
 def of_error(what, error, otherwise='see what configs/default.py says of it'):

@@ -3,6 +3,7 @@
 It lives in an environment of its own, made on demand from requirements/preflight.txt: its libtpu is newer than what TensorFlow's TPU
 builds can call, and its compiler estimates the cycles of a program. What is compiled is kept, so the same program is not compiled twice.
 """
+
 import dataclasses
 import fcntl
 import gzip
@@ -59,7 +60,17 @@ CHIPS = {
 
 SHAPES = {  # in which chips are wired, by the number of dimensions; the smaller ones that can be rented
     2: ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16)),
-    3: ((1, 1, 1), (2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4), (4, 4, 4), (4, 4, 8), (4, 8, 8), (8, 8, 8)),
+    3: (
+        (1, 1, 1),
+        (2, 2, 1),
+        (2, 2, 2),
+        (2, 2, 4),
+        (2, 4, 4),
+        (4, 4, 4),
+        (4, 4, 8),
+        (4, 8, 8),
+        (8, 8, 8),
+    ),
 }
 
 
@@ -75,12 +86,16 @@ class Topology:
         """'v5e:2x2' or 'v5e' for one chip of it. Raises ConfigError."""
         match = re.fullmatch(r'(v\d\w?)(?::(\d+(?:x\d+)*))?', (text or '').strip().lower())
         if not match or match[1] not in CHIPS:
-            raise ConfigError(f'--topology={text!r} is no TPU: write a generation and how its chips are wired, such as v5e:2x2, v4:2x2x1 or v6e for one chip; '
-                              f'generations are {", ".join(CHIPS)}')
+            raise ConfigError(
+                f'--topology={text!r} is no TPU: write a generation and how its chips are wired, such as v5e:2x2, v4:2x2x1 or v6e for one chip; '
+                f'generations are {", ".join(CHIPS)}'
+            )
         dimensions = CHIPS[match[1]].dimensions
         shape = tuple(int(side) for side in match[2].split('x')) if match[2] else (1,) * dimensions
         if shape not in SHAPES[dimensions]:
-            raise ConfigError(f'--topology={text!r} is not how chips of {match[1]} are wired: write one of {", ".join("x".join(map(str, known)) for known in SHAPES[dimensions])}')
+            raise ConfigError(
+                f'--topology={text!r} is not how chips of {match[1]} are wired: write one of {", ".join("x".join(map(str, known)) for known in SHAPES[dimensions])}'
+            )
         return cls(match[1], shape)
 
     @property
@@ -97,8 +112,15 @@ class Topology:
 
     def for_compiler(self):
         """(JAX's name, TPU_ACCELERATOR_TYPE) of the smallest topology that the compiler knows and that has these chips: one chip is one of four."""
-        shape = self.shape if self.num_chips > 1 else ((2, 2, 1) if self.chip.dimensions == 3 else (2, 2))
-        return f'{self.chip.topology}:{"x".join(map(str, shape))}', f'{self.chip.accelerator}-{math.prod(shape) * self.chip.counted}'
+        shape = (
+            self.shape
+            if self.num_chips > 1
+            else ((2, 2, 1) if self.chip.dimensions == 3 else (2, 2))
+        )
+        return (
+            f'{self.chip.topology}:{"x".join(map(str, shape))}',
+            f'{self.chip.accelerator}-{math.prod(shape) * self.chip.counted}',
+        )
 
     def __str__(self):
         return f'{self.generation}:{"x".join(map(str, self.shape))}'
@@ -127,7 +149,9 @@ def compile_program(lower, topology, *described_by):
         RunError: the compiler refuses it, with its own words; or its environment cannot be made.
     """
     with open(WORKER) as worker, open(PINS) as pins:
-        key = hashlib.sha256('\0'.join((str(topology), worker.read(), pins.read(), *described_by)).encode()).hexdigest()[:32]
+        key = hashlib.sha256(
+            '\0'.join((str(topology), worker.read(), pins.read(), *described_by)).encode()
+        ).hexdigest()[:32]
     kept = os.path.join(cache_folder(), 'compiled', f'{key}.json.gz')
     answer = _read(kept)
     if answer is None:
@@ -140,8 +164,15 @@ def compile_program(lower, topology, *described_by):
         return read_program(answer, topology.chip)
     too_much = re.search(TOO_MUCH, answer['error'], re.IGNORECASE)
     if too_much:
-        raise DoesNotFit(*(float(size[:-1]) * 2 ** {'K': 10, 'M': 20, 'G': 30, 'T': 40}[size[-1]] for size in filter(None, too_much.groups())))
-    raise RunError(f'the compiler for {topology} refuses the program: {one_line(answer["error"], 600)}')
+        raise DoesNotFit(
+            *(
+                float(size[:-1]) * 2 ** {'K': 10, 'M': 20, 'G': 30, 'T': 40}[size[-1]]
+                for size in filter(None, too_much.groups())
+            )
+        )
+    raise RunError(
+        f'the compiler for {topology} refuses the program: {one_line(answer["error"], 600)}'
+    )
 
 
 def _read(path):
@@ -169,26 +200,41 @@ def _compile(python, hlo, topology):
         program, answer = os.path.join(folder, 'program.hlo'), os.path.join(folder, 'answer.json')
         with open(program, 'wb') as file:
             file.write(hlo)
-        done = subprocess.run([python, '-I', WORKER, program, name, str(topology.num_replicas), answer], env={**os.environ, **variables}, capture_output=True, text=True)
+        done = subprocess.run(
+            [python, '-I', WORKER, program, name, str(topology.num_replicas), answer],
+            env={**os.environ, **variables},
+            capture_output=True,
+            text=True,
+        )
         if not os.path.exists(answer):
-            said = [line for line in done.stderr.strip().splitlines() if line.strip()] or [f'it ended with status {done.returncode}']
-            raise RunError(f'the TPU compiler failed ({one_line(said[-1], 400)}): if its installation is damaged, '
-                           f'rm -r {shlex.quote(os.path.dirname(os.path.dirname(python)))}   # and the same command makes it again')
+            said = [line for line in done.stderr.strip().splitlines() if line.strip()] or [
+                f'it ended with status {done.returncode}'
+            ]
+            raise RunError(
+                f'the TPU compiler failed ({one_line(said[-1], 400)}): if its installation is damaged, '
+                f'rm -r {shlex.quote(os.path.dirname(os.path.dirname(python)))}   # and the same command makes it again'
+            )
         with open(answer) as file:
             return json.load(file)
 
 
 def cache_folder():
-    return os.path.join(os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache'), 'warmstart')
+    return os.path.join(
+        os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache'), 'warmstart'
+    )
 
 
 def environment():
     """The Python of the compiler's environment, which is made if it is not there. Raises RunError if it cannot be."""
     if sys.version_info < (3, 11) or sys.platform != 'linux' or os.uname().machine != 'x86_64':
-        raise RunError('the TPU compiler is there for Linux on x86-64 and Python 3.11 or later: run preflight on such a machine')
+        raise RunError(
+            'the TPU compiler is there for Linux on x86-64 and Python 3.11 or later: run preflight on such a machine'
+        )
     with open(PINS, 'rb') as file:
         pins = hashlib.sha256(file.read()).hexdigest()[:12]
-    folder = os.path.join(cache_folder(), f'preflight-{sys.version_info[0]}.{sys.version_info[1]}-{pins}')
+    folder = os.path.join(
+        cache_folder(), f'preflight-{sys.version_info[0]}.{sys.version_info[1]}-{pins}'
+    )
     python, finished = os.path.join(folder, 'bin', 'python'), os.path.join(folder, 'installed')
     if not _is_there(python, finished):
         os.makedirs(cache_folder(), exist_ok=True)
@@ -209,8 +255,23 @@ def _is_there(python, finished):
 def _install(folder, python):
     """Makes the compiler's environment anew. Raises RunError."""
     print(f'installing the TPU compiler into {folder}, once', flush=True)
-    commands = [sys.executable, '-m', 'venv', '--clear', folder], [python, '-m', 'pip', 'install', '--quiet', '--disable-pip-version-check', '--no-deps', '-r', PINS]
+    commands = (
+        [sys.executable, '-m', 'venv', '--clear', folder],
+        [
+            python,
+            '-m',
+            'pip',
+            'install',
+            '--quiet',
+            '--disable-pip-version-check',
+            '--no-deps',
+            '-r',
+            PINS,
+        ],
+    )
     for command in commands:
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            raise RunError(f'the TPU compiler could not be installed into {folder}: {one_line(done.stderr, 400)}')
+            raise RunError(
+                f'the TPU compiler could not be installed into {folder}: {one_line(done.stderr, 400)}'
+            )

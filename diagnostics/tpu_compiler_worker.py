@@ -1,7 +1,8 @@
 """Compiles one program with libtpu: run by diagnostics/tpu_compiler.py in the compiler's environment, which has JAX and no TensorFlow.
 
-    python tpu_compiler_worker.py PROGRAM.hlo v5e:2x2 NUM_REPLICAS ANSWER.json
+python tpu_compiler_worker.py PROGRAM.hlo v5e:2x2 NUM_REPLICAS ANSWER.json
 """
+
 import json
 import re
 import sys
@@ -20,16 +21,26 @@ def main(path, topology, num_replicas, answer_path):
     with open(path, 'rb') as file:
         stable_hlo = _jax.mlir.hlo_to_stablehlo(file.read())
     with jax_mlir.make_ir_context():
-        text = ir.Module.parse(stable_hlo).operation.get_asm(enable_debug_info=True)  # with the names of TensorFlow's operations
+        text = ir.Module.parse(stable_hlo).operation.get_asm(
+            enable_debug_info=True
+        )  # with the names of TensorFlow's operations
         # TensorFlow's lowering marks returned variables with a copy that the TPU compiler does not know.
-        module = ir.Module.parse(re.sub(r'mhlo\.copy (%\w+) : (.*)', r'stablehlo.optimization_barrier \1 : \2', text))
-        devices = topologies.get_topology_desc(platform='tpu', topology_name=topology).devices[:num_replicas]
+        module = ir.Module.parse(
+            re.sub(r'mhlo\.copy (%\w+) : (.*)', r'stablehlo.optimization_barrier \1 : \2', text)
+        )
+        devices = topologies.get_topology_desc(platform='tpu', topology_name=topology).devices[
+            :num_replicas
+        ]
         options = xla_client.CompileOptions()
         options.num_replicas, options.num_partitions = num_replicas, 1
-        options.device_assignment = xla_client.DeviceAssignment.create(np.array([[device.id] for device in devices]))
+        options.device_assignment = xla_client.DeviceAssignment.create(
+            np.array([[device.id] for device in devices])
+        )
         begin = time.monotonic()
         try:
-            executable = devices[0].client.compile(module, xla_client.DeviceList(tuple(devices)), options)
+            executable = devices[0].client.compile(
+                module, xla_client.DeviceList(tuple(devices)), options
+            )
         except Exception as error:  # JaxRuntimeError of the compiler; its words are the answer
             answer = {'error': str(error)}
         else:

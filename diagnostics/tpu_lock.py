@@ -1,4 +1,5 @@
 """Who else uses the TPU: one process at a time can, and it locks a file to say so."""
+
 import fcntl
 import glob
 import os
@@ -16,24 +17,48 @@ def lock_finding(lock=LOCK, root='/'):
     if found:
         names = '; '.join(f'process {pid}, {command}' for pid, command in found.items())
         if os.getpid() in found:
-            return fail('TPU lock', f'the TPU is held by this very process ({names})', 'restart the notebook, and train before anything else uses the TPU')
+            return fail(
+                'TPU lock',
+                f'the TPU is held by this very process ({names})',
+                'restart the notebook, and train before anything else uses the TPU',
+            )
         if any('ipykernel' in command or 'colab' in command for command in found.values()):
-            return fail('TPU lock', f'the TPU is held by a notebook ({names})', 'restart its kernel (on Colab: Runtime > Restart session)')
+            return fail(
+                'TPU lock',
+                f'the TPU is held by a notebook ({names})',
+                'restart its kernel (on Colab: Runtime > Restart session)',
+            )
         return fail('TPU lock', f'the TPU is held by {names}', f'kill {" ".join(map(str, found))}')
     if not os.path.exists(lock):
         return ok('TPU lock', 'no other process holds the TPU')
     held = is_held(lock)
     if held is None:
-        return fail('TPU lock', f'{lock} is left from another user, and may not be opened', f'sudo rm -f {shlex.quote(lock)}')
+        return fail(
+            'TPU lock',
+            f'{lock} is left from another user, and may not be opened',
+            f'sudo rm -f {shlex.quote(lock)}',
+        )
     if held:
-        return fail('TPU lock', f'{lock} is held by a process that this user cannot see', f'sudo fuser -k {shlex.quote(lock)}')
-    return warn('TPU lock', f'{lock} is left from a process that has ended; nobody holds it', f'rm -f {shlex.quote(lock)}')
+        return fail(
+            'TPU lock',
+            f'{lock} is held by a process that this user cannot see',
+            f'sudo fuser -k {shlex.quote(lock)}',
+        )
+    return warn(
+        'TPU lock',
+        f'{lock} is left from a process that has ended; nobody holds it',
+        f'rm -f {shlex.quote(lock)}',
+    )
 
 
 def jax_finding(modules=sys.modules):
     """JAX in this very process takes the TPU when it is first used, and TensorFlow cannot have it then."""
     if 'jax' in modules:
-        return warn('JAX', 'imported in this process: its first operation takes the TPU', 'restart the notebook, and do not import jax before training')
+        return warn(
+            'JAX',
+            'imported in this process: its first operation takes the TPU',
+            'restart the notebook, and do not import jax before training',
+        )
     return ok('JAX', 'not loaded beside TensorFlow')
 
 
@@ -46,7 +71,11 @@ def users(lock, root='/'):
         except OSError:  # it has ended, or belongs to somebody else
             continue
         pid = int(descriptor.split('/')[-3])
-        if target == os.path.realpath(lock) or target.startswith(('/dev/accel', '/dev/vfio/')) and target[-1].isdigit():
+        if (
+            target == os.path.realpath(lock)
+            or target.startswith(('/dev/accel', '/dev/vfio/'))
+            and target[-1].isdigit()
+        ):
             found[pid] = _command(root, pid)
     return dict(sorted(found.items()))
 
@@ -76,5 +105,7 @@ def _command(root, pid):
         except OSError:
             return b''
 
-    command = read('cmdline').replace(b'\0', b' ').decode(errors='replace').strip() or 'of unknown name'
+    command = (
+        read('cmdline').replace(b'\0', b' ').decode(errors='replace').strip() or 'of unknown name'
+    )
     return f'{command[:100]}{" (it has loaded JAX)" if b"jaxlib" in read("maps") else ""}'

@@ -1,4 +1,5 @@
 """Starts the TPU in a process of its own: import, resolve, initialise, a matmul, an all-reduce. Says how far it came."""
+
 import os
 from typing import NamedTuple
 
@@ -38,7 +39,10 @@ def ways(version, environ=os.environ, root='/', library=None):
         return [Way('PJRT', chosen), Way(OLDER, {'NEXT_PLUGGABLE_DEVICE_USE_C_API': 'false'})]
     library = library or tpu_environment.libtpu_path(environ)
     if version and version.startswith('2.19.') and library:
-        return [older, Way('PJRT', dict(zip(tpu_environment.PJRT_VARIABLES, ('TPU', 'true', library))))]
+        return [
+            older,
+            Way('PJRT', dict(zip(tpu_environment.PJRT_VARIABLES, ('TPU', 'true', library)))),
+        ]
     return [older]
 
 
@@ -46,14 +50,25 @@ def probe(way, name='local', seconds=SECONDS, environ=os.environ, lock='/tmp/lib
     """Tries one way; returns an Outcome. A step that hangs is ended with its process after `seconds`."""
     free = not os.path.exists(lock)
     step, cores = 'start', 0
-    with Apart('diagnostics.tpu_probe', 'start_tpu', seconds, {**environ, 'TF_CPP_MIN_LOG_LEVEL': '2', **way.variables}) as process:
+    with Apart(
+        'diagnostics.tpu_probe',
+        'start_tpu',
+        seconds,
+        {**environ, 'TF_CPP_MIN_LOG_LEVEL': '2', **way.variables},
+    ) as process:
         process.tell(name)
         for message in process:
             step, cores = message.get('begin', step), message.get('cores', cores)
         reason = process.end
     if reason and free and os.path.exists(lock):
-        os.remove(lock)  # a process that is killed leaves it behind, and the next one would stop at it
-    return Outcome(0, step, reason or 'it ended without a word') if reason or not cores else Outcome(cores)
+        os.remove(
+            lock
+        )  # a process that is killed leaves it behind, and the next one would stop at it
+    return (
+        Outcome(0, step, reason or 'it ended without a word')
+        if reason or not cores
+        else Outcome(cores)
+    )
 
 
 def start_tpu(say, hear):
@@ -74,11 +89,18 @@ def start_tpu(say, hear):
         return tf.reduce_max(tf.linalg.matmul(tf.ones([128, 128]), tf.ones([128, 128])))
 
     def total():
-        return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, tf.ones([]))
+        return tf.distribute.get_replica_context().all_reduce(
+            tf.distribute.ReduceOp.SUM, tf.ones([])
+        )
 
     for step, function, right in (('matmul', product, 128), ('all-reduce', total, cores)):
         say({'begin': step})
-        results = [float(value) for value in strategy.experimental_local_results(tf.function(lambda: strategy.run(function), autograph=False)())]
+        results = [
+            float(value)
+            for value in strategy.experimental_local_results(
+                tf.function(lambda: strategy.run(function), autograph=False)()
+            )
+        ]
         if any(value != right for value in results):
             raise ArithmeticError(f'the TPU computed {results} where {right} is right')
     say({'cores': cores})

@@ -1,4 +1,5 @@
 """Runs what may hang, or end the process that does it, in a process of its own."""
+
 import json
 import os
 import pickle
@@ -28,13 +29,22 @@ class Apart:
     """
 
     def __init__(self, module, function, seconds, environ=None):
-        begin = (f'import sys; sys.path.insert(0, {ROOT!r}); from diagnostics.worker_process import answer; '
-                 f'answer({module!r}, {function!r}, int(sys.argv[1]))')
+        begin = (
+            f'import sys; sys.path.insert(0, {ROOT!r}); from diagnostics.worker_process import answer; '
+            f'answer({module!r}, {function!r}, int(sys.argv[1]))'
+        )
         read, write = os.pipe()
         self._seconds, self._late, self.end = seconds, False, ''
         self._errors = tempfile.TemporaryFile()
-        self._process = subprocess.Popen([sys.executable, '-c', begin, str(write)], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
-                                         stderr=self._errors, env=environ, pass_fds=(write,), start_new_session=True)
+        self._process = subprocess.Popen(
+            [sys.executable, '-c', begin, str(write)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=self._errors,
+            env=environ,
+            pass_fds=(write,),
+            start_new_session=True,
+        )
         os.close(write)
         self._messages = os.fdopen(read)
         self._clock = threading.Timer(seconds, self._stop_late)
@@ -56,7 +66,9 @@ class Apart:
         self._errors.seek(0)
         said = last_words(self._errors.read().decode(errors='replace'))
         if self._late:
-            self.end = f'did not end in {self._seconds:g} s, and was stopped' + (f' (it said: {said})' if said else '')
+            self.end = f'did not end in {self._seconds:g} s, and was stopped' + (
+                f' (it said: {said})' if said else ''
+            )
         elif status < 0:
             self.end = f'ended by {signal.Signals(-status).name}' + (f': {said}' if said else '')
         elif status:
@@ -96,14 +108,25 @@ def answer(module, function, descriptor):
         messages.flush()
 
     try:
-        getattr(importlib.import_module(module), function)(say, lambda: pickle.load(sys.stdin.buffer))
+        getattr(importlib.import_module(module), function)(
+            say, lambda: pickle.load(sys.stdin.buffer)
+        )
     except Exception as error:
-        lines = [line for line in str(error).splitlines() if not re.match(BOILERPLATE, line.strip())]
+        lines = [
+            line for line in str(error).splitlines() if not re.match(BOILERPLATE, line.strip())
+        ]
         sys.exit(f'{type(error).__name__}: {" ".join(" ".join(lines).split())}')
 
 
 def last_words(errors, limit=300):
     """The line of a standard error that says what went wrong, at most `limit` characters; '' for none."""
     lines = [line.strip() for line in errors.splitlines() if line.strip()]
-    telling = [line for line in lines if re.match(r'([\w.]+(Error|Exception|Interrupt)\b|F[0-9]{4} )|.*(Check failed|Fatal|undefined symbol)', line)]
+    telling = [
+        line
+        for line in lines
+        if re.match(
+            r'([\w.]+(Error|Exception|Interrupt)\b|F[0-9]{4} )|.*(Check failed|Fatal|undefined symbol)',
+            line,
+        )
+    ]
     return ' '.join((telling or lines or [''])[-1].split())[:limit]

@@ -1,4 +1,5 @@
 """From a config and the facts of a data set to numbers: steps, warmup, intervals, stages. Once, and checked."""
+
 import copy
 import dataclasses
 import functools
@@ -77,21 +78,27 @@ class Plan:
 
     def describe(self):
         """What the durations of the config came to, as text of a few lines."""
-        saving = f'{self.checkpoint_every:,} steps' if self.checkpoint_every else f'{self.checkpoint_seconds / 60:g} minutes'
+        saving = (
+            f'{self.checkpoint_every:,} steps'
+            if self.checkpoint_every
+            else f'{self.checkpoint_seconds / 60:g} minutes'
+        )
         per_replica = self.batch_size // self.num_replicas
         epochs, steps_per_epoch = f'{self.epochs:.4g} epochs', f'{self.steps_per_epoch:.6g} steps'
         length = f'{self.total_steps:,} = {epochs} x {steps_per_epoch}'
         if self.ahead.updates or self.ahead.examples:
             other_sizes = 'some of them with batches of another size'
             length = f'{self.total_steps:,}, {other_sizes}; {epochs}, now of {steps_per_epoch}'
-        return '\n'.join((
-            f'data      {self.train_examples:,} training and {self.eval_examples:,} evaluation examples, {self.num_classes:,} classes',
-            f'batch     {self.batch_size:,} = {per_replica:,} x {self.num_replicas} replica{"s" * (self.num_replicas > 1)}',
-            f'steps     {length}',
-            f'schedule  warmup {self.warmup_steps:,}, hold {self.hold_steps:,}, '
-            f'decay {self.schedule_steps - self.warmup_steps - self.hold_steps:,} steps',
-            f'every     log {self.log_every:,}, evaluate {self.eval_every:,} steps, checkpoint {saving}',
-        ))
+        return '\n'.join(
+            (
+                f'data      {self.train_examples:,} training and {self.eval_examples:,} evaluation examples, {self.num_classes:,} classes',
+                f'batch     {self.batch_size:,} = {per_replica:,} x {self.num_replicas} replica{"s" * (self.num_replicas > 1)}',
+                f'steps     {length}',
+                f'schedule  warmup {self.warmup_steps:,}, hold {self.hold_steps:,}, '
+                f'decay {self.schedule_steps - self.warmup_steps - self.hold_steps:,} steps',
+                f'every     log {self.log_every:,}, evaluate {self.eval_every:,} steps, checkpoint {saving}',
+            )
+        )
 
 
 def make_plan(config, train_examples, eval_examples, num_classes, num_replicas):
@@ -109,46 +116,86 @@ def make_plan(config, train_examples, eval_examples, num_classes, num_replicas):
     """
     eval_batch_size = math.ceil(config.eval_batch_size / num_replicas) * num_replicas
     if not train_examples:
-        return Plan(train_examples=0, eval_examples=eval_examples, num_classes=num_classes, num_replicas=num_replicas, batch_size=config.batch_size,
-                    eval_batch_size=eval_batch_size, total_steps=0, warmup_steps=0, hold_steps=0, log_every=0, eval_every=0,
-                    checkpoint_every=None, checkpoint_seconds=None, patience=None)
+        return Plan(
+            train_examples=0,
+            eval_examples=eval_examples,
+            num_classes=num_classes,
+            num_replicas=num_replicas,
+            batch_size=config.batch_size,
+            eval_batch_size=eval_batch_size,
+            total_steps=0,
+            warmup_steps=0,
+            hold_steps=0,
+            log_every=0,
+            eval_every=0,
+            checkpoint_every=None,
+            checkpoint_seconds=None,
+            patience=None,
+        )
     if config.batch_size % num_replicas:
         best = max(num_replicas, config.batch_size // num_replicas * num_replicas)
-        raise ConfigError(f'config.batch_size={config.batch_size} cannot be split evenly over {num_replicas} replicas: '
-                          f'write --config.batch_size={best}')
+        raise ConfigError(
+            f'config.batch_size={config.batch_size} cannot be split evenly over {num_replicas} replicas: '
+            f'write --config.batch_size={best}'
+        )
 
     if config.batch_size // num_replicas % config.accumulate_steps:
-        raise ConfigError(f'config.accumulate_steps={config.accumulate_steps} does not divide the {config.batch_size // num_replicas} examples of a '
-                          f'replica: write --config.batch_size={_rounded_up(config.batch_size, num_replicas * config.accumulate_steps)}')
+        raise ConfigError(
+            f'config.accumulate_steps={config.accumulate_steps} does not divide the {config.batch_size // num_replicas} examples of a '
+            f'replica: write --config.batch_size={_rounded_up(config.batch_size, num_replicas * config.accumulate_steps)}'
+        )
     if config.batch_size // num_replicas % config.augment.repeats:
-        raise ConfigError(f'config.augment.repeats={config.augment.repeats} does not divide the {config.batch_size // num_replicas} examples of a '
-                          f'replica: write --config.batch_size={_rounded_up(config.batch_size, num_replicas * config.augment.repeats)}')
+        raise ConfigError(
+            f'config.augment.repeats={config.augment.repeats} does not divide the {config.batch_size // num_replicas} examples of a '
+            f'replica: write --config.batch_size={_rounded_up(config.batch_size, num_replicas * config.augment.repeats)}'
+        )
     if (config.augment.mixup or config.augment.cutmix) and config.batch_size // num_replicas % 2:
-        raise ConfigError(f'config.batch_size={config.batch_size} gives each of {num_replicas} replicas an odd share, and mixup and cutmix '
-                          f'mix pairs: write --config.batch_size={config.batch_size + num_replicas}')
+        raise ConfigError(
+            f'config.batch_size={config.batch_size} gives each of {num_replicas} replicas an odd share, and mixup and cutmix '
+            f'mix pairs: write --config.batch_size={config.batch_size + num_replicas}'
+        )
 
     def steps(key, total=None, least=0):
         amount, unit = parse_duration(key, _get(config, key), KEYS[key].units)
         if unit == '%':
             exact = amount * total / 100
         else:
-            exact = amount * {'epochs': Fraction(train_examples, config.batch_size), 'steps': 1,
-                              'examples': Fraction(1, config.batch_size)}[unit]
+            exact = (
+                amount
+                * {
+                    'epochs': Fraction(train_examples, config.batch_size),
+                    'steps': 1,
+                    'examples': Fraction(1, config.batch_size),
+                }[unit]
+            )
         return max(least, int(exact))
 
     total_steps = steps('train_for')
     if total_steps < 1:
-        raise ConfigError(f'config.train_for={config.train_for!r} is less than one step of {config.batch_size} examples: '
-                          f'train longer or lower config.batch_size')
+        raise ConfigError(
+            f'config.train_for={config.train_for!r} is less than one step of {config.batch_size} examples: '
+            f'train longer or lower config.batch_size'
+        )
     if total_steps < config.progressive.stages:
-        raise ConfigError(f'config.progressive.stages={config.progressive.stages} are more than the {total_steps:,} steps of the run')
+        raise ConfigError(
+            f'config.progressive.stages={config.progressive.stages} are more than the {total_steps:,} steps of the run'
+        )
     if total_steps > MOST_STEPS:
-        raise ConfigError(f'config.train_for={config.train_for!r} is {float(total_steps):.3g} steps: at most {MOST_STEPS:,} can be counted')
-    warmup_steps, hold_steps = steps('schedule.warmup', total_steps), steps('schedule.hold', total_steps)
+        raise ConfigError(
+            f'config.train_for={config.train_for!r} is {float(total_steps):.3g} steps: at most {MOST_STEPS:,} can be counted'
+        )
+    warmup_steps, hold_steps = (
+        steps('schedule.warmup', total_steps),
+        steps('schedule.hold', total_steps),
+    )
     if warmup_steps + hold_steps > total_steps:
-        raise ConfigError(f'config.schedule.warmup and hold take {warmup_steps:,} + {hold_steps:,} steps, but the run has '
-                          f'{total_steps:,}: shorten them (as percent they follow the run) or raise config.train_for')
-    amount, unit = parse_duration('checkpoint_every', config.checkpoint_every, KEYS['checkpoint_every'].units)
+        raise ConfigError(
+            f'config.schedule.warmup and hold take {warmup_steps:,} + {hold_steps:,} steps, but the run has '
+            f'{total_steps:,}: shorten them (as percent they follow the run) or raise config.train_for'
+        )
+    amount, unit = parse_duration(
+        'checkpoint_every', config.checkpoint_every, KEYS['checkpoint_every'].units
+    )
     in_minutes = unit == 'minutes'
     plan = Plan(
         train_examples=train_examples,
@@ -216,7 +263,9 @@ def stages(config, plan):
         stage = copy.deepcopy(config)
         if index < number - 1:
             grown = index / (number - 1)
-            size = config.progressive.image_size + grown * (config.image_size - config.progressive.image_size)
+            size = config.progressive.image_size + grown * (
+                config.image_size - config.progressive.image_size
+            )
             stage.image_size = max(1, round(size / 32)) * 32
             strength = config.progressive.strength + grown * (1 - config.progressive.strength)
             stage.model.dropout *= strength
@@ -230,7 +279,12 @@ def stages(config, plan):
 def describe_stages(config, plan):
     """The stages of a progressive run as a line of text; '' for one without."""
     parts = stages(config, plan)
-    return 'stages    ' + ', '.join(f'{stage.image_size} pixels to step {end:,}' for end, stage in parts) if len(parts) > 1 else ''
+    return (
+        'stages    '
+        + ', '.join(f'{stage.image_size} pixels to step {end:,}' for end, stage in parts)
+        if len(parts) > 1
+        else ''
+    )
 
 
 def schedule_arguments(config, plan):

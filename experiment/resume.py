@@ -1,4 +1,5 @@
 """What a folder holds of an earlier start, and whether this start goes on with it: never with another learning-rate curve without a word."""
+
 import json
 import os
 import shlex
@@ -19,8 +20,22 @@ from outputs.train_progress import ANY_KEY, Progress, changes_evaluation
 
 # Keys that may differ between the starts of one run: they change where and how fast it goes and when it looks, not what is computed
 # (except that without model.sync_batch_norm each replica has statistics of its own).
-FREE_KEYS = ('dataset.data_dir', 'dataset.service', 'dataset.max_broken', 'eval_batch_size', 'jit_compile', 'strategy', 'virtual_devices', 'tpu',
-             'steps_per_loop', 'log_every', 'eval_every', 'checkpoint_every', 'keep_checkpoints', 'max_skipped_updates')
+FREE_KEYS = (
+    'dataset.data_dir',
+    'dataset.service',
+    'dataset.max_broken',
+    'eval_batch_size',
+    'jit_compile',
+    'strategy',
+    'virtual_devices',
+    'tpu',
+    'steps_per_loop',
+    'log_every',
+    'eval_every',
+    'checkpoint_every',
+    'keep_checkpoints',
+    'max_skipped_updates',
+)
 # Optimizers that keep the same two averages of each variable. Those of others mean something else,
 # even where they have the same shapes.
 SAME_AVERAGES = ('adam', 'adamw', 'lamb')
@@ -28,8 +43,27 @@ SAME_AVERAGES = ('adam', 'adamw', 'lamb')
 SWITCHES = ('ema_decay', 'optimizer.momentum', 'optimizer.centered', 'optimizer.amsgrad')
 # Keys that say which variables Muon leaves to AdamW, which has other averages.
 MUONS_CHOICE = ('optimizer.exclude_layers', 'optimizer.exclude_embeddings')
-CONFIG, ENVIRONMENT, SUMMARY, SKIPPED = 'config.json', 'environment.json', 'summary.json', 'skipped.json'
-FILES = (CONFIG, ENVIRONMENT, SUMMARY, SKIPPED, 'metrics.jsonl', 'tensorboard', 'checkpoints', 'plots', 'preview', 'export', 'export.part', 'report.md', 'evaluation.json')
+CONFIG, ENVIRONMENT, SUMMARY, SKIPPED = (
+    'config.json',
+    'environment.json',
+    'summary.json',
+    'skipped.json',
+)
+FILES = (
+    CONFIG,
+    ENVIRONMENT,
+    SUMMARY,
+    SKIPPED,
+    'metrics.jsonl',
+    'tensorboard',
+    'checkpoints',
+    'plots',
+    'preview',
+    'export',
+    'export.part',
+    'report.md',
+    'evaluation.json',
+)
 
 
 class ConfigChange(NamedTuple):
@@ -99,8 +133,10 @@ def refusal(workdir, config, changes):
     reason = f'{held}, whose checkpoints do not fit another {keys}'
     if any(change.key == 'model.name' for change in unfit):
         return ConfigError(f'{reason}: use that config, or give this one its own --workdir')
-    return ConfigError(f'{reason}: use that config, or begin a new run with its weights, '
-                       f'--workdir=NEW --config.model.weights={shlex.quote(workdir)}')
+    return ConfigError(
+        f'{reason}: use that config, or begin a new run with its weights, '
+        f'--workdir=NEW --config.model.weights={shlex.quote(workdir)}'
+    )
 
 
 def misfits(config, changes: Sequence[ConfigChange]) -> list[ConfigChange]:
@@ -148,7 +184,11 @@ def set_aside(workdir):
     left = [name for name in storage.list_folder(workdir) if name in FILES]
     if not left:
         return
-    aside = next(path for path in (os.path.join(workdir, f'before-{number}') for number in range(1, 10**6)) if not storage.exists(path))
+    aside = next(
+        path
+        for path in (os.path.join(workdir, f'before-{number}') for number in range(1, 10**6))
+        if not storage.exists(path)
+    )
     storage.make_folder(aside)
     for name in left:
         storage.move(os.path.join(workdir, name), os.path.join(aside, name))
@@ -168,13 +208,24 @@ def compare_data(source, workdir, trains):
     before = read_json(path)
     known = before.get('class_names', list(source.class_names))
     if list(source.class_names) != known:
-        first = next((f'{old!r} is now {new!r}' for old, new in zip(known, source.class_names) if old != new), 'the first of them are the same')
-        raise RunError(f'the run in {workdir} has {len(known)} classes and this data set {len(source.class_names)}, which differ ({first}): '
-                       'take the data it was trained on, or give these a --workdir of their own')
+        first = next(
+            (
+                f'{old!r} is now {new!r}'
+                for old, new in zip(known, source.class_names)
+                if old != new
+            ),
+            'the first of them are the same',
+        )
+        raise RunError(
+            f'the run in {workdir} has {len(known)} classes and this data set {len(source.class_names)}, which differ ({first}): '
+            'take the data it was trained on, or give these a --workdir of their own'
+        )
     examples, changes = before.get('train_examples'), tuple(before.get('data_changes', ()))
     if trains and source.identity != before.get('training_data', source.identity):
-        changes += (f'the training pictures have changed during the run, which began with {examples:,}: now there are {source.num_train:,}. '
-                    'The schedule stays, the order is another',)
+        changes += (
+            f'the training pictures have changed during the run, which began with {examples:,}: now there are {source.num_train:,}. '
+            'The schedule stays, the order is another',
+        )
     return examples, changes
 
 
@@ -191,25 +242,42 @@ def restore(session, workdir, changes: Sequence[ConfigChange] = ()) -> Progress:
     saved = session.checkpoints.latest_step() or 0
     everywhere, workers = session.agree([saved, 1])
     if everywhere != saved * workers:
-        raise RunError(f'this worker found step {saved:,} in its workdir, and others another one: all workers need one --workdir, on a disk that they share')
+        raise RunError(
+            f'this worker found step {saved:,} in its workdir, and others another one: all workers need one --workdir, on a disk that they share'
+        )
     rows = read_metrics(workdir)
     if saved and not rows and session.is_chief:
-        print(f'note      no row of metrics.jsonl is left: what was measured up to step {saved:,} is lost', flush=True)
+        print(
+            f'note      no row of metrics.jsonl is left: what was measured up to step {saved:,} is lost',
+            flush=True,
+        )
     if saved:
         _, saved_progress = session.checkpoints.restore()
         progress = _progress_of(saved_progress, session, changes)
-        lost = f'; what came after it, up to step {rows[-1]["step"]:,}, is done again' if rows and rows[-1]['step'] > saved else ''
+        lost = (
+            f'; what came after it, up to step {rows[-1]["step"]:,}, is done again'
+            if rows and rows[-1]['step'] > saved
+            else ''
+        )
         print(f'resumes   at step {saved:,}{lost}', flush=True)
         session.continue_from(progress)
         if session.plan.ahead.updates or session.plan.ahead.examples:
-            print(f'          after {progress.examples_seen:,} examples, in batches of several sizes: '
-                  f'the run has {session.plan.total_steps:,} updates, and its schedule, in batches of today, is at '
-                  f'step {saved + session.plan.ahead.updates:,} of {session.plan.schedule_steps:,}', flush=True)
+            print(
+                f'          after {progress.examples_seen:,} examples, in batches of several sizes: '
+                f'the run has {session.plan.total_steps:,} updates, and its schedule, in batches of today, is at '
+                f'step {saved + session.plan.ahead.updates:,} of {session.plan.schedule_steps:,}',
+                flush=True,
+            )
         if saved > session.plan.total_steps:
-            raise ConfigError(f'the run is at step {saved:,}, after the end of this config at step {session.plan.total_steps:,}: raise config.train_for')
+            raise ConfigError(
+                f'the run is at step {saved:,}, after the end of this config at step {session.plan.total_steps:,}: raise config.train_for'
+            )
         return progress
     if rows:
-        print(f'begins    at step 0: metrics.jsonl reaches step {rows[-1]["step"]:,}, but no checkpoint is there', flush=True)
+        print(
+            f'begins    at step 0: metrics.jsonl reaches step {rows[-1]["step"]:,}, but no checkpoint is there',
+            flush=True,
+        )
     return Progress(config=_measured_under(session.config))
 
 
@@ -223,8 +291,11 @@ def _progress_of(saved: dict, session, changes: Sequence[ConfigChange]) -> Progr
     keys = _keys_changed_since(progress, config, changes)
     evaluated = progress.metrics.get('eval/examples', eval_examples)
     if evaluated != eval_examples and not any(map(changes_evaluation, keys)):
-        print(f'note      the evaluation split has {eval_examples:,} examples now and had '
-              f'{evaluated:,}: what was measured then is not compared with it', flush=True)
+        print(
+            f'note      the evaluation split has {eval_examples:,} examples now and had '
+            f'{evaluated:,}: what was measured then is not compared with it',
+            flush=True,
+        )
         keys.add('dataset.eval_split')
     progress.forget(keys)
     progress.config = _measured_under(config)
@@ -253,26 +324,48 @@ def record_start(session, workdir, progress: Progress, changes: Sequence[ConfigC
     environment = describe_environment()
     notes = list(before.get('changes', ()))
     if any(change.key == ANY_KEY for change in changes):
-        notes.append(f'changed at step {step:,}: {CONFIG} was missing, so the config up to there is not known')
+        notes.append(
+            f'changed at step {step:,}: {CONFIG} was missing, so the config up to there is not known'
+        )
     elif changes:
         goes_on = _where_it_goes_on(session, workdir, progress, changes)
         notes.append(f'changed at step {step:,}: {_listed(changes)}; {goes_on}')
-    versions = [f'{name} was {old}, is {environment["packages"].get(name)}' for name, old in before.get('packages', {}).items()
-                if old != environment['packages'].get(name)]
+    versions = [
+        f'{name} was {old}, is {environment["packages"].get(name)}'
+        for name, old in before.get('packages', {}).items()
+        if old != environment['packages'].get(name)
+    ]
     if versions:
-        notes.append(f'changed at step {step:,}: {"; ".join(versions)}: the same run, but not to the bit')
-    for note in notes[len(before.get('changes', ())):]:
+        notes.append(
+            f'changed at step {step:,}: {"; ".join(versions)}: the same run, but not to the bit'
+        )
+    for note in notes[len(before.get('changes', ())) :]:
         print(f'note      {note}', flush=True)
     resumed_from = before.get('resumed_from', []) + [step] * (0 < step < session.plan.total_steps)
-    storage.make_folder(session.checkpoints.directory)  # now, and not hours later, it shows that something is in the way
+    storage.make_folder(
+        session.checkpoints.directory
+    )  # now, and not hours later, it shows that something is in the way
     for name in (SUMMARY, SKIPPED):  # of a run that goes on, perhaps with another config
         storage.delete(os.path.join(workdir, name))
     write_json(os.path.join(workdir, CONFIG), json.loads(config.to_json()))
-    write_json(path, {**environment, 'strategy': session.strategy_reason, 'replicas': session.plan.num_replicas,
-                      'dtype_policy': session.dtype_policy, 'jit_compile': session.jit_compile, 'weights': session.loaded, 'resumed_from': resumed_from,
-                      'class_names': list(session.source.class_names), 'train_examples': session.plan.train_examples,
-                      'training_data': session.source.identity, 'data_changes': session.data_changes, 'changes': notes,
-                      'evaluation_from': _evaluation_from(progress, session.plan)})
+    write_json(
+        path,
+        {
+            **environment,
+            'strategy': session.strategy_reason,
+            'replicas': session.plan.num_replicas,
+            'dtype_policy': session.dtype_policy,
+            'jit_compile': session.jit_compile,
+            'weights': session.loaded,
+            'resumed_from': resumed_from,
+            'class_names': list(session.source.class_names),
+            'train_examples': session.plan.train_examples,
+            'training_data': session.source.identity,
+            'data_changes': session.data_changes,
+            'changes': notes,
+            'evaluation_from': _evaluation_from(progress, session.plan),
+        },
+    )
     return resumed_from, notes
 
 
@@ -338,8 +431,16 @@ def _differences(before: dict, now: dict) -> list[ConfigChange]:
 
 def _config_before(workdir):
     """The config of the run in `workdir`, nested dicts; a key that is newer than the run had its default then."""
-    return _merged(json.loads(default.get_config().to_json()), read_json(os.path.join(workdir, CONFIG)))
+    return _merged(
+        json.loads(default.get_config().to_json()), read_json(os.path.join(workdir, CONFIG))
+    )
 
 
 def _merged(defaults, values):
-    return {**defaults, **{key: _merged(defaults.get(key, {}), value) if isinstance(value, dict) else value for key, value in values.items()}}
+    return {
+        **defaults,
+        **{
+            key: _merged(defaults.get(key, {}), value) if isinstance(value, dict) else value
+            for key, value in values.items()
+        },
+    }

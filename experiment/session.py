@@ -1,4 +1,5 @@
 """What `train`, `evaluate` and `export` have in common: from a config to strategy, data, plan and state."""
+
 import dataclasses
 import math
 import os
@@ -55,9 +56,14 @@ class Session:
 
     def describe(self):
         """What was chosen and what the durations came to, as a few lines of text."""
-        lines = [f'strategy  {self.strategy_reason}', f'compute   {self.dtype_policy}, jit_compile {"on" if self.jit_compile else "off"}',
-                 self.plan.describe(), planning.describe_stages(self.config, self.plan), *self._describe_transfer(),
-                 *(f'note      {change}' for change in self.data_changes)]
+        lines = [
+            f'strategy  {self.strategy_reason}',
+            f'compute   {self.dtype_policy}, jit_compile {"on" if self.jit_compile else "off"}',
+            self.plan.describe(),
+            planning.describe_stages(self.config, self.plan),
+            *self._describe_transfer(),
+            *(f'note      {change}' for change in self.data_changes),
+        ]
         return '\n'.join(filter(None, lines))
 
     def _describe_transfer(self):
@@ -65,8 +71,15 @@ class Session:
         if self.loaded:
             yield f'weights   {self.loaded}'
         if config.model.freeze:
-            trained, all_weights = (sum(math.prod(variable.shape) for variable in variables) for variables in (model.trainable_variables, models.weights(model)))
-            frozen = 'the backbone' if config.model.freeze == 'backbone' else f'all up to {config.model.freeze}'
+            trained, all_weights = (
+                sum(math.prod(variable.shape) for variable in variables)
+                for variables in (model.trainable_variables, models.weights(model))
+            )
+            frozen = (
+                'the backbone'
+                if config.model.freeze == 'backbone'
+                else f'all up to {config.model.freeze}'
+            )
             yield f'frozen    {frozen}: {trained:,} of {all_weights:,} numbers are trained'
         if config.model.layer_decay < 1:
             yield f'rates     x 1 at the head, down to x {min(models.rate_factors(model, config.model.layer_decay)):.3g} at the first layers that are trained'
@@ -93,19 +106,53 @@ def open_session(config, workdir, trains=True):
         agree([1])
     train_examples, data_changes = resume.compare_data(source, workdir, trains)
     train_examples = (train_examples or source.num_train) if trains else 0
-    plan = planning.make_plan(config, train_examples, source.num_eval, len(source.class_names), strategy.num_replicas_in_sync)
-    random.seed(config.seed)  # Keras draws the seeds of its initializers from it; all else is seeded where it is drawn
+    plan = planning.make_plan(
+        config,
+        train_examples,
+        source.num_eval,
+        len(source.class_names),
+        strategy.num_replicas_in_sync,
+    )
+    random.seed(
+        config.seed
+    )  # Keras draws the seeds of its initializers from it; all else is seeded where it is drawn
     keras.config.set_dtype_policy(dtype_policy)
     with strategy.scope():
         model = models.build_model(config, plan.num_classes)
         loaded = load_weights(model, config, workdir, source.class_names) if trains else ''
         state = build_state(model, config, plan, dtype_policy)
-        teacher, teacher_name = distillation.make_teacher(config, source.class_names) if trains else (None, '')
-    checkpoints = Checkpoints(os.path.join(workdir, 'checkpoints'), state.variables(), config.keep_checkpoints, writes=is_chief)
+        teacher, teacher_name = (
+            distillation.make_teacher(config, source.class_names) if trains else (None, '')
+        )
+    checkpoints = Checkpoints(
+        os.path.join(workdir, 'checkpoints'),
+        state.variables(),
+        config.keep_checkpoints,
+        writes=is_chief,
+    )
     local_statistics = plan.num_replicas > 1 and not config.model.sync_batch_norm
-    synchronize = loops.make_average_statistics(strategy, state) if local_statistics else lambda: None
-    return Session(config, strategy, reason, kind, dtype_policy, jit_compile, source, data_changes, plan, state, checkpoints, synchronize,
-                   is_chief, agree, loaded, teacher, teacher_name)
+    synchronize = (
+        loops.make_average_statistics(strategy, state) if local_statistics else lambda: None
+    )
+    return Session(
+        config,
+        strategy,
+        reason,
+        kind,
+        dtype_policy,
+        jit_compile,
+        source,
+        data_changes,
+        plan,
+        state,
+        checkpoints,
+        synchronize,
+        is_chief,
+        agree,
+        loaded,
+        teacher,
+        teacher_name,
+    )
 
 
 def load_weights(model, config, workdir, class_names):
@@ -125,6 +172,10 @@ def build_state(model, config, plan, dtype_policy):
     """The model with an optimizer, if the plan has updates, and what else training changes; call it in the strategy's scope."""
     if not plan.total_steps:
         return steps.TrainState.create(model, None, config.ema_decay, scale_loss=False)
-    optimizer = optimizers.build_optimizer(config, planning.schedule_arguments(config, plan), model.trainable_variables)
+    optimizer = optimizers.build_optimizer(
+        config, planning.schedule_arguments(config, plan), model.trainable_variables
+    )
     models.derive_dropout_seeds(model, config.seed, optimizer.iterations)
-    return steps.TrainState.create(model, optimizer, config.ema_decay, scale_loss=dtype_policy == 'mixed_float16')
+    return steps.TrainState.create(
+        model, optimizer, config.ema_decay, scale_loss=dtype_policy == 'mixed_float16'
+    )

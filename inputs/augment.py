@@ -9,6 +9,7 @@ All of it is ours and not Keras' layers. Those draw from a state that is the sam
 neither order nor resume could be exact; that rules out MixUp, CutMix and RandomFlip too, which are as fast as these. RandAugment there computes
 all operations for each picture and keeps one (benchmarks/augmentation.py measures them side by side).
 """
+
 import math
 
 import tensorflow as tf
@@ -73,10 +74,17 @@ def random_crop(encoded, seed, area, size, white_level=WHITE_LEVEL):
     Returns: uint8 [height, width, 3]: the window as it is, or of a JPEG shrunk to 1/2, 1/4 or 1/8
         where both sides stay at least `size`.
     """
+
     def window(shape):
         begin, extent, _ = tf.image.stateless_sample_distorted_bounding_box(
-            shape, tf.constant([[[0.0, 0.0, 1.0, 1.0]]]), seed=seed, min_object_covered=0.0,
-            aspect_ratio_range=(3 / 4, 4 / 3), area_range=area, max_attempts=10)
+            shape,
+            tf.constant([[[0.0, 0.0, 1.0, 1.0]]]),
+            seed=seed,
+            min_object_covered=0.0,
+            aspect_ratio_range=(3 / 4, 4 / 3),
+            area_range=area,
+            max_attempts=10,
+        )
         return begin[:2], extent[:2]
 
     def crop_jpeg():
@@ -85,7 +93,7 @@ def random_crop(encoded, seed, area, size, white_level=WHITE_LEVEL):
     def crop_decoded():
         image = decode(encoded, white_level)
         (top, left), (height, width) = map(tf.unstack, window(tf.shape(image)))
-        return image[top:top + height, left:left + width]
+        return image[top : top + height, left : left + width]
 
     # In a map of tf.data this takes less time than tf.cond, which would do as well.
     kind = tf.cast(tf.io.is_jpeg(encoded), tf.int32)
@@ -138,7 +146,10 @@ def apply_policy(image, seed, policy):
         kind = tf.cast(drawn[3 * index + 1] * len(names), tf.int32)
         sign = tf.where(drawn[3 * index + 2] < 0.5, 1.0, -1.0)
         strength = drawn[3 * index + 3] if wide else policy.magnitude / 10
-        branches = [lambda name=name: apply_operation(name, image, RANGES[name][wide] * strength, sign) for name in names]
+        branches = [
+            lambda name=name: apply_operation(name, image, RANGES[name][wide] * strength, sign)
+            for name in names
+        ]
         image = tf.switch_case(tf.where(chosen, kind, 0), branches)  # operation 0 is the identity
     return image
 
@@ -152,11 +163,19 @@ def apply_operation(name, image, amount, sign):
     if name in GEOMETRY:
         towards = sign * amount
         turn = towards * math.pi / 180 if name == 'rotate' else 0.0
-        return affine(image, turn=turn, shear_x=towards if name == 'shear_x' else 0.0, shear_y=towards if name == 'shear_y' else 0.0,
-                      left=towards * size if name == 'translate_x' else 0.0, up=towards * size if name == 'translate_y' else 0.0)
+        return affine(
+            image,
+            turn=turn,
+            shear_x=towards if name == 'shear_x' else 0.0,
+            shear_y=towards if name == 'shear_y' else 0.0,
+            left=towards * size if name == 'translate_x' else 0.0,
+            up=towards * size if name == 'translate_y' else 0.0,
+        )
     if name == 'autocontrast':
         low, high = tf.reduce_min(values, (0, 1)), tf.reduce_max(values, (0, 1))  # [3]
-        return to_uint8(tf.where(high > low, (values - low) * 255 / tf.maximum(high - low, 1), values))
+        return to_uint8(
+            tf.where(high > low, (values - low) * 255 / tf.maximum(high - low, 1), values)
+        )
     if name == 'equalize':
         return tf.stack([_equalized(channel) for channel in tf.unstack(image, axis=-1)], axis=-1)
     if name == 'posterize':
@@ -164,10 +183,12 @@ def apply_operation(name, image, amount, sign):
         return to_uint8(tf.floor(values / step) * step)
     if name == 'solarize':
         return tf.where(values >= 256 * (1 - amount), 255 - image, image)
-    plain = {'color': lambda: tf.tensordot(values, LUMA, 1)[..., None],
-             'contrast': lambda: tf.reduce_mean(tf.tensordot(values, LUMA, 1)),
-             'brightness': lambda: 0.0,
-             'sharpness': lambda: _smoothed(values)}[name]()
+    plain = {
+        'color': lambda: tf.tensordot(values, LUMA, 1)[..., None],
+        'contrast': lambda: tf.reduce_mean(tf.tensordot(values, LUMA, 1)),
+        'brightness': lambda: 0.0,
+        'sharpness': lambda: _smoothed(values),
+    }[name]()
     return to_uint8(plain + (1 + sign * amount) * (values - plain))
 
 
@@ -181,16 +202,34 @@ def affine(image, turn=0.0, shear_x=0.0, shear_y=0.0, left=0.0, up=0.0, zoom_x=1
     # Where a pixel of the result comes from: turned and sheared, then zoomed, relative to the centre.
     xx, xy = tf.cos(turn) / zoom_x, (shear_x - tf.sin(turn)) / zoom_x
     yx, yy = (shear_y + tf.sin(turn)) / zoom_y, tf.cos(turn) / zoom_y
-    transform = tf.stack([xx, xy, centre_x - xx * centre_x - xy * centre_y + left,
-                          yx, yy, centre_y - yx * centre_x - yy * centre_y + up, 0.0, 0.0])
-    moved = tf.raw_ops.ImageProjectiveTransformV3(images=image[None], transforms=transform[None], output_shape=tf.shape(image)[:2],
-                                                  fill_value=0.0, interpolation='BILINEAR', fill_mode='CONSTANT')
+    transform = tf.stack(
+        [
+            xx,
+            xy,
+            centre_x - xx * centre_x - xy * centre_y + left,
+            yx,
+            yy,
+            centre_y - yx * centre_x - yy * centre_y + up,
+            0.0,
+            0.0,
+        ]
+    )
+    moved = tf.raw_ops.ImageProjectiveTransformV3(
+        images=image[None],
+        transforms=transform[None],
+        output_shape=tf.shape(image)[:2],
+        fill_value=0.0,
+        interpolation='BILINEAR',
+        fill_mode='CONSTANT',
+    )
     return tf.ensure_shape(moved[0], image.shape)
 
 
 def draws(settings, seed):
     """The random numbers that `on_device` needs for one example: a dict of float32 tensors, uniform in [0, 1) or of Beta."""
-    flip, jitter, erase, mix = tf.split(tf.random.stateless_uniform([15], seed + (0, 3)), [1, 3, 8, 3])
+    flip, jitter, erase, mix = tf.split(
+        tf.random.stateless_uniform([15], seed + (0, 3)), [1, 3, 8, 3]
+    )
     drawn = {}
     if settings.flip:
         drawn['flip'] = flip
@@ -199,7 +238,9 @@ def draws(settings, seed):
     if settings.random_erasing:
         drawn['erase'] = erase
     if settings.mixup or settings.cutmix:
-        drawn['mix'] = tf.concat([mix, _beta(seed + (0, 4), settings.mixup), _beta(seed + (0, 6), settings.cutmix)], 0)
+        drawn['mix'] = tf.concat(
+            [mix, _beta(seed + (0, 4), settings.mixup), _beta(seed + (0, 6), settings.cutmix)], 0
+        )
     return drawn
 
 
@@ -209,10 +250,13 @@ def on_device(settings, num_classes):
     It returns images float32 in 0..255 and labels float32 [batch, num_classes]. Mixing takes neighbours: pictures 0 and 1,
     2 and 3, and so on, so the batch of a replica must be even.
     """
+
     def change(images, labels, drawn):
         labels = tf.one_hot(labels, num_classes)
         if settings.flip:  # while a pixel is a byte
-            images = tf.where(drawn['flip'][:, :, None, None] < 0.5, images, tf.reverse(images, [2]))
+            images = tf.where(
+                drawn['flip'][:, :, None, None] < 0.5, images, tf.reverse(images, [2])
+            )
         images = tf.cast(images, tf.float32)
         if settings.color_jitter:
             images = jitter(images, 1 + settings.color_jitter * (2 * drawn['jitter'] - 1))
@@ -227,7 +271,9 @@ def on_device(settings, num_classes):
 
 def jitter(images, factors):
     """Multiplies brightness, contrast and saturation by `factors`, float32 [batch, 3]."""
-    brightness, contrast, saturation = (factor[:, None, None, None] for factor in tf.unstack(factors, axis=1))
+    brightness, contrast, saturation = (
+        factor[:, None, None, None] for factor in tf.unstack(factors, axis=1)
+    )
     images = tf.clip_by_value(images * brightness, 0, 255)
     grey = tf.tensordot(images, LUMA, 1)[..., None]  # [batch, height, width, 1]
     mean = tf.reduce_mean(grey, (1, 2), keepdims=True)
@@ -239,8 +285,18 @@ def jitter(images, factors):
 def erase(images, drawn, probability):
     """Fills a rectangle with one random colour (Zhong et al. 2020): 2 to 33 % of the picture, aspect 0.3 to 1 / 0.3."""
     area, aspect = 0.02 + 0.31 * drawn[:, 1], tf.exp(math.log(0.3) * (1 - 2 * drawn[:, 2]))
-    inside = _rectangle(tf.shape(images), tf.minimum(1.0, tf.sqrt(area * aspect)), tf.minimum(1.0, tf.sqrt(area / aspect)), drawn[:, 3], drawn[:, 4])
-    return tf.where(inside & (drawn[:, 0] < probability)[:, None, None, None], 255 * drawn[:, None, None, 5:8], images)
+    inside = _rectangle(
+        tf.shape(images),
+        tf.minimum(1.0, tf.sqrt(area * aspect)),
+        tf.minimum(1.0, tf.sqrt(area / aspect)),
+        drawn[:, 3],
+        drawn[:, 4],
+    )
+    return tf.where(
+        inside & (drawn[:, 0] < probability)[:, None, None, None],
+        255 * drawn[:, None, None, 5:8],
+        images,
+    )
 
 
 def mix(images, labels, drawn, mixup, cutmix):
@@ -248,8 +304,12 @@ def mix(images, labels, drawn, mixup, cutmix):
     drawn = tf.repeat(drawn[::2], 2, axis=0)  # a pair shares its numbers
     coin, across, down, mixup_share, cutmix_share = tf.unstack(drawn, axis=1)  # [batch]
     shape = tf.shape(images)
-    other_images = tf.reshape(tf.reverse(tf.reshape(images, [-1, 2, shape[1], shape[2], 3]), [1]), shape)
-    other_labels = tf.reshape(tf.reverse(tf.reshape(labels, [-1, 2, labels.shape[1]]), [1]), tf.shape(labels))
+    other_images = tf.reshape(
+        tf.reverse(tf.reshape(images, [-1, 2, shape[1], shape[2], 3]), [1]), shape
+    )
+    other_labels = tf.reshape(
+        tf.reverse(tf.reshape(labels, [-1, 2, labels.shape[1]]), [1]), tf.shape(labels)
+    )
     takes_mixup = coin < (0.5 if mixup and cutmix else 1.0 if mixup else 0.0)
     if mixup:
         blended = other_images + mixup_share[:, None, None, None] * (images - other_images)
@@ -258,8 +318,20 @@ def mix(images, labels, drawn, mixup, cutmix):
         inside = _rectangle(shape, side, side, across, down)
         cut = tf.where(inside, other_images, images)
         kept = 1 - tf.reduce_mean(tf.cast(inside, tf.float32), (1, 2, 3))  # counted in whole pixels
-    mixed = tf.where(takes_mixup[:, None, None, None], blended, cut) if mixup and cutmix else blended if mixup else cut
-    share = (tf.where(takes_mixup, mixup_share, kept) if mixup and cutmix else mixup_share if mixup else kept)[:, None]
+    mixed = (
+        tf.where(takes_mixup[:, None, None, None], blended, cut)
+        if mixup and cutmix
+        else blended
+        if mixup
+        else cut
+    )
+    share = (
+        tf.where(takes_mixup, mixup_share, kept)
+        if mixup and cutmix
+        else mixup_share
+        if mixup
+        else kept
+    )[:, None]
     return mixed, share * labels + (1 - share) * other_labels
 
 
@@ -270,8 +342,14 @@ def _moved(image, seed, settings):
     zoom_x, zoom_y = 1 + by[3] * settings.zoom, 1 + by[4] * settings.zoom
     if settings.zoom > 0.5:
         image = _without_details(image, tf.stack([zoom_y, zoom_x]))
-    return affine(image, turn=by[0] * settings.rotate * 2 * math.pi, left=by[1] * settings.translate * width, up=by[2] * settings.translate * height,
-                  zoom_x=zoom_x, zoom_y=zoom_y)
+    return affine(
+        image,
+        turn=by[0] * settings.rotate * 2 * math.pi,
+        left=by[1] * settings.translate * width,
+        up=by[2] * settings.translate * height,
+        zoom_x=zoom_x,
+        zoom_y=zoom_y,
+    )
 
 
 def _without_details(image: tf.Tensor, zoom: tf.Tensor) -> tf.Tensor:
@@ -288,12 +366,18 @@ def _without_details(image: tf.Tensor, zoom: tf.Tensor) -> tf.Tensor:
 
 def _rectangle(shape, height, width, down, across):
     """Whether a pixel lies in a rectangle, bool [batch, height, width, 1]; sides and place are shares, float32 [batch]."""
+
     def covers(pixels, side, place):
-        centres = (tf.cast(tf.range(pixels), tf.float32) + 0.5) / tf.cast(pixels, tf.float32)  # [pixels]
+        centres = (tf.cast(tf.range(pixels), tf.float32) + 0.5) / tf.cast(
+            pixels, tf.float32
+        )  # [pixels]
         begin = (place * (1 - side))[:, None]
         return (centres >= begin) & (centres < begin + side[:, None])  # [batch, pixels]
 
-    return covers(shape[1], height, down)[:, :, None, None] & covers(shape[2], width, across)[:, None, :, None]
+    return (
+        covers(shape[1], height, down)[:, :, None, None]
+        & covers(shape[2], width, across)[:, None, :, None]
+    )
 
 
 def _beta(seed, alpha):
@@ -310,13 +394,23 @@ def _equalized(channel):
     last = tf.reduce_max(tf.where(histogram > 0, tf.range(256), 0))
     step = (tf.reduce_sum(histogram) - histogram[last]) // 255
     table = (tf.cumsum(histogram, exclusive=True) + step // 2) // tf.maximum(step, 1)
-    return tf.where(step == 0, channel, tf.cast(tf.gather(tf.clip_by_value(table, 0, 255), tf.cast(channel, tf.int32)), tf.uint8))
+    return tf.where(
+        step == 0,
+        channel,
+        tf.cast(tf.gather(tf.clip_by_value(table, 0, 255), tf.cast(channel, tf.int32)), tf.uint8),
+    )
 
 
 def _smoothed(values):
     """PIL's SMOOTH filter, float32 [height, width, 3]; the outermost pixels stay."""
     kernel = tf.constant([[1.0, 1, 1], [1, 5, 1], [1, 1, 1]]) / 13
-    inner = tf.nn.depthwise_conv2d(values[None], tf.tile(kernel[:, :, None, None], [1, 1, 3, 1]), [1, 1, 1, 1], 'VALID')[0]
+    inner = tf.nn.depthwise_conv2d(
+        values[None], tf.tile(kernel[:, :, None, None], [1, 1, 3, 1]), [1, 1, 1, 1], 'VALID'
+    )[0]
     height, width = tf.unstack(tf.shape(values)[:2])
-    edge = tf.pad(tf.zeros([height - 2, width - 2, 1], tf.bool), [[1, 1], [1, 1], [0, 0]], constant_values=True)
+    edge = tf.pad(
+        tf.zeros([height - 2, width - 2, 1], tf.bool),
+        [[1, 1], [1, 1], [0, 0]],
+        constant_values=True,
+    )
     return tf.where(edge, values, tf.pad(inner, [[1, 1], [1, 1], [0, 0]]))

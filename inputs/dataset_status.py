@@ -1,4 +1,5 @@
 """Whether a data set is there and can be used, and how large it is; gets and prepares nothing."""
+
 import dataclasses
 import os
 
@@ -9,7 +10,9 @@ from common.errors import RunError, one_line
 from inputs import datasets, image_folder, record_index, tfds_checks, tfds_features
 from inputs.digits import Digits
 
-ARCHIVES = {'imagenet2012': ('ILSVRC2012_img_train.tar', 'ILSVRC2012_img_val.tar')}  # that are put there by hand; of others TFDS knows the page only
+ARCHIVES = {
+    'imagenet2012': ('ILSVRC2012_img_train.tar', 'ILSVRC2012_img_val.tar')
+}  # that are put there by hand; of others TFDS knows the page only
 SIZES = {  # of the splits of what configs/ names, for before they are prepared. Source: the catalog of TFDS
     'cifar10': {'train': 50_000, 'test': 10_000},
     'digits': {'train': Digits.NUM_EXAMPLES - Digits.NUM_TEST, 'test': Digits.NUM_TEST},
@@ -55,8 +58,14 @@ def look(dataset_config):
     """
     if dataset_config.name == 'folder':
         class_names, sizes, num_bytes = image_folder.count(dataset_config)
-        return Presence('here', os.path.expanduser(dataset_config.data_dir), class_names, sizes[dataset_config.train_split],
-                        sizes[dataset_config.eval_split], num_bytes)
+        return Presence(
+            'here',
+            os.path.expanduser(dataset_config.data_dir),
+            class_names,
+            sizes[dataset_config.train_split],
+            sizes[dataset_config.eval_split],
+            num_bytes,
+        )
     builder, columns = datasets.find_builder(dataset_config)
     if builder.is_prepared():
         return _prepared(builder, columns, dataset_config)
@@ -67,12 +76,32 @@ def look(dataset_config):
 def _prepared(builder, columns, dataset_config):
     record_index.require_tfrecord(builder)
     here = set(tf.io.gfile.listdir(str(builder.data_dir)))
-    lost = [path for split in builder.info.splits.values() for path in map(str, split.filepaths) if os.path.basename(path) not in here]
+    lost = [
+        path
+        for split in builder.info.splits.values()
+        for path in map(str, split.filepaths)
+        if os.path.basename(path) not in here
+    ]
     if lost:
-        raise RunError(f'{len(lost)} files of {builder.name} are missing, such as {lost[0]}: rm -r {builder.data_dir}')
-    short = '' if '://' in str(builder.data_dir) else next((name for name, split in builder.info.splits.items() if _size_on_disk(split) < split.num_bytes), '')
+        raise RunError(
+            f'{len(lost)} files of {builder.name} are missing, such as {lost[0]}: rm -r {builder.data_dir}'
+        )
+    short = (
+        ''
+        if '://' in str(builder.data_dir)
+        else next(
+            (
+                name
+                for name, split in builder.info.splits.items()
+                if _size_on_disk(split) < split.num_bytes
+            ),
+            '',
+        )
+    )
     if short:
-        raise RunError(f'files of {builder.name} are shorter than they were, of its split {short}: rm -r {builder.data_dir}')
+        raise RunError(
+            f'files of {builder.name} are shorter than they were, of its split {short}: rm -r {builder.data_dir}'
+        )
     class_names = tfds_checks.names_of_classes(builder, columns)
     sizes = _sizes(builder.name, builder.info.splits, dataset_config)
     try:
@@ -81,7 +110,8 @@ def _prepared(builder, columns, dataset_config):
     except tf.errors.OpError as error:
         raise RunError(
             f'files of {builder.name} are damaged ({one_line(error, 100)}): '
-            f'rm -r {builder.data_dir}') from error
+            f'rm -r {builder.data_dir}'
+        ) from error
     num_bytes = int(builder.info.dataset_size or 0) or None
     return Presence('here', str(builder.data_dir), class_names, *sizes, num_bytes)
 
@@ -91,30 +121,64 @@ def _size_on_disk(split):
 
 
 def _not_prepared(builder, label, dataset_config):
-    download = int(builder.info.download_size or 0) or sum(int(info.size or 0) for info in (builder.url_infos or {}).values())  # of all variants that it has
+    download = int(builder.info.download_size or 0) or sum(
+        int(info.size or 0) for info in (builder.url_infos or {}).values()
+    )  # of all variants that it has
     stored = int(builder.info.dataset_size or 0) or download
-    sizes = _sizes(builder.name, _splits(builder), dataset_config) if builder.name in SIZES else (None, None)
+    sizes = (
+        _sizes(builder.name, _splits(builder), dataset_config)
+        if builder.name in SIZES
+        else (None, None)
+    )
     if label.num_classes is None:
         raise RunError(
             f'how many classes {builder.name} has is known when it is prepared: '
-            'let a first start do it, without --mode=check')
-    known = dict(place=str(builder.data_dir), class_names=tuple(label.names), num_train=sizes[0], num_eval=sizes[1], num_bytes=stored or None)
+            'let a first start do it, without --mode=check'
+        )
+    known = {
+        'place': str(builder.data_dir),
+        'class_names': tuple(label.names),
+        'num_train': sizes[0],
+        'num_eval': sizes[1],
+        'num_bytes': stored or None,
+    }
     if builder.name == 'digits':
-        return Presence('made', room_bytes=2**20, **known | {'num_bytes': 2**20})  # 0.4 MiB of PNG files
+        return Presence(
+            'made', room_bytes=2**20, **known | {'num_bytes': 2**20}
+        )  # 0.4 MiB of PNG files
     if not builder.MANUAL_DOWNLOAD_INSTRUCTIONS:
         return Presence('downloaded', room_bytes=2 * download + stored, **known)
     manual = os.path.join(datasets.data_folder(dataset_config), 'downloads', 'manual')
     here = set(tf.io.gfile.listdir(manual)) if tf.io.gfile.isdir(manual) else set()
     if here and here.issuperset(ARCHIVES.get(builder.name, ())):
         return Presence('unpacked', room_bytes=stored, **known)
-    return Presence('missing', room_bytes=download + stored, how=f'mkdir -p {manual}   # {datasets.how_to_get(builder)}', **known)
+    return Presence(
+        'missing',
+        room_bytes=download + stored,
+        how=f'mkdir -p {manual}   # {datasets.how_to_get(builder)}',
+        **known,
+    )
 
 
 def _splits(builder):
-    template = tfds.core.ShardedFileTemplate(data_dir=builder.data_dir, dataset_name=builder.name, filetype_suffix='tfrecord')
-    return tfds.core.SplitDict([tfds.core.SplitInfo(name=name, shard_lengths=[size], num_bytes=0, filename_template=template.replace(split=name))
-                                for name, size in SIZES[builder.name].items()])
+    template = tfds.core.ShardedFileTemplate(
+        data_dir=builder.data_dir, dataset_name=builder.name, filetype_suffix='tfrecord'
+    )
+    return tfds.core.SplitDict(
+        [
+            tfds.core.SplitInfo(
+                name=name,
+                shard_lengths=[size],
+                num_bytes=0,
+                filename_template=template.replace(split=name),
+            )
+            for name, size in SIZES[builder.name].items()
+        ]
+    )
 
 
 def _sizes(name, splits, dataset_config):
-    return [datasets.split_size(name, splits, key, dataset_config, needed=True) for key in ('train_split', 'eval_split')]
+    return [
+        datasets.split_size(name, splits, key, dataset_config, needed=True)
+        for key in ('train_split', 'eval_split')
+    ]

@@ -1,4 +1,5 @@
 """Where examples come from: a TFDS data set, the embedded digits, or a folder of one's own images."""
+
 import contextlib
 import dataclasses
 import functools
@@ -44,8 +45,12 @@ class Source:
     find: Callable  # (split, share, longest) -> the examples of a host's share (index, number), as `record_index.Records` or `record_index.Singles`
     identity: str  # says which training examples these are: another text, other examples
     notes: tuple[str, ...] = ()  # what the user may not expect, for the report
-    damage: Callable = str  # () -> text that names the files that have changed for the worse since, or ''
-    original: Callable = lambda split, number: None  # (split, number of an example) -> the user's file as bytes, where it is one
+    damage: Callable = (
+        str  # () -> text that names the files that have changed for the worse since, or ''
+    )
+    original: Callable = lambda split, number: (
+        None
+    )  # (split, number of an example) -> the user's file as bytes, where it is one
     _kept: dict = dataclasses.field(default_factory=dict)
 
     def split(self, name, share=(0, 1), in_memory=True):
@@ -59,11 +64,17 @@ class Source:
             found = self.find(name, share)
             free = psutil.virtual_memory().available
             if min(self.memory_bytes, found.num_bytes) > free:
-                raise RunError(f'config.dataset.memory_gib={self.memory_bytes / 2**30:.3g}, but only {free / 2**30:.3g} GiB of memory are free: '
-                               f'write --config.dataset.memory_gib={free / 2**31:.2g}')
+                raise RunError(
+                    f'config.dataset.memory_gib={self.memory_bytes / 2**30:.3g}, but only {free / 2**30:.3g} GiB of memory are free: '
+                    f'write --config.dataset.memory_gib={free / 2**31:.2g}'
+                )
             if found.num_bytes <= self.memory_bytes // 4:
                 # Once from end to end is fastest in whole files: each piece opens its file anew.
-                found = record_index.in_memory(self.find(name, share, longest=sys.maxsize)) if in_memory else self.find(name, share, longest=1)
+                found = (
+                    record_index.in_memory(self.find(name, share, longest=sys.maxsize))
+                    if in_memory
+                    else self.find(name, share, longest=1)
+                )
             self._kept[name, share, in_memory] = found
         return self._kept[name, share, in_memory]
 
@@ -73,14 +84,18 @@ class Source:
         num_pieces = len(found.counts)
         chosen = np.linspace(0, num_pieces - 1, min(most, num_pieces)).round().astype(np.int64)
         if isinstance(found, record_index.Records):
-            found = dataclasses.replace(found, counts=np.ones_like(found.counts))  # the first of each piece
+            found = dataclasses.replace(
+                found, counts=np.ones_like(found.counts)
+            )  # the first of each piece
         for number, encoded, label in found.read(chosen).as_numpy_iterator():
             yield Sampled(encoded, self.original(split, number), int(label))
 
     def examples(self, split):
         """A tf.data.Dataset of (image, label): encoded bytes, string []; int64 []. The order is always the same."""
         found = self.split(split)
-        return found.read(np.arange(len(found.counts))).map(lambda number, encoded, label: (encoded, label))
+        return found.read(np.arange(len(found.counts))).map(
+            lambda number, encoded, label: (encoded, label)
+        )
 
 
 def load(dataset_config, needs_training=True):
@@ -102,12 +117,18 @@ def _tfds(dataset_config, needs_training):
     if not builder.is_prepared():
         _prepare(builder, data_folder(dataset_config))
     class_names = tfds_checks.names_of_classes(builder, columns)
-    num_train = split_size(builder.name, builder.info.splits, 'train_split', dataset_config, needed=needs_training)
-    num_eval = split_size(builder.name, builder.info.splits, 'eval_split', dataset_config, needed=True)
+    num_train = split_size(
+        builder.name, builder.info.splits, 'train_split', dataset_config, needed=needs_training
+    )
+    num_eval = split_size(
+        builder.name, builder.info.splits, 'eval_split', dataset_config, needed=True
+    )
     record_index.require_tfrecord(builder)
     keys = ('train_split', 'eval_split') if needs_training else ('eval_split',)
     notes = [tfds_checks.require_usable(builder, columns, key, dataset_config) for key in keys]
-    notes.append(tfds_features.describe_choice(columns, builder.info.supervised_keys, dataset_config))
+    notes.append(
+        tfds_features.describe_choice(columns, builder.info.supervised_keys, dataset_config)
+    )
     notes = tuple(filter(None, notes))
     for note in notes:
         print(f'note      {note}', flush=True)
@@ -120,7 +141,13 @@ def _tfds(dataset_config, needs_training):
         num_eval=num_eval,
         memory_bytes=int(dataset_config.memory_gib * 2**30),
         find=functools.partial(record_index.of_builder, builder, columns),
-        identity=' '.join([builder.info.full_name, dataset_config.train_split, *filter(None, (dataset_config.image_key, dataset_config.label_key))]),
+        identity=' '.join(
+            [
+                builder.info.full_name,
+                dataset_config.train_split,
+                *filter(None, (dataset_config.image_key, dataset_config.label_key)),
+            ]
+        ),
         notes=notes,
     )
 
@@ -131,11 +158,18 @@ def find_builder(dataset_config):
     try:
         builder = tfds.builder(name, data_dir=os.path.expanduser(dataset_config.data_dir) or None)
     except tfds.core.DatasetNotFoundError:
-        hint = did_you_mean(name, tfds.list_builders(), cutoff=0.5) or ": see tensorflow.org/datasets/catalog, or use 'digits' or 'folder'"
+        hint = (
+            did_you_mean(name, tfds.list_builders(), cutoff=0.5)
+            or ": see tensorflow.org/datasets/catalog, or use 'digits' or 'folder'"
+        )
         raise ConfigError(f'config.dataset.name={name!r} is no TFDS data set{hint}') from None
     except (ValueError, AssertionError) as error:
-        raise ConfigError(f"config.dataset.name={name!r} is no TFDS data set ({one_line(error, 100)}): write its name, 'digits' or 'folder'") from error
-    return builder, tfds_features.find_columns(builder.info.features, builder.info.supervised_keys, dataset_config)
+        raise ConfigError(
+            f"config.dataset.name={name!r} is no TFDS data set ({one_line(error, 100)}): write its name, 'digits' or 'folder'"
+        ) from error
+    return builder, tfds_features.find_columns(
+        builder.info.features, builder.info.supervised_keys, dataset_config
+    )
 
 
 def data_folder(dataset_config):
@@ -150,7 +184,8 @@ def _prepare(builder, data_dir):
         if not tf.io.gfile.exists(manual_dir) or not tf.io.gfile.listdir(manual_dir):
             raise RunError(
                 f'{builder.name} is not prepared: looked in {builder.data_dir} and for its archives in {manual_dir}. '
-                f'{how_to_get(builder)} Then run the same command again, or point --config.dataset.data_dir at a folder that has it')
+                f'{how_to_get(builder)} Then run the same command again, or point --config.dataset.data_dir at a folder that has it'
+            )
         download = tfds.download.DownloadConfig(manual_dir=manual_dir)
     if isinstance(builder, digits.Digits):
         tfds.disable_progress_bar()  # it takes a second
@@ -160,16 +195,26 @@ def _prepare(builder, data_dir):
         with contextlib.redirect_stdout(io.StringIO()):
             builder.download_and_prepare(download_config=download)
     except Exception as error:  # of any kind: no network, a damaged archive, no space
-        offline = isinstance(error, OSError) and re.search('HTTPS?Connection|resolve|unreachable', str(error))
-        mend = f': this machine has to be online for it, or --config.dataset.data_dir=DIR a folder that has {builder.name} prepared' if offline else ''
-        raise RunError(f'{builder.name} could not be prepared in {builder.data_dir} ({one_line(error, 200)}){mend}') from error
+        offline = isinstance(error, OSError) and re.search(
+            'HTTPS?Connection|resolve|unreachable', str(error)
+        )
+        mend = (
+            f': this machine has to be online for it, or --config.dataset.data_dir=DIR a folder that has {builder.name} prepared'
+            if offline
+            else ''
+        )
+        raise RunError(
+            f'{builder.name} could not be prepared in {builder.data_dir} ({one_line(error, 200)}){mend}'
+        ) from error
 
 
 def how_to_get(builder):
     """What the user has to do for a data set that cannot be downloaded."""
     if builder.name == 'imagenet2012':
-        return ('Register at https://image-net.org/download-images, put ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar '
-                'there (145 GB; preparing them takes as much again).')
+        return (
+            'Register at https://image-net.org/download-images, put ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar '
+            'there (145 GB; preparing them takes as much again).'
+        )
     return f'TFDS says: {one_line(builder.MANUAL_DOWNLOAD_INSTRUCTIONS)}'
 
 
@@ -177,10 +222,14 @@ def _folder(dataset_config, needs_training):
     found = image_folder.find(dataset_config, needs_training)
     for note in found.notes:
         print(f'note      {note}', flush=True)
-    named = [f'  {image_folder.shown(path)}: {reason}' for path, reason in found.broken[:MOST_NAMED]]
+    named = [
+        f'  {image_folder.shown(path)}: {reason}' for path, reason in found.broken[:MOST_NAMED]
+    ]
     for line in named[:1]:
         print(f'        {line}', flush=True)
-    more = [f'  and {len(found.broken) - MOST_NAMED:,} more'] if len(found.broken) > MOST_NAMED else []
+    more = (
+        [f'  and {len(found.broken) - MOST_NAMED:,} more'] if len(found.broken) > MOST_NAMED else []
+    )
     return Source(
         name=dataset_config.name,
         class_names=found.class_names,
@@ -190,7 +239,14 @@ def _folder(dataset_config, needs_training):
         num_eval=len(found.splits[dataset_config.eval_split]),
         memory_bytes=int(dataset_config.memory_gib * 2**30),
         find=lambda split, share, longest=None: _singles(found.splits[split], share),
-        identity=hashlib.sha256(repr([(picture.digest, picture.label) for picture in found.splits.get(dataset_config.train_split, ())]).encode()).hexdigest(),
+        identity=hashlib.sha256(
+            repr(
+                [
+                    (picture.digest, picture.label)
+                    for picture in found.splits.get(dataset_config.train_split, ())
+                ]
+            ).encode()
+        ).hexdigest(),
         notes=(*found.notes, *named, *more),
         damage=functools.partial(_damage, found, dataset_config, needs_training),
         original=lambda split, number: image_validation.read(found.splits[split][number].original),
@@ -198,14 +254,25 @@ def _folder(dataset_config, needs_training):
 
 
 def _damage(before, dataset_config, needs_training):
-    gone = [picture.path for pictures in before.splits.values() for picture in pictures if not tf.io.gfile.exists(os.fsencode(picture.path))]
+    gone = [
+        picture.path
+        for pictures in before.splits.values()
+        for picture in pictures
+        if not tf.io.gfile.exists(os.fsencode(picture.path))
+    ]
     known = set(before.broken)
     try:
-        broken = [f'{image_folder.shown(path)} ({reason})' for path, reason in image_folder.find(dataset_config, needs_training).broken if (path, reason) not in known]
+        broken = [
+            f'{image_folder.shown(path)} ({reason})'
+            for path, reason in image_folder.find(dataset_config, needs_training).broken
+            if (path, reason) not in known
+        ]
     except (ConfigError, RunError) as error:
         return str(error)
     named = [f'{image_folder.shown(path)} (it has gone)' for path in gone] + broken
-    return ', '.join(named[:image_folder.NAMED]) + (f' and {len(named) - image_folder.NAMED:,} more' if len(named) > image_folder.NAMED else '')
+    return ', '.join(named[: image_folder.NAMED]) + (
+        f' and {len(named) - image_folder.NAMED:,} more' if len(named) > image_folder.NAMED else ''
+    )
 
 
 def _singles(pictures, share):
@@ -228,8 +295,10 @@ def split_size(name, splits, key, dataset_config, needed):
     except (KeyError, ValueError) as error:
         if not needed:
             return 0
-        raise ConfigError(f'config.dataset.{key}={split!r} is no split of {name}: it has '
-                          f'{", ".join(splits) or "none"} ({one_line(error, 120)})') from error
+        raise ConfigError(
+            f'config.dataset.{key}={split!r} is no split of {name}: it has '
+            f'{", ".join(splits) or "none"} ({one_line(error, 120)})'
+        ) from error
     if not size and needed:
         raise ConfigError(f'config.dataset.{key}={split!r} of {name} has no examples')
     return size

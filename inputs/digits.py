@@ -1,4 +1,5 @@
 """scikit-learn's handwritten digits as a data set of TFDS."""
+
 import numpy as np
 import tensorflow_datasets as tfds
 
@@ -15,23 +16,35 @@ class Digits(tfds.core.GeneratorBasedBuilder):
 
     def _info(self):
         return self.dataset_info_from_configs(
-            features=tfds.features.FeaturesDict({
-                'image': tfds.features.Image(shape=(8, 8, 1)),
-                'label': tfds.features.ClassLabel(num_classes=10),
-                'id': np.int64,  # row in scikit-learn's array
-            }),
+            features=tfds.features.FeaturesDict(
+                {
+                    'image': tfds.features.Image(shape=(8, 8, 1)),
+                    'label': tfds.features.ClassLabel(num_classes=10),
+                    'id': np.int64,  # row in scikit-learn's array
+                }
+            ),
             supervised_keys=('image', 'label'),
             description=self.__doc__,
         )
 
     def _split_generators(self, dl_manager):
-        order = np.random.RandomState(0).permutation(self.NUM_EXAMPLES)  # RandomState's stream is frozen, default_rng's is not
-        return {'train': self._generate_examples(order[self.NUM_TEST:]), 'test': self._generate_examples(order[:self.NUM_TEST])}
+        order = np.random.RandomState(0).permutation(
+            self.NUM_EXAMPLES
+        )  # RandomState's stream is frozen, default_rng's is not
+        return {
+            'train': self._generate_examples(order[self.NUM_TEST :]),
+            'test': self._generate_examples(order[: self.NUM_TEST]),
+        }
 
     def _generate_examples(self, rows):
         from sklearn.datasets import load_digits
 
         digits = load_digits()
         for row in rows:
-            pixels = np.rint(digits.images[row] * (255 / 16)).astype(np.uint8)  # scikit-learn's values are 0 to 16
-            yield int(row), {'image': pixels[..., None], 'label': int(digits.target[row]), 'id': int(row)}
+            pixels = np.rint(digits.images[row] * (255 / 16)).astype(
+                np.uint8
+            )  # scikit-learn's values are 0 to 16
+            yield (
+                int(row),
+                {'image': pixels[..., None], 'label': int(digits.target[row]), 'id': int(row)},
+            )

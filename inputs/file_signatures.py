@@ -3,6 +3,7 @@
 Sources: the formats' own documents, the register of ISO base media brands (mp4ra.org), and the
 magic file of `file`.
 """
+
 import re
 
 from PIL import Image, TiffImagePlugin, features
@@ -62,9 +63,12 @@ OTHERS = (
     (rb'0&\xb2u\x8ef\xcf\x11', 'a Windows Media video', FRAMES.format('wmv')),
     (rb'[\x00-\x1f]...(moov|mdat|wide|free|skip|pnot)', 'a QuickTime video', FRAMES.format('mov')),
     (rb'version https://git-lfs', 'a pointer of Git LFS', 'the picture is elsewhere: git lfs pull'),
-    (rb'[./]*(git/)?annex/objects/', 'a pointer of git-annex',
-     'the picture is elsewhere: git annex get .'),
-    (rb'\x00\x05\x16[\x00\x07]', "what a Mac keeps beside a file (AppleDouble)", 'delete it'),
+    (
+        rb'[./]*(git/)?annex/objects/',
+        'a pointer of git-annex',
+        'the picture is elsewhere: git annex get .',
+    ),
+    (rb'\x00\x05\x16[\x00\x07]', 'what a Mac keeps beside a file (AppleDouble)', 'delete it'),
     (rb'PK(\x03\x04|\x05\x06)', 'a zip archive', UNPACK),
     (rb'\x1f\x8b', 'a gzip archive', UNPACK),
     (rb'BZh[1-9]', 'a bzip2 archive', UNPACK),
@@ -80,8 +84,11 @@ OTHERS = (
 # Markup, which may begin with a mark of its encoding, spaces and comments.
 MARKUP = (
     (rb'<svg', 'a drawing (SVG)', 'convert it: rsvg-convert FILE.svg -o FILE.png'),
-    (rb'<!doctype html|<html|<head|<body', 'a web page (HTML)',
-     'the download failed, or needs a login: get it again'),
+    (
+        rb'<!doctype html|<html|<head|<body',
+        'a web page (HTML)',
+        'the download failed, or needs a login: get it again',
+    ),
     (rb'<\?xml|<error', 'XML', 'the download failed, perhaps: look at it, and get it again'),
     (rb'[{\[]\s*["{\[\]}]', 'JSON', 'the download failed, perhaps: look at it, and get it again'),
 )
@@ -91,12 +98,59 @@ AVIF = (b'avif', b'avis')
 
 # Of pictures that are not looked at, because no reader of ours knows them. They do not count as
 # broken: cameras write raw files beside their JPEG files.
-ENDINGS = frozenset('''
-    .3fr .arw .cr2 .cr3 .crw .dcr .dng .erf .iiq .k25 .kdc .mef .mos .mrw .nef .nrw .orf .pef .raf
-    .raw .rw2 .rwl .sr2 .srf .srw .x3f
-    .bpg .cur .dcm .dds .djvu .eps .exr .fits .flif .hdr .icns .ico .jls .jxr .pcx .pdf .ps .psb
-    .psd .qoi .tga .wdp .xcf
-'''.split())
+ENDINGS = frozenset(
+    [
+        '.3fr',
+        '.arw',
+        '.cr2',
+        '.cr3',
+        '.crw',
+        '.dcr',
+        '.dng',
+        '.erf',
+        '.iiq',
+        '.k25',
+        '.kdc',
+        '.mef',
+        '.mos',
+        '.mrw',
+        '.nef',
+        '.nrw',
+        '.orf',
+        '.pef',
+        '.raf',
+        '.raw',
+        '.rw2',
+        '.rwl',
+        '.sr2',
+        '.srf',
+        '.srw',
+        '.x3f',
+        '.bpg',
+        '.cur',
+        '.dcm',
+        '.dds',
+        '.djvu',
+        '.eps',
+        '.exr',
+        '.fits',
+        '.flif',
+        '.hdr',
+        '.icns',
+        '.ico',
+        '.jls',
+        '.jxr',
+        '.pcx',
+        '.pdf',
+        '.ps',
+        '.psb',
+        '.psd',
+        '.qoi',
+        '.tga',
+        '.wdp',
+        '.xcf',
+    ]
+)
 
 
 def reason(content: bytes) -> str:
@@ -146,8 +200,10 @@ def reason_of_raw(image: Image.Image, content: bytes) -> str:
     if not (is_dng or is_cr2 or (is_reduced and has_others)):
         return ''
     ending = {(True, False): 'dng', (False, True): 'cr2'}.get((is_dng, is_cr2), 'nef')
-    return ("no picture that can be read: a camera's raw file, of which a TIFF reader sees the "
-            f'thumbnail; {RAW.format(ending)}')
+    return (
+        "no picture that can be read: a camera's raw file, of which a TIFF reader sees the "
+        f'thumbnail; {RAW.format(ending)}'
+    )
 
 
 def _name(content: bytes) -> tuple[str, str]:
@@ -182,7 +238,7 @@ def _name_of_brands(content: bytes) -> tuple[str, str]:
     """The same of a file in the ISO base media format, by its brands: ISO/IEC 14496-12, 4.3."""
     length = min(int.from_bytes(content[:4], 'big'), len(content), 256)
     main = content[8:12]
-    compatible = {content[begin:begin + 4] for begin in range(16, length - 3, 4)}
+    compatible = {content[begin : begin + 4] for begin in range(16, length - 3, 4)}
     if main in AVIF or (main in HEIF and compatible.intersection(AVIF)):
         return 'an AVIF picture', _of_read('avif')
     if main in HEIC or (main in HEIF and compatible.intersection(HEIC)):
@@ -201,5 +257,7 @@ def _name_of_brands(content: bytes) -> tuple[str, str]:
 def _of_heif(ending: str) -> str:
     if heif.VERSION:
         return DAMAGED
-    return ('python -m pip install pillow-heif to read it, or convert it: '
-            f'heif-convert FILE.{ending} FILE.jpg')
+    return (
+        'python -m pip install pillow-heif to read it, or convert it: '
+        f'heif-convert FILE.{ending} FILE.jpg'
+    )

@@ -1,4 +1,5 @@
 """Tells splits from classes among the user's folders, by name. Two splits are never mixed."""
+
 import os
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -8,10 +9,20 @@ from inputs import image_validation
 from inputs.folder_tree import Tree
 from inputs.image_validation import shown
 
-USUAL = frozenset((  # names of splits
-    'train', 'training', 'val', 'valid', 'validation', 'dev', 'test', 'testing', 'eval',
-    'evaluation',
-))
+USUAL = frozenset(
+    (  # names of splits
+        'train',
+        'training',
+        'val',
+        'valid',
+        'validation',
+        'dev',
+        'test',
+        'testing',
+        'eval',
+        'evaluation',
+    )
+)
 HELD_OUT = 'held_out'  # an evaluation split that is no folder, whatever folders there are
 NAMED = 10  # names in one line
 SORT = 'put the pictures of each class into a folder of its own'
@@ -66,7 +77,8 @@ def find(tree: Tree, asked: Asked) -> tuple[dict[str, Split], list[str]]:
     if asked.train in splits and asked.eval in subfolders and asked.eval not in splits:
         raise RunError(
             f'{shown(root)}/{asked.eval} has no class folders: sort its pictures into them, '
-            f'or write --config.dataset.eval_split={HELD_OUT} to hold out a part of {asked.train}')
+            f'or write --config.dataset.eval_split={HELD_OUT} to hold out a part of {asked.train}'
+        )
     chosen = _choose(shown(root), splits, asked, 'with class folders')
     found = {}
     for name in chosen:
@@ -101,8 +113,10 @@ def _choose(place: str, splits: list[str], asked: Asked, having: str) -> list[st
     for split in (asked.train, asked.eval):
         same = [name for name in splits if name.casefold() == split.casefold()]
         if len(same) > 1:
-            raise RunError(f'{place} has splits that one takes for the same: {named(same)}; '
-                           'merge or rename them')
+            raise RunError(
+                f'{place} has splits that one takes for the same: {named(same)}; '
+                'merge or rename them'
+            )
     if asked.eval in splits and (asked.train in splits or not asked.needs_training):
         return [split for split in (asked.train, asked.eval) if split in splits]
     others = [name for name in splits if name != asked.train]
@@ -111,10 +125,13 @@ def _choose(place: str, splits: list[str], asked: Asked, having: str) -> list[st
         eval_like = next((name for name in splits if name != train_like), HELD_OUT)
         raise RunError(
             f'{place} has no {asked.train} {having}, but {named(splits)}: write '
-            f'--config.dataset.train_split={train_like} --config.dataset.eval_split={eval_like}')
+            f'--config.dataset.train_split={train_like} --config.dataset.eval_split={eval_like}'
+        )
     if others and asked.eval != HELD_OUT:
-        raise RunError(f'{place} has no {asked.eval}, but {named(others)}: '
-                       f'write --config.dataset.eval_split={others[0]}')
+        raise RunError(
+            f'{place} has no {asked.eval}, but {named(others)}: '
+            f'write --config.dataset.eval_split={others[0]}'
+        )
     return [asked.train]
 
 
@@ -124,12 +141,15 @@ def _check_classes(tree: Tree, folders: list[str], like_splits: list[str]) -> No
     if folders and len(like_splits) == len(folders):
         raise RunError(f'{root} has {named(folders)}, but no class folders in them: {SORT}')
     if len(folders) == 1 and tree.entries(os.path.join(tree.root, folders[0]))[0]:
-        raise RunError(f'{root} has one folder alone, which has folders itself: '
-                       f'write --config.dataset.data_dir={os.path.join(root, shown(folders[0]))}')
+        raise RunError(
+            f'{root} has one folder alone, which has folders itself: '
+            f'write --config.dataset.data_dir={os.path.join(root, shown(folders[0]))}'
+        )
 
 
 def _find_in_classes(
-        tree: Tree, folders: list[str], asked: Asked) -> tuple[dict[str, Split], list[str]]:
+    tree: Tree, folders: list[str], asked: Asked
+) -> tuple[dict[str, Split], list[str]]:
     """What `find` returns where the folders at the top are classes; splits may be below them."""
     root = shown(tree.root)
     everything = _with_classes(tree.root, folders)
@@ -145,7 +165,8 @@ def _find_in_classes(
     if lacking:
         raise RunError(
             f'{root} has {" and ".join(names)} in its class folders, but {named(lacking)} without '
-            f'{chosen[0]}: sort the pictures of every class into such folders, or of none')
+            f'{chosen[0]}: sort the pictures of every class into such folders, or of none'
+        )
     found = {}
     for split in chosen:
         classes = [name for name in folders if name in having[split]]
@@ -154,8 +175,9 @@ def _find_in_classes(
     notes = [f'the splits are the folders {" and ".join(chosen)} in each class folder of {root}']
     unused = sum(_count_outside(tree, folder, chosen) for folder in everything.classes.values())
     if unused:
-        notes.append(f'not used: {unused:,} pictures in class folders of {root}, '
-                     f'in no {" or ".join(chosen)}')
+        notes.append(
+            f'not used: {unused:,} pictures in class folders of {root}, in no {" or ".join(chosen)}'
+        )
     return found, notes
 
 
@@ -170,15 +192,18 @@ def _splits_inside(tree: Tree, split: Split, class_name: str, asked: Asked) -> l
         depths = [depth for depth, part in enumerate(parts) if _is_like_split(part, asked)]
         if depths:
             depth = depths[0]
-            above, below = os.sep.join(parts[:depth]), ''.join(parts[depth + 1:depth + 2])
+            above, below = os.sep.join(parts[:depth]), ''.join(parts[depth + 1 : depth + 2])
             found.add(_Inside(class_name, above, parts[depth], below))
     return sorted(found)
 
 
 def _count_outside(tree: Tree, folder: str, splits: list[str]) -> int:
     """Pictures of a class folder that are in none of these folders of it."""
-    return sum(len(pictures_in(files)) for place, _, files in tree.walk(folder, tree.root)
-               if os.path.relpath(place, folder).split(os.sep)[0] not in splits)
+    return sum(
+        len(pictures_in(files))
+        for place, _, files in tree.walk(folder, tree.root)
+        if os.path.relpath(place, folder).split(os.sep)[0] not in splits
+    )
 
 
 def _check_splits_of_classes(tree: Tree, inside: list[_Inside], asked: Asked) -> None:
@@ -192,21 +217,26 @@ def _check_splits_of_classes(tree: Tree, inside: list[_Inside], asked: Asked) ->
     above = os.path.join(root, class_name, shown(place.above)).rstrip('/')
     splits = sorted({other.split for other in inside if other[:2] == place[:2]})
     if place.below:
-        problem = (f'{above} is a data set of its own, with {" and ".join(splits)}: '
-                   f'write --config.dataset.data_dir={above}; or, if')
+        problem = (
+            f'{above} is a data set of its own, with {" and ".join(splits)}: '
+            f'write --config.dataset.data_dir={above}; or, if'
+        )
     else:
         problem = f'{above} holds {" and ".join(splits)}, which would be mixed in one class: if'
     raise RunError(
         f'{problem} {class_name} is a class, sort its pictures into '
-        f'{root}/{asked.train}/{class_name} and {root}/{asked.eval}/{class_name}')
+        f'{root}/{asked.train}/{class_name} and {root}/{asked.eval}/{class_name}'
+    )
 
 
 def _check_classes_of_split(tree: Tree, split: Split, asked: Asked) -> None:
     """Raises RunError if the class folders of a split are splits again, or hold some."""
     names = list(split.classes)
     if len(names) > 1 and all(_is_like_split(name, asked) for name in names):
-        raise RunError(f'{split.place} has no class folders, but {named(names)}, which are called '
-                       f'as splits are: write --config.dataset.data_dir={split.place}')
+        raise RunError(
+            f'{split.place} has no class folders, but {named(names)}, which are called '
+            f'as splits are: write --config.dataset.data_dir={split.place}'
+        )
     for name in names:
         inside = _splits_inside(tree, split, name, asked)
         found = {place.split: os.path.join(name, place.above, place.split) for place in inside}
@@ -214,4 +244,5 @@ def _check_classes_of_split(tree: Tree, split: Split, asked: Asked) -> None:
             root = shown(tree.root)
             raise RunError(
                 f'{split.place} holds {named(found.values())}, which would be mixed in one class: '
-                f'sort the pictures into {root}/{asked.train}/CLASS and {root}/{asked.eval}/CLASS')
+                f'sort the pictures into {root}/{asked.train}/CLASS and {root}/{asked.eval}/CLASS'
+            )

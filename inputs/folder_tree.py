@@ -1,4 +1,5 @@
 """Lists what is in the user's folder: each folder of it once, and nothing that systems leave there."""
+
 import os
 import re
 from collections.abc import Iterator
@@ -7,17 +8,44 @@ import tensorflow as tf
 
 # What systems leave in any folder or at the top of a disk, in small letters: Mac archives, Windows,
 # ext4, disks of Synology, QNAP and NetApp, Android's cards. Some of these may not even be read.
-NOT_OURS = frozenset((
-    '__macosx', 'network trash folder', 'temporary items', 'thevolumesettingsfolder',
-    '$recycle.bin', 'system volume information', 'thumbs.db', 'ehthumbs.db', 'desktop.ini',
-    '$windows.~bt', '$windows.~ws', '$winreagent', '$sysreset', '$getcurrent',
-    'windowsapps', 'wpsystem', 'wudownloadcache', 'msocache', 'config.msi',
-    'lost+found', 'lost.dir', '__pycache__',
-    '@eadir', '@tmp', '#recycle', '#snapshot', '~snapshot',
-    '@recycle', '@recently-snapshot', '@__thumb',
-))
+NOT_OURS = frozenset(
+    (
+        '__macosx',
+        'network trash folder',
+        'temporary items',
+        'thevolumesettingsfolder',
+        '$recycle.bin',
+        'system volume information',
+        'thumbs.db',
+        'ehthumbs.db',
+        'desktop.ini',
+        '$windows.~bt',
+        '$windows.~ws',
+        '$winreagent',
+        '$sysreset',
+        '$getcurrent',
+        'windowsapps',
+        'wpsystem',
+        'wudownloadcache',
+        'msocache',
+        'config.msi',
+        'lost+found',
+        'lost.dir',
+        '__pycache__',
+        '@eadir',
+        '@tmp',
+        '#recycle',
+        '#snapshot',
+        '~snapshot',
+        '@recycle',
+        '@recently-snapshot',
+        '@__thumb',
+    )
+)
 NOT_OURS_PATTERN = re.compile(r'found\.[0-9]{3}')  # of Windows, after a repair of the disk
-NOT_OURS_IN_CAPITALS = frozenset(('RECYCLER', 'RECYCLED'))  # of Windows; in small letters they may be classes
+NOT_OURS_IN_CAPITALS = frozenset(
+    ('RECYCLER', 'RECYCLED')
+)  # of Windows; in small letters they may be classes
 
 
 class Tree:
@@ -61,7 +89,9 @@ def _sorted_ours(names: list[str]) -> list[str]:
 
 def _is_ours(name: str) -> bool:
     folded = name.casefold()
-    is_of_system = folded in NOT_OURS or NOT_OURS_PATTERN.fullmatch(folded) or name in NOT_OURS_IN_CAPITALS
+    is_of_system = (
+        folded in NOT_OURS or NOT_OURS_PATTERN.fullmatch(folded) or name in NOT_OURS_IN_CAPITALS
+    )
     return not name.startswith('.') and not is_of_system
 
 

@@ -1,4 +1,5 @@
 """HEIC and HEIF pictures, as phones write them: read where the extra `heif` is installed."""
+
 try:
     import pillow_heif
 except ImportError:

@@ -6,6 +6,7 @@
 
 What a file is good for, `picture_files` says. Nothing is written into the user's folder.
 """
+
 import collections
 import dataclasses
 import hashlib
@@ -70,28 +71,44 @@ def find(dataset_config, needs_training=True):
         ConfigError: no folder is named, or a split that no folder can have.
         RunError: there are no classes of pictures, too many files are broken, or something cannot be read or written.
     """
-    root, train_split, eval_split = os.path.expanduser(dataset_config.data_dir), dataset_config.train_split, dataset_config.eval_split
+    root, train_split, eval_split = (
+        os.path.expanduser(dataset_config.data_dir),
+        dataset_config.train_split,
+        dataset_config.eval_split,
+    )
     bases, notes, files, class_names = _survey(dataset_config, needs_training)
     label_of = {name: label for label, name in enumerate(class_names)}
-    verdicts = image_validation.examine(root, sorted(file.path for file in files), dataset_config.white_level)
+    verdicts = image_validation.examine(
+        root, sorted(file.path for file in files), dataset_config.white_level
+    )
     broken = tuple((path, verdict.broken) for path, verdict in verdicts.items() if verdict.broken)
     notes += _check_broken(root, broken, len(verdicts), dataset_config.max_broken)
-    files = [file._replace(verdict=verdicts[file.path]) for file in files if not verdicts[file.path].broken]
+    files = [
+        file._replace(verdict=verdicts[file.path])
+        for file in files
+        if not verdicts[file.path].broken
+    ]
     if eval_split not in bases:
         files = _hold_out(files, eval_split, dataset_config.eval_share, dataset_config.split_seed)
-        notes.append(f'{dataset_config.eval_share:.3g} of each class in {bases[train_split].place} is held out as {eval_split}; '
-                     f'config.dataset.split_seed={dataset_config.split_seed} says which pictures')
+        notes.append(
+            f'{dataset_config.eval_share:.3g} of each class in {bases[train_split].place} is held out as {eval_split}; '
+            f'config.dataset.split_seed={dataset_config.split_seed} says which pictures'
+        )
     _check_enough(root, bases, files, class_names, eval_split)
     notes += _notes_on_pictures(files, class_names, eval_split)
     notes += _notes_on_deep_pictures(files, dataset_config.white_level)
     notes += _notes_on_odd_jpegs(files)
 
     splits = {split: [] for split in (*bases, eval_split)}
-    for file in sorted(files, key=lambda file: (file.verdict.digest, file.path)):  # as good as shuffled: any part has all classes
+    for file in sorted(
+        files, key=lambda file: (file.verdict.digest, file.path)
+    ):  # as good as shuffled: any part has all classes
         original = os.path.join(root, file.path)
         path = file.verdict.copy or original
         label = label_of[file.class_name]
-        splits[file.split].append(Picture(path, label, file.verdict.num_bytes, file.verdict.digest, original))
+        splits[file.split].append(
+            Picture(path, label, file.verdict.num_bytes, file.verdict.digest, original)
+        )
     return Folder(class_names, splits, broken, tuple(notes))
 
 
@@ -102,18 +119,30 @@ def count(dataset_config):
     """
     root = os.path.expanduser(dataset_config.data_dir)
     bases, _, files, class_names = _survey(dataset_config, needs_training=True)
-    num_bytes = None if '://' in root else sum(os.path.getsize(os.path.join(root, file.path)) for file in files)
+    num_bytes = (
+        None
+        if '://' in root
+        else sum(os.path.getsize(os.path.join(root, file.path)) for file in files)
+    )
     counts = collections.Counter((file.split, file.class_name) for file in files)
-    sizes = {split: sum(number for (of, _), number in counts.items() if of == split) for split in bases}
+    sizes = {
+        split: sum(number for (of, _), number in counts.items() if of == split) for split in bases
+    }
     if dataset_config.eval_split not in bases:
-        sizes[dataset_config.eval_split] = sum(_number_held_out(number, dataset_config.eval_share) for number in counts.values())
+        sizes[dataset_config.eval_split] = sum(
+            _number_held_out(number, dataset_config.eval_share) for number in counts.values()
+        )
         sizes[dataset_config.train_split] -= sizes[dataset_config.eval_split]
     return class_names, sizes, num_bytes
 
 
 def _survey(dataset_config, needs_training):
     """({name of a split: Split}, notes, files, class names), from names alone."""
-    root, train_split, eval_split = os.path.expanduser(dataset_config.data_dir), dataset_config.train_split, dataset_config.eval_split
+    root, train_split, eval_split = (
+        os.path.expanduser(dataset_config.data_dir),
+        dataset_config.train_split,
+        dataset_config.eval_split,
+    )
     _check_config(root, train_split, eval_split)
     tree = Tree(root)
     try:
@@ -132,34 +161,48 @@ def _check_config(root, train_split, eval_split):
 
     for key, split in (('train_split', train_split), ('eval_split', eval_split)):
         if split in ('', '.', '..') or set(split) & set('[]+%:/\\') or shown(split) != split:
-            raise ConfigError(f"config.dataset.{key}={split!r} is no split of a folder, which is a subfolder: write its name, as in 'train'; "
-                              'for a part of the pictures leave the subfolder out, and config.dataset.eval_share of each class is evaluated')
+            raise ConfigError(
+                f"config.dataset.{key}={split!r} is no split of a folder, which is a subfolder: write its name, as in 'train'; "
+                'for a part of the pictures leave the subfolder out, and config.dataset.eval_share of each class is evaluated'
+            )
     if not root:
-        raise ConfigError("config.dataset.name='folder' needs --config.dataset.data_dir=DIR with " + expected('DIR'))
+        raise ConfigError(
+            "config.dataset.name='folder' needs --config.dataset.data_dir=DIR with "
+            + expected('DIR')
+        )
     if os.path.isfile(root):
-        raise RunError(f'config.dataset.data_dir={shown(root)} is a file: unpack it, and name the folder with {expected("DIR")}')
+        raise RunError(
+            f'config.dataset.data_dir={shown(root)} is a file: unpack it, and name the folder with {expected("DIR")}'
+        )
     if not (tf.io.gfile.isdir if '://' in root else os.path.isdir)(root):
-        raise RunError(f'config.dataset.data_dir={shown(root)} is no folder: it should hold {expected(shown(root))}')
+        raise RunError(
+            f'config.dataset.data_dir={shown(root)} is no folder: it should hold {expected(shown(root))}'
+        )
 
 
-def _notes_on_names(
-        tree: Tree, bases: dict[str, Split], endings: collections.Counter) -> list[str]:
+def _notes_on_names(tree: Tree, bases: dict[str, Split], endings: collections.Counter) -> list[str]:
     """What is left out by its name or place."""
     notes = []
     unread = collections.Counter(
-        {ending: count for ending, count in endings.items() if ending in file_signatures.ENDINGS})
+        {ending: count for ending, count in endings.items() if ending in file_signatures.ENDINGS}
+    )
     others = endings - unread
     if unread:
-        notes.append('not used, pictures in formats that are not read: '
-                     f'{_counted(unread, NAMED)}; convert them to JPEG or PNG')
+        notes.append(
+            'not used, pictures in formats that are not read: '
+            f'{_counted(unread, NAMED)}; convert them to JPEG or PNG'
+        )
     if others:
-        notes.append("not used, as their names do not end like a picture's: "
-                     f'{_counted(others, NAMED)}')
+        notes.append(
+            f"not used, as their names do not end like a picture's: {_counted(others, NAMED)}"
+        )
     for folder in dict.fromkeys(split.folder for split in bases.values()):
         loose = len(pictures_in(tree.entries(folder)[1]))
         if loose:
-            notes.append(f'not used: {loose:,} pictures that lie in {shown(folder)} itself, '
-                         'in no class folder')
+            notes.append(
+                f'not used: {loose:,} pictures that lie in {shown(folder)} itself, '
+                'in no class folder'
+            )
     return notes
 
 
@@ -171,13 +214,17 @@ def _class_names(tree: Tree, bases: dict[str, Split], files: list[_File]) -> tup
         raise RunError(_too_few_classes(tree, base, others))
     odd = [name for name in names if not _is_one_line(name)]
     if odd:
-        raise RunError(f'{base.place} has class folders whose names cannot be written as one line of text: {named(odd)}; rename them')
+        raise RunError(
+            f'{base.place} has class folders whose names cannot be written as one line of text: {named(odd)}; rename them'
+        )
     alike = collections.defaultdict(list)
     for name in names:
         alike[unicodedata.normalize('NFC', name.strip()).casefold()].append(name)
     for same in alike.values():
         if len(same) > 1:
-            raise RunError(f'{base.place} has class folders that one takes for the same: {", ".join(map(repr, same))}; merge or rename them')
+            raise RunError(
+                f'{base.place} has class folders that one takes for the same: {", ".join(map(repr, same))}; merge or rename them'
+            )
     filled = {file.class_name for file in files if file.split == split}
     empty = [name for name in names if name not in filled]
     if empty:
@@ -185,8 +232,10 @@ def _class_names(tree: Tree, bases: dict[str, Split], files: list[_File]) -> tup
     for _, other in others:
         unknown = [name for name in other.classes if name not in base.classes]
         if unknown:
-            raise RunError(f'{other.place} has classes that {split} has not: '
-                           f'{named(unknown)}{did_you_mean(unknown[0], names)}')
+            raise RunError(
+                f'{other.place} has classes that {split} has not: '
+                f'{named(unknown)}{did_you_mean(unknown[0], names)}'
+            )
     return tuple(names)
 
 
@@ -194,19 +243,24 @@ def _too_few_classes(tree: Tree, base: Split, others: list[tuple[str, Split]]) -
     """What is wrong with a split that has no class folder or a single one, and what to do."""
     if not base.classes:
         _, files = tree.entries(base.folder)
-        return (f'{base.place} has {len(files):,} files, but no class folder; '
-                f'a classifier needs at least two: {SORT}')
-    (name, folder), = base.classes.items()
+        return (
+            f'{base.place} has {len(files):,} files, but no class folder; '
+            f'a classifier needs at least two: {SORT}'
+        )
+    ((name, folder),) = base.classes.items()
     text = f'{base.place} has one class folder, {shown(name)}; a classifier needs at least two'
     richer = next((split for split, other in others if len(other.classes) > 1), None)
     if richer:  # as in data sets for anomaly detection
-        return (f'{text}, with training pictures of each. {richer} has more: '
-                f'write --config.dataset.train_split={richer} '
-                f'--config.dataset.eval_split={HELD_OUT} to train on a part of it')
+        return (
+            f'{text}, with training pictures of each. {richer} has more: '
+            f'write --config.dataset.train_split={richer} '
+            f'--config.dataset.eval_split={HELD_OUT} to train on a part of it'
+        )
     for _, inner, _ in tree.walk(folder, base.folder):
         if len(inner) > 1:
-            return (f'{text}: if {named(inner)} in it are the classes, '
-                    f'move them up into {base.place}')
+            return (
+                f'{text}: if {named(inner)} in it are the classes, move them up into {base.place}'
+            )
     return f'{text}: {SORT}'
 
 
@@ -216,8 +270,10 @@ def _empty_classes(tree: Tree, base: Split, names: list[str]) -> str:
     empty = [f'{name} ({_counted(endings, 3) or "empty"})' for name, endings in held.items()]
     unread = {ending for endings in held.values() for ending in endings} & file_signatures.ENDINGS
     advice = f'convert {named(unread)} to JPEG or PNG, ' if unread else ''
-    return (f'{base.place} has class folders without pictures: {named(empty)}; '
-            f'{advice}fill them, or take them away')
+    return (
+        f'{base.place} has class folders without pictures: {named(empty)}; '
+        f'{advice}fill them, or take them away'
+    )
 
 
 def _is_one_line(name: str) -> bool:
@@ -232,11 +288,17 @@ def _check_broken(root, broken, num_files, max_broken):
     if len(broken) > (max(1, max_broken * num_files) if max_broken else 0):
         share = math.ceil(100 * len(broken) / num_files) / 100
         allow = f', or write --config.dataset.max_broken={share}' if share < 1 else ''
-        some = '; '.join(f'{shown(path)}: {reason}' for path, reason in broken[:NAMED]) + ('; ...' if len(broken) > NAMED else '')
-        raise RunError(f'{len(broken):,} of {num_files:,} files in {shown(root)} are broken '
-                       f'({len(broken) / num_files:.2%}, allowed are {max_broken:.2%}): {some}. '
-                       f'All of them are listed in {image_validation.list_of_broken(root)}: replace or remove them{allow}')
-    return [f'{len(broken):,} of {num_files:,} files are broken and skipped; all of them are in {image_validation.list_of_broken(root)}']
+        some = '; '.join(f'{shown(path)}: {reason}' for path, reason in broken[:NAMED]) + (
+            '; ...' if len(broken) > NAMED else ''
+        )
+        raise RunError(
+            f'{len(broken):,} of {num_files:,} files in {shown(root)} are broken '
+            f'({len(broken) / num_files:.2%}, allowed are {max_broken:.2%}): {some}. '
+            f'All of them are listed in {image_validation.list_of_broken(root)}: replace or remove them{allow}'
+        )
+    return [
+        f'{len(broken):,} of {num_files:,} files are broken and skipped; all of them are in {image_validation.list_of_broken(root)}'
+    ]
 
 
 def _hold_out(files, eval_split, share, seed):
@@ -249,9 +311,16 @@ def _hold_out(files, eval_split, share, seed):
         digests[file.class_name].add(file.verdict.digest)
     held_out = set()
     for name, found in digests.items():
-        order = sorted(found, key=lambda digest: hashlib.sha256(f'{seed} {digest}'.encode()).digest())
-        held_out |= {(name, digest) for digest in order[:_number_held_out(len(order), share)]}
-    return [file._replace(split=eval_split) if (file.class_name, file.verdict.digest) in held_out else file for file in files]
+        order = sorted(
+            found, key=lambda digest: hashlib.sha256(f'{seed} {digest}'.encode()).digest()
+        )
+        held_out |= {(name, digest) for digest in order[: _number_held_out(len(order), share)]}
+    return [
+        file._replace(split=eval_split)
+        if (file.class_name, file.verdict.digest) in held_out
+        else file
+        for file in files
+    ]
 
 
 def _number_held_out(number, share):
@@ -263,9 +332,15 @@ def _check_enough(root, bases, files, class_names, eval_split):
     split, base = next(iter(bases.items()))
     spoilt = set(class_names) - {file.class_name for file in files if file.split == split}
     if spoilt:
-        raise RunError(f'{base.place} has classes of broken files alone: {named(spoilt)}; see {image_validation.list_of_broken(root)}')
+        raise RunError(
+            f'{base.place} has classes of broken files alone: {named(spoilt)}; see {image_validation.list_of_broken(root)}'
+        )
     if not any(file.split == eval_split for file in files):
-        advice = 'fill its class folders' if eval_split in bases else 'a class of one picture needs it for training; add some'
+        advice = (
+            'fill its class folders'
+            if eval_split in bases
+            else 'a class of one picture needs it for training; add some'
+        )
         place = bases[eval_split].place if eval_split in bases else shown(root)
         raise RunError(f'{place} has no picture to evaluate: {advice}')
 
@@ -281,11 +356,15 @@ def _notes_on_pictures(files, class_names, eval_split):
     both = [same for same in twins.values() if len({file.split for file in same}) > 1]
     leaked = [file.path for same in both for file in same if file.split == eval_split]
     if leaked:
-        notes.append(f'{len(leaked):,} evaluation pictures are training pictures as well, byte for byte, such as {shown(leaked[0])}: '
-                     'they make the accuracy look better than it is')
+        notes.append(
+            f'{len(leaked):,} evaluation pictures are training pictures as well, byte for byte, such as {shown(leaked[0])}: '
+            'they make the accuracy look better than it is'
+        )
     torn = [same for same in twins.values() if len({file.class_name for file in same}) > 1]
     if torn:
-        notes.append(f'{len(torn):,} pictures are in more than one class, byte for byte, such as {named(file.path for file in torn[0])}')
+        notes.append(
+            f'{len(torn):,} pictures are in more than one class, byte for byte, such as {named(file.path for file in torn[0])}'
+        )
     return notes
 
 
@@ -298,13 +377,17 @@ def _notes_on_deep_pictures(files, white_level):
     peak = brightest.verdict.peak
     num_cut = sum(file.verdict.peak > white_level for file in deep)
     if num_cut:
-        return [f'{num_cut:,} of {len(deep):,} pictures of 16 bits have values that are cut off at '
-                f'config.dataset.white_level={white_level}, such as {shown(brightest.path)}, up to {peak:,}']
+        return [
+            f'{num_cut:,} of {len(deep):,} pictures of 16 bits have values that are cut off at '
+            f'config.dataset.white_level={white_level}, such as {shown(brightest.path)}, up to {peak:,}'
+        ]
     used = next((2**bits - 1 for bits in DEEP_BITS if peak < 2**bits), white_level)
     if used >= white_level:
         return []
-    return [f'{len(deep):,} pictures of 16 bits have no value above {peak:,}, so they are nearly black: '
-            f'if {used:,} is their white, write --config.dataset.white_level={used}']
+    return [
+        f'{len(deep):,} pictures of 16 bits have no value above {peak:,}, so they are nearly black: '
+        f'if {used:,} is their white, write --config.dataset.white_level={used}'
+    ]
 
 
 def _notes_on_odd_jpegs(files):
@@ -313,20 +396,26 @@ def _notes_on_odd_jpegs(files):
     remarkable = [file for file in files if file.verdict.remark and not file.verdict.doubt]
     if remarkable:
         first = remarkable[0]
-        notes.append(f'{len(remarkable):,} JPEG files break the format where no pixel can suffer, such as {shown(first.path)} '
-                     f'({first.verdict.remark}): they are used')
+        notes.append(
+            f'{len(remarkable):,} JPEG files break the format where no pixel can suffer, such as {shown(first.path)} '
+            f'({first.verdict.remark}): they are used'
+        )
     doubtful = [file for file in files if file.verdict.doubt]
     if doubtful:
         first = doubtful[0]
-        notes.append(f'{len(doubtful):,} JPEG files, nearly all, have the same fault, such as {shown(first.path)} '
-                     f'({first.verdict.doubt}): it is taken for a habit of what wrote them, and they are used')
+        notes.append(
+            f'{len(doubtful):,} JPEG files, nearly all, have the same fault, such as {shown(first.path)} '
+            f'({first.verdict.doubt}): it is taken for a habit of what wrote them, and they are used'
+        )
     return notes
 
 
 def image_paths(root):
     """Yields the files below a folder whose names end like an image's, relative to it, sorted folder by folder."""
     for folder, _, names in Tree(root).walk(root):
-        yield from (os.path.relpath(os.path.join(folder, name), root) for name in pictures_in(names))
+        yield from (
+            os.path.relpath(os.path.join(folder, name), root) for name in pictures_in(names)
+        )
 
 
 def _files(tree: Tree, bases: dict[str, Split]) -> tuple[list[_File], collections.Counter]:

@@ -1,4 +1,5 @@
 """What evaluation and the exported model do with an image: decode, take the central square, resize."""
+
 import tensorflow as tf
 
 PNG_SIGNATURE = b'\x89PNG\r\n\x1a\n'
@@ -7,7 +8,10 @@ BMP_SIGNATURE = b'BM'
 GIF_SIGNATURE = b'GIF8'
 WHITE_LEVEL = 2**16 - 1  # of a PNG file of 16 bits, unless its makers used fewer of them
 BMP_HEADER = 34  # bytes, up to what says whether it is compressed
-PLAIN_BMP = (b'\x18\0\0\0\0\0', b'\x20\0\0\0\0\0')  # from byte 28 on: 24 or 32 bits a pixel, neither compressed nor with masks
+PLAIN_BMP = (
+    b'\x18\0\0\0\0\0',
+    b'\x20\0\0\0\0\0',
+)  # from byte 28 on: 24 or 32 bits a pixel, neither compressed nor with masks
 
 
 def decode(encoded, white_level=WHITE_LEVEL):
@@ -24,6 +28,7 @@ def decode(encoded, white_level=WHITE_LEVEL):
 
     Raises: tf.errors.InvalidArgumentError: not such a file, or a damaged one.
     """
+
     def decode_png():
         return _decode_png(encoded, white_level)
 
@@ -39,9 +44,13 @@ def _decode_opaque(encoded):
     """Decodes a JPEG, GIF or BMP file, string [], to uint8 [height, width, 3]."""
     is_bmp = _begins_with(encoded, BMP_SIGNATURE) & (tf.strings.length(encoded) >= BMP_HEADER)
     # TensorFlow would take the numbers of a palette for greys, and pass over masks.
-    is_plain_bmp = tf.cond(is_bmp, lambda: tf.reduce_any(tf.strings.substr(encoded, 28, 6) == PLAIN_BMP), lambda: False)
+    is_plain_bmp = tf.cond(
+        is_bmp, lambda: tf.reduce_any(tf.strings.substr(encoded, 28, 6) == PLAIN_BMP), lambda: False
+    )
     is_readable = tf.io.is_jpeg(encoded) | _begins_with(encoded, GIF_SIGNATURE) | is_plain_bmp
-    check = tf.debugging.Assert(is_readable, ['neither JPEG nor PNG, nor a GIF or plain BMP: convert it to PNG'])
+    check = tf.debugging.Assert(
+        is_readable, ['neither JPEG nor PNG, nor a GIF or plain BMP: convert it to PNG']
+    )
     with tf.control_dependencies([check] if check is not None else []):
         return tf.io.decode_image(encoded, channels=3, expand_animations=False)
 
@@ -52,7 +61,9 @@ def _begins_with(encoded, signature):
 
 def _decode_png(encoded, white_level):
     """Decodes a PNG file, string [], to uint8 [height, width, 3]: over white."""
-    depth = tf.cast(tf.io.decode_raw(tf.strings.substr(encoded, PNG_DEPTH_AT, 1), tf.uint8)[0], tf.int32)
+    depth = tf.cast(
+        tf.io.decode_raw(tf.strings.substr(encoded, PNG_DEPTH_AT, 1), tf.uint8)[0], tf.int32
+    )
 
     def decode_shallow():
         return tf.io.decode_png(encoded, channels=4)
@@ -66,7 +77,9 @@ def _decode_png(encoded, white_level):
         image = tf.cond(depth == 16, decode_deep, decode_shallow)
     # TensorFlow gives an opaque file of 1, 2 or 4 bits an alpha of 1, 3 or 15.
     opaque = tf.cast(2 ** tf.minimum(depth, 8) - 1, tf.uint8)
-    return tf.cond(tf.reduce_all(image[..., 3] == opaque), lambda: image[..., :3], lambda: over_white(image))
+    return tf.cond(
+        tf.reduce_all(image[..., 3] == opaque), lambda: image[..., :3], lambda: over_white(image)
+    )
 
 
 def _with_white_at(white_level, image):
@@ -93,9 +106,12 @@ def resize_picture(images, size, central_share=1.0):
     Returns: uint8 [..., size, size, 3].
     """
     height, width = tf.unstack(tf.shape(images)[-3:-1])
-    side = tf.maximum(1, tf.cast(tf.round(central_share * tf.cast(tf.minimum(height, width), tf.float32)), tf.int32))
+    side = tf.maximum(
+        1,
+        tf.cast(tf.round(central_share * tf.cast(tf.minimum(height, width), tf.float32)), tf.int32),
+    )
     top, left = (height - side) // 2, (width - side) // 2
-    square = images[..., top:top + side, left:left + side, :]
+    square = images[..., top : top + side, left : left + side, :]
     return to_uint8(resize(square, (size, size)))
 
 
@@ -137,5 +153,6 @@ def to_uint8(images):
         return images
     # One pass where rounding, clipping and casting take three.
     quantized = tf.raw_ops.QuantizeV2(
-        input=tf.cast(images, tf.float32), min_range=0.0, max_range=255.0, T=tf.quint8)
+        input=tf.cast(images, tf.float32), min_range=0.0, max_range=255.0, T=tf.quint8
+    )
     return tf.bitcast(quantized.output, tf.uint8)

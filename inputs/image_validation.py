@@ -3,6 +3,7 @@
 Training, evaluation and `predict.py` see a file through `as_decodable`. Verdicts and copies are kept in TFDS's data folder,
 so that a file is examined once, and again when it has changed.
 """
+
 import concurrent.futures
 import contextlib
 import hashlib
@@ -28,10 +29,47 @@ from common.errors import RunError, one_line
 from inputs import file_signatures, heif, image_ops, jpeg_files
 
 # What is looked at; what a file then is, its content decides. The last two are there to be named: Pillow reads none of them.
-SUFFIXES = ('.jpg', '.jpeg', '.jpe', '.jfif', '.mpo', '.png', '.apng', '.gif', '.bmp', '.dib', '.webp', '.tif', '.tiff', '.avif',
-            '.jp2', '.j2k', '.ppm', '.pgm', '.pbm', '.pnm', '.heic', '.heif', '.hif', '.jxl', '.svg')
+SUFFIXES = (
+    '.jpg',
+    '.jpeg',
+    '.jpe',
+    '.jfif',
+    '.mpo',
+    '.png',
+    '.apng',
+    '.gif',
+    '.bmp',
+    '.dib',
+    '.webp',
+    '.tif',
+    '.tiff',
+    '.avif',
+    '.jp2',
+    '.j2k',
+    '.ppm',
+    '.pgm',
+    '.pbm',
+    '.pnm',
+    '.heic',
+    '.heif',
+    '.hif',
+    '.jxl',
+    '.svg',
+)
 # Formats that begin with a mark of their own, and that Pillow reads without another program (EPS would start Ghostscript).
-FORMATS = ('JPEG', 'PNG', 'GIF', 'BMP', 'DIB', 'WEBP', 'TIFF', 'AVIF', 'JPEG2000', 'PPM', *heif.FORMATS)
+FORMATS = (
+    'JPEG',
+    'PNG',
+    'GIF',
+    'BMP',
+    'DIB',
+    'WEBP',
+    'TIFF',
+    'AVIF',
+    'JPEG2000',
+    'PPM',
+    *heif.FORMATS,
+)
 JPEGS = ('JPEG', 'MPO')  # MPO: a JPEG file with further pictures behind the first
 LOSSY = (*JPEGS, 'WEBP', 'AVIF', 'JPEG2000', 'HEIF')
 MOST_PIXELS = 2**27  # 400 MB as uint8 [height, width, 3]
@@ -46,12 +84,29 @@ TURNS = {  # EXIF orientation (EXIF 2.32, tag 0x0112) -> what a viewer does
     8: Image.Transpose.ROTATE_90,
 }
 BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # TIFF 6.0, pages 29 and 37
-NEARLY_ALL, LEAST_HABIT = 0.9, 3  # share and number of JPEG files with one fault that make it a habit of their writer
-EMBEDDINGS = ('LRE', 'RLE', 'LRO', 'RLO', 'PDF', 'LRI', 'RLI', 'FSI', 'PDI')  # Unicode Standard Annex 9, 2.1 to 2.5
+NEARLY_ALL, LEAST_HABIT = (
+    0.9,
+    3,
+)  # share and number of JPEG files with one fault that make it a habit of their writer
+EMBEDDINGS = (
+    'LRE',
+    'RLE',
+    'LRO',
+    'RLO',
+    'PDF',
+    'LRI',
+    'RLI',
+    'FSI',
+    'PDI',
+)  # Unicode Standard Annex 9, 2.1 to 2.5
 UNSEEN = '\ufeff\u00ad'  # the mark of an encoding, and a soft hyphen: no name needs them
 CHUNK = 64  # files that are examined between two looks at what was said to standard error
 ENDS_TOO_EARLY = 'the file ends too early: copy or download it again'
-READERS = [f'Pillow {PIL.__version__}', f'TensorFlow {tf.__version__}', *([f'pillow-heif {heif.VERSION}'] if heif.VERSION else [])]
+READERS = [
+    f'Pillow {PIL.__version__}',
+    f'TensorFlow {tf.__version__}',
+    *([f'pillow-heif {heif.VERSION}'] if heif.VERSION else []),
+]
 RULES = ', '.join(['5', *READERS])  # that verdicts were found by; count up what changes them
 
 
@@ -149,12 +204,16 @@ def examine(root, paths, white_level=image_ops.WHITE_LEVEL):
         verdicts = _without_doubts(_examine_new(root, paths))
         if white_level != image_ops.WHITE_LEVEL:
             verdicts = _without_upper_bits(verdicts)
-        broken = [f'{shown(path)}: {verdicts[path].broken}\n' for path in paths if verdicts[path].broken]
+        broken = [
+            f'{shown(path)}: {verdicts[path].broken}\n' for path in paths if verdicts[path].broken
+        ]
         if broken:
             _write(list_of_broken(root), ''.join(broken).encode())
     except tf.errors.OpError as error:
-        raise RunError(f'{_cache(root)} cannot be written ({_reason(error)}): set the environment variable TFDS_DATA_DIR '
-                       'to a folder that can be, with room for converted pictures') from error
+        raise RunError(
+            f'{_cache(root)} cannot be written ({_reason(error)}): set the environment variable TFDS_DATA_DIR '
+            'to a folder that can be, with room for converted pictures'
+        ) from error
     return {path: verdicts[path] for path in paths}
 
 
@@ -185,7 +244,11 @@ def _write(path, content):
 def _cache(root):
     place = root.rstrip('/') if '://' in root else os.path.abspath(root)
     name = re.sub('[^A-Za-z0-9._-]', '_', os.path.basename(place))
-    return os.path.join(tfds.core.constants.DATA_DIR, 'folder', f'{name}-{hashlib.sha256(os.fsencode(place)).hexdigest()[:16]}')
+    return os.path.join(
+        tfds.core.constants.DATA_DIR,
+        'folder',
+        f'{name}-{hashlib.sha256(os.fsencode(place)).hexdigest()[:16]}',
+    )
 
 
 def _copies(root):
@@ -195,10 +258,15 @@ def _copies(root):
 def _examine_new(root, paths):
     """Verdicts on all files: those known from before where neither file nor copy has changed since."""
     manifest = os.path.join(_cache(root), 'manifest.json')
-    known, copies = _read_manifest(manifest), {'', *(os.path.join(_copies(root), name) for name in tf.io.gfile.listdir(_copies(root)))}
+    known, copies = (
+        _read_manifest(manifest),
+        {'', *(os.path.join(_copies(root), name) for name in tf.io.gfile.listdir(_copies(root)))},
+    )
     verdicts, changed = {}, []
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
-        ask = pool.map if '://' in root else map  # a local answer takes less time than to ask for it elsewhere
+        ask = (
+            pool.map if '://' in root else map
+        )  # a local answer takes less time than to ask for it elsewhere
         stamps = dict(zip(paths, ask(lambda path: _stamp(os.path.join(root, path)), paths)))
     for path, stamp in stamps.items():
         if isinstance(stamp, Broken):
@@ -212,12 +280,19 @@ def _examine_new(root, paths):
         try:
             found = _examine_all([os.path.join(root, path) for path in changed], _copies(root))
             bar = tqdm.tqdm(total=len(changed), unit=' files', disable=None, delay=2, leave=False)
-            with contextlib.closing(found), bar:  # its threads end here, also where this is interrupted
+            with (
+                contextlib.closing(found),
+                bar,
+            ):  # its threads end here, also where this is interrupted
                 for path, verdict in zip(changed, found):
                     verdicts[path] = verdict
                     bar.update()
         finally:  # also what an interrupted start has found out
-            known |= {path: (stamps[path], verdicts[path]) for path in changed if path in verdicts and verdicts[path].digest}
+            known |= {
+                path: (stamps[path], verdicts[path])
+                for path in changed
+                if path in verdicts and verdicts[path].digest
+            }
             _write(manifest, json.dumps({'rules': RULES, 'files': known}).encode())
     return verdicts
 
@@ -228,15 +303,22 @@ def _without_doubts(verdicts):
     num_jpegs = sum(verdict.file_format in JPEGS for verdict in verdicts.values())
     if len(doubtful) >= max(LEAST_HABIT, NEARLY_ALL * num_jpegs):
         return verdicts
-    return verdicts | {path: Verdict(verdict.digest, broken=f'damaged: {verdict.doubt}') for path, verdict in doubtful.items()}
+    return verdicts | {
+        path: Verdict(verdict.digest, broken=f'damaged: {verdict.doubt}')
+        for path, verdict in doubtful.items()
+    }
 
 
 def _without_upper_bits(verdicts):
     """The verdicts, with files broken of which only the upper eight of 16 bits can be read."""
-    reason = ('16-bit colours, of which only the upper eight bits can be read: save it as a PNG of 16 bits, '
-              'so that config.dataset.white_level can count')
+    reason = (
+        '16-bit colours, of which only the upper eight bits can be read: save it as a PNG of 16 bits, '
+        'so that config.dataset.white_level can count'
+    )
     coarse = {path: verdict for path, verdict in verdicts.items() if verdict.has_upper_bits_only}
-    return verdicts | {path: Verdict(verdict.digest, broken=reason) for path, verdict in coarse.items()}
+    return verdicts | {
+        path: Verdict(verdict.digest, broken=reason) for path, verdict in coarse.items()
+    }
 
 
 def _read_manifest(path):
@@ -246,7 +328,10 @@ def _read_manifest(path):
             manifest = json.loads(file.read())
         if manifest['rules'] != RULES:
             return {}
-        return {path: (tuple(stamp), Verdict(*verdict)) for path, (stamp, verdict) in manifest['files'].items()}
+        return {
+            path: (tuple(stamp), Verdict(*verdict))
+            for path, (stamp, verdict) in manifest['files'].items()
+        }
     except (tf.errors.OpError, ValueError, TypeError, KeyError, AttributeError):
         return {}
 
@@ -279,12 +364,14 @@ def _examine_all(paths, copies):
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool, warnings.catch_warnings():
         warnings.simplefilter('ignore')  # of Pillow: each file has its verdict
         for begin in range(0, len(paths), CHUNK):
-            chunk = paths[begin:begin + CHUNK]
+            chunk = paths[begin : begin + CHUNK]
             with standard_error() as said:
                 verdicts = list(pool.map(lambda path: _verdict(path, copies), chunk))
                 complains = bool(said())  # some of them: libjpeg does not say which
             if complains:
-                verdicts = [_listen(path, verdict, copies) for path, verdict in zip(chunk, verdicts)]
+                verdicts = [
+                    _listen(path, verdict, copies) for path, verdict in zip(chunk, verdicts)
+                ]
             yield from verdicts
 
 
@@ -343,7 +430,9 @@ def read(path):
     """The content of an image file, on a disk or in a bucket. Raises Broken, OSError, tf.errors.OpError."""
     if '://' not in path:
         _require_regular(os.stat(path))
-    with tf.io.gfile.GFile(path, 'rb') if '://' in path else open(path, 'rb') as file:  # GFile takes no name that is not UTF-8
+    with (
+        tf.io.gfile.GFile(path, 'rb') if '://' in path else open(path, 'rb') as file
+    ):  # GFile takes no name that is not UTF-8
         content = file.read(MOST_BYTES + 1)
     if not content:
         raise Broken('empty: 0 bytes')
@@ -371,7 +460,11 @@ def _convert(content):
         raise Broken(raw)
     width, height = image.size
     if not 0 < width * height <= MOST_PIXELS:
-        raise Broken(f'too large: {width} x {height} is more than {MOST_PIXELS:,} pixels' if width * height else 'no pixels')
+        raise Broken(
+            f'too large: {width} x {height} is more than {MOST_PIXELS:,} pixels'
+            if width * height
+            else 'no pixels'
+        )
     if image.format in JPEGS or image.format == 'PNG':
         return _convert_decodable(content, image)
     image.load()
@@ -379,23 +472,31 @@ def _convert(content):
         greys = _as_seen(_deep_greys(image), image)
         if _leaves_white_open(image, content):
             return Decodable(_encoded_deep(greys), image.format, int(greys.max()))
-        shallow = np.rint(greys / 257).astype(np.uint8)  # Pillow has scaled them by the white that the file names
+        shallow = np.rint(greys / 257).astype(
+            np.uint8
+        )  # Pillow has scaled them by the white that the file names
         return Decodable(_encoded(shallow.repeat(3, axis=-1), 'PNG'), image.format)
     colors = np.asarray(_over_white(image))
     if _leaves_white_open(image, content):  # Pillow keeps the upper eight bits
         deep = _as_seen(colors, image).astype(np.uint16) * 257
         brightest = int(colors.max())
-        peak = int((brightest - 0.5) * 257) if image.format == 'PPM' else brightest * 256 + 255  # rounded; cut off
+        peak = (
+            int((brightest - 0.5) * 257) if image.format == 'PPM' else brightest * 256 + 255
+        )  # rounded; cut off
         return Decodable(_encoded_deep(deep), image.format, max(0, peak), has_upper_bits_only=True)
     return Decodable(_encoded(_as_seen(colors, image), image.format), image.format)
 
 
 def _convert_decodable(content, image):
     """`_convert` of a JPEG or PNG file: only TensorFlow reads its pixels, so that no two decoders can differ."""
-    decoded = image_ops.decode(content).numpy()  # also notices damage that Pillow does not, such as a wrong checksum
+    decoded = image_ops.decode(
+        content
+    ).numpy()  # also notices damage that Pillow does not, such as a wrong checksum
     width, height = image.size
     if decoded.shape[:2] != (height, width):
-        raise Broken(f'{width} x {height} pixels for Pillow, {decoded.shape[1]} x {decoded.shape[0]} for TensorFlow')
+        raise Broken(
+            f'{width} x {height} pixels for Pillow, {decoded.shape[1]} x {decoded.shape[0]} for TensorFlow'
+        )
     if _png_depth(content) != 16:
         turned = _encoded(_as_seen(decoded, image), image.format) if _is_turned(image) else content
         return Decodable(turned, image.format)
@@ -428,7 +529,10 @@ def _as_seen(pixels, image):
     """Pixels [height, width, channels] turned as the EXIF data of `image` say, [height', width', channels]."""
     if not _is_turned(image):
         return pixels
-    channels = [Image.fromarray(pixels[..., index]).transpose(_turn(image)) for index in range(pixels.shape[-1])]
+    channels = [
+        Image.fromarray(pixels[..., index]).transpose(_turn(image))
+        for index in range(pixels.shape[-1])
+    ]
     return np.stack([np.asarray(channel) for channel in channels], -1)
 
 
@@ -449,7 +553,9 @@ def _over_white(image):
     Raises: Broken: the file does not say which value is white.
     """
     if image.mode in ('I', 'F'):
-        raise Broken('float or 32-bit pixels, and nothing says which is white: save it with 8 or 16 bits')
+        raise Broken(
+            'float or 32-bit pixels, and nothing says which is white: save it with 8 or 16 bits'
+        )
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image.convert('RGBA'))
     return image.convert('RGB')
@@ -459,7 +565,7 @@ def _deep_greys(image):
     """The values of a grey image of more than eight bits, uint16 [height, width, 1]; 0 is black."""
     greys = np.asarray(image)[..., None].astype(np.uint16)  # Pillow would clip them
     if image.format == 'TIFF' and image.tag_v2.get(PHOTOMETRIC) == WHITE_IS_ZERO:
-        return 2**max(_bits_of_tiff(image)) - 1 - greys
+        return 2 ** max(_bits_of_tiff(image)) - 1 - greys
     return greys
 
 
@@ -517,11 +623,15 @@ def _fault(error, content):
     reason = _reason(error)
     if isinstance(error, Broken) or not content:
         return reason
-    if file_signatures.ends_too_early(content) or 'truncated' in reason.lower():  # a word of Pillow's
+    if (
+        file_signatures.ends_too_early(content) or 'truncated' in reason.lower()
+    ):  # a word of Pillow's
         return ENDS_TOO_EARLY
     return f'it cannot be decoded ({reason}): copy or download it again, or convert it to PNG'
 
 
 def _reason(error):
-    text = getattr(error, 'strerror', None) or re.sub(r'\{\{.*?\}\}|\[Op:.*?\]', '', str(error))  # TensorFlow adds its own names
+    text = getattr(error, 'strerror', None) or re.sub(
+        r'\{\{.*?\}\}|\[Op:.*?\]', '', str(error)
+    )  # TensorFlow adds its own names
     return shown(one_line(text, 200)) or type(error).__name__

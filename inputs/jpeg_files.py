@@ -4,6 +4,7 @@ Webcams write a zero before a marker, drones whole tables behind the last block;
 is as it was taken. After damage, too, bytes are often left over, because the decoder has lost its place among them.
 libjpeg tells of the first fault alone, so each that is harmless is taken out of the file, and what is left is decoded again.
 """
+
 import collections
 import re
 from collections.abc import Callable, Iterator
@@ -12,7 +13,9 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
-STRAY_BYTES = re.compile(r'Corrupt JPEG data: ([0-9]+) extraneous bytes before marker 0x([0-9a-f]{2})')
+STRAY_BYTES = re.compile(
+    r'Corrupt JPEG data: ([0-9]+) extraneous bytes before marker 0x([0-9a-f]{2})'
+)
 DAMAGE = 'Corrupt JPEG data: '  # begins all complaints of damage
 MARKER = re.compile(rb'\xff+[^\x00\xff]')
 START_OF_IMAGE = b'\xff\xd8'
@@ -21,7 +24,9 @@ START, END, SCAN_HEADER, JFIF, ADOBE = 0xD8, 0xD9, 0xDA, 0xE0, 0xEE
 NO_LENGTH = (*RESTARTS, START, END, 0x01)
 SCAN, STRAY = -1, -2  # kinds of parts that are no segments
 MOST_REPAIRS = 64  # of a file: libjpeg reports one fault at a time
-MOST_STUFFED = 8  # zeros behind a byte of 0xff, which libjpeg counts in one place and not in another
+MOST_STUFFED = (
+    8  # zeros behind a byte of 0xff, which libjpeg counts in one place and not in another
+)
 BIT_BUFFER = 8  # bytes that libjpeg reads ahead
 MOST_UNREAD = 8  # bytes of the picture's own that it may count, as it had no need of them
 MOST_INTERVALS = 16  # places that are tried one by one
@@ -88,7 +93,7 @@ def with_marker_first(content: bytes) -> bytes:
     if not content.startswith(START_OF_IMAGE) or content[2:3] == b'\xff':
         return content
     marker = MARKER.search(content, 2, 2 + MOST_BEFORE_MARKER)
-    return content[:2] + content[marker.start():] if marker else content
+    return content[:2] + content[marker.start() :] if marker else content
 
 
 def _repair(content, complaint, pixels, decode, tries):
@@ -117,12 +122,26 @@ def _repairs(content: bytes, complaint: str) -> Iterator[_Repair]:
             yield _Repair(_joined(content, parts, {}), True)
         yield from _without_tails(content, parts, int(stray[1]), int(stray[2], 16))
     elif complaint.startswith('Invalid SOS parameters'):
-        yield _Repair(_edited(content, parts, SCAN_HEADER, lambda segment: segment[:-3] + b'\x00\x3f\x00'), True)
+        yield _Repair(
+            _edited(content, parts, SCAN_HEADER, lambda segment: segment[:-3] + b'\x00\x3f\x00'),
+            True,
+        )
     elif 'unknown JFIF revision' in complaint:
-        yield _Repair(_edited(content, parts, JFIF, lambda segment: segment[:9] + b'\x01\x01' + segment[11:]), True)
+        yield _Repair(
+            _edited(content, parts, JFIF, lambda segment: segment[:9] + b'\x01\x01' + segment[11:]),
+            True,
+        )
     elif complaint.startswith('Unknown Adobe color transform code'):
         for code in (b'\x01', b'\x02'):  # what libjpeg takes it for, of three and of four channels
-            yield _Repair(_edited(content, parts, ADOBE, lambda segment, code=code: segment[:15] + code + segment[16:]), True)
+            yield _Repair(
+                _edited(
+                    content,
+                    parts,
+                    ADOBE,
+                    lambda segment, code=code: segment[:15] + code + segment[16:],
+                ),
+                True,
+            )
 
 
 def _parts(content: bytes) -> Iterator[tuple[int, int, int]]:
@@ -133,7 +152,7 @@ def _parts(content: bytes) -> Iterator[tuple[int, int, int]]:
             yield STRAY, place, marker.start()
         kind, end = content[marker.end() - 1], marker.end()
         if kind not in NO_LENGTH:
-            end += int.from_bytes(content[end:end + 2], 'big')
+            end += int.from_bytes(content[end : end + 2], 'big')
         yield kind, marker.start(), end
         if kind == END:
             return
@@ -148,19 +167,28 @@ def _parts(content: bytes) -> Iterator[tuple[int, int, int]]:
 
 def _joined(content: bytes, parts: list, cuts: dict[int, int]) -> bytes:
     """The file without its stray parts, and without the last `cuts[index]` bytes of a part."""
-    kept = [content[begin:end - cuts.get(index, 0)] for index, (kind, begin, end) in enumerate(parts) if kind != STRAY]
+    kept = [
+        content[begin : end - cuts.get(index, 0)]
+        for index, (kind, begin, end) in enumerate(parts)
+        if kind != STRAY
+    ]
     return b''.join(kept)
 
 
 def _edited(content: bytes, parts: list, edited_kind: int, edit: Callable[[bytes], bytes]) -> bytes:
     """The file with every segment of a kind edited."""
-    segments = (content[begin:end] if kind != edited_kind else edit(content[begin:end]) for kind, begin, end in parts)
+    segments = (
+        content[begin:end] if kind != edited_kind else edit(content[begin:end])
+        for kind, begin, end in parts
+    )
     return b''.join(segments)
 
 
 def _without_tails(content: bytes, parts: list, count: int, marker: int) -> Iterator[_Repair]:
     """Yields the file without the last bytes of its scans, or of their intervals."""
-    scans = {index: content[begin:end] for index, (kind, begin, end) in enumerate(parts) if kind == SCAN}
+    scans = {
+        index: content[begin:end] for index, (kind, begin, end) in enumerate(parts) if kind == SCAN
+    }
     zeros = {index: _num_last_zeros(scan) for index, scan in scans.items()}
     fewer = range(count - 1, max(0, count - MOST_UNREAD - 1), -1)
     kinds = RESTARTS if marker in RESTARTS else (marker,)
@@ -181,20 +209,32 @@ def _without_tails(content: bytes, parts: list, count: int, marker: int) -> Iter
     fills = {index: number for index, number in runs.items() if number >= SHORTEST_FILL}
     if fills:
         for kept in (0, 1):  # the last byte of a picture may happen to be the one that fills up
-            yield _Repair(_joined(content, parts, {index: number - kept for index, number in fills.items()}), True)
-    before_marker = [index for index in scans if index + 1 < len(parts) and parts[index + 1][0] == marker]
+            yield _Repair(
+                _joined(content, parts, {index: number - kept for index, number in fills.items()}),
+                True,
+            )
+    before_marker = [
+        index for index in scans if index + 1 < len(parts) and parts[index + 1][0] == marker
+    ]
     for length in range(count, count + MOST_STUFFED + 1):
         tails = {index: scans[index][-length:] for index in before_marker}
-        common, number = collections.Counter(tails.values()).most_common(1)[0] if tails else (b'', 0)
+        common, number = (
+            collections.Counter(tails.values()).most_common(1)[0] if tails else (b'', 0)
+        )
         if number > 1:
-            yield _Repair(_joined(content, parts, {index: length for index in tails if tails[index] == common}), False)
+            yield _Repair(
+                _joined(
+                    content, parts, {index: length for index in tails if tails[index] == common}
+                ),
+                False,
+            )
         for index in before_marker[:MOST_INTERVALS]:
             yield _Repair(_joined(content, parts, {index: length}), False)
 
 
 def _num_last_zeros(scan: bytes) -> int:
     number = len(scan) - len(scan.rstrip(b'\x00'))
-    is_stuffed = scan[:len(scan) - number].endswith(b'\xff')
+    is_stuffed = scan[: len(scan) - number].endswith(b'\xff')
     return number - 1 if number and is_stuffed else number
 
 

@@ -4,6 +4,7 @@ Training examples form one endless stream: epoch 0 in an order of its own, then 
 without regard to the ends of epochs, so every example is seen exactly once per epoch. The order is a function of
 (seed, epoch), what happens to a picture one of (seed, epoch, example); a resumed run needs nothing but its step.
 """
+
 import math
 
 import numpy as np
@@ -32,20 +33,34 @@ def training_batches(source, config, plan, begin_step, end_step, strategy):
     repeats = config.augment.repeats
 
     def on_host(context):
-        split = source.split(source.train_split, _share(context), in_memory=not config.dataset.service)
+        split = source.split(
+            source.train_split, _share(context), in_memory=not config.dataset.service
+        )
         begin = plan.stream_position(begin_step, repeats) // context.num_input_pipelines
 
         def picture(repeat, example):
             epoch, (number, *entry) = example
             encoded, label = split.fetch(*entry)
-            seed = tf.stack([config.seed * 2**31 + epoch, (number * repeats + repeat) * augment.SEEDS])
-            return prepare(encoded, seed, config.eval_crop), label, augment.draws(config.augment, seed)
+            seed = tf.stack(
+                [config.seed * 2**31 + epoch, (number * repeats + repeat) * augment.SEEDS]
+            )
+            return (
+                prepare(encoded, seed, config.eval_crop),
+                label,
+                augment.draws(config.augment, seed),
+            )
 
         entries = ordered_entries(split, config.seed, source.memory_bytes // 4, begin)
         entries = repeated(entries, plan.batch_size // plan.num_replicas, repeats)
-        batches = service.prepare(entries, picture, plan.batch_size // plan.num_replicas, config.dataset.service, AUTOTUNE)
+        batches = service.prepare(
+            entries, picture, plan.batch_size // plan.num_replicas, config.dataset.service, AUTOTUNE
+        )
         replicas = plan.num_replicas // context.num_input_pipelines
-        return batches.take((end_step - begin_step) * replicas).prefetch(AUTOTUNE).with_options(_options(source))
+        return (
+            batches.take((end_step - begin_step) * replicas)
+            .prefetch(AUTOTUNE)
+            .with_options(_options(source))
+        )
 
     return strategy.distribute_datasets_from_function(on_host)
 
@@ -59,16 +74,26 @@ def evaluation_batches(source, config, plan, strategy):
     size, white_level, steps = config.image_size, config.dataset.white_level, []
 
     def picture(number, encoded, label):
-        return resize_picture(decode(encoded, white_level), size, config.eval_crop), label, tf.constant(1.0)
+        return (
+            resize_picture(decode(encoded, white_level), size, config.eval_crop),
+            label,
+            tf.constant(1.0),
+        )
 
     def on_host(context):
         split = source.split(source.eval_split, _share(context))
         batch_size = plan.eval_batch_size // context.num_input_pipelines
-        largest_share = math.ceil(plan.eval_examples / context.num_input_pipelines)  # all hosts take as many steps
+        largest_share = math.ceil(
+            plan.eval_examples / context.num_input_pipelines
+        )  # all hosts take as many steps
         steps.append(math.ceil(largest_share / batch_size))
-        padding = tf.data.Dataset.from_tensors((tf.zeros([size, size, 3], tf.uint8), tf.zeros([], tf.int64), tf.zeros([])))
+        padding = tf.data.Dataset.from_tensors(
+            (tf.zeros([size, size, 3], tf.uint8), tf.zeros([], tf.int64), tf.zeros([]))
+        )
         padding = padding.repeat(steps[0] * batch_size - int(split.counts.sum()))
-        stream = split.read(np.arange(len(split.counts))).map(picture, AUTOTUNE).concatenate(padding)
+        stream = (
+            split.read(np.arange(len(split.counts))).map(picture, AUTOTUNE).concatenate(padding)
+        )
         batches = stream.batch(plan.eval_batch_size // plan.num_replicas, drop_remainder=True)
         return batches.prefetch(AUTOTUNE).with_options(_options(source))
 
@@ -83,17 +108,30 @@ def ordered_entries(split, seed, window_bytes, begin):
 
     Returns: a tf.data.Dataset of (epoch int64 [], (id int64 [], ...)), with what `split.fetch` takes behind.
     """
-    num_pieces, num_examples, longest = len(split.counts), int(split.counts.sum()), int(split.counts.max())
-    window_examples = min(MOST_READ_AGAIN * num_examples, window_bytes * num_examples / max(1, split.num_bytes))
+    num_pieces, num_examples, longest = (
+        len(split.counts),
+        int(split.counts.sum()),
+        int(split.counts.max()),
+    )
+    window_examples = min(
+        MOST_READ_AGAIN * num_examples, window_bytes * num_examples / max(1, split.num_bytes)
+    )
     pieces_per_window = num_pieces if longest == 1 else max(1, int(window_examples // longest))
     num_windows = math.ceil(num_pieces / pieces_per_window)
 
     def pieces_of(epoch, window):
-        order = tf.random.experimental.stateless_shuffle(tf.range(num_pieces, dtype=tf.int64), _pair(seed, epoch))
-        return order[window * pieces_per_window:(window + 1) * pieces_per_window]
+        order = tf.random.experimental.stateless_shuffle(
+            tf.range(num_pieces, dtype=tf.int64), _pair(seed, epoch)
+        )
+        return order[window * pieces_per_window : (window + 1) * pieces_per_window]
 
     first_epoch, done = divmod(begin, num_examples)
-    ends = np.cumsum([split.counts[pieces_of(tf.constant(first_epoch, tf.int64), window)].sum() for window in range(num_windows)])
+    ends = np.cumsum(
+        [
+            split.counts[pieces_of(tf.constant(first_epoch, tf.int64), window)].sum()
+            for window in range(num_windows)
+        ]
+    )
     first_window = int(np.searchsorted(ends, done, side='right'))
     in_window = done - (int(ends[first_window - 1]) if first_window else 0)
     first = first_epoch * num_windows + first_window
@@ -102,9 +140,13 @@ def ordered_entries(split, seed, window_bytes, begin):
         epoch, window = number // num_windows, number % num_windows
         pieces = pieces_of(epoch, window)
         if longest == 1:
-            chosen = split.entries(pieces[tf.where(number == first, in_window, 0):])
+            chosen = split.entries(pieces[tf.where(number == first, in_window, 0) :])
         else:
-            chosen = split.entries(pieces).shuffle(pieces_per_window * longest, seed=_pair(seed, number)[1], reshuffle_each_iteration=False)
+            chosen = split.entries(pieces).shuffle(
+                pieces_per_window * longest,
+                seed=_pair(seed, number)[1],
+                reshuffle_each_iteration=False,
+            )
         return _preceded_by(epoch, chosen)
 
     numbers = tf.data.Dataset.range(first, 2**62)
@@ -150,5 +192,7 @@ def _options(source):
     options = tf.data.Options()
     options.deterministic = True  # the same batches whatever the parallelism
     options.autotune.ram_budget = source.memory_bytes // 4  # bytes for prefetched batches
-    options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF  # done here
+    options.experimental_distribute.auto_shard_policy = (
+        tf.data.experimental.AutoShardPolicy.OFF
+    )  # done here
     return options

@@ -4,6 +4,7 @@ A split is a list of pieces. A piece is a run of neighbouring records of a TFRec
 example that is kept in memory. The order of an epoch is an order of pieces; only a window of them is ever shuffled
 record by record, so a resumed run reads again at most the window that it stopped in.
 """
+
 import concurrent.futures
 import dataclasses
 import os
@@ -98,12 +99,18 @@ class Records:
 
     def _serialized(self, pieces):
         """A tf.data.Dataset of (id int64 [], record string []) of `pieces`."""
-        filenames, offsets, counts, first_ids = map(tf.constant, (self.filenames, self.offsets, self.counts, self.first_ids))
+        filenames, offsets, counts, first_ids = map(
+            tf.constant, (self.filenames, self.offsets, self.counts, self.first_ids)
+        )
 
         def piece(index):
             # The class tf.data.TFRecordDataset does not offer what its operation can: to begin inside of a file.
-            variant = tf.raw_ops.TFRecordDatasetV2(filenames=filenames[index][None], compression_type='', buffer_size=256 * 1024,
-                                                   byte_offsets=offsets[index][None])
+            variant = tf.raw_ops.TFRecordDatasetV2(
+                filenames=filenames[index][None],
+                compression_type='',
+                buffer_size=256 * 1024,
+                byte_offsets=offsets[index][None],
+            )
             records = tf.data.experimental.from_variant(variant, tf.TensorSpec([], tf.string))
             return records.take(counts[index]).enumerate(first_ids[index])
 
@@ -134,7 +141,9 @@ class Singles:
 
     def read(self, pieces):
         """See `Records.read`; in the order of `pieces`."""
-        return self.entries(pieces).map(lambda number, index: (number, *self.fetch(index)), tf.data.AUTOTUNE)
+        return self.entries(pieces).map(
+            lambda number, index: (number, *self.fetch(index)), tf.data.AUTOTUNE
+        )
 
     def entries(self, pieces):
         """See `Records.entries`: an entry is an index, so that files are read where pictures are decoded."""
@@ -148,8 +157,10 @@ class Singles:
 def require_tfrecord(builder):
     """Raises RunError if a data set is prepared in another format."""
     if builder.info.file_format != tfds.core.FileFormat.TFRECORD:
-        raise RunError(f'{builder.name} in {builder.data_dir} is prepared as {builder.info.file_format.value}: prepare it as tfrecord, '
-                       'or point --config.dataset.data_dir at a folder where it is')
+        raise RunError(
+            f'{builder.name} in {builder.data_dir} is prepared as {builder.info.file_format.value}: prepare it as tfrecord, '
+            'or point --config.dataset.data_dir at a folder where it is'
+        )
 
 
 def of_builder(builder, columns, split, share=(0, 1), longest=None):
@@ -165,7 +176,9 @@ def of_builder(builder, columns, split, share=(0, 1), longest=None):
     info = builder.info.splits[split]
     begin, end = share_of(info.num_examples, share)
     whole = builder.info.splits[re.split(r'[\[+]', split)[0].strip()]
-    whole_bytes = whole.num_bytes or sum(tf.io.gfile.stat(path).length for path in whole.filepaths)  # some data sets do not say
+    whole_bytes = whole.num_bytes or sum(
+        tf.io.gfile.stat(path).length for path in whole.filepaths
+    )  # some data sets do not say
     longest = longest or max(1, info.num_examples // PIECES)
     runs, first_id = [], 0  # (filename, records to skip, records to take, id of the first)
     for file in info.file_instructions:
@@ -174,26 +187,40 @@ def of_builder(builder, columns, split, share=(0, 1), longest=None):
             runs.append((file.filename, file.skip + low - first_id, high - low, low))
         first_id += file.take
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
-        pieces = [piece for found in pool.map(lambda run: _pieces_of_run(*run, longest), runs) for piece in found]
+        pieces = [
+            piece
+            for found in pool.map(lambda run: _pieces_of_run(*run, longest), runs)
+            for piece in found
+        ]
     filenames, offsets, counts, first_ids = map(np.array, zip(*pieces))
-    return Records(counts=counts.astype(np.int64), first_ids=first_ids.astype(np.int64), filenames=filenames, offsets=offsets.astype(np.int64),
-                   features=builder.info.features, columns=columns,
-                   name=f'{builder.name}, split {split}',
-                   num_bytes=int(whole_bytes / whole.num_examples * (end - begin)))
+    return Records(
+        counts=counts.astype(np.int64),
+        first_ids=first_ids.astype(np.int64),
+        filenames=filenames,
+        offsets=offsets.astype(np.int64),
+        features=builder.info.features,
+        columns=columns,
+        name=f'{builder.name}, split {split}',
+        num_bytes=int(whole_bytes / whole.num_examples * (end - begin)),
+    )
 
 
 def in_memory(split):
     """`Singles` of all examples of a split, kept in memory."""
     columns = next(iter(split.read(np.arange(len(split.counts))).batch(int(split.counts.sum()))))
     ids, encoded, labels = (tf.gather(column, tf.argsort(columns[0])) for column in columns)
-    return Singles(stored=encoded, labels=labels, ids=ids, num_bytes=split.num_bytes, load=tf.identity)
+    return Singles(
+        stored=encoded, labels=labels, ids=ids, num_bytes=split.num_bytes, load=tf.identity
+    )
 
 
 def share_of(num_examples, share):
     """(begin, end) of share (index, number): the shares differ by one example at most. Raises RunError if there are more hosts than examples."""
     index, number = share
     if num_examples < number:  # all hosts see it, so none waits for another
-        raise RunError(f'a split has {num_examples} examples for {number} hosts, and each needs one: name a larger one in config.dataset.train_split or eval_split')
+        raise RunError(
+            f'a split has {num_examples} examples for {number} hosts, and each needs one: name a larger one in config.dataset.train_split or eval_split'
+        )
     return num_examples * index // number, num_examples * (index + 1) // number
 
 
@@ -202,7 +229,10 @@ def _pieces_of_run(filename, skip, take, first_id, longest):
     if skip == 0 and take <= (2 * longest if longest > 1 else 1):
         return [(filename, 0, take, first_id)]
     starts = record_offsets(filename, skip + take)
-    return [(filename, starts[skip + done], min(longest, take - done), first_id + done) for done in range(0, take, longest)]
+    return [
+        (filename, starts[skip + done], min(longest, take - done), first_id + done)
+        for done in range(0, take, longest)
+    ]
 
 
 def record_offsets(filename, count):
@@ -213,8 +243,10 @@ def record_offsets(filename, count):
             offsets.append(offset)
             try:
                 file.seek(offset)
-                length, = struct.unpack('<Q', file.read(8))
+                (length,) = struct.unpack('<Q', file.read(8))
             except (tf.errors.OutOfRangeError, struct.error) as error:
-                raise RunError(f'{filename} was cut short: rm -r {os.path.dirname(filename)}') from error
+                raise RunError(
+                    f'{filename} was cut short: rm -r {os.path.dirname(filename)}'
+                ) from error
             offset += length + RECORD_OVERHEAD
     return offsets

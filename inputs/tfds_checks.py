@@ -2,6 +2,7 @@
 
 It is found out before the run begins, and without reading all of a large data set.
 """
+
 import re
 import sys
 
@@ -18,7 +19,9 @@ from inputs.tfds_features import Columns, feature_at
 READ_WHOLE = 2**30  # bytes of a split whose labels are all looked at: 4 s for images of 3 KB
 SAMPLE = 256  # examples of a larger one: a share of 2 % is missed by one sample in 170, 0.98 ** 256
 DECODED = 16  # images of a split that are tried
-DARKEST_SHARE = 1 / 16  # of white: uint16 images below it have 16 shades of grey when they are read as uint8
+DARKEST_SHARE = (
+    1 / 16
+)  # of white: uint16 images below it have 16 shades of grey when they are read as uint8
 
 
 def names_of_classes(builder: tfds.core.DatasetBuilder, columns: Columns) -> tuple[str, ...]:
@@ -31,12 +34,16 @@ def names_of_classes(builder: tfds.core.DatasetBuilder, columns: Columns) -> tup
     if len(label.names) != num_classes:  # TFDS leaves out empty lines, and says nothing
         raise RunError(
             f'{where} has {num_classes} classes, but names for {len(label.names)}: '
-            'write one name a line into its labels.txt, or prepare it again')
+            'write one name a line into its labels.txt, or prepare it again'
+        )
     return tuple(label.names)
 
 
 def require_usable(
-    builder: tfds.core.DatasetBuilder, columns: Columns, key: str, dataset_config: ConfigDict,
+    builder: tfds.core.DatasetBuilder,
+    columns: Columns,
+    key: str,
+    dataset_config: ConfigDict,
 ) -> str:
     """Looks into the split that `dataset_config` names under `key`: at labels and at some images.
 
@@ -59,14 +66,18 @@ def require_usable(
     except tf.errors.InvalidArgumentError as error:
         raise RunError(
             f'{records.name}: its records are not what its features.json says '
-            f'({one_line(error, 150)}): prepare it again') from error
+            f'({one_line(error, 150)}): prepare it again'
+        ) from error
     _require_labels(builder, records, labels, key, dataset_config)
     _require_readable(records, images, dataset_config.white_level)
     return _note_on_stored_images(records, images, dataset_config.white_level)
 
 
 def _require_labels(
-    builder: tfds.core.DatasetBuilder, records: record_index.Records, labels: np.ndarray, key: str,
+    builder: tfds.core.DatasetBuilder,
+    records: record_index.Records,
+    labels: np.ndarray,
+    key: str,
     dataset_config: ConfigDict,
 ) -> None:
     """Raises RunError if labels are no classes; TFDS writes -1 where a label is not known."""
@@ -83,11 +94,14 @@ def _require_labels(
         f'config.dataset.{key}={dataset_config[key]!r} of {builder.name} has {num_examples:,} '
         f'examples, and {len(strange):,}{looked_at} have a label that is none of the '
         f'{num_classes:,} classes: {values}{meaning}. '
-        f'Name a split without them: {_labeled_instead(builder, key, dataset_config)}')
+        f'Name a split without them: {_labeled_instead(builder, key, dataset_config)}'
+    )
 
 
 def _labeled_instead(
-    builder: tfds.core.DatasetBuilder, key: str, dataset_config: ConfigDict,
+    builder: tfds.core.DatasetBuilder,
+    key: str,
+    dataset_config: ConfigDict,
 ) -> str:
     """Returns what to write for a split without labels: another, or a part of that for training."""
     train_split = dataset_config.train_split
@@ -96,8 +110,10 @@ def _labeled_instead(
     if others:
         return f'--config.dataset.{key}={" or ".join(others)}'
     if key == 'eval_split' and train_split in builder.info.splits:
-        return (f"--config.dataset.train_split='{train_split}[:90%]' "
-                f"--config.dataset.eval_split='{train_split}[90%:]'")
+        return (
+            f"--config.dataset.train_split='{train_split}[:90%]' "
+            f"--config.dataset.eval_split='{train_split}[90%:]'"
+        )
     return f'a part that has none, as in {train_split}[:50%], or prepare the data set without them'
 
 
@@ -124,7 +140,8 @@ def _note_on_stored_images(
         f'{records.name}: {differing} of {len(images)} images that were looked at are turned by their '
         'EXIF data, or transparent in a way that TensorFlow does not read: training and evaluation '
         'take them as they are stored, and predict.py as a viewer shows them. Prepare the data set '
-        'with images that are turned, on white')
+        'with images that are turned, on white'
+    )
 
 
 def _is_seen_otherwise(encoded: bytes, white_level: int) -> bool:
@@ -138,9 +155,7 @@ def _is_seen_otherwise(encoded: bytes, white_level: int) -> bool:
     return stored.shape != seen.shape or bool(tf.reduce_any(stored != seen))
 
 
-def _require_readable(
-    records: record_index.Records, images: np.ndarray, white_level: int
-) -> None:
+def _require_readable(records: record_index.Records, images: np.ndarray, white_level: int) -> None:
     """Raises RunError if one of some encoded images cannot be read as it was meant."""
     feature = feature_at(records.features, records.columns.image)
     has_alpha = feature.shape[-1] in (2, 4)
@@ -155,7 +170,8 @@ def _require_readable(
         if has_alpha and not encoded.startswith(PNG_SIGNATURE):
             raise RunError(
                 f'{records.name}: an image of {feature.shape[-1]} channels is no PNG file, '
-                'and of others transparency is not read: prepare it as PNG files')
+                'and of others transparency is not read: prepare it as PNG files'
+            )
         if feature.np_dtype == np.uint16:
             pixels = tf.io.decode_image(encoded, dtype=tf.uint16, expand_animations=False)
             brightest = max(brightest, int(tf.reduce_max(pixels)))
@@ -163,4 +179,5 @@ def _require_readable(
     if 0 < brightest < white_level * DARKEST_SHARE:
         raise RunError(
             f'{records.name}: its uint16 images go up to {brightest:,} of {white_level:,}, '
-            f'nearly black: write --config.dataset.white_level={white}')
+            f'nearly black: write --config.dataset.white_level={white}'
+        )

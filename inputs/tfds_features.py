@@ -1,4 +1,5 @@
 """Which features of a TFDS data set are the image and its label, and whether both can be trained on."""
+
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -9,7 +10,10 @@ from ml_collections import ConfigDict
 
 from common.errors import ConfigError, did_you_mean
 
-DTYPES = ('uint8', 'uint16')  # of images; float32 is stored as the four bytes of a colour with alpha
+DTYPES = (
+    'uint8',
+    'uint16',
+)  # of images; float32 is stored as the four bytes of a colour with alpha
 MOST_CHANNELS = 4  # grey, grey with alpha, RGB, RGB with alpha
 BAD_LABEL = 'an example has a label that is none of'  # how an error begins: see main.failure
 
@@ -21,7 +25,9 @@ class Columns(NamedTuple):
     label: str
 
 
-def find_columns(features: tfds.features.FeaturesDict, supervised_keys: object, dataset_config) -> Columns:
+def find_columns(
+    features: tfds.features.FeaturesDict, supervised_keys: object, dataset_config
+) -> Columns:
     """Finds the image and the label: as the config names them, as TFDS does, or as the only ones of their kind.
 
     Args:
@@ -35,7 +41,9 @@ def find_columns(features: tfds.features.FeaturesDict, supervised_keys: object, 
     inputs, targets = supervised_keys[:2] if supervised_keys else ((), ())
     named_inputs, named_targets = set(tf.nest.flatten(inputs)), set(tf.nest.flatten(targets))
     images = {path for path, feature in leaves.items() if _is_image(feature)}
-    labels = {path for path, feature in leaves.items() if isinstance(feature, tfds.features.ClassLabel)}
+    labels = {
+        path for path, feature in leaves.items() if isinstance(feature, tfds.features.ClassLabel)
+    }
     columns = Columns(
         image=_choose('image', images, named_inputs, leaves, dataset_config.image_key, name),
         label=_choose('class label', labels, named_targets, leaves, dataset_config.label_key, name),
@@ -47,7 +55,9 @@ def find_columns(features: tfds.features.FeaturesDict, supervised_keys: object, 
 
 
 def describe_choice(
-    columns: Columns, supervised_keys: tuple | None, dataset_config: ConfigDict,
+    columns: Columns,
+    supervised_keys: tuple | None,
+    dataset_config: ConfigDict,
 ) -> str:
     """Returns a line on a choice that neither the data set nor the user has made plainly, or ''."""
     stated = supervised_keys or (None, None)
@@ -74,14 +84,18 @@ def require_class(label: tf.Tensor, num_classes: int, name: str, number: tf.Tens
     `name`, of the data set and its split, and `number`, of the example, are for the error.
     """
     is_class = (label >= 0) & (label < num_classes)
-    says = (f'{BAD_LABEL} the {num_classes:,} classes, as TFDS writes where it is not known; '
-            f'name another split: {name}, example')
+    says = (
+        f'{BAD_LABEL} the {num_classes:,} classes, as TFDS writes where it is not known; '
+        f'name another split: {name}, example'
+    )
     check = tf.debugging.Assert(is_class, [says, number, 'has', label])
     with tf.control_dependencies([check]):
         return tf.identity(label)
 
 
-def _leaves(features: tfds.features.FeaturesDict, prefix: str = '') -> Iterator[tuple[str, tfds.features.FeatureConnector]]:
+def _leaves(
+    features: tfds.features.FeaturesDict, prefix: str = ''
+) -> Iterator[tuple[str, tfds.features.FeatureConnector]]:
     for name, feature in features.items():
         if isinstance(feature, tfds.features.FeaturesDict):
             yield from _leaves(feature, f'{prefix}{name}/')
@@ -91,25 +105,35 @@ def _leaves(features: tfds.features.FeaturesDict, prefix: str = '') -> Iterator[
 
 def _is_image(feature: tfds.features.FeatureConnector) -> bool:
     """Whether a feature is an image; a map of classes is none, although TFDS derives it from one."""
-    return isinstance(feature, tfds.features.Image) and not isinstance(feature, tfds.features.LabeledImage)
+    return isinstance(feature, tfds.features.Image) and not isinstance(
+        feature, tfds.features.LabeledImage
+    )
 
 
 def _pixel_problem(feature: tfds.features.Image) -> str:
     """Returns why an image would be misread, and what to do, as the end of a sentence, or ''."""
     dtype, shape = np.dtype(feature.np_dtype).name, feature.shape
     if dtype not in DTYPES:
-        return (f'is of {dtype}, which TFDS stores in a way that only TFDS can read: '
-                f'make the data set with images of {" or ".join(DTYPES)}')
+        return (
+            f'is of {dtype}, which TFDS stores in a way that only TFDS can read: '
+            f'make the data set with images of {" or ".join(DTYPES)}'
+        )
     if len(shape) != 3:
-        return (f'has the shape {shape}, several frames: '
-                'make the data set with images of height, width and channels')
+        return (
+            f'has the shape {shape}, several frames: '
+            'make the data set with images of height, width and channels'
+        )
     if shape[-1] is not None and not 1 <= shape[-1] <= MOST_CHANNELS:
-        return (f'has {shape[-1]} channels: '
-                f'make the data set with images of 1 to {MOST_CHANNELS} channels')
+        return (
+            f'has {shape[-1]} channels: '
+            f'make the data set with images of 1 to {MOST_CHANNELS} channels'
+        )
     return ''
 
 
-def _choose(what: str, candidates: set[str], named: set[str], leaves: dict, key: str, name: str) -> str:
+def _choose(
+    what: str, candidates: set[str], named: set[str], leaves: dict, key: str, name: str
+) -> str:
     """The one of `candidates` that the config names, that TFDS names, or that there is."""
     config_key = {'image': 'image_key', 'class label': 'label_key'}[what]
     if key:
@@ -118,17 +142,22 @@ def _choose(what: str, candidates: set[str], named: set[str], leaves: dict, key:
         problem = f'is no {what}' if key in leaves else 'does not exist'
         if _is_in_sequence(key, leaves):
             problem = f'is in a sequence of any length, and a classifier needs one {what}'
-        raise ConfigError(f'config.dataset.{config_key}={key!r} {problem}: {name} has {_listed(candidates)}{did_you_mean(key, sorted(candidates))}')
+        raise ConfigError(
+            f'config.dataset.{config_key}={key!r} {problem}: {name} has {_listed(candidates)}{did_you_mean(key, sorted(candidates))}'
+        )
     readable = {path for path in candidates if what != 'image' or not _pixel_problem(leaves[path])}
     found = candidates & named or readable or candidates
     if len(found) == 1:
         return next(iter(found))
     if not found:
-        raise ConfigError(f'config.dataset.name={name!r} is no image classification data set: it has no {what} for each example')
+        raise ConfigError(
+            f'config.dataset.name={name!r} is no image classification data set: it has no {what} for each example'
+        )
     first, plural = sorted(found)[0], f'{what}s'
     raise ConfigError(
         f'config.dataset.name={name!r} has several features that are {plural}, {_listed(found)}: '
-        f'write --config.dataset.{config_key}={first}')
+        f'write --config.dataset.{config_key}={first}'
+    )
 
 
 def _is_in_sequence(key: str, leaves: dict) -> bool:

@@ -4,6 +4,7 @@ The layers of this file compute what Keras' layers compute, and have their varia
 time of a TPU goes into, so mean and variance come from one, and gradients are written out: what is kept for them is the
 input alone. docs/tpu.md has the figure of each step.
 """
+
 import keras
 import tensorflow as tf
 
@@ -53,21 +54,42 @@ class BatchNormalization(keras.layers.BatchNormalization):
         if not (training and self.trainable):
             gamma, beta, mean, variance = self.parameters(inputs.dtype)
             scale = gamma * tf.math.rsqrt(variance + self.epsilon)
-            return tf.cast(ACTIVATIONS[self.activation](tf.cast(inputs, scale.dtype) * scale + (beta - mean * scale))[0], self.compute_dtype)
+            return tf.cast(
+                ACTIVATIONS[self.activation](
+                    tf.cast(inputs, scale.dtype) * scale + (beta - mean * scale)
+                )[0],
+                self.compute_dtype,
+            )
 
         @tf.custom_gradient
         def normalize(inputs, gamma, beta):
             moments = Moments(self, inputs, gamma, beta, shift)
 
             def gradient(of_output, *_):
-                with tf.name_scope(f'gradient_tape/{self.name}'):  # where TensorFlow's own gradients are
-                    of_z = tf.cast(of_output, gamma.dtype) * ACTIVATIONS[self.activation](moments.normalized(inputs))[1]
-                    of_z = tf.cast(tf.cast(of_z, inputs.dtype), gamma.dtype)  # it is kept between two passes, no wider than the input
+                with tf.name_scope(
+                    f'gradient_tape/{self.name}'
+                ):  # where TensorFlow's own gradients are
+                    of_z = (
+                        tf.cast(of_output, gamma.dtype)
+                        * ACTIVATIONS[self.activation](moments.normalized(inputs))[1]
+                    )
+                    of_z = tf.cast(
+                        tf.cast(of_z, inputs.dtype), gamma.dtype
+                    )  # it is kept between two passes, no wider than the input
                     of_beta = tf.reduce_sum(of_z, self._reduction_axes)
-                    of_gamma = tf.reduce_sum(of_z * moments.centered(inputs), self._reduction_axes) * moments.inverse
+                    of_gamma = (
+                        tf.reduce_sum(of_z * moments.centered(inputs), self._reduction_axes)
+                        * moments.inverse
+                    )
                     return moments.gradient(inputs, of_z, of_gamma, of_beta), of_gamma, of_beta
 
-            return (tf.cast(ACTIVATIONS[self.activation](moments.normalized(inputs))[0], self.compute_dtype), moments.mean, moments.variance), gradient
+            return (
+                tf.cast(
+                    ACTIVATIONS[self.activation](moments.normalized(inputs))[0], self.compute_dtype
+                ),
+                moments.mean,
+                moments.variance,
+            ), gradient
 
         gamma, beta, shift, _ = self.parameters(inputs.dtype)
         output, mean, variance = normalize(inputs, gamma, beta)
@@ -77,8 +99,18 @@ class BatchNormalization(keras.layers.BatchNormalization):
     def parameters(self, dtype):
         """gamma, beta, moving mean and moving variance, [channels], in the dtype that all is summed in."""
         wide = keras.backend.result_type(dtype, 'float32')
-        variables = (self.gamma, 1), (self.beta, 0), (self.moving_mean, 0), (self.moving_variance, 1)
-        return [tf.fill(self.moving_mean.shape, tf.cast(otherwise, wide)) if variable is None else tf.cast(variable, wide) for variable, otherwise in variables]
+        variables = (
+            (self.gamma, 1),
+            (self.beta, 0),
+            (self.moving_mean, 0),
+            (self.moving_variance, 1),
+        )
+        return [
+            tf.fill(self.moving_mean.shape, tf.cast(otherwise, wide))
+            if variable is None
+            else tf.cast(variable, wide)
+            for variable, otherwise in variables
+        ]
 
     def update(self, mean, variance):
         for moving, new in ((self.moving_mean, mean), (self.moving_variance, variance)):
@@ -88,7 +120,11 @@ class BatchNormalization(keras.layers.BatchNormalization):
         context = tf.distribute.get_replica_context()
         if not self.synchronized or context is None or context.num_replicas_in_sync == 1:
             return values
-        return tf.unstack(tf.distribute.get_strategy().extended._replica_ctx_all_reduce(tf.distribute.ReduceOp.MEAN, tf.stack(values)))
+        return tf.unstack(
+            tf.distribute.get_strategy().extended._replica_ctx_all_reduce(
+                tf.distribute.ReduceOp.MEAN, tf.stack(values)
+            )
+        )
 
     def get_config(self):
         return super().get_config() | {'activation': self.activation}
@@ -100,7 +136,10 @@ class Moments:
     def __init__(self, layer, inputs, gamma, beta, shift):
         self.layer = layer
         shifted = tf.cast(inputs, gamma.dtype) - shift
-        first, second = layer.mean_over_replicas(tf.reduce_mean(shifted, layer._reduction_axes), tf.reduce_mean(tf.square(shifted), layer._reduction_axes))
+        first, second = layer.mean_over_replicas(
+            tf.reduce_mean(shifted, layer._reduction_axes),
+            tf.reduce_mean(tf.square(shifted), layer._reduction_axes),
+        )
         self.mean, self.variance = shift + first, tf.maximum(second - tf.square(first), 0)
         self.inverse = tf.math.rsqrt(self.variance + layer.epsilon)  # 1 / standard deviation
         self.scale = gamma * self.inverse
@@ -120,8 +159,14 @@ class Moments:
         """
         share = 1 / tf.cast(tf.size(inputs[..., 0]), of_z.dtype)
         mean_zx, mean_z = self.layer.mean_over_replicas(of_gamma * share, of_beta * share)
-        slope = -self.scale * self.inverse * mean_zx  # as a line in x it takes the fewest operations for each element
-        of_inputs = of_z * self.scale + tf.cast(inputs, of_z.dtype) * slope - (self.scale * mean_z + self.mean * slope)
+        slope = (
+            -self.scale * self.inverse * mean_zx
+        )  # as a line in x it takes the fewest operations for each element
+        of_inputs = (
+            of_z * self.scale
+            + tf.cast(inputs, of_z.dtype) * slope
+            - (self.scale * mean_z + self.mean * slope)
+        )
         return tf.cast(of_inputs, inputs.dtype)
 
 
@@ -141,12 +186,18 @@ class SqueezeExcite(keras.layers.Layer):
     """
 
     def __init__(self, normalization, reduce, expand, **arguments):
-        super().__init__(autocast=False, **arguments)  # its kernels and biases are read as they are, not rounded to a half
+        super().__init__(
+            autocast=False, **arguments
+        )  # its kernels and biases are read as they are, not rounded to a half
         self.normalization, self.reduce, self.expand = normalization, reduce, expand
 
     def build(self, shape):
         channels, reduced = (shape[0], 1, 1, shape[-1]), (shape[0], 1, 1, self.reduce.filters)
-        for layer, of in ((self.normalization, shape), (self.reduce, channels), (self.expand, reduced)):
+        for layer, of in (
+            (self.normalization, shape),
+            (self.reduce, channels),
+            (self.expand, reduced),
+        ):
             if not layer.built:  # it is where the layer was made of the config of one that was
                 layer.build(of)
 
@@ -154,9 +205,15 @@ class SqueezeExcite(keras.layers.Layer):
         inputs = tf.cast(inputs, self.compute_dtype)
         if not (training and self.normalization.trainable):
             features = self.normalization(inputs)
-            return features * self.expand(self.reduce(tf.reduce_mean(features, (1, 2), keepdims=True)))
+            return features * self.expand(
+                self.reduce(tf.reduce_mean(features, (1, 2), keepdims=True))
+            )
         gamma, beta, shift, _ = self.normalization.parameters(inputs.dtype)
-        kernels = [tf.cast(variable, gamma.dtype) for layer in (self.reduce, self.expand) for variable in (layer.kernel[0, 0], layer.bias)]
+        kernels = [
+            tf.cast(variable, gamma.dtype)
+            for layer in (self.reduce, self.expand)
+            for variable in (layer.kernel[0, 0], layer.bias)
+        ]
         output, mean, variance = self._train(shift, inputs, gamma, beta, *kernels)
         self.normalization.update(mean, variance)
         return output
@@ -164,15 +221,25 @@ class SqueezeExcite(keras.layers.Layer):
     def _train(self, shift, *arguments):
         @tf.custom_gradient
         def train(inputs, gamma, beta, reduce, reduce_bias, expand, expand_bias):
-            moments, pixels = Moments(self.normalization, inputs, gamma, beta, shift), tf.cast(tf.size(inputs[0, ..., 0]), gamma.dtype)
+            moments, pixels = (
+                Moments(self.normalization, inputs, gamma, beta, shift),
+                tf.cast(tf.size(inputs[0, ..., 0]), gamma.dtype),
+            )
             features = _silu(moments.normalized(inputs))[0]
-            reduced = tf.nn.conv2d(tf.cast(features, inputs.dtype), tf.cast(reduce, inputs.dtype)[None, None], 1, 'VALID')  # [batch, height, width, reduced]
+            reduced = tf.nn.conv2d(
+                tf.cast(features, inputs.dtype),
+                tf.cast(reduce, inputs.dtype)[None, None],
+                1,
+                'VALID',
+            )  # [batch, height, width, reduced]
             squeezed = tf.reduce_sum(tf.cast(reduced, gamma.dtype), (1, 2)) / pixels + reduce_bias
             hidden, of_squeezed = _silu(squeezed)
             gate = tf.sigmoid(hidden @ expand + expand_bias)  # [batch, channels]
 
             def gradient(of_output, *_):
-                with tf.name_scope(f'gradient_tape/{self.name}'):  # where TensorFlow's own gradients are
+                with tf.name_scope(
+                    f'gradient_tape/{self.name}'
+                ):  # where TensorFlow's own gradients are
                     return of_all(tf.cast(of_output, gamma.dtype))
 
             def of_all(of_output):
@@ -184,24 +251,57 @@ class SqueezeExcite(keras.layers.Layer):
 
                 of_gate = over_pixels(of_output * features) * gate * (1 - gate)
                 of_hidden = (of_gate @ tf.transpose(expand)) * of_squeezed
-                of_mean = of_hidden @ tf.transpose(reduce) / pixels  # of the gradient of h, the part that is the same for each pixel
-                of_beta = tf.reduce_sum(gate * over_pixels(of_output * derivative) + of_mean * over_pixels(derivative), 0)
-                of_gamma = tf.reduce_sum(gate * over_pixels(of_output * derivative * centered) + of_mean * over_pixels(derivative * centered), 0) * moments.inverse
+                of_mean = (
+                    of_hidden @ tf.transpose(reduce) / pixels
+                )  # of the gradient of h, the part that is the same for each pixel
+                of_beta = tf.reduce_sum(
+                    gate * over_pixels(of_output * derivative) + of_mean * over_pixels(derivative),
+                    0,
+                )
+                of_gamma = (
+                    tf.reduce_sum(
+                        gate * over_pixels(of_output * derivative * centered)
+                        + of_mean * over_pixels(derivative * centered),
+                        0,
+                    )
+                    * moments.inverse
+                )
                 of_z = (of_output * gate[:, None, None] + of_mean[:, None, None]) * derivative
                 of_reduce = tf.transpose(over_pixels(features)) @ of_hidden / pixels
-                return (moments.gradient(inputs, of_z, of_gamma, of_beta), of_gamma, of_beta,
-                        of_reduce, tf.reduce_sum(of_hidden, 0), tf.transpose(hidden) @ of_gate, tf.reduce_sum(of_gate, 0))
+                return (
+                    moments.gradient(inputs, of_z, of_gamma, of_beta),
+                    of_gamma,
+                    of_beta,
+                    of_reduce,
+                    tf.reduce_sum(of_hidden, 0),
+                    tf.transpose(hidden) @ of_gate,
+                    tf.reduce_sum(of_gate, 0),
+                )
 
-            return (tf.cast(features * gate[:, None, None], inputs.dtype), moments.mean, moments.variance), gradient
+            return (
+                tf.cast(features * gate[:, None, None], inputs.dtype),
+                moments.mean,
+                moments.variance,
+            ), gradient
 
         return train(*arguments)
 
     def get_config(self):
-        return super().get_config() | {name: keras.saving.serialize_keras_object(getattr(self, name)) for name in ('normalization', 'reduce', 'expand')}
+        return super().get_config() | {
+            name: keras.saving.serialize_keras_object(getattr(self, name))
+            for name in ('normalization', 'reduce', 'expand')
+        }
 
     @classmethod
     def from_config(cls, config):
-        return cls(**{key: keras.saving.deserialize_keras_object(value) if isinstance(value, dict) and key != 'dtype' else value for key, value in config.items()})
+        return cls(
+            **{
+                key: keras.saving.deserialize_keras_object(value)
+                if isinstance(value, dict) and key != 'dtype'
+                else value
+                for key, value in config.items()
+            }
+        )
 
 
 def fuse(model, synchronized):
@@ -221,14 +321,20 @@ def fuse(model, synchronized):
         found = []
         for kind, settings in kinds:
             following = readers[layer['name']]
-            if len(following) != 1 or following[0]['class_name'] != kind or any(following[0]['config'][key] != value for key, value in settings.items()):
+            if (
+                len(following) != 1
+                or following[0]['class_name'] != kind
+                or any(following[0]['config'][key] != value for key, value in settings.items())
+            ):
                 return []
             layer = following[0]
             found.append(layer)
         return found
 
     instead = {}  # of a layer that is now part of another: whose output to read
-    for layer in [layer for layer in model['layers'] if layer['class_name'] == 'BatchNormalization']:
+    for layer in [
+        layer for layer in model['layers'] if layer['class_name'] == 'BatchNormalization'
+    ]:
         settings, name = layer['config'] | {'synchronized': synchronized}, layer['name']
         activation = next(iter(follow(layer, ('Activation', {}))), None)
         if activation and activation['config']['activation'] in ACTIVATIONS:
@@ -236,16 +342,39 @@ def fuse(model, synchronized):
             instead[activation['name']] = name
         fused = BatchNormalization.from_config(settings)
         if fused.activation == 'silu' and len(readers[activation['name']]) == 2:
-            gates = [follow(squeeze, *GATE) for squeeze in readers[activation['name']] if squeeze['class_name'] == 'GlobalAveragePooling2D']
+            gates = [
+                follow(squeeze, *GATE)
+                for squeeze in readers[activation['name']]
+                if squeeze['class_name'] == 'GlobalAveragePooling2D'
+            ]
             if any(gates):
                 reshape, reduce, expand, multiply = gates[0]
-                fused = SqueezeExcite(fused, *(keras.layers.Conv2D.from_config(part['config']) for part in (reduce, expand)), name=multiply['name'])
+                fused = SqueezeExcite(
+                    fused,
+                    *(keras.layers.Conv2D.from_config(part['config']) for part in (reduce, expand)),
+                    name=multiply['name'],
+                )
                 squeeze = next(_histories(reshape['inbound_nodes']))[0]
-                instead |= {part: fused.name for part in (name, activation['name'], squeeze, reshape['name'], reduce['name'], expand['name'])}
+                instead |= dict.fromkeys(
+                    (
+                        name,
+                        activation['name'],
+                        squeeze,
+                        reshape['name'],
+                        reduce['name'],
+                        expand['name'],
+                    ),
+                    fused.name,
+                )
                 model['layers'].remove(multiply)
         layer.update(keras.saving.serialize_keras_object(fused), name=fused.name)
     model['layers'] = [layer for layer in model['layers'] if layer['name'] not in instead]
-    for history in _histories([[layer['inbound_nodes'] for layer in model['layers']], {'keras_history': model['output_layers']}]):
+    for history in _histories(
+        [
+            [layer['inbound_nodes'] for layer in model['layers']],
+            {'keras_history': model['output_layers']},
+        ]
+    ):
         history[0] = instead.get(history[0], history[0])
 
 

@@ -4,6 +4,7 @@ A name that would not come back as the same line is written as a JSON string: on
 of any kind, an empty one, and one that could itself be taken for such a string. All others stand
 there as they are, so that `cat labels.txt` and a loop over its lines give the names.
 """
+
 import json
 from collections.abc import Iterable
 

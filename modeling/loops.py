@@ -1,9 +1,13 @@
 """The loops that run the steps of modeling/steps.py: one call from the host for many of them."""
+
 import tensorflow as tf
 
 from modeling.models import weights
 
-SUMS, LAST = ('correct', 'grad_norm', 'loss', 'skipped'), ('learning_rate', 'skipped_in_a_row')  # what a training step returns: over all steps, of the last
+SUMS, LAST = (
+    ('correct', 'grad_norm', 'loss', 'skipped'),
+    ('learning_rate', 'skipped_in_a_row'),
+)  # what a training step returns: over all steps, of the last
 
 
 def make_train_loop(strategy, train_step):
@@ -13,6 +17,7 @@ def make_train_loop(strategy, train_step):
         {'loss', 'correct', 'grad_norm', 'skipped'}, float32 [], the 'learning_rate' and 'skipped_in_a_row' of the last, and
         'input_seconds', float64 [], the time spent waiting for batches.
     """
+
     @tf.function(autograph=False)
     def train_loop(iterator, num_steps):
         def body(step, input_seconds, sums):
@@ -28,7 +33,9 @@ def make_train_loop(strategy, train_step):
 
         zeros = {key: tf.constant(0.0) for key in SUMS + LAST}
         start = (tf.constant(0), tf.constant(0.0, tf.float64), zeros)
-        _, input_seconds, sums = tf.while_loop(lambda step, *_: step < num_steps, body, start, parallel_iterations=1)
+        _, input_seconds, sums = tf.while_loop(
+            lambda step, *_: step < num_steps, body, start, parallel_iterations=1
+        )
         return {**sums, 'input_seconds': input_seconds}
 
     return train_loop
@@ -45,7 +52,9 @@ def make_eval_loop(strategy, eval_step):
             return step + 1, {key: sums[key] + results[key] for key in keys}
 
         start = (tf.constant(0), {key: tf.constant(0.0) for key in keys})
-        return tf.while_loop(lambda step, _: step < num_steps, body, start, parallel_iterations=1)[1]
+        return tf.while_loop(lambda step, _: step < num_steps, body, start, parallel_iterations=1)[
+            1
+        ]
 
     return eval_loop
 
@@ -56,10 +65,14 @@ def make_average_statistics(strategy, state):
     Keras gives them no aggregation, so they drift apart, and reading one takes the first replica's.
     """
     trained = {id(variable) for variable in state.model.trainable_variables}
-    statistics = [variable.value for variable in weights(state.model) if id(variable) not in trained] + list(state.average)
+    statistics = [
+        variable.value for variable in weights(state.model) if id(variable) not in trained
+    ] + list(state.average)
 
     def average():
-        means = tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.MEAN, [tf.identity(value) for value in statistics])
+        means = tf.distribute.get_replica_context().all_reduce(
+            tf.distribute.ReduceOp.MEAN, [tf.identity(value) for value in statistics]
+        )
         for variable, mean in zip(statistics, means):
             variable.assign(mean)
 
@@ -72,4 +85,7 @@ def make_average_statistics(strategy, state):
 
 def sum_over_replicas(strategy, results):
     """One value at a time: TPUStrategy does not reduce a dict."""
-    return {key: strategy.reduce(tf.distribute.ReduceOp.SUM, value, axis=None) for key, value in results.items()}
+    return {
+        key: strategy.reduce(tf.distribute.ReduceOp.SUM, value, axis=None)
+        for key, value in results.items()
+    }

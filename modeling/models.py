@@ -1,4 +1,5 @@
 """Keras models by name, with preprocessing inside: pictures in 0..255 go in, logits come out."""
+
 import contextlib
 import re
 import sys
@@ -10,7 +11,9 @@ import tensorflow as tf
 from common.errors import ConfigError, did_you_mean, one_line
 from modeling.fused_layers import BatchNormalization, fuse
 
-_traced = threading.local()  # the micro-batch that this thread traces; each replica is traced by a thread of its own
+_traced = (
+    threading.local()
+)  # the micro-batch that this thread traces; each replica is traced by a thread of its own
 BLOCK = r'.*?(block|expanded_conv)_?[0-9]+[a-z]?(?![0-9])'  # how the names of a block's layers begin: block2a_..., conv2_block1_...
 DEFAULT_DROP_RATE = 0.2  # what keras.applications builds its residual branches with
 
@@ -28,7 +31,9 @@ class DropPath(keras.layers.Dropout):
     def call(self, inputs, training=False):
         if not training or not self.rate:
             return inputs
-        drawn = tf.random.stateless_uniform([self.num_rows, tf.shape(inputs)[0]], self.seed_generator.next())[self.row]
+        drawn = tf.random.stateless_uniform(
+            [self.num_rows, tf.shape(inputs)[0]], self.seed_generator.next()
+        )[self.row]
         kept = tf.reshape(drawn >= self.rate, [-1] + [1] * (inputs.shape.rank - 1))
         return tf.where(kept, inputs / (1 - self.rate), tf.zeros([], inputs.dtype))
 
@@ -51,7 +56,9 @@ def build_model(config, num_classes):
     images = keras.Input(shape, name='images')
     if config.model.name == 'tiny':
         if config.model.drop_path:
-            raise ConfigError("config.model.name='tiny' has no drop-path: leave model.drop_path at 0")
+            raise ConfigError(
+                "config.model.name='tiny' has no drop-path: leave model.drop_path at 0"
+            )
         backbone = _tiny(config.model.sync_batch_norm)
         features = backbone(images)
     else:
@@ -93,7 +100,11 @@ def derive_dropout_seeds(model, seed, updates):
         seed: int.
         updates: integer variable [] that counts updates.
     """
-    layers = [layer for layer in model._flatten_layers() if isinstance(getattr(layer, 'seed_generator', None), keras.random.SeedGenerator)]
+    layers = [
+        layer
+        for layer in model._flatten_layers()
+        if isinstance(getattr(layer, 'seed_generator', None), keras.random.SeedGenerator)
+    ]
     branches = [layer for layer in layers if isinstance(layer, DropPath)]
     for row, layer in enumerate(branches):
         layer.row, layer.num_rows = row, len(branches)
@@ -104,7 +115,9 @@ def derive_dropout_seeds(model, seed, updates):
             context = tf.distribute.get_replica_context()
             index, count = getattr(_traced, 'micro_batch', (0, 1))
             draw = tf.cast(updates, tf.int32) * count + index
-            draw = draw * context.num_replicas_in_sync + tf.cast(context.replica_id_in_sync_group, tf.int32)
+            draw = draw * context.num_replicas_in_sync + tf.cast(
+                context.replica_id_in_sync_group, tf.int32
+            )
             return tf.stack([tf.constant(key, tf.int32), draw])
 
         layer.seed_generator.next = next_seed
@@ -122,7 +135,11 @@ def micro_batch(index, count):
 
 def weights(model):
     """The variables of a model without the states of its random generators, which nothing here reads."""
-    return [variable for variable in model.variables if variable.dtype in ('float16', 'bfloat16', 'float32', 'float64')]
+    return [
+        variable
+        for variable in model.variables
+        if variable.dtype in ('float16', 'bfloat16', 'float32', 'float64')
+    ]
 
 
 def rate_factors(model, decay):
@@ -134,10 +151,18 @@ def rate_factors(model, decay):
     Returns: floats, one for each of `model.trainable_variables`.
     """
     backbone = _backbone(model)
-    block_of = {variable.path: block for layer, block in zip(backbone.layers, _blocks(backbone)) for variable in layer.weights}
+    block_of = {
+        variable.path: block
+        for layer, block in zip(backbone.layers, _blocks(backbone))
+        for variable in layer.weights
+    }
     blocks = list(dict.fromkeys(block_of.values()))
-    return [decay ** (len(blocks) - blocks.index(block_of[variable.path])) if variable.path in block_of else 1.0
-            for variable in model.trainable_variables]
+    return [
+        decay ** (len(blocks) - blocks.index(block_of[variable.path]))
+        if variable.path in block_of
+        else 1.0
+        for variable in model.trainable_variables
+    ]
 
 
 def _backbone(model):
@@ -151,19 +176,29 @@ def _blocks(backbone):
     last = max((index for index, match in enumerate(named) if match), default=-1)
     blocks = []
     for index, match in enumerate(named):
-        blocks.append(match[0] if match else 'top' if index > last else blocks[-1] if blocks else 'stem')
+        blocks.append(
+            match[0] if match else 'top' if index > last else blocks[-1] if blocks else 'stem'
+        )
     return blocks
 
 
 def _freeze(backbone, last):
     """Freezes the layers of `backbone` up to the last one that `last` names, or begins the name of; 'backbone' names all."""
     names, blocks = [layer.name for layer in backbone.layers], _blocks(backbone)
-    named = [index for index, name in enumerate(names) if last in ('backbone', blocks[index]) or re.match(re.escape(last) + '(?![0-9])', name)]
+    named = [
+        index
+        for index, name in enumerate(names)
+        if last in ('backbone', blocks[index]) or re.match(re.escape(last) + '(?![0-9])', name)
+    ]
     if not named:
-        raise ConfigError(f"config.model.freeze={last!r} is no layer of this model: write 'backbone', or up to where, one of {', '.join(dict.fromkeys(blocks))}"
-                          + did_you_mean(last, names))
-    for layer in backbone.layers[:named[-1] + 1]:
-        layer.trainable = False  # of batch normalisation Keras then uses the statistics, and leaves them
+        raise ConfigError(
+            f"config.model.freeze={last!r} is no layer of this model: write 'backbone', or up to where, one of {', '.join(dict.fromkeys(blocks))}"
+            + did_you_mean(last, names)
+        )
+    for layer in backbone.layers[: named[-1] + 1]:
+        layer.trainable = (
+            False  # of batch normalisation Keras then uses the statistics, and leaves them
+        )
         if isinstance(layer, keras.layers.Dropout):
             layer.rate = 0.0
 
@@ -172,8 +207,15 @@ def _tiny(sync_batch_norm):
     layers = [keras.layers.Rescaling(1 / 127.5, offset=-1, dtype=wide_dtype())]
     for block, filters in enumerate((16, 32), 1):
         layers += [
-            keras.layers.Conv2D(filters, 3, strides=2, padding='same', use_bias=False, name=f'block{block}_conv'),
-            BatchNormalization(momentum=0.9, activation='relu', synchronized=sync_batch_norm, name=f'block{block}_bn'),
+            keras.layers.Conv2D(
+                filters, 3, strides=2, padding='same', use_bias=False, name=f'block{block}_conv'
+            ),
+            BatchNormalization(
+                momentum=0.9,
+                activation='relu',
+                synchronized=sync_batch_norm,
+                name=f'block{block}_bn',
+            ),
         ]
     return keras.Sequential([*layers, keras.layers.GlobalAveragePooling2D()], name='features')
 
@@ -182,10 +224,15 @@ def application(name, key='config.model.name'):
     """(constructor, preprocessing of its family) of a model of keras.applications. Raises ConfigError, which says `key`, for an unknown one."""
     constructors = {name for name in dir(keras.applications) if name[0].isupper()}
     if name not in constructors:
-        hint = did_you_mean(name, sorted(constructors | {'tiny'}), cutoff=0.3) or '; take EfficientNetV2B0'
+        hint = (
+            did_you_mean(name, sorted(constructors | {'tiny'}), cutoff=0.3)
+            or '; take EfficientNetV2B0'
+        )
         raise ConfigError(f'{key}={name!r} is no model of keras.applications{hint}')
     constructor = getattr(keras.applications, name)
-    return constructor, sys.modules[constructor.__module__].preprocess_input  # where preprocessing is part of the model it changes nothing
+    return constructor, sys.modules[
+        constructor.__module__
+    ].preprocess_input  # where preprocessing is part of the model it changes nothing
 
 
 def _application(model_config, shape):
@@ -194,7 +241,9 @@ def _application(model_config, shape):
     try:
         plain = constructor(include_top=False, weights=None, input_shape=shape, pooling='avg')
     except Exception as error:
-        raise ConfigError(f"{model_config.name} cannot be built for config.image_size={shape[0] or 'any'}: {one_line(error)}") from error
+        raise ConfigError(
+            f'{model_config.name} cannot be built for config.image_size={shape[0] or "any"}: {one_line(error)}'
+        ) from error
     return keras.Model.from_config(_changed(plain.get_config(), model_config)), preprocess
 
 
@@ -205,11 +254,21 @@ def _changed(model, model_config):
         settings = layer['config']
         if layer['class_name'] in ('Rescaling', 'Normalization'):
             settings['dtype'] = wide_dtype()
-        elif layer['class_name'] == 'Dropout' and settings.get('noise_shape'):  # one draw per example: a residual branch
-            settings['rate'] *= model_config.drop_path / DEFAULT_DROP_RATE  # keras.applications' rates grow linearly to 0.2
-            layer.update(module=DropPath.__module__, class_name=DropPath.__name__, registered_name=keras.saving.get_registered_name(DropPath))
+        elif layer['class_name'] == 'Dropout' and settings.get(
+            'noise_shape'
+        ):  # one draw per example: a residual branch
+            settings['rate'] *= (
+                model_config.drop_path / DEFAULT_DROP_RATE
+            )  # keras.applications' rates grow linearly to 0.2
+            layer.update(
+                module=DropPath.__module__,
+                class_name=DropPath.__name__,
+                registered_name=keras.saving.get_registered_name(DropPath),
+            )
             has_drop_path = True
     if model_config.drop_path and not has_drop_path:
-        raise ConfigError(f'config.model.drop_path={model_config.drop_path:g}, but {model_config.name} has no residual branches that drop: set it to 0')
+        raise ConfigError(
+            f'config.model.drop_path={model_config.drop_path:g}, but {model_config.name} has no residual branches that drop: set it to 0'
+        )
     fuse(model, model_config.sync_batch_norm)
     return model

@@ -1,4 +1,5 @@
 """Keras' optimizers by name, with their arguments from the config."""
+
 import inspect
 
 import keras
@@ -17,7 +18,9 @@ OPTIMIZERS = {
     'muon': keras.optimizers.Muon,
 }
 if tuple(map(int, keras.__version__.split('.')[:2])) < (3, 13):  # all that Python 3.10 gets
-    del OPTIMIZERS['muon']  # fails there: it looks for the path of TensorFlow's own variables, which have none
+    del OPTIMIZERS[
+        'muon'
+    ]  # fails there: it looks for the path of TensorFlow's own variables, which have none
 FRACTIONS = ('momentum', 'rho', 'beta_1', 'beta_2')
 SET_ELSEWHERE = {
     'learning_rate': 'config.schedule.peak_lr',
@@ -48,9 +51,13 @@ def build_optimizer(config, schedule_arguments, variables):
     check_optimizer(config.optimizer.name, arguments)
     optimizer_class = OPTIMIZERS[config.optimizer.name]
     if config.optimizer.name == 'muon' and keras.config.dtype_policy().variable_dtype == 'float64':
-        raise ConfigError("config.optimizer.name='muon' cannot compute in float64: Keras multiplies with float32 inside; write another config.precision")
+        raise ConfigError(
+            "config.optimizer.name='muon' cannot compute in float64: Keras multiplies with float32 inside; write another config.precision"
+        )
     if config.optimizer.name == 'muon':
-        arguments['adam_weight_decay'] = config.weight_decay or None  # what Muon gives to AdamW: all but the dense kernels
+        arguments['adam_weight_decay'] = (
+            config.weight_decay or None
+        )  # what Muon gives to AdamW: all but the dense kernels
     try:
         optimizer = optimizer_class(
             learning_rate=schedules.WarmupDecay(**schedule_arguments),
@@ -60,7 +67,9 @@ def build_optimizer(config, schedule_arguments, variables):
     except (TypeError, ValueError) as error:
         raise ConfigError(f'config.optimizer: {one_line(error)}') from error
     if not config.weight_decay:
-        optimizer.weight_decay = None  # AdamW takes no None, and 0 would be multiplied out for every variable
+        optimizer.weight_decay = (
+            None  # AdamW takes no None, and 0 would be multiplied out for every variable
+        )
     undecayed = [variable for variable in variables if not decays(variable)]
     if undecayed:
         optimizer.exclude_from_weight_decay(var_list=undecayed)
@@ -102,16 +111,29 @@ def decays(variable):
 def check_optimizer(name, arguments):
     """Raises ConfigError for an optimizer or an argument that is not there, or that the config sets elsewhere."""
     if name not in OPTIMIZERS:
-        raise ConfigError(f'config.optimizer.name={name!r} is not one of {", ".join(OPTIMIZERS)}{did_you_mean(name, OPTIMIZERS)}')
-    known = [key for key in inspect.signature(OPTIMIZERS[name]).parameters if key not in ('name', 'kwargs', *SET_ELSEWHERE, *UNSUPPORTED)]
+        raise ConfigError(
+            f'config.optimizer.name={name!r} is not one of {", ".join(OPTIMIZERS)}{did_you_mean(name, OPTIMIZERS)}'
+        )
+    known = [
+        key
+        for key in inspect.signature(OPTIMIZERS[name]).parameters
+        if key not in ('name', 'kwargs', *SET_ELSEWHERE, *UNSUPPORTED)
+    ]
     for key, value in arguments.items():
         if key in SET_ELSEWHERE:
             raise ConfigError(f'config.optimizer.{key} is set by {SET_ELSEWHERE[key]}')
         if key in UNSUPPORTED:
             raise ConfigError(f'config.optimizer.{key} {UNSUPPORTED[key]}')
         if key not in known:
-            raise ConfigError(f'config.optimizer.{key} is no argument of {name}' + (did_you_mean(key, known) or f'; it has {", ".join(known)}'))
-        if not isinstance(value, (bool, int, float)) and key != 'exclude_layers':  # of muon, a list of names
+            raise ConfigError(
+                f'config.optimizer.{key} is no argument of {name}'
+                + (did_you_mean(key, known) or f'; it has {", ".join(known)}')
+            )
+        if (
+            not isinstance(value, (bool, int, float)) and key != 'exclude_layers'
+        ):  # of muon, a list of names
             raise ConfigError(f'config.optimizer.{key}={value!r} must be a number, true or false')
         if key in FRACTIONS and not 0 <= value < 1:
-            raise ConfigError(f'config.optimizer.{key}={value} is impossible: it must be from 0 to below 1')
+            raise ConfigError(
+                f'config.optimizer.{key}={value} is impossible: it must be from 0 to below 1'
+            )

@@ -1,4 +1,5 @@
 """Where knowledge comes from that is not in the data: weights that a model begins with, and a teacher that it learns from."""
+
 import json
 import os
 import re
@@ -36,12 +37,22 @@ def load_weights(model, config, class_names, find_checkpoint):
         path = _checkpoint_in(source, find_checkpoint)
         loaded, classes = _numbered_weights(path, source), _class_names_beside(path)
         _require_same_network(wanted, loaded, path, config.model.name)
-        reason = '' if classes == list(class_names) else 'its classes are others' if classes else 'nothing says what its classes are'
+        reason = (
+            ''
+            if classes == list(class_names)
+            else 'its classes are others'
+            if classes
+            else 'nothing says what its classes are'
+        )
         loaded = loaded[:-2] if reason else loaded
     for variable, value in zip(wanted, loaded):
         variable.assign(value)
     features, classes = wanted[-2].shape
-    head = f'the head is new, {features:,} features to {classes:,} classes: {reason}' if reason else 'the head too'
+    head = (
+        f'the head is new, {features:,} features to {classes:,} classes: {reason}'
+        if reason
+        else 'the head too'
+    )
     return f'{len(loaded)} of {len(wanted)} variables ({sum(value.size for value in loaded):,} numbers) from {re.sub("(/variables)+$", "", path)}; {head}'
 
 
@@ -55,18 +66,24 @@ def save_backbone(model, config, path):
 
 def _plain(config, **arguments):
     constructor, _ = application(config.model.name)
-    return constructor(include_top=False, input_shape=input_shape(config), pooling='avg', **arguments)
+    return constructor(
+        include_top=False, input_shape=input_shape(config), pooling='avg', **arguments
+    )
 
 
 def _of_keras(config):
     """The weights of a backbone, as arrays, from keras.applications or from a file of Keras weights, of which Keras reads the numbers alone:
     no layer that is described in it is made, and no file that it refers to is opened."""
     if config.model.name == 'tiny':
-        raise ConfigError("config.model.name='tiny' has no pretrained weights: leave config.model.weights at '', or name a run of your own")
+        raise ConfigError(
+            "config.model.name='tiny' has no pretrained weights: leave config.model.weights at '', or name a run of your own"
+        )
     try:
         plain = _plain(config, weights=config.model.weights)
     except Exception as error:
-        raise RunError(f'config.model.weights={config.model.weights!r} could not be loaded into {config.model.name}: {one_line(error)}') from error
+        raise RunError(
+            f'config.model.weights={config.model.weights!r} could not be loaded into {config.model.name}: {one_line(error)}'
+        ) from error
     return [variable.numpy() for variable in weights(plain)]
 
 
@@ -83,8 +100,11 @@ def _checkpoint_in(source, find_checkpoint):
         what = 'holds no weights' if tf.io.gfile.exists(source) else 'is not there'
     except tf.errors.OpError as error:  # of a bucket
         what = f'cannot be reached ({one_line(error, 150)})'
-    raise RunError(f"config.model.weights={source!r} {what}: write 'imagenet', a file that ends in .weights.h5, or the folder of a run, "
-                   'of one of its checkpoints, such as runs/NAME/checkpoints/best, or of its SavedModel' + did_you_mean(source, ['imagenet']))
+    raise RunError(
+        f"config.model.weights={source!r} {what}: write 'imagenet', a file that ends in .weights.h5, or the folder of a run, "
+        'of one of its checkpoints, such as runs/NAME/checkpoints/best, or of its SavedModel'
+        + did_you_mean(source, ['imagenet'])
+    )
 
 
 def _numbered_weights(path, source):
@@ -93,22 +113,36 @@ def _numbered_weights(path, source):
         reader = tf.train.load_checkpoint(path)
         kinds = reader.get_variable_to_dtype_map()
         for part in ('average', 'model', 'variables'):  # the last is Keras' word in a SavedModel
-            numbered = {int(key.split('/')[1]): key for key, kind in kinds.items()
-                        if re.fullmatch(part + r'/[0-9]+(/\.ATTRIBUTES/VARIABLE_VALUE)?', key) and kind.is_floating}
+            numbered = {
+                int(key.split('/')[1]): key
+                for key, kind in kinds.items()
+                if re.fullmatch(part + r'/[0-9]+(/\.ATTRIBUTES/VARIABLE_VALUE)?', key)
+                and kind.is_floating
+            }
             if numbered:
                 return [reader.get_tensor(numbered[number]) for number in sorted(numbered)]
     except (tf.errors.OpError, ValueError, RuntimeError) as error:
-        raise RunError(f'config.model.weights={source!r} is damaged ({one_line(error, 200)}): take another checkpoint') from error
-    raise RunError(f'config.model.weights={source!r} was not written by this program: it has no numbered list of weights')
+        raise RunError(
+            f'config.model.weights={source!r} is damaged ({one_line(error, 200)}): take another checkpoint'
+        ) from error
+    raise RunError(
+        f'config.model.weights={source!r} was not written by this program: it has no numbered list of weights'
+    )
 
 
 def _require_same_network(wanted, loaded, path, name):
     """Raises RunError unless all but the head have the same shapes."""
-    differing = [f'{variable.path} is {tuple(variable.shape)} here and {value.shape} there'
-                 for variable, value in zip(wanted[:-2], loaded) if variable.shape != value.shape]
+    differing = [
+        f'{variable.path} is {tuple(variable.shape)} here and {value.shape} there'
+        for variable, value in zip(wanted[:-2], loaded)
+        if variable.shape != value.shape
+    ]
     if len(wanted) != len(loaded) or differing:
-        raise RunError(f'{path} is of another network than config.model.name={name!r}: it has {len(loaded)} variables, and this one {len(wanted)}'
-                       + (f'; {differing[0]}' if differing else '') + ': take the model.name it was trained with')
+        raise RunError(
+            f'{path} is of another network than config.model.name={name!r}: it has {len(loaded)} variables, and this one {len(wanted)}'
+            + (f'; {differing[0]}' if differing else '')
+            + ': take the model.name it was trained with'
+        )
 
 
 def _class_names_beside(path):
@@ -133,4 +167,6 @@ def _read(path, read):
         with tf.io.gfile.GFile(path, 'rb') as file:
             return read(file)
     except (ValueError, tf.errors.OpError) as error:
-        raise RunError(f'{path} is damaged ({one_line(error, 100)}): it says which classes these weights know') from error
+        raise RunError(
+            f'{path} is damaged ({one_line(error, 100)}): it says which classes these weights know'
+        ) from error

@@ -8,6 +8,7 @@ and no sandbox: a graph can still ask for all memory, or never end, or meet an e
 An operation reaches outside of the graph only if it keeps state, or if a string tells it where. So what is stateless and takes no
 string is allowed, without a list of names, and so are those below. TensorFlow's own `saved_model_cli scan` looks for three names.
 """
+
 import os
 
 import tensorflow as tf
@@ -16,7 +17,7 @@ from tensorflow.python.framework import op_def_registry
 from common.errors import RunError, one_line
 
 # Stateful, or with strings, and yet within the graph: calls, variables, tables, arrays, random numbers, checks.
-WITHIN = '''
+WITHIN = """
 StatefulPartitionedCall PartitionedCall If While Case Enter
 VarHandleOp VarIsInitializedOp ReadVariableOp VariableShape ResourceGather ResourceGatherNd AssignVariableOp AssignAddVariableOp AssignSubVariableOp
 HashTableV2 AnonymousHashTable MutableHashTableV2 AnonymousMutableHashTable InitializeTableV2
@@ -25,9 +26,9 @@ TensorArrayV3 TensorArrayReadV3 TensorArrayWriteV3 TensorArrayGatherV3 TensorArr
 RandomUniform RandomUniformInt RandomStandardNormal TruncatedNormal RandomShuffle Multinomial StatelessRandomGetAlg RngReadAndSkip RngSkip
 StatefulUniform StatefulUniformInt StatefulUniformFullInt StatefulStandardNormalV2 StatefulTruncatedNormal
 Assert CheckNumerics GuaranteeConst PreventGradient
-'''
+"""
 # They compute with strings: with files that were read already, with text, with the equation or the policy of a computation.
-STRINGS = '''
+STRINGS = """
 DecodeAndCropJpeg DecodeBmp DecodeGif DecodeImage DecodeJpeg DecodePng DecodeWebP ExtractJpegShape EncodeJpeg
 DecodeBase64 EncodeBase64 DecodeRaw DecodePaddedRaw ParseExample ParseExampleV2
 AsString ReduceJoin RegexFullMatch RegexReplace StaticRegexFullMatch StaticRegexReplace StringFormat StringJoin StringLength StringLower
@@ -35,10 +36,12 @@ StringSplitV2 StringStrip StringToHashBucketFast StringToNumber StringUpper Subs
 DataFormatDimMap DataFormatVecPermute Einsum GatherNd RaggedTensorToTensor ScatterNd
 TensorScatterAdd TensorScatterMax TensorScatterMin TensorScatterSub TensorScatterUpdate
 ImageProjectiveTransformV2 ImageProjectiveTransformV3 ScaleAndTranslate
-'''
+"""
 ALLOWED = frozenset((WITHIN + STRINGS).split())
 # Every SavedModel has functions for a saver of TensorFlow 1, which nothing in it calls.
-SAVER = frozenset('SaveV2 RestoreV2 MergeV2Checkpoints ShardedFilename DisableCopyOnRead'.split())
+SAVER = frozenset(
+    ['SaveV2', 'RestoreV2', 'MergeV2Checkpoints', 'ShardedFilename', 'DisableCopyOnRead']
+)
 TABLE_OF_A_FILE = 'InitializeTableFromTextFileV2'
 STRING_KINDS = ('string', 'list(string)')
 MOST_NAMED = 5
@@ -52,15 +55,23 @@ def load(path):
     """
     model = tf.__internal__.saved_model.parse_saved_model(path)
     if len(model.meta_graphs) != 1 or not model.meta_graphs[0].HasField('object_graph_def'):
-        raise RunError(f'{path} is not loaded: it is of TensorFlow 1, whose graphs run as a whole: export it with tf.saved_model.save of TensorFlow 2')
-    graph, = model.meta_graphs
+        raise RunError(
+            f'{path} is not loaded: it is of TensorFlow 1, whose graphs run as a whole: export it with tf.saved_model.save of TensorFlow 2'
+        )
+    (graph,) = model.meta_graphs
     found = sorted(_beyond_computing(graph))
     if found:
-        names = one_line(', '.join(found[:MOST_NAMED]), 200) + (f' and {len(found) - MOST_NAMED} more' if len(found) > MOST_NAMED else '')
-        raise RunError(f'{path} is not loaded: its graph can do more than compute, with {names}: export it without, or take a model trained here')
+        names = one_line(', '.join(found[:MOST_NAMED]), 200) + (
+            f' and {len(found) - MOST_NAMED} more' if len(found) > MOST_NAMED else ''
+        )
+        raise RunError(
+            f'{path} is not loaded: its graph can do more than compute, with {names}: export it without, or take a model trained here'
+        )
     for asset in graph.asset_file_def:
         if not _is_inside(path, asset.filename):
-            raise RunError(f'{path} is not loaded: its asset {one_line(repr(asset.filename), 200)} is not inside of it: export it again')
+            raise RunError(
+                f'{path} is not loaded: its asset {one_line(repr(asset.filename), 200)} is not inside of it: export it again'
+            )
     return tf.saved_model.load(path)
 
 
@@ -69,8 +80,12 @@ def only_computes(operation):
     definition = op_def_registry.get(operation)
     if definition is None or operation.startswith('_') or operation in ALLOWED:
         return operation in ALLOWED
-    takes_strings = any(argument.type == tf.string.as_datatype_enum for argument in definition.input_arg) \
-        or any(attribute.type in STRING_KINDS and not attribute.HasField('allowed_values') for attribute in definition.attr)
+    takes_strings = any(
+        argument.type == tf.string.as_datatype_enum for argument in definition.input_arg
+    ) or any(
+        attribute.type in STRING_KINDS and not attribute.HasField('allowed_values')
+        for attribute in definition.attr
+    )
     return not definition.is_stateful and not takes_strings
 
 
@@ -81,18 +96,39 @@ def _beyond_computing(graph):
     own = {function.signature.name for function in functions}
     named = {name for node in bodies for name in _functions_in(node.attr)}
     called = named | {node.op for node in bodies}
-    loaded = called | set(objects.concrete_functions) | {name for node in objects.nodes for name in _functions_of(node)} \
-        | {gradient.gradient_func for gradient in (*graph.graph_def.library.gradient, *graph.graph_def.library.registered_gradients)}
+    loaded = (
+        called
+        | set(objects.concrete_functions)
+        | {name for node in objects.nodes for name in _functions_of(node)}
+        | {
+            gradient.gradient_func
+            for gradient in (
+                *graph.graph_def.library.gradient,
+                *graph.graph_def.library.registered_gradients,
+            )
+        }
+    )
 
     def check(nodes, more=()):
-        return {node.op for node in nodes if node.op not in more and not only_computes(node.op)
-                and (node.op not in own or op_def_registry.get(node.op) is not None)}
+        return {
+            node.op
+            for node in nodes
+            if node.op not in more
+            and not only_computes(node.op)
+            and (node.op not in own or op_def_registry.get(node.op) is not None)
+        }
 
-    found = (named - own) | check(graph.graph_def.node, SAVER | {TABLE_OF_A_FILE})  # these nodes are not loaded, their values may be
+    found = (named - own) | check(
+        graph.graph_def.node, SAVER | {TABLE_OF_A_FILE}
+    )  # these nodes are not loaded, their values may be
     for function in functions:
         name = function.signature.name
         reads_assets = name not in called and _reads_assets_alone(function, objects)
-        found |= check(function.node_def, (SAVER if name not in loaded else frozenset()) | ({TABLE_OF_A_FILE} if reads_assets else set()))
+        found |= check(
+            function.node_def,
+            (SAVER if name not in loaded else frozenset())
+            | ({TABLE_OF_A_FILE} if reads_assets else set()),
+        )
     return found
 
 
@@ -106,18 +142,30 @@ def _functions_in(attributes):
 
 def _functions_of(node):
     """Names of the functions of a saved object."""
-    return [*node.function.concrete_functions, node.bare_concrete_function.concrete_function_name, node.captured_tensor.concrete_function]
+    return [
+        *node.function.concrete_functions,
+        node.bare_concrete_function.concrete_function_name,
+        node.captured_tensor.concrete_function,
+    ]
 
 
 def _reads_assets_alone(function, objects):
     """Whether the tables that a function fills from files have them from the model's assets, which loading binds to its last arguments."""
     name = function.signature.name
-    bound = objects.concrete_functions[name].bound_inputs if name in objects.concrete_functions else []
+    bound = (
+        objects.concrete_functions[name].bound_inputs if name in objects.concrete_functions else []
+    )
     pairs = zip(reversed(function.signature.input_arg), reversed(bound))
-    assets = {argument.name for argument, number in pairs if objects.nodes[number].HasField('asset') and not objects.nodes[number].registered_name}
+    assets = {
+        argument.name
+        for argument, number in pairs
+        if objects.nodes[number].HasField('asset') and not objects.nodes[number].registered_name
+    }
     return all(node.input[1] in assets for node in function.node_def if node.op == TABLE_OF_A_FILE)
 
 
 def _is_inside(path, asset):
     folder = os.path.realpath(path)
-    return '://' not in asset and os.path.realpath(os.path.join(folder, 'assets', asset)).startswith(os.path.join(folder, 'assets', ''))
+    return '://' not in asset and os.path.realpath(
+        os.path.join(folder, 'assets', asset)
+    ).startswith(os.path.join(folder, 'assets', ''))

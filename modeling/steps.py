@@ -2,6 +2,7 @@
 
 Everything that trains, traces, compiles or measures the step uses the functions of this file.
 """
+
 import collections
 import dataclasses
 
@@ -41,9 +42,18 @@ class TrainState:
     @classmethod
     def create(cls, model, optimizer, ema_decay, scale_loss):
         def counter(value):
-            return tf.Variable(value, trainable=False, aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA)
+            return tf.Variable(
+                value, trainable=False, aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA
+            )
 
-        average = [tf.Variable(variable.value, trainable=False, dtype=variable.value.dtype) for variable in weights(model)] if ema_decay else []
+        average = (
+            [
+                tf.Variable(variable.value, trainable=False, dtype=variable.value.dtype)
+                for variable in weights(model)
+            ]
+            if ema_decay
+            else []
+        )
         none = tf.constant(0, tf.int64)
         skipped = [counter(none), counter(none)] if optimizer is not None else [None] * 2
         scaling = [counter(LOSS_SCALE_START), counter(none)] if scale_loss else [None] * 2
@@ -71,7 +81,9 @@ def evaluated_weights(state):
     return state.average or [variable.value for variable in weights(state.model)]
 
 
-def make_train_step(state, config, augment, *, num_classes, num_replicas, jit_compile, on_tpu=False, teacher=None):
+def make_train_step(
+    state, config, augment, *, num_classes, num_replicas, jit_compile, on_tpu=False, teacher=None
+):
     """The training step of one replica.
 
     The loss is the mean over the global batch; gradients are summed over the micro-batches, then over the replicas, once,
@@ -104,16 +116,28 @@ def make_train_step(state, config, augment, *, num_classes, num_replicas, jit_co
     trained, accumulate = model.trainable_variables, config.accumulate_steps
     guarded = config.max_skipped_updates > 0 or state.loss_scale is not None
     synchronizes = any(getattr(layer, 'synchronized', False) for layer in model._flatten_layers())
-    statistics = [variable.value for variable in weights(model) if not any(variable is other for other in trained)]  # of batch normalisation
-    slowed = [(variable.value, factor) for variable, factor in zip(trained, rate_factors(model, config.model.layer_decay)) if factor != 1]
+    statistics = [
+        variable.value
+        for variable in weights(model)
+        if not any(variable is other for other in trained)
+    ]  # of batch normalisation
+    slowed = [
+        (variable.value, factor)
+        for variable, factor in zip(trained, rate_factors(model, config.model.layer_decay))
+        if factor != 1
+    ]
 
     def loss_and_gradients(images, labels, draws):
         images, targets = augment(images, labels, draws)
         sums = ()
-        for index in range(accumulate):  # in turn, so that one micro-batch's activations are gone before the next
+        for index in range(
+            accumulate
+        ):  # in turn, so that one micro-batch's activations are gone before the next
             with tf.control_dependencies(tf.nest.flatten(sums)), micro_batch(index, accumulate):
                 # Every n-th example: whatever the number of replicas, a micro-batch of all of them is the same.
-                part = of_micro_batch(tf.identity(images[index::accumulate]), targets[index::accumulate])
+                part = of_micro_batch(
+                    tf.identity(images[index::accumulate]), targets[index::accumulate]
+                )
                 sums = tf.nest.map_structure(tf.add, sums, part) if sums else part
         return sums
 
@@ -125,45 +149,84 @@ def make_train_step(state, config, augment, *, num_classes, num_replicas, jit_co
             smoothed = targets * (1 - config.label_smoothing) + config.label_smoothing / num_classes
             losses = tf.nn.softmax_cross_entropy_with_logits(smoothed, logits)  # [batch]
             if teacher:
-                losses = (1 - config.distill.alpha) * losses + config.distill.alpha * _distance(tf.cast(taught, logits.dtype), logits, config.distill.temperature)
+                losses = (1 - config.distill.alpha) * losses + config.distill.alpha * _distance(
+                    tf.cast(taught, logits.dtype), logits, config.distill.temperature
+                )
             loss = tf.reduce_sum(losses) / config.batch_size
             scaled = loss if state.loss_scale is None else loss * state.loss_scale
         hits = tf.equal(tf.argmax(logits, -1), tf.argmax(targets, -1))
-        return loss, tf.reduce_sum(tf.cast(hits, tf.float32)), tape.gradient(scaled, [variable.value for variable in trained])
+        return (
+            loss,
+            tf.reduce_sum(tf.cast(hits, tf.float32)),
+            tape.gradient(scaled, [variable.value for variable in trained]),
+        )
 
     def train_step(images, labels, draws):
         statistics_before = [tf.identity(variable) for variable in statistics]
-        loss, correct, gradients = _compiled(loss_and_gradients, jit_compile, synchronizes and num_replicas > 1)(images, labels, draws)
+        loss, correct, gradients = _compiled(
+            loss_and_gradients, jit_compile, synchronizes and num_replicas > 1
+        )(images, labels, draws)
         if guarded:
-            spoiled = tf.where(tf.math.is_finite(loss), 0.0, float('nan'))  # so that the sum of the gradients tells it to all replicas
+            spoiled = tf.where(
+                tf.math.is_finite(loss), 0.0, float('nan')
+            )  # so that the sum of the gradients tells it to all replicas
             gradients = [*gradients[:-1], gradients[-1] + tf.cast(spoiled, gradients[-1].dtype)]
         if num_replicas > 1:
-            gradients = tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, gradients)
+            gradients = tf.distribute.get_replica_context().all_reduce(
+                tf.distribute.ReduceOp.SUM, gradients
+            )
         if state.loss_scale is not None:
-            gradients = [gradient / tf.cast(state.loss_scale, gradient.dtype) for gradient in gradients]
+            gradients = [
+                gradient / tf.cast(state.loss_scale, gradient.dtype) for gradient in gradients
+            ]
         if config.l2_regularization:
-            gradients = [gradient + config.l2_regularization * variable if decays(variable) else gradient
-                         for gradient, variable in zip(gradients, trained)]
+            gradients = [
+                gradient + config.l2_regularization * variable if decays(variable) else gradient
+                for gradient, variable in zip(gradients, trained)
+            ]
         norm = _global_norm(gradients)
         finite = tf.math.is_finite(norm) if guarded else tf.constant(True)
         if config.grad_clip_norm:
             gradients, _ = tf.clip_by_global_norm(gradients, config.grad_clip_norm, use_norm=norm)
-        learning_rate = tf.cast(optimizer.learning_rate, tf.float32)  # before the update counts itself
+        learning_rate = tf.cast(
+            optimizer.learning_rate, tf.float32
+        )  # before the update counts itself
 
         keep = _selection(finite, on_tpu) if guarded else lambda new, old: new
-        changed = [variable.value for variable in (*trained, *optimizer.variables) if variable is not optimizer.iterations] * guarded
-        before, slowed_before = ([tf.identity(variable) for variable in variables] for variables in (changed, [variable for variable, _ in slowed]))
+        changed = [
+            variable.value
+            for variable in (*trained, *optimizer.variables)
+            if variable is not optimizer.iterations
+        ] * guarded
+        before, slowed_before = (
+            [tf.identity(variable) for variable in variables]
+            for variables in (changed, [variable for variable, _ in slowed])
+        )
         optimizer.apply(gradients, trained)
-        _assign([variable for variable, _ in slowed], [old + factor * (variable - old) for (variable, factor), old in zip(slowed, slowed_before)])
+        _assign(
+            [variable for variable, _ in slowed],
+            [
+                old + factor * (variable - old)
+                for (variable, factor), old in zip(slowed, slowed_before)
+            ],
+        )
         if guarded:  # takes back what the optimizer and the forward pass have changed; a conditional could not hold the merging of replicas
             changed, before = changed + statistics, before + statistics_before
             _assign(changed, keep(changed, before))
         _update_average(state, config.ema_decay, keep)
         _count(finite, state)
         results = {'loss': loss, 'correct': correct, 'grad_norm': norm / num_replicas}
-        results = {key: tf.where(finite, tf.cast(value, tf.float32), 0.0) for key, value in results.items()}
-        everywhere = {'learning_rate': learning_rate, 'skipped': ~finite, 'skipped_in_a_row': state.skipped_in_a_row}
-        return results | {key: tf.cast(value, tf.float32) / num_replicas for key, value in everywhere.items()}
+        results = {
+            key: tf.where(finite, tf.cast(value, tf.float32), 0.0) for key, value in results.items()
+        }
+        everywhere = {
+            'learning_rate': learning_rate,
+            'skipped': ~finite,
+            'skipped_in_a_row': state.skipped_in_a_row,
+        }
+        return results | {
+            key: tf.cast(value, tf.float32) / num_replicas for key, value in everywhere.items()
+        }
 
     return train_step
 
@@ -193,14 +256,20 @@ def make_eval_step(state, *, num_classes):
 def make_predict(state):
     """Returns: a function from images uint8 [batch, size, size, 3] to float32 logits, with the evaluated weights."""
     model = state.model
-    evaluated = {variable.path: value for variable, value in zip(weights(model), evaluated_weights(state))}
+    evaluated = {
+        variable.path: value for variable, value in zip(weights(model), evaluated_weights(state))
+    }
 
     def current(variables):
         return [evaluated.get(variable.path, variable.value) for variable in variables]
 
     def predict(images):
-        logits, _ = model.stateless_call(current(model.trainable_variables), current(model.non_trainable_variables),
-                                         tf.cast(images, tf.float32), training=False)
+        logits, _ = model.stateless_call(
+            current(model.trainable_variables),
+            current(model.non_trainable_variables),
+            tf.cast(images, tf.float32),
+            training=False,
+        )
         return tf.cast(logits, tf.float32)
 
     return predict
@@ -255,11 +324,22 @@ def _selection(finite, on_tpu):
     For a TPU vectors of one length are chosen by a vector that the compiler may not take apart: it then joins the small operations that
     read it, which are most of the operations of a step.
     """
+
     def choose(new, old):
         lengths = collections.Counter(value.shape[0] for value in new if value.shape.rank == 1)
-        choices = {length: xla.optimization_barrier(tf.fill([length], finite))[0]
-                   for length, count in lengths.items() if on_tpu and count >= SHARED}
-        return [tf.where(choices.get(value.shape[0], finite) if value.shape.rank == 1 else finite, value, other) for value, other in zip(new, old)]
+        choices = {
+            length: xla.optimization_barrier(tf.fill([length], finite))[0]
+            for length, count in lengths.items()
+            if on_tpu and count >= SHARED
+        }
+        return [
+            tf.where(
+                choices.get(value.shape[0], finite) if value.shape.rank == 1 else finite,
+                value,
+                other,
+            )
+            for value, other in zip(new, old)
+        ]
 
     return choose
 
@@ -267,7 +347,9 @@ def _selection(finite, on_tpu):
 def _count(finite, state):
     """Counts skipped updates, and adapts the loss scale where there is one."""
     state.skipped_updates.assign_add(tf.cast(~finite, tf.int64))
-    state.skipped_in_a_row.assign(tf.where(finite, tf.constant(0, tf.int64), state.skipped_in_a_row + 1))
+    state.skipped_in_a_row.assign(
+        tf.where(finite, tf.constant(0, tf.int64), state.skipped_in_a_row + 1)
+    )
     if state.loss_scale is None:
         return
     streak = tf.where(finite, state.finite_updates + 1, 0)
@@ -281,11 +363,14 @@ def _distance(taught, logits, temperature):
     """T^2 x KL(softmax(taught / T), softmax(logits / T)), [batch]. T^2 keeps the gradient as large as that of the labels."""
     wanted = tf.nn.softmax(taught / temperature)
     missing = tf.nn.softmax_cross_entropy_with_logits(wanted, logits / temperature)
-    return temperature**2 * (missing - tf.nn.softmax_cross_entropy_with_logits(wanted, taught / temperature))
+    return temperature**2 * (
+        missing - tf.nn.softmax_cross_entropy_with_logits(wanted, taught / temperature)
+    )
 
 
 def _assign(variables, values):
     """Assigns what every replica has computed alike. Keras' variables would take the mean over the replicas: one more sum for each."""
+
     def in_each(strategy, values):
         for variable, value in zip(variables, values):
             strategy.extended.update(variable, lambda own, new: own.assign(new), args=(value,))
@@ -303,10 +388,22 @@ def _update_average(state, decay, keep):
         return
     updates = tf.cast(state.optimizer.iterations, tf.float32)
     decay = tf.minimum(decay, (1 + updates) / (10 + updates))
-    frozen = {variable.path for layer in state.model._flatten_layers() if not layer.trainable for variable in layer.variables}
+    frozen = {
+        variable.path
+        for layer in state.model._flatten_layers()
+        if not layer.trainable
+        for variable in layer.variables
+    }
     # The average of a constant would drift by its rounding.
-    pairs = [(average, variable.value) for average, variable in zip(state.average, weights(state.model)) if variable.path not in frozen]
+    pairs = [
+        (average, variable.value)
+        for average, variable in zip(state.average, weights(state.model))
+        if variable.path not in frozen
+    ]
     old = [tf.identity(average) for average, _ in pairs]
-    new = [average * tf.cast(decay, average.dtype) + variable * (1 - tf.cast(decay, average.dtype)) for average, (_, variable) in zip(old, pairs)]
+    new = [
+        average * tf.cast(decay, average.dtype) + variable * (1 - tf.cast(decay, average.dtype))
+        for average, (_, variable) in zip(old, pairs)
+    ]
     for (average, _), value in zip(pairs, keep(new, old)):
         average.assign(value)

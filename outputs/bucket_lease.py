@@ -1,4 +1,5 @@
 """A lease on the folder of a run in a bucket, or on a disk without locks."""
+
 import contextlib
 import os
 import threading
@@ -54,10 +55,14 @@ class Lease:
         with self._is_writing, storage.explained(self.path):
             found = self._read()
         if found is None:
-            raise RunError(f'{self.workdir} has vanished: the folder of this run, or {self.path}, was deleted or moved while it trained; '
-                           'nothing more is written')
+            raise RunError(
+                f'{self.workdir} has vanished: the folder of this run, or {self.path}, was deleted or moved while it trained; '
+                'nothing more is written'
+            )
         if not self._is_mine(found):
-            raise RunError(f'{self.workdir} was taken over by {name_of(parsed(found))}, to which this run seemed dead; nothing more is written')
+            raise RunError(
+                f'{self.workdir} was taken over by {name_of(parsed(found))}, to which this run seemed dead; nothing more is written'
+            )
 
     def release(self):
         if os.getpid() != self._pid:  # a forked child has neither the thread nor the lease
@@ -65,12 +70,17 @@ class Lease:
         self._ended.set()
         if self._beats.is_alive():
             self._beats.join(BEAT)  # a network that hangs must not keep the process from its end
-        with contextlib.suppress(OSError, self._errors.OpError):  # what cannot be removed is silent, and taken over by the next run
+        with contextlib.suppress(
+            OSError, self._errors.OpError
+        ):  # what cannot be removed is silent, and taken over by the next run
             if self._is_mine(self._read()):
                 self._files.remove(self.path)
 
     def _wait_for_silence(self, found):
-        print(f'waiting   up to {SILENCE:g} s to see whether {name_of(parsed(found))} still trains in {self.workdir}', flush=True)
+        print(
+            f'waiting   up to {SILENCE:g} s to see whether {name_of(parsed(found))} still trains in {self.workdir}',
+            flush=True,
+        )
         end = time.monotonic() + SILENCE
         while time.monotonic() < end:
             time.sleep(min(BEAT / 4, max(0.0, end - time.monotonic())))
@@ -83,11 +93,16 @@ class Lease:
 
     def _beat(self):
         while not self._ended.wait(BEAT):
-            with contextlib.suppress(OSError, self._errors.OpError), self._is_writing:  # the next beat tries again
+            with (
+                contextlib.suppress(OSError, self._errors.OpError),
+                self._is_writing,
+            ):  # the next beat tries again
                 before = time.monotonic()
                 if not self._is_mine(self._read()):
                     return
-                if time.monotonic() - before < BEAT:  # else the process was stopped in between, and somebody else may have come
+                if (
+                    time.monotonic() - before < BEAT
+                ):  # else the process was stopped in between, and somebody else may have come
                     self._me['count'] += 1
                     self._write()
 
@@ -95,7 +110,9 @@ class Lease:
         """The bytes of the lease, or None."""
         try:
             with self._files.GFile(self.path, 'rb') as file:
-                return file.read(READ_BYTES)  # with a number, for without one TensorFlow asks for the size, and keeps that of a bucket for 5 s
+                return file.read(
+                    READ_BYTES
+                )  # with a number, for without one TensorFlow asks for the size, and keeps that of a bucket for 5 s
         except self._errors.NotFoundError:
             return None
 

@@ -5,6 +5,7 @@ strategy and does not depend on the names that Keras gives out), and `manifest.j
 for itself. The manifest is written last and appears whole: a folder without it is no checkpoint. An older one is deleted
 only when a newer one was read back. Nothing in a checkpoint is code.
 """
+
 import contextlib
 import hashlib
 import json
@@ -36,8 +37,17 @@ class Checkpoints:
     """
 
     def __init__(self, directory, variables, keep, writes=True):
-        self.directory, self._keep, self._writes, self.before_commit = directory, keep, writes, lambda: None
-        self._variables = {f'{part}/{index:04d}': variable for part, variables in variables.items() for index, variable in enumerate(variables)}
+        self.directory, self._keep, self._writes, self.before_commit = (
+            directory,
+            keep,
+            writes,
+            lambda: None,
+        )
+        self._variables = {
+            f'{part}/{index:04d}': variable
+            for part, variables in variables.items()
+            for index, variable in enumerate(variables)
+        }
         self._good, self._damaged = {}, {}  # {step: manifest} that was read back, {step: reason}
         self._writing, self._failure = None, None
 
@@ -54,8 +64,14 @@ class Checkpoints:
         if not self._writes:
             return
         with tf.device('CPU:0'):
-            values = None if step in self._good else [tf.identity(variable) for variable in self._variables.values()]
-        self._writing = threading.Thread(target=self._try_to_write, args=(step, values, progress, best_step), name='checkpoint')
+            values = (
+                None
+                if step in self._good
+                else [tf.identity(variable) for variable in self._variables.values()]
+            )
+        self._writing = threading.Thread(
+            target=self._try_to_write, args=(step, values, progress, best_step), name='checkpoint'
+        )
         self._writing.start()
 
     def wait(self):
@@ -76,8 +92,10 @@ class Checkpoints:
         present = steps_in(self.directory)
         step = next((step for step in reversed(present) if self._is_good(step)), None)
         if step is None and present:
-            raise RunError(f'none of the {len(present)} checkpoints in {self.directory} can be used ({self._damaged[present[-1]]}): bring one back '
-                           'from a copy, or begin anew with --resume=never, which moves these files aside')
+            raise RunError(
+                f'none of the {len(present)} checkpoints in {self.directory} can be used ({self._damaged[present[-1]]}): bring one back '
+                'from a copy, or begin anew with --resume=never, which moves these files aside'
+            )
         return step
 
     def restore(self, which='last', partly=False):
@@ -92,39 +110,72 @@ class Checkpoints:
         """
         step, missing = self.latest_step(), 'train first'
         if which == 'best' and step is not None:
-            step, missing = self._good[step]['best_step'], 'no evaluation of this run is the best yet'
+            step, missing = (
+                self._good[step]['best_step'],
+                'no evaluation of this run is the best yet',
+            )
         if step is None:
             raise RunError(f'there is no {which} checkpoint in {self.directory}: {missing}')
         if not self._is_good(step):
-            raise RunError(f'the best checkpoint cannot be used ({self._damaged[step]}): --checkpoint=last takes the last one')
+            raise RunError(
+                f'the best checkpoint cannot be used ({self._damaged[step]}): --checkpoint=last takes the last one'
+            )
         self._read(_folder(self.directory, step), partly)
         return step, self._good[step]['progress']
 
     def _read(self, folder, partly):
         prefix = os.path.join(folder, VARIABLES)
-        reader = tf.compat.v1.train.NewCheckpointReader(prefix)  # of this very file, and no folder of this name
-        found = {key: (reader.get_variable_to_dtype_map()[key].name, shape) for key, shape in reader.get_variable_to_shape_map().items()}
-        wanted = {key: (variable.dtype.base_dtype.name, variable.shape.as_list()) for key, variable in self._variables.items()}
-        differs = [f'{key} is {found.get(key, "missing")} there and {wanted[key]} here' for key in wanted if found.get(key) != wanted[key]]
-        more = [f'{key} is there and not here' for key in sorted(found) if key not in wanted and not partly]
+        reader = tf.compat.v1.train.NewCheckpointReader(
+            prefix
+        )  # of this very file, and no folder of this name
+        found = {
+            key: (reader.get_variable_to_dtype_map()[key].name, shape)
+            for key, shape in reader.get_variable_to_shape_map().items()
+        }
+        wanted = {
+            key: (variable.dtype.base_dtype.name, variable.shape.as_list())
+            for key, variable in self._variables.items()
+        }
+        differs = [
+            f'{key} is {found.get(key, "missing")} there and {wanted[key]} here'
+            for key in wanted
+            if found.get(key) != wanted[key]
+        ]
+        more = [
+            f'{key} is there and not here'
+            for key in sorted(found)
+            if key not in wanted and not partly
+        ]
         if differs or more:
             otherwise = 'begin anew with --resume=never'
             if _model_shapes(found) == _model_shapes(wanted):  # else the weights fit no better
-                otherwise = ('begin a new run with its weights: '
-                             f'--workdir=NEW --config.model.weights={shlex.quote(folder)}')
-            raise RunError(f'{folder} does not fit this config ({(differs + more)[0]}): '
-                           f'take the config it was made with, or {otherwise}')
+                otherwise = (
+                    'begin a new run with its weights: '
+                    f'--workdir=NEW --config.model.weights={shlex.quote(folder)}'
+                )
+            raise RunError(
+                f'{folder} does not fit this config ({(differs + more)[0]}): '
+                f'take the config it was made with, or {otherwise}'
+            )
         for variable, value in zip(self._variables.values(), self._load(prefix)):
             variable.assign(value)
 
     def _load(self, prefix):
         """The values in a file, in the order of the variables. TensorFlow compares its own checksums of what was in memory."""
-        return tf.raw_ops.RestoreV2(prefix=prefix, tensor_names=list(self._variables), shape_and_slices=[''] * len(self._variables),
-                                    dtypes=[variable.dtype.base_dtype for variable in self._variables.values()])
+        return tf.raw_ops.RestoreV2(
+            prefix=prefix,
+            tensor_names=list(self._variables),
+            shape_and_slices=[''] * len(self._variables),
+            dtypes=[variable.dtype.base_dtype for variable in self._variables.values()],
+        )
 
     def _try_to_write(self, step, *arguments):
-        with contextlib.suppress(AttributeError, OSError):  # Linux: of this thread alone, so that training comes first
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 5)  # a third of its share; with 19, a fiftieth, a stop might wait for a minute
+        with contextlib.suppress(
+            AttributeError, OSError
+        ):  # Linux: of this thread alone, so that training comes first
+            os.setpriority(
+                os.PRIO_PROCESS, threading.get_native_id(), 5
+            )  # a third of its share; with 19, a fiftieth, a stop might wait for a minute
         try:
             self._write(step, *arguments)
         except Exception as error:  # for the thread that trains, when it saves the next one
@@ -135,16 +186,27 @@ class Checkpoints:
             self.before_commit()  # a folder that has vanished or is another run's now is the cause of all that follows
         except RunError as cause:
             return cause
-        return error if isinstance(error, RunError) else RunError(f'the checkpoint of step {step:,} could not be written ({type(error).__name__}: {one_line(error)})')
+        return (
+            error
+            if isinstance(error, RunError)
+            else RunError(
+                f'the checkpoint of step {step:,} could not be written ({type(error).__name__}: {one_line(error)})'
+            )
+        )
 
     def _write(self, step, values, progress, best_step):
         self.before_commit()  # a folder that has vanished is not made again
         folder = _folder(self.directory, step)
-        written = self._write_variables(folder, step, values) if values else self._good[step]['files']
+        written = (
+            self._write_variables(folder, step, values) if values else self._good[step]['files']
+        )
         manifest = {'step': step, 'best_step': best_step, 'progress': progress, 'files': written}
         content = storage.as_json(manifest, sort_keys=True)
         self.before_commit()
-        storage.write(os.path.join(folder, MANIFEST), f'{{"sha256": "{_checksum(content.encode())}", "manifest": {content}}}\n')
+        storage.write(
+            os.path.join(folder, MANIFEST),
+            f'{{"sha256": "{_checksum(content.encode())}", "manifest": {content}}}\n',
+        )
         for above in (self.directory, os.path.dirname(self.directory)):  # may be new
             storage.force(above)
         self._good[step] = json.loads(content)
@@ -153,15 +215,26 @@ class Checkpoints:
 
     def _write_variables(self, folder, step, values):
         """Writes the values and reads them back; returns {name of a file: its size and checksum}."""
-        spoiled = [key for key, value in zip(self._variables, values) if value.dtype.is_floating and not np.isfinite(value.numpy()).all()]
+        spoiled = [
+            key
+            for key, value in zip(self._variables, values)
+            if value.dtype.is_floating and not np.isfinite(value.numpy()).all()
+        ]
         if spoiled:
-            raise RunError(f'after step {step:,} there are numbers that are not finite in {len(spoiled)} of {len(values)} variables ({spoiled[0]}), which are '
-                           'not saved: lower config.schedule.peak_lr or lengthen config.schedule.warmup')
+            raise RunError(
+                f'after step {step:,} there are numbers that are not finite in {len(spoiled)} of {len(values)} variables ({spoiled[0]}), which are '
+                'not saved: lower config.schedule.peak_lr or lengthen config.schedule.warmup'
+            )
         storage.delete(folder)  # damaged, or of a start that was killed while it wrote
         storage.make_folder(folder)
         prefix = os.path.join(folder, VARIABLES)
         with storage.explained(folder):
-            tf.raw_ops.SaveV2(prefix=prefix, tensor_names=list(self._variables), shape_and_slices=[''] * len(values), tensors=values)
+            tf.raw_ops.SaveV2(
+                prefix=prefix,
+                tensor_names=list(self._variables),
+                shape_and_slices=[''] * len(values),
+                tensors=values,
+            )
         names = storage.list_folder(folder)
         for path in (*(os.path.join(folder, name) for name in names), folder):
             storage.force(path)
@@ -172,12 +245,16 @@ class Checkpoints:
 
     def _delete_old(self):
         """Leaves the last few, and what each of these names as the best. A newer one was just read back."""
-        last = [step for step in steps_in(self.directory) if step not in self._damaged][-self._keep:]
+        last = [step for step in steps_in(self.directory) if step not in self._damaged][
+            -self._keep :
+        ]
         kept = {name for step in last for name in (step, self._best_named_by(step))}
         for name in storage.list_folder(self.directory):
             if re.fullmatch('step-[0-9]+', name) and int(name[5:]) not in kept:
                 folder = os.path.join(self.directory, name)
-                storage.delete(os.path.join(folder, MANIFEST))  # first: half of a checkpoint is none
+                storage.delete(
+                    os.path.join(folder, MANIFEST)
+                )  # first: half of a checkpoint is none
                 storage.delete(folder)
                 self._good.pop(int(name[5:]), None)
 
@@ -207,8 +284,16 @@ class Checkpoints:
 
 def steps_in(directory):
     """The steps of the checkpoints in a folder, in order; they may be damaged."""
-    steps = [int(name[5:]) for name in storage.list_folder(directory) if re.fullmatch('step-[0-9]+', name)]
-    return [step for step in sorted(steps) if storage.exists(os.path.join(_folder(directory, step), MANIFEST))]
+    steps = [
+        int(name[5:])
+        for name in storage.list_folder(directory)
+        if re.fullmatch('step-[0-9]+', name)
+    ]
+    return [
+        step
+        for step in sorted(steps)
+        if storage.exists(os.path.join(_folder(directory, step), MANIFEST))
+    ]
 
 
 def verify(folder):
@@ -236,7 +321,9 @@ def find(path):
         folder = path
     else:
         wants_best = os.path.basename(path) == 'best'
-        directories = [os.path.dirname(path)] if wants_best else [os.path.join(path, 'checkpoints'), path]
+        directories = (
+            [os.path.dirname(path)] if wants_best else [os.path.join(path, 'checkpoints'), path]
+        )
         directory = next((directory for directory in directories if steps_in(directory)), None)
         if directory is None:
             return None
@@ -266,8 +353,11 @@ def _manifest(folder):
     try:
         content = json.loads(storage.read(path))
         manifest = content['manifest']
-        whole = (content['sha256'] == _checksum(json.dumps(manifest, sort_keys=True).encode()) and manifest.keys() >= {'best_step', 'progress', 'files'}
-                 and _folder('', manifest['step']) == os.path.basename(folder))
+        whole = (
+            content['sha256'] == _checksum(json.dumps(manifest, sort_keys=True).encode())
+            and manifest.keys() >= {'best_step', 'progress', 'files'}
+            and _folder('', manifest['step']) == os.path.basename(folder)
+        )
     except (ValueError, KeyError, TypeError, AttributeError):
         whole = False
     if not whole:

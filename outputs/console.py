@@ -1,4 +1,5 @@
 """What a terminal gets to see, and what becomes of it where nobody looks."""
+
 import importlib
 import os
 import sys

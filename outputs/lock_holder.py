@@ -1,4 +1,5 @@
 """Who holds the folder of a run: what a lock file and a lease say."""
+
 import datetime
 import json
 import os
@@ -8,8 +9,12 @@ from common.errors import RunError
 
 
 def this_process():
-    return {'host': socket.gethostname(), 'machine': _machine(), 'pid': os.getpid(),
-            'started': datetime.datetime.now().astimezone().isoformat(timespec='seconds')}
+    return {
+        'host': socket.gethostname(),
+        'machine': _machine(),
+        'pid': os.getpid(),
+        'started': datetime.datetime.now().astimezone().isoformat(timespec='seconds'),
+    }
 
 
 def _machine():
@@ -24,7 +29,12 @@ def _machine():
 def has_died_here(holder):
     """Whether it was a process of this very machine and is none any more; False if that cannot be known."""
     here, pid = this_process(), holder.get('pid')
-    if not here['machine'] or any(holder.get(key) != here[key] for key in ('host', 'machine')) or type(pid) is not int or pid < 1:
+    if (
+        not here['machine']
+        or any(holder.get(key) != here[key] for key in ('host', 'machine'))
+        or type(pid) is not int
+        or pid < 1
+    ):
         return False
     try:
         os.kill(pid, 0)
@@ -55,4 +65,6 @@ def name_of(holder):
 
 
 def in_use(workdir, holder):
-    return RunError(f'{workdir} is in use: {name_of(holder)} trains there; wait for it, end that process, or give another --workdir')
+    return RunError(
+        f'{workdir} is in use: {name_of(holder)} trains there; wait for it, end that process, or give another --workdir'
+    )

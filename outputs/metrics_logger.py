@@ -1,4 +1,5 @@
 """What a run writes down while it goes on: metrics.jsonl, TensorBoard and the progress bar."""
+
 import json
 import os
 import re
@@ -33,9 +34,14 @@ class Logbook:
 
         self.path = os.path.join(workdir, NAME)
         rows, damaged = _read(self.path)
-        lost = [number for number in damaged if number <= len(rows)]  # not the last line: that is what a crash leaves
+        lost = [
+            number for number in damaged if number <= len(rows)
+        ]  # not the last line: that is what a crash leaves
         if lost:
-            print(f'damaged   {self.path}: line {", ".join(map(str, lost))} cannot be read and is left out', flush=True)
+            print(
+                f'damaged   {self.path}: line {", ".join(map(str, lost))} cannot be read and is left out',
+                flush=True,
+            )
         self._rows = [row for row in rows if row['step'] <= first_step]
         self._board_folder = os.path.join(workdir, 'tensorboard')
         self._summary = tf.summary
@@ -44,8 +50,14 @@ class Logbook:
             rewrite_board(self._board_folder, self._rows)
         storage.write(self.path, _as_text(self._rows))
         self._board = tf.summary.create_file_writer(self._board_folder)
-        self._bar = tqdm(total=total_steps, initial=first_step, unit='step', dynamic_ncols=True, smoothing=0.1,
-                         disable=None if sys.stderr.isatty() else True)
+        self._bar = tqdm(
+            total=total_steps,
+            initial=first_step,
+            unit='step',
+            dynamic_ncols=True,
+            smoothing=0.1,
+            disable=None if sys.stderr.isatty() else True,
+        )
         self._bar_text = {}
 
     def write(self, step, metrics):
@@ -81,7 +93,13 @@ class Logbook:
         self._board.close()
 
     def _show(self, step, metrics):
-        names = {'train/loss': 'loss', 'train/skipped_updates': 'skipped', 'train/learning_rate': 'lr', 'train/examples_per_second': 'img/s', 'eval/accuracy': 'accuracy'}
+        names = {
+            'train/loss': 'loss',
+            'train/skipped_updates': 'skipped',
+            'train/learning_rate': 'lr',
+            'train/examples_per_second': 'img/s',
+            'eval/accuracy': 'accuracy',
+        }
         shown = {
             names[name]: f'{value:.2%}' if name == 'eval/accuracy' else f'{value:.4g}'
             for name, value in metrics.items()
@@ -89,11 +107,17 @@ class Logbook:
         }
         self._bar_text.update(shown)
         self._bar.set_postfix(self._bar_text, refresh=not self._bar.disable)
-        if self._bar.disable:  # no terminal: a line for each evaluation and each tenth of the run is enough
+        if (
+            self._bar.disable
+        ):  # no terminal: a line for each evaluation and each tenth of the run is enough
             tenth = max(1, self._bar.total // 10)
             if 'eval/accuracy' in metrics or step // tenth > getattr(self, '_shown', 0):
                 self._shown = step // tenth
-                print(f'step {step:,}/{self._bar.total:,}  ' + '  '.join(f'{name} {value}' for name, value in shown.items()), flush=True)
+                print(
+                    f'step {step:,}/{self._bar.total:,}  '
+                    + '  '.join(f'{name} {value}' for name, value in shown.items()),
+                    flush=True,
+                )
 
 
 def read_metrics(workdir):
@@ -133,9 +157,7 @@ def _events(rows: list[dict]) -> bytes:
     import tensorflow as tf
 
     v1 = tf.compat.v1
-    scalars = v1.SummaryMetadata(
-        plugin_data=v1.SummaryMetadata.PluginData(plugin_name='scalars')
-    )
+    scalars = v1.SummaryMetadata(plugin_data=v1.SummaryMetadata.PluginData(plugin_name='scalars'))
     events = [v1.Event(wall_time=rows[0].get('wall_time', 0), file_version='brain.Event:2')]
     for row in rows:
         summary = v1.Summary()
@@ -157,7 +179,9 @@ def _events(rows: list[dict]) -> bytes:
 def _read(path):
     """(rows, numbers of the lines that are none)."""
     rows, damaged = [], []
-    for number, line in enumerate(storage.read(path).decode(errors='replace').splitlines() if storage.exists(path) else (), 1):
+    for number, line in enumerate(
+        storage.read(path).decode(errors='replace').splitlines() if storage.exists(path) else (), 1
+    ):
         try:
             row = json.loads(line)
         except ValueError:

@@ -1,4 +1,5 @@
 """The pictures of a run, and of several runs side by side."""
+
 import functools
 import io
 import os
@@ -12,14 +13,37 @@ from matplotlib import font_manager, ticker
 
 from common import storage
 
-plt.rcParams.update({'figure.dpi': 110, 'axes.grid': True, 'grid.alpha': 0.3, 'axes.spines.top': False, 'axes.spines.right': False,
-                     'legend.frameon': False, 'axes.axisbelow': True})
+plt.rcParams.update(
+    {
+        'figure.dpi': 110,
+        'axes.grid': True,
+        'grid.alpha': 0.3,
+        'axes.spines.top': False,
+        'axes.spines.right': False,
+        'legend.frameon': False,
+        'axes.axisbelow': True,
+    }
+)
 
 
 # Families that have what DejaVu, which comes with matplotlib, has not; those that are installed are used.
-FALLBACK_FONTS = ('Noto Sans CJK JP', 'Noto Sans CJK SC', 'Source Han Sans', 'WenQuanYi Zen Hei', 'IPAGothic', 'Droid Sans Fallback',
-                  'Hiragino Sans', 'PingFang SC', 'Apple SD Gothic Neo', 'Microsoft YaHei', 'Yu Gothic', 'Malgun Gothic',
-                  'Arial Unicode MS', 'Noto Sans', 'Unifont')
+FALLBACK_FONTS = (
+    'Noto Sans CJK JP',
+    'Noto Sans CJK SC',
+    'Source Han Sans',
+    'WenQuanYi Zen Hei',
+    'IPAGothic',
+    'Droid Sans Fallback',
+    'Hiragino Sans',
+    'PingFang SC',
+    'Apple SD Gothic Neo',
+    'Microsoft YaHei',
+    'Yu Gothic',
+    'Malgun Gothic',
+    'Arial Unicode MS',
+    'Noto Sans',
+    'Unifont',
+)
 
 
 @functools.cache
@@ -28,7 +52,9 @@ def _drawable_letters():
     installed = {font.name for font in font_manager.fontManager.ttflist}
     families = ['DejaVu Sans', *(name for name in FALLBACK_FONTS if name in installed)]
     plt.rcParams['font.family'] = families
-    charmaps = (font_manager.get_font(font_manager.findfont(name)).get_charmap() for name in families)
+    charmaps = (
+        font_manager.get_font(font_manager.findfont(name)).get_charmap() for name in families
+    )
     return frozenset().union(*charmaps)
 
 
@@ -37,7 +63,10 @@ def drawable(text: str) -> str:
     if text.isascii():
         return text
     letters = _drawable_letters()
-    return ''.join(letter if ord(letter) in letters else letter.encode('unicode_escape').decode() for letter in text)
+    return ''.join(
+        letter if ord(letter) in letters else letter.encode('unicode_escape').decode()
+        for letter in text
+    )
 
 
 def plot_learning_rate(path, planned_steps, planned, rows, warmup_steps, hold_steps, begin=0):
@@ -54,11 +83,15 @@ def plot_learning_rate(path, planned_steps, planned, rows, warmup_steps, hold_st
     warmup_end = begin + warmup_steps
     hold_end = warmup_end + hold_steps
     corners = [max(0, corner) for corner in (begin, warmup_end, hold_end)]
-    shade = dict(alpha=0.12, linewidth=0)
+    shade = {'alpha': 0.12, 'linewidth': 0}
     axes.axvspan(*corners[:2], color='C1', label=f'warmup, {warmup_steps:,} steps', **shade)
     axes.axvspan(*corners[1:], color='C2', label=f'hold, {hold_steps:,} steps', **shade)
     axes.plot(planned_steps, planned, color='C0', linewidth=2, label='planned')
-    used = [(row['step'] - 1, row['train/learning_rate']) for row in rows if 'train/learning_rate' in row]
+    used = [
+        (row['step'] - 1, row['train/learning_rate'])
+        for row in rows
+        if 'train/learning_rate' in row
+    ]
     axes.plot(*zip(*used), '.', color='C3', markersize=5, label='used') if used else None
     axes.set(xlabel='update', ylabel='learning rate', title='Learning rate', ylim=(0, None))
     axes.ticklabel_format(axis='y', style='sci', scilimits=(-2, 3))
@@ -76,12 +109,16 @@ def plot_batch(path, images, captions, title):
         title: above all.
     """
     rows = -(-len(images) // 8)
-    figure, grid = plt.subplots(rows, 8, figsize=(14, 0.7 + 1.95 * rows), layout='constrained', squeeze=False)
+    figure, grid = plt.subplots(
+        rows, 8, figsize=(14, 0.7 + 1.95 * rows), layout='constrained', squeeze=False
+    )
     for axes in grid.flat:
         axes.axis('off')
     for axes, image, text in zip(grid.flat, images, captions):
         axes.imshow(image.clip(0, 255).round().astype('uint8'), interpolation='nearest')
-        axes.set_title(textwrap.fill(drawable(text)[:78], 26), fontsize=7, parse_math=False)  # three lines; a name may hold a $
+        axes.set_title(
+            textwrap.fill(drawable(text)[:78], 26), fontsize=7, parse_math=False
+        )  # three lines; a name may hold a $
     figure.suptitle(drawable(title), parse_math=False)
     _save(figure, path)
 
@@ -104,7 +141,9 @@ def plot_answers(path, images, titles, answers):
         left = figure.add_axes((0.02, bottom + 0.2 / height, 0.34, share))
         left.imshow(image, interpolation='nearest')
         left.axis('off')
-        left.set_title(textwrap.shorten(drawable(title), 40, placeholder='...'), fontsize=9, parse_math=False)
+        left.set_title(
+            textwrap.shorten(drawable(title), 40, placeholder='...'), fontsize=9, parse_math=False
+        )
         right = figure.add_axes((0.62, bottom + 0.45 / height, 0.36, share - 0.25 / height))
         places = range(len(answer))
         right.barh(places, [probability for _, probability in answer])
@@ -133,14 +172,32 @@ def plot_curves(path, runs):
         for color, (run, rows) in enumerate(runs.items()):
             for name in names:
                 points = [(row['step'], row[name]) for row in rows if name in row]
-                label = ' '.join(part for part in (drawable(run) if len(runs) > 1 else '', name.split('/')[0] if len(names) > 1 else '') if part)
-                style = dict(color=f'C{color}', linestyle='--') if name.startswith('train') and len(names) > 1 else dict(color=f'C{color}')
+                label = ' '.join(
+                    part
+                    for part in (
+                        drawable(run) if len(runs) > 1 else '',
+                        name.split('/')[0] if len(names) > 1 else '',
+                    )
+                    if part
+                )
+                style = (
+                    {'color': f'C{color}', 'linestyle': '--'}
+                    if name.startswith('train') and len(names) > 1
+                    else {'color': f'C{color}'}
+                )
                 if points:
-                    axes.plot(*zip(*points), label=label, marker='.' if len(points) < 30 else None, **style)
+                    axes.plot(
+                        *zip(*points),
+                        label=label,
+                        marker='.' if len(points) < 30 else None,
+                        **style,
+                    )
         axes.set(title=title, xlabel='update')
         if title == 'Accuracy':
             axes.yaxis.set_major_formatter(ticker.PercentFormatter(1))
-        if axes.get_legend_handles_labels()[1] != [''] * len(axes.lines) and any(axes.get_legend_handles_labels()[1]):
+        if axes.get_legend_handles_labels()[1] != [''] * len(axes.lines) and any(
+            axes.get_legend_handles_labels()[1]
+        ):
             for text in axes.legend().get_texts():
                 text.set_parse_math(False)  # a run may be called $x
     grid[1, 1].set_ylim(0, None)

@@ -2,6 +2,7 @@
 
 usage: python read_saved_model.py SAVED_MODEL ENCODED.tfrecord OPAQUE_PNGS.tfrecord ANSWERS.npz
 """
+
 import sys
 
 sys.modules['keras'] = None  # an import of it fails from here on: the model must not need it
@@ -12,13 +13,25 @@ import tensorflow as tf  # noqa: E402
 
 def main(directory, encoded, opaque_pngs, answers):
     model = tf.saved_model.load(directory)
-    logits = [model.signatures['classify_encoded'](encoded=batch)['logits'].numpy() for batch in tf.data.TFRecordDataset(encoded).batch(100)]
-    pictures = [tf.io.decode_png(file, channels=3)[None] for file in tf.data.TFRecordDataset(opaque_pngs)]
+    logits = [
+        model.signatures['classify_encoded'](encoded=batch)['logits'].numpy()
+        for batch in tf.data.TFRecordDataset(encoded).batch(100)
+    ]
+    pictures = [
+        tf.io.decode_png(file, channels=3)[None] for file in tf.data.TFRecordDataset(opaque_pngs)
+    ]
     np.savez(
         answers,
         classify_encoded=np.concatenate(logits),
-        classify=np.concatenate([model.signatures['serving_default'](images=picture)['logits'] for picture in pictures]),
-        classify_float=np.concatenate([model.signatures['classify_float'](images=tf.cast(picture, tf.float32))['logits'] for picture in pictures]),
+        classify=np.concatenate(
+            [model.signatures['serving_default'](images=picture)['logits'] for picture in pictures]
+        ),
+        classify_float=np.concatenate(
+            [
+                model.signatures['classify_float'](images=tf.cast(picture, tf.float32))['logits']
+                for picture in pictures
+            ]
+        ),
     )
 
 

@@ -1,10 +1,13 @@
 """report.md: what was run, on what, how well, how fast, and what limited it."""
+
 import os
 
 from common import storage
 from common.storage import read_json
 
-INPUT_BOUND = 0.2  # from this share of the time spent waiting for batches on, the input is what limits
+INPUT_BOUND = (
+    0.2  # from this share of the time spent waiting for batches on, the input is what limits
+)
 EXPORTED_AGAIN = '*Exported again since this report was written'
 
 
@@ -30,13 +33,22 @@ def write_report(workdir, summary, description, data_notes=(), changes=()):
         changes: lines of text about what has changed during the run, such as its config, and why it
             ended early.
     """
-    config, environment = (read_json(os.path.join(workdir, name)) for name in ('config.json', 'environment.json'))
+    config, environment = (
+        read_json(os.path.join(workdir, name)) for name in ('config.json', 'environment.json')
+    )
     waiting = summary['input_wait_fraction']
-    limit = (f'the input: {waiting:.0%} of the time went into waiting for batches' if waiting > INPUT_BOUND
-             else f'the model: only {waiting:.1%} of the time went into waiting for batches')
+    limit = (
+        f'the input: {waiting:.0%} of the time went into waiting for batches'
+        if waiting > INPUT_BOUND
+        else f'the model: only {waiting:.1%} of the time went into waiting for batches'
+    )
     packages = ', '.join(f'{name} {version}' for name, version in environment['packages'].items())
     commit = environment['git_commit'] or 'unknown'
-    changed = f' with {len(environment["git_changed_files"])} changed files' if environment['git_changed_files'] else ''
+    changed = (
+        f' with {len(environment["git_changed_files"])} changed files'
+        if environment['git_changed_files']
+        else ''
+    )
     sections = _section('Changes during the run', changes)
     sections += _section('What to know about the data', data_notes)
     resumed = ', '.join(f'{step:,}' for step in summary['resumed_from']) or 'never'

@@ -1,4 +1,5 @@
 """What a run knows beside its variables; saved with each checkpoint, so that a run goes on as if it had not stopped."""
+
 import dataclasses
 import math
 from collections.abc import Collection
@@ -66,7 +67,11 @@ class Progress:
         """
         self.examples_seen += (step - self.step) * batch_size
         self.distinct_seen += (step - self.step) * (batch_size // repeats)
-        self.step, self.learning_rate, self.skipped_in_a_row = step, results['learning_rate'], round(results['skipped_in_a_row'])
+        self.step, self.learning_rate, self.skipped_in_a_row = (
+            step,
+            results['learning_rate'],
+            round(results['skipped_in_a_row']),
+        )
         self.skipped_updates += round(results['skipped'])
         for key in ('loss', 'correct', 'grad_norm', 'skipped', 'input_seconds'):
             self.window[key] = self.window.get(key, 0.0) + results[key]
@@ -79,11 +84,15 @@ class Progress:
         sums, seconds = self.window, self.window_seconds
         num_steps = self.step - self.window_start
         counted = num_steps - round(sums['skipped'])
-        means = {} if not counted else {
-            'train/loss': sums['loss'] / counted,
-            'train/accuracy': sums['correct'] / (counted * batch_size),
-            'train/grad_norm': sums['grad_norm'] / counted,
-        }
+        means = (
+            {}
+            if not counted
+            else {
+                'train/loss': sums['loss'] / counted,
+                'train/accuracy': sums['correct'] / (counted * batch_size),
+                'train/grad_norm': sums['grad_norm'] / counted,
+            }
+        )
         row = {
             **means,
             'train/learning_rate': self.learning_rate,  # that the last update used
@@ -100,8 +109,15 @@ class Progress:
         if self.evaluation_from is None:
             self.evaluation_from = self.step
         value = metrics[best_metric]
-        better = math.isfinite(value) and math.isfinite(metrics['eval/loss']) and not self.skipped_in_a_row and (
-            self.best is None or (value < self.best if best_metric in LOWER_IS_BETTER else value > self.best))
+        better = (
+            math.isfinite(value)
+            and math.isfinite(metrics['eval/loss'])
+            and not self.skipped_in_a_row
+            and (
+                self.best is None
+                or (value < self.best if best_metric in LOWER_IS_BETTER else value > self.best)
+            )
+        )
         if better:
             self.best_step, self.best = self.step, value
         return better

@@ -2,6 +2,7 @@
 
 Two runs in one folder write over each other's checkpoints and metrics, and neither notices.
 """
+
 import contextlib
 import errno
 import fcntl
@@ -61,12 +62,16 @@ class _Lock:
             while True:
                 # Looked at before the file is opened: to close it again would let go of the lock that this process has on it.
                 if self._inodes.get(_inode(self.path)) == self._pid:
-                    raise RunError(f'{self.workdir} is in use: this very process trains there already; end that run first, or give another --workdir')
+                    raise RunError(
+                        f'{self.workdir} is in use: this very process trains there already; end that run first, or give another --workdir'
+                    )
                 file = self._open()
                 try:
                     if not self._lock(file):
                         return False
-                    if _inode(self.path) == _inode(file):  # else its last holder removed it after it was opened here
+                    if _inode(self.path) == _inode(
+                        file
+                    ):  # else its last holder removed it after it was opened here
                         os.ftruncate(file, 0)
                         os.write(file, written(this_process()))
                         self._inodes[_inode(file)], self._file = self._pid, file
@@ -79,7 +84,9 @@ class _Lock:
         """A descriptor of the file, in a folder that is made if needed."""
         for _ in range(TRIES):
             os.makedirs(os.path.dirname(self.path), exist_ok=True)
-            with contextlib.suppress(FileNotFoundError):  # another start failed and has just taken its empty folder away
+            with contextlib.suppress(
+                FileNotFoundError
+            ):  # another start failed and has just taken its empty folder away
                 return os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
         return os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
 
@@ -87,17 +94,27 @@ class _Lock:
         """Raises RunError if the folder was deleted, moved or replaced."""
         with storage.explained(self.path):
             if _inode(self.path) != _inode(self._file):
-                raise RunError(f'{self.workdir} has vanished: the folder of this run was deleted, moved or replaced while it trained; '
-                               'nothing more is written')
-            self._lock(self._file)  # again, for it is lost when any other part of this process opens and closes the file
+                raise RunError(
+                    f'{self.workdir} has vanished: the folder of this run was deleted, moved or replaced while it trained; '
+                    'nothing more is written'
+                )
+            self._lock(
+                self._file
+            )  # again, for it is lost when any other part of this process opens and closes the file
 
     def release(self):
-        if self._file is None or os.getpid() != self._pid:  # a forked child that leaves the block has nothing to give back
+        if (
+            self._file is None or os.getpid() != self._pid
+        ):  # a forked child that leaves the block has nothing to give back
             return
         with self._changing:
-            with contextlib.suppress(OSError):  # the folder may be gone, and the run's own error counts for more
+            with contextlib.suppress(
+                OSError
+            ):  # the folder may be gone, and the run's own error counts for more
                 if _inode(self.path) == _inode(self._file):
-                    os.remove(self.path)  # while it is locked: who waits for it sees that it is another file by now
+                    os.remove(
+                        self.path
+                    )  # while it is locked: who waits for it sees that it is another file by now
             self._inodes.pop(_inode(self._file), None)
             os.close(self._file)
             self._file = None

@@ -1,4 +1,5 @@
 """What all tests share: four virtual CPU devices, a data folder of their own, and a tiny digits run."""
+
 import contextlib
 import os
 import signal
@@ -8,12 +9,19 @@ import tempfile
 import types
 
 DATA = tempfile.TemporaryDirectory(prefix='warmstart-test-data-')
-os.environ.update(KERAS_BACKEND='tensorflow', TF_CPP_MIN_LOG_LEVEL='2', TFDS_DATA_DIR=DATA.name, CUDA_VISIBLE_DEVICES='-1')
+os.environ.update(
+    KERAS_BACKEND='tensorflow',
+    TF_CPP_MIN_LOG_LEVEL='2',
+    TFDS_DATA_DIR=DATA.name,
+    CUDA_VISIBLE_DEVICES='-1',
+)
 
 import pytest  # noqa: E402
 import tensorflow as tf  # noqa: E402
 
-tf.config.set_logical_device_configuration(tf.config.list_physical_devices('CPU')[0], [tf.config.LogicalDeviceConfiguration()] * 4)
+tf.config.set_logical_device_configuration(
+    tf.config.list_physical_devices('CPU')[0], [tf.config.LogicalDeviceConfiguration()] * 4
+)
 
 import keras  # noqa: E402
 
@@ -47,6 +55,7 @@ def reading_here():
     """The exported model is read in this process: one of its own takes longer than a small run. tests/test_train.py does it both ways."""
     keras_module = sys.modules['keras']
     from outputs import read_saved_model
+
     sys.modules['keras'] = keras_module  # which that module forbids
 
     def run(command, **_):

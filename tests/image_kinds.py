@@ -1,4 +1,5 @@
 """Image files of every kind that training accepts, each with the pixels that a viewer shows of it."""
+
 import io
 import struct
 import zlib
@@ -57,13 +58,22 @@ def grey(values: np.ndarray) -> np.ndarray:
 
 
 def chunk(kind: bytes, content: bytes) -> bytes:
-    return struct.pack('>I', len(content)) + kind + content + struct.pack('>I', zlib.crc32(kind + content))
+    return (
+        struct.pack('>I', len(content))
+        + kind
+        + content
+        + struct.pack('>I', zlib.crc32(kind + content))
+    )
 
 
-def png(values: np.ndarray, depth: int, color_type: int, palette: bytes = b'', transparency: bytes = b'') -> bytes:
+def png(
+    values: np.ndarray, depth: int, color_type: int, palette: bytes = b'', transparency: bytes = b''
+) -> bytes:
     """A PNG file of samples [height, width, channels], written by hand: libraries write only some of all depths."""
     height, width, channels = values.shape
-    bits = ((values.reshape(height, width * channels, 1) >> np.arange(depth)[::-1]) & 1).reshape(height, -1)
+    bits = ((values.reshape(height, width * channels, 1) >> np.arange(depth)[::-1]) & 1).reshape(
+        height, -1
+    )
     rows = np.packbits(bits.astype(np.uint8), axis=1)
     header = struct.pack('>IIBBBBB', width, height, depth, color_type, 0, 0, 0)
     parts = [PNG_START, chunk(b'IHDR', header)]
@@ -90,19 +100,22 @@ def grey_png(depth: int, is_transparent: bool) -> Callable:
 
 def palette_png(depth: int, is_transparent: bool) -> Callable:
     def make(pixels):
-        colors = pixels.reshape(-1, 3)[:2**depth]
+        colors = pixels.reshape(-1, 3)[: 2**depth]
         values = np.arange(pixels[..., 0].size).reshape(pixels.shape[:2]) % len(colors)
         shown = colors[values].astype(float)
         alpha = np.resize([255, 0, 128, 255], len(colors)) if is_transparent else np.array([], int)
         if is_transparent:
             shown = over_white(shown, alpha[values])
-        return png(values[..., None], depth, 3, colors.tobytes(), alpha.astype(np.uint8).tobytes()), shown
+        return png(
+            values[..., None], depth, 3, colors.tobytes(), alpha.astype(np.uint8).tobytes()
+        ), shown
 
     return make
 
 
 def color_png(depth: int) -> Callable:
     """RGB with one transparent colour."""
+
     def make(pixels):
         values = pixels.astype(np.int64) * (257 if depth == 16 else 1)
         clear = values[3, 4]
@@ -117,16 +130,26 @@ def alpha_png(depth: int, is_grey: bool) -> Callable:
     def make(pixels):
         colors, alpha = pixels[..., :1] if is_grey else pixels, pixels[::-1, :, 1]
         values = np.dstack([colors, alpha]).astype(np.int64) * (257 if depth == 16 else 1)
-        return png(values, depth, 4 if is_grey else 6), over_white(np.broadcast_to(colors, pixels.shape), alpha)
+        return png(values, depth, 4 if is_grey else 6), over_white(
+            np.broadcast_to(colors, pixels.shape), alpha
+        )
 
     return make
 
 
 def turned(file_format: str, orientation: int, **options) -> Callable:
     """A file whose EXIF tag 0x0112 says how to turn it (EXIF 2.32)."""
+
     def make(pixels):
-        shown = {2: pixels[:, ::-1], 3: pixels[::-1, ::-1], 4: pixels[::-1], 5: pixels.swapaxes(0, 1), 6: np.rot90(pixels, -1),
-                 7: pixels[::-1, ::-1].swapaxes(0, 1), 8: np.rot90(pixels)}[orientation]
+        shown = {
+            2: pixels[:, ::-1],
+            3: pixels[::-1, ::-1],
+            4: pixels[::-1],
+            5: pixels.swapaxes(0, 1),
+            6: np.rot90(pixels, -1),
+            7: pixels[::-1, ::-1].swapaxes(0, 1),
+            8: np.rot90(pixels),
+        }[orientation]
         exif = Image.Exif()
         exif[0x0112] = orientation
         return encoded(pixels, file_format, exif=exif, **options), shown
@@ -138,7 +161,9 @@ def turned_clear_png(pixels):
     exif = Image.Exif()
     exif[0x0112] = 3
     alpha = pixels[..., 1]
-    return encoded(np.dstack([pixels, alpha]), 'PNG', exif=exif), over_white(pixels, alpha)[::-1, ::-1]
+    return encoded(np.dstack([pixels, alpha]), 'PNG', exif=exif), over_white(pixels, alpha)[
+        ::-1, ::-1
+    ]
 
 
 def plain(file_format: str, mode: str | None = None, **options) -> Callable:
@@ -146,13 +171,18 @@ def plain(file_format: str, mode: str | None = None, **options) -> Callable:
 
 
 def deep(file_format: str) -> Callable:
-    return lambda pixels: (encoded(pixels[..., 0].astype(np.uint16) * 257, file_format), grey(pixels[..., 0]))
+    return lambda pixels: (
+        encoded(pixels[..., 0].astype(np.uint16) * 257, file_format),
+        grey(pixels[..., 0]),
+    )
 
 
 def clear(file_format: str, **options) -> Callable:
     def make(pixels):
         alpha = np.where(pixels[..., 1] > 127, 255, 0).astype(np.uint8)
-        return encoded(np.dstack([pixels, alpha]), file_format, **options), over_white(pixels, alpha)
+        return encoded(np.dstack([pixels, alpha]), file_format, **options), over_white(
+            pixels, alpha
+        )
 
     return make
 
@@ -176,6 +206,7 @@ def palette_bmp(pixels):
 
 def with_junk(junk: bytes, markers: set[int] | None = None, **options) -> Callable:
     """A JPEG file with bytes before these markers, or before all but the first; see `jpeg_parts`."""
+
     def make(pixels):
         file = encoded(pixels, 'JPEG', quality=95, subsampling=0, **options)
         return put_before_markers(file, junk, markers), pixels
@@ -185,8 +216,10 @@ def with_junk(junk: bytes, markers: set[int] | None = None, **options) -> Callab
 
 def put_before_markers(file: bytes, junk: bytes, markers: set[int] | None = None) -> bytes:
     parts = jpeg_parts(file)
-    return b''.join((junk if index and kind >= 0 and (markers is None or kind in markers) else b'') + part
-                    for index, (kind, part) in enumerate(parts))
+    return b''.join(
+        (junk if index and kind >= 0 and (markers is None or kind in markers) else b'') + part
+        for index, (kind, part) in enumerate(parts)
+    )
 
 
 def jpeg_parts(file: bytes) -> list[tuple[int, bytes]]:
@@ -195,7 +228,7 @@ def jpeg_parts(file: bytes) -> list[tuple[int, bytes]]:
     while place < len(file):
         kind, end = file[place + 1], place + 2
         if kind not in (0xD8, 0xD9, *range(0xD0, 0xD8)):
-            end += int.from_bytes(file[end:end + 2], 'big')
+            end += int.from_bytes(file[end : end + 2], 'big')
         parts.append((kind, file[place:end]))
         place = end
         if kind == 0xDA or kind in range(0xD0, 0xD8):
@@ -210,11 +243,23 @@ JPEG = {'quality': 95, 'subsampling': 0}
 KINDS = {
     'JPEG': Kind('.jpg', plain('JPEG', **JPEG), 16, True),
     'progressive JPEG': Kind('.jpg', plain('JPEG', progressive=True, **JPEG), 16, True),
-    'grey JPEG': Kind('.jpg', lambda pixels: (encoded(pixels[..., 0], 'JPEG', quality=95), grey(pixels[..., 0])), 16, True),
+    'grey JPEG': Kind(
+        '.jpg',
+        lambda pixels: (encoded(pixels[..., 0], 'JPEG', quality=95), grey(pixels[..., 0])),
+        16,
+        True,
+    ),
     'CMYK JPEG': Kind('.jpg', plain('JPEG', 'CMYK', **JPEG), 16, True),
-    'JPEG with data behind it': Kind('.jpg', lambda pixels: (encoded(pixels, 'JPEG', **JPEG) + b'more', pixels), 16, True),
+    'JPEG with data behind it': Kind(
+        '.jpg', lambda pixels: (encoded(pixels, 'JPEG', **JPEG) + b'more', pixels), 16, True
+    ),
     'PNG': Kind('.png', plain('PNG'), 0, True),
-    'PNG of 16 bits': Kind('.png', lambda pixels: (tf.io.encode_png(pixels.astype(np.uint16) * 257).numpy(), pixels), 0, True),
+    'PNG of 16 bits': Kind(
+        '.png',
+        lambda pixels: (tf.io.encode_png(pixels.astype(np.uint16) * 257).numpy(), pixels),
+        0,
+        True,
+    ),
     'GIF': Kind('.gif', lambda pixels: (encoded(pixels, 'GIF'), pixels), 90, False),
     'GIF with a transparent colour': Kind('.gif', clear_gif, 0, False),
     'BMP': Kind('.bmp', plain('BMP'), 0, True),
@@ -231,16 +276,43 @@ KINDS = {
     'turned PNG with alpha': Kind('.png', turned_clear_png, 1, False),
     'turned TIFF': Kind('.tif', turned('TIFF', 6), 0, False),
     'turned WebP': Kind('.webp', turned('WEBP', 8, quality=95), 40, False),
-    **{f'JPEG with orientation {number}': Kind('.jpg', turned('JPEG', number, **JPEG), 24, False) for number in ORIENTATIONS},
-    **{f'{depth}-bit grey PNG{" with a transparent grey" * clear}': Kind('.png', grey_png(depth, clear), 1, True)
-       for depth in (1, 2, 4, 8, 16) for clear in (False, True)},
-    **{f'{depth}-bit palette PNG{" with alpha" * clear}': Kind('.png', palette_png(depth, clear), 0.51, True)
-       for depth in (1, 2, 4, 8) for clear in (False, True)},
-    **{f'{depth}-bit PNG with a transparent colour': Kind('.png', color_png(depth), 0, True) for depth in (8, 16)},
-    **{f'{depth}-bit {name} PNG': Kind('.png', alpha_png(depth, name == 'LA'), 1, True) for depth in (8, 16) for name in ('LA', 'RGBA')},
-    **{f'JPEG with {name} before each marker': Kind('.jpg', with_junk(junk), 16, False) for name, junk in JUNK.items()},
-    'progressive JPEG with a zero before each marker': Kind('.jpg', with_junk(b'\0', progressive=True), 16, False),
-    'JPEG of intervals with a zero before each marker': Kind('.jpg', with_junk(b'\0', restart_marker_blocks=2), 16, False),
+    **{
+        f'JPEG with orientation {number}': Kind('.jpg', turned('JPEG', number, **JPEG), 24, False)
+        for number in ORIENTATIONS
+    },
+    **{
+        f'{depth}-bit grey PNG{" with a transparent grey" * clear}': Kind(
+            '.png', grey_png(depth, clear), 1, True
+        )
+        for depth in (1, 2, 4, 8, 16)
+        for clear in (False, True)
+    },
+    **{
+        f'{depth}-bit palette PNG{" with alpha" * clear}': Kind(
+            '.png', palette_png(depth, clear), 0.51, True
+        )
+        for depth in (1, 2, 4, 8)
+        for clear in (False, True)
+    },
+    **{
+        f'{depth}-bit PNG with a transparent colour': Kind('.png', color_png(depth), 0, True)
+        for depth in (8, 16)
+    },
+    **{
+        f'{depth}-bit {name} PNG': Kind('.png', alpha_png(depth, name == 'LA'), 1, True)
+        for depth in (8, 16)
+        for name in ('LA', 'RGBA')
+    },
+    **{
+        f'JPEG with {name} before each marker': Kind('.jpg', with_junk(junk), 16, False)
+        for name, junk in JUNK.items()
+    },
+    'progressive JPEG with a zero before each marker': Kind(
+        '.jpg', with_junk(b'\0', progressive=True), 16, False
+    ),
+    'JPEG of intervals with a zero before each marker': Kind(
+        '.jpg', with_junk(b'\0', restart_marker_blocks=2), 16, False
+    ),
 }
 if features.check('avif'):
     KINDS['AVIF'] = Kind('.avif', plain('AVIF', quality=95), 40, False)

@@ -1,4 +1,5 @@
 """TFDS's own ImageNet builder, fed two small archives of made-up pictures, goes through the ImageNet config."""
+
 import io
 import os
 import tarfile
@@ -56,11 +57,16 @@ def small_config(tmp_path):
 
 
 @pytest.mark.usefixtures('read_here')
-def test_a_small_imagenet_is_prepared_trained_and_evaluated_and_so_is_a_test_set_without_training_split(tmp_path, monkeypatch):
+def test_a_small_imagenet_is_prepared_trained_and_evaluated_and_so_is_a_test_set_without_training_split(
+    tmp_path, monkeypatch
+):
     write_archives(str(tmp_path / 'data' / 'downloads' / 'manual'))
     config = small_config(tmp_path)
     source = datasets.load(config.dataset)
-    assert (source.num_train, source.num_eval) == (len(SYNSETS) * PICTURES_PER_CLASS, VALIDATION_PICTURES)
+    assert (source.num_train, source.num_eval) == (
+        len(SYNSETS) * PICTURES_PER_CLASS,
+        VALIDATION_PICTURES,
+    )
     assert len(source.class_names) == 1000 and source.class_names[:4] == SYNSETS
     assert train.run(config, str(tmp_path / 'run')) == 0
     summary = read_json(str(tmp_path / 'run' / 'summary.json'))
@@ -69,15 +75,28 @@ def test_a_small_imagenet_is_prepared_trained_and_evaluated_and_so_is_a_test_set
     config.dataset.name, config.dataset.eval_split = 'imagenet_v2', 'test'
     for class_index in ('0', '2', '999'):
         for name in ('a.jpeg', 'b.jpeg'):
-            path = tmp_path / 'downloaded' / 'imagenetv2-matched-frequency-format-val' / class_index / name
+            path = (
+                tmp_path
+                / 'downloaded'
+                / 'imagenetv2-matched-frequency-format-val'
+                / class_index
+                / name
+            )
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(picture(len(name) + int(class_index)))
-    monkeypatch.setattr(tfds.download.DownloadManager, 'download_and_extract', lambda self, url: str(tmp_path / 'downloaded'))
+    monkeypatch.setattr(
+        tfds.download.DownloadManager,
+        'download_and_extract',
+        lambda self, url: str(tmp_path / 'downloaded'),
+    )
     metrics = evaluate.run(config, str(tmp_path / 'run'))
     assert metrics['eval/examples'] == 6 and np.isfinite(metrics['eval/loss'])
     with pytest.raises(ConfigError, match="'train' is no split of imagenet_v2"):
         train.run(config, str(tmp_path / 'other'))
 
     config.dataset.name, config.dataset.eval_split = 'digits', 'test'
-    with pytest.raises(RunError, match="has 1000 classes and this data set 10, which differ .'n01440764' is now '0'."):
+    with pytest.raises(
+        RunError,
+        match="has 1000 classes and this data set 10, which differ .'n01440764' is now '0'.",
+    ):
         evaluate.run(config, str(tmp_path / 'run'))

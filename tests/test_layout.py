@@ -1,4 +1,5 @@
 """The house stands as docs/architecture.md describes it, and speaks of itself alone."""
+
 import ast
 import glob
 import os
@@ -17,7 +18,11 @@ FLOORS = (
     ('train',),
     ('main',),
 )
-FILES = sorted(os.path.relpath(path, ROOT) for pattern in ('*.py', '*/*.py') for path in glob.glob(os.path.join(ROOT, pattern)))
+FILES = sorted(
+    os.path.relpath(path, ROOT)
+    for pattern in ('*.py', '*/*.py')
+    for path in glob.glob(os.path.join(ROOT, pattern))
+)
 CODE = [name for name in FILES if not name.startswith('tests')]
 
 
@@ -27,7 +32,13 @@ def imported(name):
         tree = ast.parse(file.read())
     own = {os.path.dirname(path) or path[:-3] for path in CODE}
     for node in ast.walk(tree):
-        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) else []
+        names = (
+            [alias.name for alias in node.names]
+            if isinstance(node, ast.Import)
+            else [node.module]
+            if isinstance(node, ast.ImportFrom)
+            else []
+        )
         yield from (module.split('.')[0] for module in names if module.split('.')[0] in own)
 
 
@@ -51,7 +62,11 @@ def test_a_file_imports_from_its_own_place_and_the_floors_below(name):
 
 
 def test_nothing_that_trains_imports_the_diagnostics():
-    importers = {name for name in IN_THE_HOUSE if 'diagnostics' in imported(name) and place_of(name) != 'diagnostics'}
+    importers = {
+        name
+        for name in IN_THE_HOUSE
+        if 'diagnostics' in imported(name) and place_of(name) != 'diagnostics'
+    }
     assert importers == {'main.py'}
 
 
@@ -85,7 +100,9 @@ def test_ci_takes_a_run_without_tests_for_a_failure(tmp_path):
     def succeeds(**recipes):
         rules = [f'{target}:\n\t@{recipes.get(target, passes)}\n' for target in targets]
         (tmp_path / 'Makefile').write_text(''.join(rules))
-        return subprocess.run(['bash', '.ci/run'], cwd=tmp_path, capture_output=True).returncode == 0
+        return (
+            subprocess.run(['bash', '.ci/run'], cwd=tmp_path, capture_output=True).returncode == 0
+        )
 
     assert succeeds()
     for target in targets:

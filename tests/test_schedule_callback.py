@@ -1,4 +1,5 @@
 """What `WarmupCosineDecayCallback` promises to someone who calls `model.fit`."""
+
 import contextlib
 import warnings
 
@@ -10,21 +11,39 @@ import tensorflow as tf
 from schedules import WarmupCosineDecay, WarmupCosineDecayCallback, lr_warmup_cosine_decay
 
 # 2 steps of warmup, 1 of hold, and a cosine to step 12.
-ARGUMENTS = dict(start_lr=0.01, target_lr=0.1, warmup_steps=2, total_steps=12, hold=1, end_lr=0.001)
+ARGUMENTS = {
+    'start_lr': 0.01,
+    'target_lr': 0.1,
+    'warmup_steps': 2,
+    'total_steps': 12,
+    'hold': 1,
+    'end_lr': 0.001,
+}
 PLANNED = lr_warmup_cosine_decay(np.arange(40), 2, 1, 12, 0.01, 0.1, 0.001)
 
 
 def a_model(rate=0.5, optimizer=None, **compiled):
     model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1, kernel_initializer='ones')])
-    model.compile(optimizer or keras.optimizers.SGD(rate), keras.losses.MeanSquaredError(),
-                  **{'run_eagerly': True} | compiled)
+    model.compile(
+        optimizer or keras.optimizers.SGD(rate),
+        keras.losses.MeanSquaredError(),
+        **{'run_eagerly': True} | compiled,
+    )
     return model
 
 
 def fit(model, *callbacks, batches=4, **arguments):
     """One batch has one example; an epoch has 4 batches, if not told otherwise."""
     x = np.linspace(-1, 1, 2 * batches).reshape(batches, 2)
-    return model.fit(x, 3 * x.sum(1, keepdims=True), batch_size=1, shuffle=False, verbose=0, callbacks=list(callbacks), **arguments)
+    return model.fit(
+        x,
+        3 * x.sum(1, keepdims=True),
+        batch_size=1,
+        shuffle=False,
+        verbose=0,
+        callbacks=list(callbacks),
+        **arguments,
+    )
 
 
 def rate_of(model):
@@ -69,8 +88,11 @@ def test_callback_uses_and_keeps_the_rates_of_the_function():
 
 @pytest.mark.parametrize('jit_compile', [False, True])
 def test_training_with_the_callback_and_with_the_schedule_ends_in_the_same_weights(jit_compile):
-    compiled = dict(run_eagerly=False, jit_compile=jit_compile)
-    with_callback, with_schedule = a_model(**compiled), a_model(WarmupCosineDecay(**ARGUMENTS), **compiled)
+    compiled = {'run_eagerly': False, 'jit_compile': jit_compile}
+    with_callback, with_schedule = (
+        a_model(**compiled),
+        a_model(WarmupCosineDecay(**ARGUMENTS), **compiled),
+    )
     fit(with_callback, WarmupCosineDecayCallback(**ARGUMENTS), epochs=3)
     fit(with_schedule, epochs=3)
     for one, other in zip(with_callback.get_weights(), with_schedule.get_weights()):
@@ -86,7 +108,10 @@ def test_callback_sets_the_rate_of_its_own_model_and_continues_a_resumed_run(tmp
     assert rate_of(bystander) == 0.25
     assert rate_of(model) == pytest.approx(PLANNED[3])
     model.save(tmp_path / 'model.keras')
-    resumed, callback = keras.models.load_model(tmp_path / 'model.keras'), WarmupCosineDecayCallback(**ARGUMENTS)
+    resumed, callback = (
+        keras.models.load_model(tmp_path / 'model.keras'),
+        WarmupCosineDecayCallback(**ARGUMENTS),
+    )
     fit(resumed, callback, initial_epoch=1, epochs=3)
     np.testing.assert_allclose(callback.lrs, PLANNED[4:12], rtol=1e-6)
 
@@ -134,7 +159,9 @@ def test_a_change_where_the_planned_rate_is_zero_is_not_kept():
     assert 'stays at end_lr=0' in the_warning(
         model, callback, SetsAFixedRate(), batches=1, epochs=8
     )
-    np.testing.assert_allclose(callback.lrs, lr_warmup_cosine_decay(np.arange(8), 2, 0, 6, 0.0, 0.1), rtol=1e-6)
+    np.testing.assert_allclose(
+        callback.lrs, lr_warmup_cosine_decay(np.arange(8), 2, 0, 6, 0.0, 0.1), rtol=1e-6
+    )
 
 
 def test_a_rate_that_was_switched_off_can_be_switched_on_again():
@@ -150,12 +177,17 @@ def test_a_rate_that_was_switched_off_can_be_switched_on_again():
 
 
 def test_without_total_steps_it_is_warmup_alone_and_the_rest_is_left_to_other_callbacks(tmp_path):
-    arguments = ARGUMENTS | dict(total_steps=None, end_lr=0.0)
+    arguments = ARGUMENTS | {'total_steps': None, 'end_lr': 0.0}
     model, callback = a_model(), WarmupCosineDecayCallback(**arguments)
     fit(model, callback, SetsRate({1: 0.1, 2: 0.5}), epochs=4)
-    np.testing.assert_allclose(callback.lrs, [0.01, 0.055] + 6 * [0.1] + 4 * [0.01] + 4 * [0.005], rtol=1e-6)
+    np.testing.assert_allclose(
+        callback.lrs, [0.01, 0.055] + 6 * [0.1] + 4 * [0.01] + 4 * [0.005], rtol=1e-6
+    )
     model.save(tmp_path / 'model.keras')
-    resumed, callback = keras.models.load_model(tmp_path / 'model.keras'), WarmupCosineDecayCallback(**arguments)
+    resumed, callback = (
+        keras.models.load_model(tmp_path / 'model.keras'),
+        WarmupCosineDecayCallback(**arguments),
+    )
     fit(resumed, callback, epochs=1)
     np.testing.assert_allclose(callback.lrs, 4 * [0.005], rtol=1e-6)
 
@@ -163,20 +195,30 @@ def test_without_total_steps_it_is_warmup_alone_and_the_rest_is_left_to_other_ca
 def test_a_change_during_warmup_alone_stays():
     callback = WarmupCosineDecayCallback(0.0, 0.1, warmup_steps=6)
     fit(a_model(), callback, SetsRate({0: 0.5}), epochs=2)
-    np.testing.assert_allclose(callback.lrs, 0.1 * np.array([0, 1, 2, 3, 2, 2.5, 3, 3]) / 6, rtol=1e-6)
+    np.testing.assert_allclose(
+        callback.lrs, 0.1 * np.array([0, 1, 2, 3, 2, 2.5, 3, 3]) / 6, rtol=1e-6
+    )
 
 
 def test_callback_counts_updates_and_not_accumulated_batches():
     """Published: micro-steps are counted instead of updates."""
     callback = WarmupCosineDecayCallback(**ARGUMENTS)
-    fit(a_model(optimizer=keras.optimizers.SGD(0.5, gradient_accumulation_steps=2)), callback, epochs=4)
+    fit(
+        a_model(optimizer=keras.optimizers.SGD(0.5, gradient_accumulation_steps=2)),
+        callback,
+        epochs=4,
+    )
     np.testing.assert_allclose(callback.lrs, np.repeat(PLANNED[:8], 2), rtol=1e-6)
 
 
 def test_callback_works_with_a_loss_scaling_optimizer():
     callback = WarmupCosineDecayCallback(**ARGUMENTS)
     inner = keras.optimizers.SGD(0.5)
-    fit(a_model(optimizer=keras.optimizers.LossScaleOptimizer(inner, initial_scale=2.0)), callback, epochs=2)
+    fit(
+        a_model(optimizer=keras.optimizers.LossScaleOptimizer(inner, initial_scale=2.0)),
+        callback,
+        epochs=2,
+    )
     np.testing.assert_allclose(callback.lrs, PLANNED[:8], rtol=1e-6)
     assert float(inner.learning_rate) == pytest.approx(PLANNED[7])
 
@@ -207,15 +249,19 @@ def test_a_factor_can_be_carried_over_to_another_process():
 @pytest.mark.parametrize('wrapped', [False, True])
 def test_an_optimizer_with_a_schedule_is_refused_in_one_line(wrapped):
     optimizer = keras.optimizers.SGD(WarmupCosineDecay(**ARGUMENTS))
-    model = a_model(optimizer=keras.optimizers.LossScaleOptimizer(optimizer) if wrapped else optimizer)
-    with pytest.raises(ValueError, match='is a schedule, which this callback cannot set: compile with a number') as error:
+    model = a_model(
+        optimizer=keras.optimizers.LossScaleOptimizer(optimizer) if wrapped else optimizer
+    )
+    with pytest.raises(
+        ValueError, match='is a schedule, which this callback cannot set: compile with a number'
+    ) as error:
         fit(model, WarmupCosineDecayCallback(**ARGUMENTS))
     assert '\n' not in str(error.value)
 
 
 def test_an_end_lr_without_a_decay_is_refused():
     with pytest.raises(ValueError, match='end_lr=0.001 would never be used'):
-        WarmupCosineDecayCallback(**ARGUMENTS | dict(total_steps=None))
+        WarmupCosineDecayCallback(**ARGUMENTS | {'total_steps': None})
 
 
 # ---- On several devices
@@ -272,7 +318,7 @@ def fit_on(strategy, arguments=ARGUMENTS, optimizer=sgd, plateau=True):
     ('optimizer', 'plateau'), [(sgd, False), (sgd, True), (loss_scaling, True)]
 )
 def test_two_devices_train_with_the_rates_of_one(two_devices, optimizer, plateau):
-    arguments = ARGUMENTS | dict(total_steps=16)
+    arguments = ARGUMENTS | {'total_steps': 16}
     planned = lr_warmup_cosine_decay(np.arange(16), 2, 1, 16, 0.01, 0.1, 0.001)
     alone, _, model_alone = fit_on(tf.distribute.get_strategy(), arguments, optimizer, plateau)
     together, of_replicas, model_together = fit_on(two_devices, arguments, optimizer, plateau)
@@ -287,7 +333,7 @@ def test_two_devices_train_with_the_rates_of_one(two_devices, optimizer, plateau
 
 
 def test_two_devices_leave_the_rate_alone_after_warmup_alone(two_devices):
-    callback, of_replicas, _ = fit_on(two_devices, ARGUMENTS | dict(total_steps=None, end_lr=0.0))
+    callback, of_replicas, _ = fit_on(two_devices, ARGUMENTS | {'total_steps': None, 'end_lr': 0.0})
     np.testing.assert_allclose(
         callback.lrs, [0.01, 0.055] + 6 * [0.1] + 4 * [0.05] + 4 * [0.025], rtol=1e-6
     )
@@ -316,7 +362,7 @@ def test_accumulated_batches_share_an_update_on_two_devices(two_devices):
 
 def test_a_strategy_of_one_device_trains_with_the_same_rates():
     callback, _, _ = fit_on(
-        tf.distribute.OneDeviceStrategy('CPU:1'), ARGUMENTS | dict(total_steps=40), plateau=False
+        tf.distribute.OneDeviceStrategy('CPU:1'), ARGUMENTS | {'total_steps': 40}, plateau=False
     )
     expected = lr_warmup_cosine_decay(np.arange(16), 2, 1, 40, 0.01, 0.1, 0.001)
     np.testing.assert_allclose(callback.lrs, expected, rtol=1e-6)
@@ -438,7 +484,7 @@ def test_a_factor_set_in_training_replaces_what_others_did():
 @pytest.mark.parametrize('total_steps', [12, None])
 def test_a_run_resumed_from_weights_alone_says_so(total_steps):
     arguments = ARGUMENTS | (
-        dict(total_steps=12) if total_steps else dict(total_steps=None, end_lr=0.0)
+        {'total_steps': 12} if total_steps else {'total_steps': None, 'end_lr': 0.0}
     )
     trained, model = a_model(), a_model()
     fit(trained, WarmupCosineDecayCallback(**arguments), epochs=2)
@@ -472,7 +518,7 @@ def test_what_the_warning_says_to_assign_continues_the_curve():
 
 @pytest.mark.parametrize(('step', 'end_lr'), [(12, 0.001), (12, 0.0), (30, 0.001)])
 def test_a_run_that_begins_past_the_schedule_says_so(step, end_lr):
-    callback = WarmupCosineDecayCallback(**ARGUMENTS | dict(end_lr=end_lr))
+    callback = WarmupCosineDecayCallback(**ARGUMENTS | {'end_lr': end_lr})
     model = a_model(end_lr)
     model.optimizer.iterations.assign(step)
     assert the_warning(model, callback, epochs=2) == (
@@ -483,7 +529,7 @@ def test_a_run_that_begins_past_the_schedule_says_so(step, end_lr):
 
 
 def test_a_run_that_gets_to_a_rate_of_zero_says_so_once():
-    callback = WarmupCosineDecayCallback(**ARGUMENTS | dict(end_lr=0.0))
+    callback = WarmupCosineDecayCallback(**ARGUMENTS | {'end_lr': 0.0})
     assert the_warning(a_model(), callback, epochs=5).startswith(
         '12 updates are done and total_steps=12'
     )
@@ -513,20 +559,22 @@ def test_a_factor_that_was_not_carried_over_is_named(tmp_path):
     np.testing.assert_allclose(callback.lrs, 0.5 * PLANNED[8:12], rtol=1e-5)
 
 
-USUAL = dict(
-    plain=dict(),
-    accumulating=dict(optimizer=lambda: keras.optimizers.SGD(0.5, gradient_accumulation_steps=3)),
-    several_steps=dict(run_eagerly=False, jit_compile=False, steps_per_execution=3),
-    loss_scaling=dict(optimizer=loss_scaling),
-)
+USUAL = {
+    'plain': {},
+    'accumulating': {'optimizer': lambda: keras.optimizers.SGD(0.5, gradient_accumulation_steps=3)},
+    'several_steps': {'run_eagerly': False, 'jit_compile': False, 'steps_per_execution': 3},
+    'loss_scaling': {'optimizer': loss_scaling},
+}
 
 
 @pytest.mark.parametrize('compiled', USUAL.values(), ids=USUAL)
 @pytest.mark.parametrize('decays', [True, False])
 def test_usual_runs_and_their_continuation_do_not_warn(tmp_path, compiled, decays):
-    arguments = ARGUMENTS | (dict(total_steps=40) if decays else dict(total_steps=None, end_lr=0.0))
+    arguments = ARGUMENTS | (
+        {'total_steps': 40} if decays else {'total_steps': None, 'end_lr': 0.0}
+    )
     optimizer = compiled.get('optimizer', sgd)()
-    model = a_model(**compiled | dict(optimizer=optimizer))
+    model = a_model(**compiled | {'optimizer': optimizer})
     with no_warning():
         fit(model, WarmupCosineDecayCallback(**arguments), epochs=1)
         model.save(tmp_path / 'model.keras')
@@ -544,7 +592,7 @@ def test_the_factor_is_exact_whatever_floatx_says(floatx):
         with no_warning():
             fit(a_model(), callback, plateau, epochs=3)
         assert callback.factor == 0.25
-        rounding = dict(float16=2**-11, bfloat16=2**-8, float64=1e-15)[floatx]
+        rounding = {'float16': 2**-11, 'bfloat16': 2**-8, 'float64': 1e-15}[floatx]
         np.testing.assert_allclose(
             callback.lrs, PLANNED[:12] * np.repeat([1, 1, 0.5], 4), rtol=1.01 * rounding
         )

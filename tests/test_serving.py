@@ -1,4 +1,5 @@
 """What is asked of an exported model is answered as evaluation answers it, whatever kind of file it is."""
+
 import contextlib
 import io
 import os
@@ -44,17 +45,31 @@ def trained(tmp_path_factory):
     for number, (name, kind) in enumerate(sorted(KINDS.items())):
         for copy in range(EACH):
             content, _ = kind.make(image_kinds.pixels_of(EACH * number + copy))
-            path = os.path.join('test' if copy else 'train', 'odd' if copy % 2 else 'even', f'{number}_{copy}{kind.suffix}')
+            path = os.path.join(
+                'test' if copy else 'train',
+                'odd' if copy % 2 else 'even',
+                f'{number}_{copy}{kind.suffix}',
+            )
             kinds[path] = name
             storage.make_folder(os.path.dirname(root / 'data' / path))
             (root / 'data' / path).write_bytes(content)
     (root / 'data' / 'train' / 'odd').mkdir()
     for number in range(3):
         pixels = image_kinds.pixels_of(9999 - number)
-        (root / 'data' / 'train' / 'odd' / f'{number}.png').write_bytes(image_kinds.encoded(pixels, 'PNG'))
+        (root / 'data' / 'train' / 'odd' / f'{number}.png').write_bytes(
+            image_kinds.encoded(pixels, 'PNG')
+        )
     config = folder_config.get_config()
-    config.update(dict(image_size=32, batch_size=16, eval_batch_size=32, train_for='8 steps', ema_decay=0.0))
-    config.model.update(dict(name='tiny', drop_path=0.0))
+    config.update(
+        {
+            'image_size': 32,
+            'batch_size': 16,
+            'eval_batch_size': 32,
+            'train_for': '8 steps',
+            'ema_decay': 0.0,
+        }
+    )
+    config.model.update({'name': 'tiny', 'drop_path': 0.0})
     config.schedule.peak_lr = 1e-2
     config.dataset.data_dir = str(root / 'data')
     with pytest.MonkeyPatch.context() as patch, conftest.reading_here():
@@ -71,16 +86,23 @@ def evaluated(trained):
     session.checkpoints.restore(partly=True)
     batches, _ = pipeline.evaluation_batches(session.source, config, session.plan, session.strategy)
     answer = steps.make_predict(session.state)
-    logits = np.concatenate([answer(images).numpy()[mask.numpy() == 1] for images, _, mask in batches])
+    logits = np.concatenate(
+        [answer(images).numpy()[mask.numpy() == 1] for images, _, mask in batches]
+    )
     in_order = image_folder.find(config.dataset).splits['test']
-    paths = [os.path.relpath(in_order[number].original, config.dataset.data_dir) for number in session.source.split('test').ids.numpy()]
+    paths = [
+        os.path.relpath(in_order[number].original, config.dataset.data_dir)
+        for number in session.source.split('test').ids.numpy()
+    ]
     return dict(zip(paths, softmax(logits), strict=True))
 
 
 def test_300_files_of_all_kinds_are_there(trained, evaluated):
     _, _, kinds = trained
     assert len(kinds) >= 300 and len(evaluated) == len(kinds) * (EACH - 1) / EACH
-    assert len(np.unique(np.round(list(evaluated.values()), 4), axis=0)) > 200  # the answers tell files apart
+    assert (
+        len(np.unique(np.round(list(evaluated.values()), 4), axis=0)) > 200
+    )  # the answers tell files apart
 
 
 def test_predict_answers_as_evaluation_does(trained, evaluated, capsys):
@@ -92,7 +114,9 @@ def test_predict_answers_as_evaluation_does(trained, evaluated, capsys):
         encoded, _ = image.read()
         answer = predict.classify(model, labels, image.title, encoded)
         found = dict(answer.classes)
-        np.testing.assert_allclose([found[label] for label in labels], expected, atol=2e-5, err_msg=path)
+        np.testing.assert_allclose(
+            [found[label] for label in labels], expected, atol=2e-5, err_msg=path
+        )
 
 
 def test_the_export_answers_as_evaluation_does(trained, evaluated):
@@ -102,7 +126,9 @@ def test_the_export_answers_as_evaluation_does(trained, evaluated):
     for path, expected in evaluated.items():
         content = storage.read(os.path.join(config.dataset.data_dir, path))
         asked = content if KINDS[kinds[path]].in_graph else image_validation.as_decodable(content)
-        answer = model.signatures['classify_encoded'](encoded=tf.constant([asked]))['probabilities'][0]
+        answer = model.signatures['classify_encoded'](encoded=tf.constant([asked]))[
+            'probabilities'
+        ][0]
         np.testing.assert_allclose(answer, expected, atol=2e-5, err_msg=f'{path}, {kinds[path]}')
         assert asked is content or asked != content
 
@@ -111,16 +137,28 @@ def test_the_export_was_checked_on_the_users_own_files(trained, evaluated):
     _, workdir, kinds = trained
     summary = storage.read_json(os.path.join(workdir, 'summary.json'))
     converted = sum(not KINDS[kinds[path]].in_graph or kinds[path] == 'BMP' for path in evaluated)
-    assert summary['export/examples'] == len(evaluated) and summary['export/converted_examples'] == converted
-    assert summary['export/accuracy'] == summary['export/model_accuracy'] == summary['eval/accuracy']
+    assert (
+        summary['export/examples'] == len(evaluated)
+        and summary['export/converted_examples'] == converted
+    )
+    assert (
+        summary['export/accuracy'] == summary['export/model_accuracy'] == summary['eval/accuracy']
+    )
 
 
 def test_an_export_that_reads_other_pictures_is_refused(trained, monkeypatch):
     """The check would see it if serving forgot what training does to a file."""
     config, workdir, _ = trained
-    monkeypatch.setattr(export.image_validation, 'as_decodable', lambda content: image_kinds.encoded(image_kinds.pixels_of(5), 'PNG'))
+    monkeypatch.setattr(
+        export.image_validation,
+        'as_decodable',
+        lambda content: image_kinds.encoded(image_kinds.pixels_of(5), 'PNG'),
+    )
     resume.require_same_config(config, workdir)
-    with conftest.reading_here(), pytest.raises(RunError, match='answers otherwise than the model: classify_encoded'):
+    with (
+        conftest.reading_here(),
+        pytest.raises(RunError, match='answers otherwise than the model: classify_encoded'),
+    ):
         export.run(config, workdir)
     storage.delete(os.path.join(workdir, 'export.part'))
 
@@ -155,9 +193,15 @@ def bmp_with_masks(pixels):
     return b'BM' + struct.pack('<IHHI', 66 + len(rows), 0, 0, 66) + header + masks + rows, pixels
 
 
-UNREADABLE = {'palette BMP': image_kinds.palette_bmp, 'BMP with masks': bmp_with_masks, 'WebP': KINDS['WebP with alpha'].make,
-              'TIFF': KINDS['TIFF'].make, 'text': lambda pixels: (b'<html>', None), 'nothing': lambda pixels: (b'', None),
-              'start of a BMP': lambda pixels: (b'BM', None)}
+UNREADABLE = {
+    'palette BMP': image_kinds.palette_bmp,
+    'BMP with masks': bmp_with_masks,
+    'WebP': KINDS['WebP with alpha'].make,
+    'TIFF': KINDS['TIFF'].make,
+    'text': lambda pixels: (b'<html>', None),
+    'nothing': lambda pixels: (b'', None),
+    'start of a BMP': lambda pixels: (b'BM', None),
+}
 
 
 @pytest.mark.parametrize('in_graph', [False, True])
@@ -195,17 +239,23 @@ MARKERS = {  # of files with these options
 
 
 @pytest.mark.parametrize('junk', image_kinds.JUNK)
-@pytest.mark.parametrize('kind, marker', [(kind, marker) for kind, (_, markers) in MARKERS.items() for marker in markers])
+@pytest.mark.parametrize(
+    'kind, marker', [(kind, marker) for kind, (_, markers) in MARKERS.items() for marker in markers]
+)
 def test_filling_before_any_marker_is_no_damage(kind, marker, junk, capfd):
     options, _ = MARKERS[kind]
-    content, _ = image_kinds.with_junk(image_kinds.JUNK[junk], {marker}, **options)(image_kinds.pixels_of(2))
+    content, _ = image_kinds.with_junk(image_kinds.JUNK[junk], {marker}, **options)(
+        image_kinds.pixels_of(2)
+    )
     whole, _ = image_kinds.with_junk(b'', **options)(image_kinds.pixels_of(2))
     assert content != whole
     capfd.readouterr()
     read = image_validation.as_decodable(content)
     np.testing.assert_array_equal(image_ops.decode(read), image_ops.decode(whole))
     assert capfd.readouterr().err == ''  # nor does TensorFlow complain of what is read
-    quiet = jpeg_files.without_stray_bytes(jpeg_files.with_marker_first(content), image_validation._decode_aloud)
+    quiet = jpeg_files.without_stray_bytes(
+        jpeg_files.with_marker_first(content), image_validation._decode_aloud
+    )
     assert quiet.damage == quiet.doubt == ''
 
 
@@ -276,7 +326,7 @@ def test_damage_behind_stray_bytes_is_damage():
         scan = whole.index(b'\xff\xda') + 12
         begin = random.randint(scan, len(whole) - 300)
         length = random.randint(1, 200)
-        content = whole[:begin] + bytes(length) + whole[begin + length:]
+        content = whole[:begin] + bytes(length) + whole[begin + length :]
         try:
             _, complaint = image_validation._decode_aloud(content)
         except tf.errors.InvalidArgumentError:
@@ -294,7 +344,9 @@ def test_bytes_in_the_header_are_no_damage_whatever_they_are(kind):
     for marker in (0xDB, 0xC0, 0xC2, 0xDA):
         if marker not in markers or (marker == 0xDA and kind == 'progressive'):
             continue
-        content, _ = image_kinds.with_junk(b'\x12\xff\x00\x34', {marker}, **options)(image_kinds.pixels_of(2))
+        content, _ = image_kinds.with_junk(b'\x12\xff\x00\x34', {marker}, **options)(
+            image_kinds.pixels_of(2)
+        )
         quiet = jpeg_files.without_stray_bytes(content, image_validation._decode_aloud)
         assert quiet.remark and not quiet.damage and not quiet.doubt
         np.testing.assert_array_equal(image_ops.decode(quiet.content), image_ops.decode(content))
@@ -311,19 +363,27 @@ def test_exif_data_of_a_wrong_length_are_no_damage():
 
 def edited(marker, edit):
     file = image_kinds.encoded(image_kinds.pixels_of(2), 'JPEG', quality=95)
-    return b''.join(edit(part) if kind == marker else part for kind, part in image_kinds.jpeg_parts(file))
+    return b''.join(
+        edit(part) if kind == marker else part for kind, part in image_kinds.jpeg_parts(file)
+    )
 
 
-@pytest.mark.parametrize('content, says', [
-    (edited(0xDA, lambda part: part[:-3] + b'\x00\x00\x00'), 'Invalid SOS parameters'),
-    (edited(0xE0, lambda part: part[:9] + b'\x03\x07' + part[11:]), 'unknown JFIF revision'),
-])
+@pytest.mark.parametrize(
+    'content, says',
+    [
+        (edited(0xDA, lambda part: part[:-3] + b'\x00\x00\x00'), 'Invalid SOS parameters'),
+        (edited(0xE0, lambda part: part[:9] + b'\x03\x07' + part[11:]), 'unknown JFIF revision'),
+    ],
+)
 def test_odd_headers_are_read_without_a_warning(content, says, capfd):
     _, complaint = image_validation._decode_aloud(content)
     assert says in complaint
     capfd.readouterr()
     read = image_validation.as_decodable(content)
-    np.testing.assert_array_equal(image_ops.decode(read), image_ops.decode(image_kinds.encoded(image_kinds.pixels_of(2), 'JPEG', quality=95)))
+    np.testing.assert_array_equal(
+        image_ops.decode(read),
+        image_ops.decode(image_kinds.encoded(image_kinds.pixels_of(2), 'JPEG', quality=95)),
+    )
     assert capfd.readouterr().err == ''
 
 
@@ -345,18 +405,29 @@ def drone_file(number):
     """Bytes of any value between the last block and the end of the image."""
     pixels = np.random.RandomState(number).randint(0, 256, (48, 64, 3)).astype(np.uint8)
     junk = b'\x31\x41\x59\x26\x53\x58\x97\x93\x23\x84'
-    return image_kinds.put_before_markers(image_kinds.encoded(pixels, 'JPEG', quality=90), junk, {0xD9})
+    return image_kinds.put_before_markers(
+        image_kinds.encoded(pixels, 'JPEG', quality=90), junk, {0xD9}
+    )
 
 
 def test_an_odd_end_is_accepted_where_nearly_all_files_have_it(examine, capfd):
     odd = {f'{number}.jpg': drone_file(number) for number in range(36)}
-    plain = {f'plain{number}.jpg': image_kinds.encoded(image_kinds.pixels_of(number), 'JPEG') for number in range(3)}
-    verdicts = examine(odd | plain | {'other.png': image_kinds.encoded(image_kinds.pixels_of(1), 'PNG')})
+    plain = {
+        f'plain{number}.jpg': image_kinds.encoded(image_kinds.pixels_of(number), 'JPEG')
+        for number in range(3)
+    }
+    verdicts = examine(
+        odd | plain | {'other.png': image_kinds.encoded(image_kinds.pixels_of(1), 'PNG')}
+    )
     assert not any(verdict.broken for verdict in verdicts.values())
-    assert all(verdicts[name].doubt for name in odd) and not any(verdicts[name].doubt for name in plain)
+    assert all(verdicts[name].doubt for name in odd) and not any(
+        verdicts[name].doubt for name in plain
+    )
     capfd.readouterr()
     for name, content in odd.items():
-        np.testing.assert_array_equal(image_ops.decode(storage.read(verdicts[name].copy)), image_ops.decode(content))
+        np.testing.assert_array_equal(
+            image_ops.decode(storage.read(verdicts[name].copy)), image_ops.decode(content)
+        )
     assert capfd.readouterr().err.count('extraneous') == len(odd)  # of the originals alone
 
 
@@ -369,13 +440,17 @@ def test_three_files_are_enough_for_a_habit(examine):
 
 def test_an_odd_end_is_damage_where_few_files_have_it(examine):
     odd = {f'{number}.jpg': drone_file(number) for number in range(12)}
-    plain = {f'plain{number}.jpg': image_kinds.encoded(image_kinds.pixels_of(number), 'JPEG') for number in range(3)}
+    plain = {
+        f'plain{number}.jpg': image_kinds.encoded(image_kinds.pixels_of(number), 'JPEG')
+        for number in range(3)
+    }
     verdicts = examine(odd | plain)
     assert all(verdicts[name].broken.startswith('damaged: ') for name in odd)
     assert not any(verdicts[name].broken for name in plain)
 
 
 # Images of 16 bits that use fewer of them.
+
 
 def twelve_bits(number):
     return image_kinds.pixels_of(number)[..., 0].astype(np.uint16) * 16 + 15  # up to 4,095
@@ -393,7 +468,10 @@ DEEP = {
 def test_a_white_level_makes_twelve_bits_bright(kind):
     values = twelve_bits(3)
     content = DEEP[kind](values)
-    dark, bright = (image_ops.decode(image_validation.as_decodable(content), white).numpy() for white in (65535, 4095))
+    dark, bright = (
+        image_ops.decode(image_validation.as_decodable(content), white).numpy()
+        for white in (65535, 4095)
+    )
     assert dark.max() <= 16
     np.testing.assert_allclose(bright, np.repeat(values[..., None] / 4095 * 255, 3, -1), atol=0.51)
 
@@ -401,7 +479,9 @@ def test_a_white_level_makes_twelve_bits_bright(kind):
 def portable(values, white, magic=b'P5'):
     """A PGM or PPM file that says which value is white."""
     size = f'{values.shape[1]} {values.shape[0]}'.encode()
-    return magic + b'\n# a comment\n' + size + f'\n{white}\n'.encode() + values.astype('>u2').tobytes()
+    return (
+        magic + b'\n# a comment\n' + size + f'\n{white}\n'.encode() + values.astype('>u2').tobytes()
+    )
 
 
 @pytest.mark.parametrize('white', [1023, 4095, 40_000, 65_534])
@@ -420,21 +500,40 @@ def test_dark_colors_of_a_portable_file_are_noted_and_refused(examine):
     content = portable(values, 65535, b'P6')
     verdict = examine({'x.ppm': content})['x.ppm']
     assert 2047 < verdict.peak <= 4095 and verdict.has_upper_bits_only
-    assert examine({'x.ppm': content}, white_level=4095)['x.ppm'].broken.startswith('16-bit colours')
+    assert examine({'x.ppm': content}, white_level=4095)['x.ppm'].broken.startswith(
+        '16-bit colours'
+    )
 
 
 def little_tiff(greys, photometric):
     """A TIFF file, uint16 [height, width]."""
     height, width = greys.shape
     data = greys.astype('<u2').tobytes()
-    entries = [(256, width), (257, height), (258, 16), (259, 1), (262, photometric), (273, 8), (277, 1), (278, height), (279, len(data))]
-    directory = struct.pack('<H', len(entries)) + b''.join(struct.pack('<HHII', tag, 4, 1, value) for tag, value in entries) + bytes(4)
+    entries = [
+        (256, width),
+        (257, height),
+        (258, 16),
+        (259, 1),
+        (262, photometric),
+        (273, 8),
+        (277, 1),
+        (278, height),
+        (279, len(data)),
+    ]
+    directory = (
+        struct.pack('<H', len(entries))
+        + b''.join(struct.pack('<HHII', tag, 4, 1, value) for tag, value in entries)
+        + bytes(4)
+    )
     return b'II*\0' + struct.pack('<I', 8 + len(data)) + data + directory
 
 
 def test_white_may_be_zero_in_a_tiff_file_of_16_bits():
     greys = np.linspace(0, 65535, 24 * 32).reshape(24, 32).astype(np.uint16)
-    found = [image_ops.decode(image_validation.as_decodable(content)) for content in (little_tiff(greys, 1), little_tiff(65535 - greys, 0))]
+    found = [
+        image_ops.decode(image_validation.as_decodable(content))
+        for content in (little_tiff(greys, 1), little_tiff(65535 - greys, 0))
+    ]
     np.testing.assert_array_equal(*found)
     assert found[0].numpy()[0, 0, 0] == 0 and found[0].numpy()[-1, -1, 0] == 255
 
@@ -443,13 +542,31 @@ def test_a_white_level_is_nothing_to_files_of_eight_bits():
     for name in ('PNG', 'JPEG', '8-bit RGBA PNG', 'TIFF'):
         content, _ = KINDS[name].make(image_kinds.pixels_of(1))
         decodable = image_validation.as_decodable(content)
-        np.testing.assert_array_equal(image_ops.decode(decodable, 4095), image_ops.decode(decodable))
+        np.testing.assert_array_equal(
+            image_ops.decode(decodable, 4095), image_ops.decode(decodable)
+        )
 
 
 def test_a_white_level_is_no_guess_where_only_the_upper_bits_can_be_read(examine):
-    rgb = struct.pack('<4H', *[16] * 4)  # a TIFF file of 2 x 2 pixels, three channels of 16 bits, written by hand
-    tags = [(256, 3, 1, 2), (257, 3, 1, 2), (258, 3, 3, 8), (259, 3, 1, 1), (262, 3, 1, 2), (273, 4, 1, 16), (277, 3, 1, 3), (278, 3, 1, 2), (279, 4, 1, 24)]
-    directory = struct.pack('<H', len(tags)) + b''.join(struct.pack('<HHII', *tag) for tag in tags) + bytes(4)
+    rgb = struct.pack(
+        '<4H', *[16] * 4
+    )  # a TIFF file of 2 x 2 pixels, three channels of 16 bits, written by hand
+    tags = [
+        (256, 3, 1, 2),
+        (257, 3, 1, 2),
+        (258, 3, 3, 8),
+        (259, 3, 1, 1),
+        (262, 3, 1, 2),
+        (273, 4, 1, 16),
+        (277, 3, 1, 3),
+        (278, 3, 1, 2),
+        (279, 4, 1, 24),
+    ]
+    directory = (
+        struct.pack('<H', len(tags))
+        + b''.join(struct.pack('<HHII', *tag) for tag in tags)
+        + bytes(4)
+    )
     content = b'II*\0' + struct.pack('<I', 40) + rgb + struct.pack('<12H', *[1000] * 12) + directory
     assert Image.open(io.BytesIO(content)).mode == 'RGB'
     assert image_ops.decode(image_validation.as_decodable(content)).numpy().max() == 3
@@ -497,9 +614,11 @@ def of_twelve_bits(tmp_path_factory):
         folder_of_class.mkdir(parents=True, exist_ok=True)
         (folder_of_class / f'{number}.{ending}').write_bytes(DEEP[kind](values))
     config = folder_config.get_config()
-    config.update(dict(image_size=32, batch_size=16, eval_batch_size=32, train_for='8 steps'))
-    config.model.update(dict(name='tiny', drop_path=0.0))
-    config.dataset.update(dict(data_dir=str(root / 'data'), white_level=4095))
+    config.update(
+        {'image_size': 32, 'batch_size': 16, 'eval_batch_size': 32, 'train_for': '8 steps'}
+    )
+    config.model.update({'name': 'tiny', 'drop_path': 0.0})
+    config.dataset.update({'data_dir': str(root / 'data'), 'white_level': 4095})
     with pytest.MonkeyPatch.context() as patch, conftest.reading_here():
         patch.setattr(image_validation.tfds.core.constants, 'DATA_DIR', str(root / 'kept'))
         assert train.run(config, str(root / 'run')) == 0
@@ -516,7 +635,9 @@ def test_the_export_knows_the_white_level(of_twelve_bits, tmp_path):
     values = twelve_bits(77)
     bright = np.repeat(np.rint(values / 4095 * 255).astype(np.uint8)[..., None], 3, -1)
     expected = model.signatures['serving_default'](images=bright[None])['probabilities'][0]
-    raw = model.signatures['classify_encoded'](encoded=[DEEP['RGB PNG'](values)])['probabilities'][0]
+    raw = model.signatures['classify_encoded'](encoded=[DEEP['RGB PNG'](values)])['probabilities'][
+        0
+    ]
     np.testing.assert_allclose(raw, expected, atol=2e-5)
     for kind, make in DEEP.items():
         path = tmp_path / f'{kind}.bin'
@@ -524,7 +645,9 @@ def test_the_export_knows_the_white_level(of_twelve_bits, tmp_path):
         (image,) = predict.files_to_try([str(path)])
         encoded, _ = image.read()
         answer = dict(predict.classify(model, labels, image.title, encoded).classes)
-        np.testing.assert_allclose([answer[label] for label in labels], expected, atol=2e-5, err_msg=kind)
+        np.testing.assert_allclose(
+            [answer[label] for label in labels], expected, atol=2e-5, err_msg=kind
+        )
 
 
 def notes_of(tmp_path, monkeypatch, values_of, **values):
@@ -553,16 +676,33 @@ def test_nearly_black_files_are_noted_with_what_to_write(tmp_path, monkeypatch):
 
 
 def test_files_that_use_their_range_are_not_noted(tmp_path, monkeypatch):
-    assert notes_of(tmp_path, monkeypatch, lambda number: image_kinds.pixels_of(number)[..., 0].astype(np.uint16) * 257)[0] == []
+    assert (
+        notes_of(
+            tmp_path,
+            monkeypatch,
+            lambda number: image_kinds.pixels_of(number)[..., 0].astype(np.uint16) * 257,
+        )[0]
+        == []
+    )
 
 
 # predict.py on what people have.
 
+
 def run_predict(trained, *paths):
     _, workdir, _ = trained
     out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.MonkeyPatch.context() as patch:
-        for name in ('TPU_LOAD_LIBRARY', 'TPU_SKIP_MDS_QUERY', 'CUDA_VISIBLE_DEVICES', 'TF_CPP_MIN_LOG_LEVEL'):
+    with (
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        for name in (
+            'TPU_LOAD_LIBRARY',
+            'TPU_SKIP_MDS_QUERY',
+            'CUDA_VISIBLE_DEVICES',
+            'TF_CPP_MIN_LOG_LEVEL',
+        ):
             patch.setenv(name, os.environ.get(name, '0'))
         status = predict.main([workdir, *map(str, paths)])
     return status, out.getvalue().splitlines(), err.getvalue().splitlines()
@@ -572,11 +712,20 @@ def test_a_broken_file_is_named_and_the_others_are_answered(trained, tmp_path):
     good = image_kinds.encoded(image_kinds.pixels_of(1), 'PNG')
     for name, content in {'a.png': good, 'b.jpg': b'<html>', 'c.jpg': b'', 'd.png': good}.items():
         (tmp_path / name).write_bytes(content)
-    status, out, err = run_predict(trained, *(tmp_path / name for name in ('a.png', 'b.jpg', 'absent.jpg', 'c.jpg', 'd.png')))
+    status, out, err = run_predict(
+        trained, *(tmp_path / name for name in ('a.png', 'b.jpg', 'absent.jpg', 'c.jpg', 'd.png'))
+    )
     assert status == 1
-    assert [line.split(': ')[0] for line in out[:-1]] == [f'{tmp_path}/a.png', f'{tmp_path}/d.png'] and out[-1].startswith('drawn in')
-    assert [line.split(': ')[1] for line in err[:-1]] == [f'{tmp_path}/{name}' for name in ('b.jpg', 'absent.jpg', 'c.jpg')]
-    assert 'no picture that can be read' in err[0] and 'No such file' in err[1] and 'empty' in err[2]
+    assert [line.split(': ')[0] for line in out[:-1]] == [
+        f'{tmp_path}/a.png',
+        f'{tmp_path}/d.png',
+    ] and out[-1].startswith('drawn in')
+    assert [line.split(': ')[1] for line in err[:-1]] == [
+        f'{tmp_path}/{name}' for name in ('b.jpg', 'absent.jpg', 'c.jpg')
+    ]
+    assert (
+        'no picture that can be read' in err[0] and 'No such file' in err[1] and 'empty' in err[2]
+    )
     assert err[-1] == 'error: 3 of 5 images could not be read'
 
 
@@ -585,7 +734,9 @@ def test_what_may_be_damaged_is_answered_and_noted(trained, tmp_path):
     (tmp_path / 'b.jpg').write_bytes(image_kinds.encoded(image_kinds.pixels_of(1), 'JPEG'))
     status, out, err = run_predict(trained, tmp_path / 'a.jpg', tmp_path / 'b.jpg')
     assert status == 0 and len(out) == 3
-    assert len(err) == 1 and err[0].startswith(f'note: {tmp_path}/a.jpg may be damaged (Corrupt JPEG data: ')
+    assert len(err) == 1 and err[0].startswith(
+        f'note: {tmp_path}/a.jpg may be damaged (Corrupt JPEG data: '
+    )
 
 
 def test_a_folder_is_all_the_files_below_it(trained, tmp_path):
@@ -594,10 +745,17 @@ def test_a_folder_is_all_the_files_below_it(trained, tmp_path):
     for name in ('b.png', 'notes.txt', '.hidden.png', 'more/c.png'):
         (tmp_path / name).write_bytes(good)
     status, out, _ = run_predict(trained, tmp_path)
-    assert status == 0 and [line.split(': ')[0] for line in out[:-1]] == [f'{tmp_path}/b.png', f'{tmp_path}/more/c.png']
+    assert status == 0 and [line.split(': ')[0] for line in out[:-1]] == [
+        f'{tmp_path}/b.png',
+        f'{tmp_path}/more/c.png',
+    ]
     (tmp_path / 'empty').mkdir()
     status, out, err = run_predict(trained, tmp_path / 'empty')
-    assert (status, out) == (1, []) and len(err) == 1 and 'a folder without a file that is called like an image' in err[0]
+    assert (
+        (status, out) == (1, [])
+        and len(err) == 1
+        and 'a folder without a file that is called like an image' in err[0]
+    )
 
 
 def test_what_is_no_file_is_named_without_waiting(trained, tmp_path):
@@ -615,12 +773,17 @@ def test_what_is_no_file_is_named_without_waiting(trained, tmp_path):
     ]
 
 
-@pytest.mark.parametrize('config, says', [
-    ('[]', 'is damaged'), ('"x"', 'is damaged'), ('{}', 'has no section dataset'),
-    ('{"dataset": 3}', 'has no section dataset'),
-    ('{"dataset": {"white_level": "bright"}}', "has dataset.white_level='bright'"),
-    ('{"dataset": {"name": null}}', 'has dataset.name=None'),
-])
+@pytest.mark.parametrize(
+    'config, says',
+    [
+        ('[]', 'is damaged'),
+        ('"x"', 'is damaged'),
+        ('{}', 'has no section dataset'),
+        ('{"dataset": 3}', 'has no section dataset'),
+        ('{"dataset": {"white_level": "bright"}}', "has dataset.white_level='bright'"),
+        ('{"dataset": {"name": null}}', 'has dataset.name=None'),
+    ],
+)
 def test_a_config_that_no_run_has_written_is_named(trained, tmp_path, config, says):
     _, workdir, kinds = trained
     os.symlink(os.path.join(workdir, 'export'), tmp_path / 'export')
@@ -635,34 +798,61 @@ def test_a_config_that_no_run_has_written_is_named(trained, tmp_path, config, sa
 def test_who_stops_reading_sees_no_error(trained, tmp_path, program):
     _, workdir, _ = trained
     for number in range(3):
-        (tmp_path / f'{number}.png').write_bytes(image_kinds.encoded(image_kinds.pixels_of(number), 'PNG'))
-    arguments = {'predict': [workdir, tmp_path], 'compare': [workdir, f'--output={tmp_path}/x.png']}[program]
+        (tmp_path / f'{number}.png').write_bytes(
+            image_kinds.encoded(image_kinds.pixels_of(number), 'PNG')
+        )
+    arguments = {
+        'predict': [workdir, tmp_path],
+        'compare': [workdir, f'--output={tmp_path}/x.png'],
+    }[program]
     reading, writing = os.pipe()
     os.close(reading)
     root = os.path.dirname(os.path.abspath(predict.__file__))
-    ended = subprocess.run([sys.executable, os.path.join(root, f'{program}.py'), *arguments],
-                           stdout=writing, stderr=subprocess.PIPE, text=True)
+    ended = subprocess.run(
+        [sys.executable, os.path.join(root, f'{program}.py'), *arguments],
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     os.close(writing)
     assert (ended.returncode, ended.stderr) == (1, '')
 
 
-@pytest.mark.parametrize('name, printed', [
-    ('line\u2028end', True), ('gnp.\u202ex', True), ('\u2066x', True), ('\ufeffx', True), ('so\u00adft', True), ('tab\t', True),
-    ('می\u200cخواهم', False), ('👩\u200d🚀', False), ('é', False), ('e\u0301', False),
-])
+@pytest.mark.parametrize(
+    'name, printed',
+    [
+        ('line\u2028end', True),
+        ('gnp.\u202ex', True),
+        ('\u2066x', True),
+        ('\ufeffx', True),
+        ('so\u00adft', True),
+        ('tab\t', True),
+        ('می\u200cخواهم', False),
+        ('👩\u200d🚀', False),
+        ('é', False),
+        ('e\u0301', False),
+    ],
+)
 def test_a_name_is_printed_as_it_is_unless_it_disturbs_the_line(name, printed):
     assert image_validation.shown(name) == (ascii(name) if printed else name)
 
 
 def test_titles_are_shortened_as_they_are_drawn(trained, tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr('outputs.plots.plot_answers', lambda path, pixels, titles, classes: drawn.extend(titles))
+    monkeypatch.setattr(
+        'outputs.plots.plot_answers', lambda path, pixels, titles, classes: drawn.extend(titles)
+    )
     answer = predict.Answer('\U00012000' * 30 + '.png', [], None)
     predict.draw('x.png', [answer], 1)
     assert len(drawn[0]) == predict.TITLE_LENGTH and drawn[0].endswith('\\U00012000.png')
 
 
-NAMES = {b'latin-\xe4.png': r"'latin-\udce4.png'", 'two\nlines.png': r"'two\nlines.png'", '猫 dog.png': '猫 dog.png', '$x$ \\alpha.png': '$x$ \\alpha.png'}
+NAMES = {
+    b'latin-\xe4.png': r"'latin-\udce4.png'",
+    'two\nlines.png': r"'two\nlines.png'",
+    '猫 dog.png': '猫 dog.png',
+    '$x$ \\alpha.png': '$x$ \\alpha.png',
+}
 
 
 @pytest.mark.filterwarnings('error')
@@ -678,7 +868,11 @@ def test_a_file_may_have_any_name(trained, tmp_path, name):
 
 def test_many_answers_are_drawn_in_part(trained, tmp_path):
     for number in range(predict.MOST_DRAWN + 5):
-        (tmp_path / f'{number:03}.png').write_bytes(image_kinds.encoded(image_kinds.pixels_of(number), 'PNG'))
+        (tmp_path / f'{number:03}.png').write_bytes(
+            image_kinds.encoded(image_kinds.pixels_of(number), 'PNG')
+        )
     status, out, _ = run_predict(trained, tmp_path)
     assert status == 0 and len(out) == predict.MOST_DRAWN + 6
-    assert out[-1].startswith(f'the first {predict.MOST_DRAWN} of {predict.MOST_DRAWN + 5} are drawn in ')
+    assert out[-1].startswith(
+        f'the first {predict.MOST_DRAWN} of {predict.MOST_DRAWN + 5} are drawn in '
+    )

@@ -2,6 +2,7 @@
 
 Nothing can be computed so, but what Python, Keras or TensorFlow refuse under TPUStrategy they refuse while tracing.
 """
+
 import collections
 import glob
 import importlib
@@ -20,9 +21,21 @@ from modeling import distillation, loops, models, optimizers, steps
 from tests.modeling.test_pretrained import write_foreign_teacher
 
 REPLICAS = 8
-CONFIGS = sorted(os.path.basename(path)[:-3] for path in glob.glob(os.path.join(ROOT, 'configs', '[a-z]*.py')))
+CONFIGS = sorted(
+    os.path.basename(path)[:-3] for path in glob.glob(os.path.join(ROOT, 'configs', '[a-z]*.py'))
+)
 HOST = '/job:localhost/replica:0/task:0/device:'
-HOST_ONLY = ('PyFunc', 'EagerPyFunc', 'IteratorGetNext', 'StringFormat', 'PrintV2', 'Where', 'Timestamp', 'DecodeJpeg', 'DecodeImage')
+HOST_ONLY = (
+    'PyFunc',
+    'EagerPyFunc',
+    'IteratorGetNext',
+    'StringFormat',
+    'PrintV2',
+    'Where',
+    'Timestamp',
+    'DecodeJpeg',
+    'DecodeImage',
+)
 Device = collections.namedtuple('Device', 'name device_type')
 
 
@@ -35,8 +48,13 @@ class MadeUpTpu(cluster_resolver.SimpleClusterResolver):
 
     def get_tpu_system_metadata(self):
         cores = [Device(f'{HOST}TPU:{index}', 'TPU') for index in range(self.replicas)]
-        return tpu_system_metadata.TPUSystemMetadata(num_cores=self.replicas, num_hosts=1, num_of_cores_per_host=self.replicas, topology=None,
-                                                     devices=[Device(f'{HOST}CPU:0', 'CPU'), *cores])
+        return tpu_system_metadata.TPUSystemMetadata(
+            num_cores=self.replicas,
+            num_hosts=1,
+            num_of_cores_per_host=self.replicas,
+            topology=None,
+            devices=[Device(f'{HOST}CPU:0', 'CPU'), *cores],
+        )
 
 
 @pytest.fixture
@@ -61,19 +79,45 @@ def operations(function):
     """How often each operation occurs in the graph of a tf.function and in the graphs it calls."""
     graph = function.get_concrete_function().graph
     called = graph.as_graph_def().library.function
-    return collections.Counter([op.type for op in graph.get_operations()] + [node.op for function in called for node in function.node_def])
+    return collections.Counter(
+        [op.type for op in graph.get_operations()]
+        + [node.op for function in called for node in function.node_def]
+    )
 
 
 def test_the_training_step_adds_up_over_the_cores(still, strategy):
     still.grad_clip_norm = 1.0
-    still.augment.flip, still.augment.color_jitter, still.augment.random_erasing, still.augment.mixup, still.augment.cutmix = True, 0.4, 0.25, 0.2, 1.0
+    (
+        still.augment.flip,
+        still.augment.color_jitter,
+        still.augment.random_erasing,
+        still.augment.mixup,
+        still.augment.cutmix,
+    ) = True, 0.4, 0.25, 0.2, 1.0
     state = build(still, strategy)
-    train_step = steps.make_train_step(state, still, augment.on_device(still.augment, 10), num_classes=10, num_replicas=REPLICAS, jit_compile=False, on_tpu=True)
+    train_step = steps.make_train_step(
+        state,
+        still,
+        augment.on_device(still.augment, 10),
+        num_classes=10,
+        num_replicas=REPLICAS,
+        jit_compile=False,
+        on_tpu=True,
+    )
 
     @tf.function(autograph=False)
     def step():
-        drawn = {name: tf.stack([value] * 4) for name, value in augment.draws(still.augment, tf.constant([0, 1], tf.int64)).items()}
-        return loops.sum_over_replicas(strategy, strategy.run(train_step, args=(tf.zeros((4, 16, 16, 3), tf.uint8), tf.zeros((4,), tf.int64), drawn)))
+        drawn = {
+            name: tf.stack([value] * 4)
+            for name, value in augment.draws(still.augment, tf.constant([0, 1], tf.int64)).items()
+        }
+        return loops.sum_over_replicas(
+            strategy,
+            strategy.run(
+                train_step,
+                args=(tf.zeros((4, 16, 16, 3), tf.uint8), tf.zeros((4,), tf.int64), drawn),
+            ),
+        )
 
     found = operations(step)
     assert found['TPUReplicateMetadata'] == 1
@@ -88,7 +132,13 @@ def test_the_evaluation_step_and_the_mean_of_statistics_are_a_graph(still, strat
 
     @tf.function(autograph=False)
     def step():
-        return loops.sum_over_replicas(strategy, strategy.run(eval_step, args=(tf.zeros((4, 16, 16, 3), tf.uint8), tf.zeros((4,), tf.int64), tf.zeros((4,)))))
+        return loops.sum_over_replicas(
+            strategy,
+            strategy.run(
+                eval_step,
+                args=(tf.zeros((4, 16, 16, 3), tf.uint8), tf.zeros((4,), tf.int64), tf.zeros((4,))),
+            ),
+        )
 
     assert operations(step)['TPUReplicateMetadata'] == 1
     assert operations(loops.make_average_statistics(strategy, state))['CrossReplicaSum'] > 0
@@ -96,7 +146,12 @@ def test_the_evaluation_step_and_the_mean_of_statistics_are_a_graph(still, strat
 
 def whole(config):
     """A shipped config as it is, but for what has to be downloaded."""
-    config.dataset = {**config.dataset, 'name': 'digits', 'train_split': 'train', 'eval_split': 'test'}
+    config.dataset = {
+        **config.dataset,
+        'name': 'digits',
+        'train_split': 'train',
+        'eval_split': 'test',
+    }
     config.model.weights = ''
     config.train_for, config.schedule.warmup, config.schedule.hold = '1000 steps', '10 steps', '0%'
     config.image_size = min(config.image_size, 64)
@@ -110,42 +165,90 @@ def small(config):
 
 
 # `make test-tpu` has all of them, with the real model too, which takes half a minute for each trace.
-ALL = [(replicas, small, name) for replicas in (1, 32) for name in CONFIGS] + [(REPLICAS, whole, name) for name in CONFIGS]
+ALL = [(replicas, small, name) for replicas in (1, 32) for name in CONFIGS] + [
+    (REPLICAS, whole, name) for name in CONFIGS
+]
 SOME = [(1, small, 'digits'), (32, small, 'imagenet')]
 TRACES_ALL = os.environ.get('TRACE') == 'all'
 
 
-@pytest.mark.parametrize('strategy, change, name', [(REPLICAS, small, name) for name in CONFIGS] + (ALL if TRACES_ALL else SOME), indirect=['strategy'])
+@pytest.mark.parametrize(
+    'strategy, change, name',
+    [(REPLICAS, small, name) for name in CONFIGS] + (ALL if TRACES_ALL else SOME),
+    indirect=['strategy'],
+)
 def test_the_loops_of_every_config_are_fit_for_a_tpu(strategy, change, name):
     config = change(importlib.import_module(f'configs.{name}').get_config())
     replicas = strategy.num_replicas_in_sync
     config.batch_size = config.eval_batch_size = 4 * replicas
     source, state = datasets.load(config.dataset), build(config, strategy)
     plan = planning.make_plan(config, source.num_train, source.num_eval, 10, replicas)
-    train_step = steps.make_train_step(state, config, augment.on_device(config.augment, 10), num_classes=10, num_replicas=replicas, jit_compile=False, on_tpu=True)
+    train_step = steps.make_train_step(
+        state,
+        config,
+        augment.on_device(config.augment, 10),
+        num_classes=10,
+        num_replicas=replicas,
+        jit_compile=False,
+        on_tpu=True,
+    )
     batches = pipeline.training_batches(source, config, plan, 0, plan.total_steps, strategy)
     sums = checked_sums(loops.make_train_loop, strategy, train_step, batches)
-    normalisations = sum(getattr(layer, 'synchronized', False) for layer in state.model._flatten_layers())
-    assert sums <= len(state.model.trainable_variables) + 2 * normalisations  # each gradient once, each statistic once each way
+    normalisations = sum(
+        getattr(layer, 'synchronized', False) for layer in state.model._flatten_layers()
+    )
+    assert (
+        sums <= len(state.model.trainable_variables) + 2 * normalisations
+    )  # each gradient once, each statistic once each way
     assert sums == 0 if replicas == 1 else sums >= 2 * normalisations + 1
 
     evaluated, _ = pipeline.evaluation_batches(source, config, plan, strategy)
-    assert checked_sums(loops.make_eval_loop, strategy, steps.make_eval_step(state, num_classes=10), evaluated) == 0
+    assert (
+        checked_sums(
+            loops.make_eval_loop, strategy, steps.make_eval_step(state, num_classes=10), evaluated
+        )
+        == 0
+    )
 
 
-@pytest.mark.parametrize('name', optimizers.OPTIMIZERS if TRACES_ALL else ('sgd', 'adamw', 'adafactor'))
+@pytest.mark.parametrize(
+    'name', optimizers.OPTIMIZERS if TRACES_ALL else ('sgd', 'adamw', 'adafactor')
+)
 def test_everything_at_once_is_fit_for_a_tpu_with_every_optimizer(tiny, strategy, name, tmp_path):
     write_foreign_teacher(str(tmp_path / 'teacher'))
-    tiny.distill.teacher, tiny.model.freeze, tiny.model.layer_decay, tiny.accumulate_steps = str(tmp_path / 'teacher'), 'block1', 0.8, 2
-    tiny.optimizer, tiny.weight_decay, tiny.grad_clip_norm, tiny.ema_decay, tiny.model.dropout = {'name': name}, 0.1, 1.0, 0.99, 0.2
+    tiny.distill.teacher, tiny.model.freeze, tiny.model.layer_decay, tiny.accumulate_steps = (
+        str(tmp_path / 'teacher'),
+        'block1',
+        0.8,
+        2,
+    )
+    tiny.optimizer, tiny.weight_decay, tiny.grad_clip_norm, tiny.ema_decay, tiny.model.dropout = (
+        {'name': name},
+        0.1,
+        1.0,
+        0.99,
+        0.2,
+    )
     source, state = datasets.load(tiny.dataset), build(tiny, strategy)
     plan = planning.make_plan(tiny, source.num_train, source.num_eval, 10, REPLICAS)
     with strategy.scope():
         teacher, _ = distillation.make_teacher(tiny, source.class_names)
-    train_step = steps.make_train_step(state, tiny, augment.on_device(tiny.augment, 10), num_classes=10, num_replicas=REPLICAS, jit_compile=False, on_tpu=True, teacher=teacher)
+    train_step = steps.make_train_step(
+        state,
+        tiny,
+        augment.on_device(tiny.augment, 10),
+        num_classes=10,
+        num_replicas=REPLICAS,
+        jit_compile=False,
+        on_tpu=True,
+        teacher=teacher,
+    )
     batches = pipeline.training_batches(source, tiny, plan, 0, plan.total_steps, strategy)
     # Each gradient once, and each micro-batch's statistics of the one normalisation that is not frozen, both ways.
-    assert checked_sums(loops.make_train_loop, strategy, train_step, batches) <= len(state.model.trainable_variables) + 2 * 2
+    assert (
+        checked_sums(loops.make_train_loop, strategy, train_step, batches)
+        <= len(state.model.trainable_variables) + 2 * 2
+    )
 
 
 def checked_sums(make_loop, strategy, step, batches):
@@ -158,16 +261,37 @@ def checked_sums(make_loop, strategy, step, batches):
 
     graph = make_loop(strategy, watched).get_concrete_function(iter(batches), tf.constant(4)).graph
     (body,) = bodies
-    assert [op.type for op in graph.get_operations()].count('While') == 1  # all steps are one call from the host
-    functions = {function.signature.name: function for function in graph.as_graph_def().library.function}
-    (name,) = [name for name, function in functions.items() if any(node.op == 'TPUReplicateMetadata' for node in function.node_def)]
+    assert [op.type for op in graph.get_operations()].count(
+        'While'
+    ) == 1  # all steps are one call from the host
+    functions = {
+        function.signature.name: function for function in graph.as_graph_def().library.function
+    }
+    (name,) = [
+        name
+        for name, function in functions.items()
+        if any(node.op == 'TPUReplicateMetadata' for node in function.node_def)
+    ]
     del functions[name]  # that is the body
     on_cores = [op for op in body.get_operations() if '_tpu_replicate' in op.node_def.attr]
     assert len(on_cores) > 100
     called = [node for function in functions.values() for node in function.node_def]
-    assert not [node.name for node in called if 'CrossReplicaSum' in node.op]  # none in a conditional or a loop
-    assert not [node.name for node in (*called, *(op.node_def for op in body.get_operations())) if node.attr['_XlaMustCompile'].b]
-    assert not [node.name for node in (*called, *(op.node_def for op in on_cores)) if node.op in HOST_ONLY]
+    assert not [
+        node.name for node in called if 'CrossReplicaSum' in node.op
+    ]  # none in a conditional or a loop
+    assert not [
+        node.name
+        for node in (*called, *(op.node_def for op in body.get_operations()))
+        if node.attr['_XlaMustCompile'].b
+    ]
+    assert not [
+        node.name for node in (*called, *(op.node_def for op in on_cores)) if node.op in HOST_ONLY
+    ]
     assert not [op.name for op in on_cores for output in op.outputs if output.dtype == tf.string]
-    assert not [op.name for op in on_cores for output in op.outputs if output.dtype.is_numpy_compatible and not output.shape.is_fully_defined()]
+    assert not [
+        op.name
+        for op in on_cores
+        for output in op.outputs
+        if output.dtype.is_numpy_compatible and not output.shape.is_fully_defined()
+    ]
     return sum(op.type == 'CrossReplicaSum' for op in on_cores)

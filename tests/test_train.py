@@ -1,4 +1,5 @@
 """A whole run leaves every file that is promised, stops without loss, and goes on as if it had not stopped."""
+
 import json
 import os
 import re
@@ -21,14 +22,28 @@ from outputs.metrics_logger import read_metrics
 from outputs.train_progress import Progress
 from tests.conftest import tiny_config
 
-FILES = ('config.json', 'environment.json', 'metrics.jsonl', 'tensorboard', 'checkpoints', 'plots/learning_rate.png',
-         'plots/curves.png', 'export/saved_model.pb', 'export/labels.txt', 'report.md', 'summary.json')
+FILES = (
+    'config.json',
+    'environment.json',
+    'metrics.jsonl',
+    'tensorboard',
+    'checkpoints',
+    'plots/learning_rate.png',
+    'plots/curves.png',
+    'export/saved_model.pb',
+    'export/labels.txt',
+    'report.md',
+    'summary.json',
+)
 
 
 def without_times(workdir):
     """metrics.jsonl without what a clock wrote."""
     timed = ('wall_time', 'train/examples_per_second', 'train/input_wait_fraction')
-    return [{key: value for key, value in row.items() if key not in timed} for row in read_metrics(workdir)]
+    return [
+        {key: value for key, value in row.items() if key not in timed}
+        for row in read_metrics(workdir)
+    ]
 
 
 def stop_at(monkeypatch, step, signal_number=signal.SIGTERM):
@@ -62,10 +77,20 @@ def test_a_run_leaves_every_file(finished):
 def test_the_summary_says_what_happened(finished):
     config, workdir = finished
     summary, rows = read_json(os.path.join(workdir, 'summary.json')), read_metrics(workdir)
-    assert summary['steps'] == 30 and summary['examples_seen'] == 30 * 32 and summary['eval/examples'] == 360
+    assert (
+        summary['steps'] == 30
+        and summary['examples_seen'] == 30 * 32
+        and summary['eval/examples'] == 360
+    )
     assert summary['eval/accuracy'] == rows[-1]['eval/accuracy'] and summary['resumed_from'] == []
-    assert summary['best/accuracy'] == pytest.approx(max(row['eval/accuracy'] for row in rows if 'eval/accuracy' in row))
-    assert summary['train_seconds'] > 0 and summary['examples_per_second'] > 0 and 0 <= summary['input_wait_fraction'] <= 1
+    assert summary['best/accuracy'] == pytest.approx(
+        max(row['eval/accuracy'] for row in rows if 'eval/accuracy' in row)
+    )
+    assert (
+        summary['train_seconds'] > 0
+        and summary['examples_per_second'] > 0
+        and 0 <= summary['input_wait_fraction'] <= 1
+    )
     assert re.fullmatch('[0-9a-f]{64}', summary['weights_sha256'])
     report = open(os.path.join(workdir, 'report.md')).read()
     assert f'{summary["eval/accuracy"]:.2%}' in report and summary['weights_sha256'] in report
@@ -81,7 +106,14 @@ def test_metrics_have_a_row_at_each_interval_with_the_rate_that_was_planned(fini
     rate = planning.learning_rate_of(config, planning.make_plan(config, 1437, 360, 10, 1))
     for row in rows:
         assert row['train/learning_rate'] == pytest.approx(rate(row['step'] - 1), rel=1e-5)
-        assert set(row) >= {'wall_time', 'train/loss', 'train/accuracy', 'train/grad_norm', 'train/examples_per_second', 'train/input_wait_fraction'}
+        assert set(row) >= {
+            'wall_time',
+            'train/loss',
+            'train/accuracy',
+            'train/grad_norm',
+            'train/examples_per_second',
+            'train/input_wait_fraction',
+        }
     assert rows[0]['train/loss'] > rows[-1]['train/loss']
 
 
@@ -93,7 +125,9 @@ def test_tensorboard_shows_the_learning_rate(finished):
             event = tf.compat.v1.Event.FromString(record)
             for value in event.summary.value:
                 seen.setdefault(value.tag, {})[event.step] = float(tf.make_ndarray(value.tensor))
-    assert seen['train/learning_rate'] == {row['step']: pytest.approx(row['train/learning_rate']) for row in read_metrics(finished[1])}
+    assert seen['train/learning_rate'] == {
+        row['step']: pytest.approx(row['train/learning_rate']) for row in read_metrics(finished[1])
+    }
 
 
 def test_a_finished_run_does_nothing_again(finished, capsys):
@@ -108,8 +142,12 @@ def test_evaluating_the_checkpoint_gives_what_training_reported(finished):
     config, workdir = finished
     summary = read_json(os.path.join(workdir, 'summary.json'))
     metrics = evaluate.run(config, workdir, 'last')
-    assert metrics['eval/accuracy'] == summary['eval/accuracy'] and metrics['eval/loss'] == pytest.approx(summary['eval/loss'], rel=1e-5)
-    assert evaluate.run(config, workdir, 'best')['eval/accuracy'] == pytest.approx(summary['best/accuracy'])
+    assert metrics['eval/accuracy'] == summary['eval/accuracy'] and metrics[
+        'eval/loss'
+    ] == pytest.approx(summary['eval/loss'], rel=1e-5)
+    assert evaluate.run(config, workdir, 'best')['eval/accuracy'] == pytest.approx(
+        summary['best/accuracy']
+    )
     config.virtual_devices = 4
     try:
         assert evaluate.run(config, workdir, 'last')['eval/accuracy'] == summary['eval/accuracy']
@@ -119,23 +157,33 @@ def test_evaluating_the_checkpoint_gives_what_training_reported(finished):
 
 def test_the_exported_model_gives_the_accuracy_of_the_run(finished):
     summary = read_json(os.path.join(finished[1], 'summary.json'))
-    assert summary['export/examples'] == 360 and summary['export/accuracy'] == summary['eval/accuracy']
+    assert (
+        summary['export/examples'] == 360 and summary['export/accuracy'] == summary['eval/accuracy']
+    )
     assert summary['export/max_difference'] < 1e-3
 
 
 def test_the_exported_model_takes_any_size_and_type_and_says_the_label(finished):
     directory = os.path.join(finished[1], 'export')
     model = tf.saved_model.load(directory)
-    assert [name.decode() for name in model.label_names().numpy()] == list('0123456789') == open(os.path.join(directory, 'labels.txt')).read().split()
+    assert (
+        [name.decode() for name in model.label_names().numpy()]
+        == list('0123456789')
+        == open(os.path.join(directory, 'labels.txt')).read().split()
+    )
     pictures = np.random.RandomState(0).randint(0, 256, (3, 37, 53, 3)).astype(np.uint8)
     answers = model.signatures['serving_default'](images=tf.constant(pictures))
     same = model.signatures['classify_float'](images=tf.constant(pictures, tf.float32))
-    files = model.signatures['classify_encoded'](encoded=tf.constant([tf.io.encode_png(picture).numpy() for picture in pictures]))
+    files = model.signatures['classify_encoded'](
+        encoded=tf.constant([tf.io.encode_png(picture).numpy() for picture in pictures])
+    )
     for other in (same, files):
         np.testing.assert_allclose(other['logits'], answers['logits'], rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(answers['probabilities'].numpy().sum(-1), 1, rtol=1e-5)
     np.testing.assert_array_equal(answers['class_index'], answers['logits'].numpy().argmax(-1))
-    assert [label.decode() for label in answers['label'].numpy()] == [str(index) for index in answers['class_index'].numpy()]
+    assert [label.decode() for label in answers['label'].numpy()] == [
+        str(index) for index in answers['class_index'].numpy()
+    ]
 
 
 def test_an_export_that_answers_otherwise_is_an_error_and_the_old_one_stays(finished, monkeypatch):
@@ -154,7 +202,10 @@ def test_weights_that_are_not_finite_are_not_exported(finished, tmp_path):
     session.checkpoints.restore(partly=True)
     first = steps.evaluated_weights(session.state)[0]
     first.assign(tf.fill(first.shape, float('nan')))
-    with pytest.raises(RunError, match='the weights are not finite, .*kernel for one: the model has diverged.*--checkpoint=best'):
+    with pytest.raises(
+        RunError,
+        match='the weights are not finite, .*kernel for one: the model has diverged.*--checkpoint=best',
+    ):
         export.write(session, str(tmp_path / 'export'))
     assert not os.listdir(tmp_path)
 
@@ -171,7 +222,10 @@ def diverged(tiny, workdir):
 @pytest.mark.usefixtures('read_here')
 def test_finite_weights_with_answers_that_are_not_are_said_to_have_diverged(tiny, tmp_path, capsys):
     said = diverged(tiny, str(tmp_path / 'run'))
-    assert re.match('the answers of the model to [0-9]+ of 360 evaluation examples are not finite: the model has diverged', said)
+    assert re.match(
+        'the answers of the model to [0-9]+ of 360 evaluation examples are not finite: the model has diverged',
+        said,
+    )
     assert 'lower config.schedule.peak_lr' in said and '\n' not in said
     assert 'best' not in said  # there is none
     capsys.readouterr()
@@ -179,13 +233,20 @@ def test_finite_weights_with_answers_that_are_not_are_said_to_have_diverged(tiny
     note, numbers = capsys.readouterr().out.splitlines()
     assert note == 'note      the loss is not finite: the model has diverged'
     assert json.loads(numbers)['eval/loss'] is None
-    with pytest.raises(RunError, match='there is no best checkpoint in .*: no evaluation of this run is the best yet'):
+    with pytest.raises(
+        RunError,
+        match='there is no best checkpoint in .*: no evaluation of this run is the best yet',
+    ):
         evaluate.run(tiny, str(tmp_path / 'run'), 'best')
 
 
 @pytest.mark.usefixtures('read_here')
-@pytest.mark.parametrize('signal_number, status, step', [(signal.SIGTERM, 143, 13), (signal.SIGINT, 0, 20)])
-def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(finished, tmp_path, monkeypatch, signal_number, status, step):
+@pytest.mark.parametrize(
+    'signal_number, status, step', [(signal.SIGTERM, 143, 13), (signal.SIGINT, 0, 20)]
+)
+def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(
+    finished, tmp_path, monkeypatch, signal_number, status, step
+):
     config, reference = finished
     workdir = str(tmp_path / 'run')
     with monkeypatch.context() as patch:
@@ -195,43 +256,71 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(finished, tmp_path, monk
     config.steps_per_loop = 4
     assert not os.path.exists(os.path.join(workdir, 'summary.json'))
     assert train.run(config, workdir) == 0
-    summary, expected = (read_json(os.path.join(folder, 'summary.json')) for folder in (workdir, reference))
+    summary, expected = (
+        read_json(os.path.join(folder, 'summary.json')) for folder in (workdir, reference)
+    )
     assert summary['resumed_from'] == [step]
     for key in ('weights_sha256', 'eval/accuracy', 'eval/loss', 'best/accuracy'):
         assert summary[key] == expected[key], key
     assert [row['step'] for row in read_metrics(workdir)] == [5, 10, 15, 20, 25, 30]
     if step % 5 == 0:
         for ours, theirs in zip(without_times(workdir), without_times(reference), strict=True):
-            assert ours == pytest.approx(theirs, rel=1e-6)  # the sums were made in loops of another length
+            assert ours == pytest.approx(
+                theirs, rel=1e-6
+            )  # the sums were made in loops of another length
 
 
 @pytest.mark.parametrize('virtual_devices', [0, 2])
-def test_the_host_calls_once_for_each_loop_and_nothing_is_traced_again(tiny, tmp_path, monkeypatch, virtual_devices):
-    tiny.virtual_devices, tiny.steps_per_loop, tiny.log_every, tiny.eval_every = virtual_devices, 7, '10 steps', '15 steps'
+def test_the_host_calls_once_for_each_loop_and_nothing_is_traced_again(
+    tiny, tmp_path, monkeypatch, virtual_devices
+):
+    tiny.virtual_devices, tiny.steps_per_loop, tiny.log_every, tiny.eval_every = (
+        virtual_devices,
+        7,
+        '10 steps',
+        '15 steps',
+    )
     made = {'make_train_loop': [], 'make_eval_loop': []}
     for name in made:
+
         def make(*arguments, name=name, original=getattr(train.loops, name)):
             loop, calls = original(*arguments), []
             made[name].append((loop, calls))
-            return lambda iterator, num_steps: calls.append(int(num_steps)) or loop(iterator, num_steps)
+            return lambda iterator, num_steps: (
+                calls.append(int(num_steps)) or loop(iterator, num_steps)
+            )
 
         monkeypatch.setattr(train.loops, name, make)
     session = open_session(tiny, str(tmp_path))
     logbook = train.Logbook(str(tmp_path), 0, session.plan.total_steps)
     progress = Progress()
-    assert train.train(session, logbook, progress, train.preemption.Stop()) is None and progress.metrics['eval/examples'] == 360
+    assert (
+        train.train(session, logbook, progress, train.preemption.Stop()) is None
+        and progress.metrics['eval/examples'] == 360
+    )
     session.checkpoints.wait()
     logbook.close()
     ((train_loop, train_calls),), ((eval_loop, eval_calls),) = made.values()
     assert train_calls == [7, 3, 5, 5, 7, 3]  # loops of 7, cut where the host logs or evaluates
     assert eval_calls == [3, 3]  # 360 examples in batches of 128
-    assert train_loop.experimental_get_tracing_count() == eval_loop.experimental_get_tracing_count() == 1
+    assert (
+        train_loop.experimental_get_tracing_count()
+        == eval_loop.experimental_get_tracing_count()
+        == 1
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures('read_here')
-def test_a_progressive_run_is_traced_once_for_each_size_and_goes_on_after_a_stop(tiny, tmp_path, monkeypatch):
-    tiny.image_size, tiny.progressive.stages, tiny.progressive.image_size, tiny.augment.mixup = 96, 3, 32, 0.2
+def test_a_progressive_run_is_traced_once_for_each_size_and_goes_on_after_a_stop(
+    tiny, tmp_path, monkeypatch
+):
+    tiny.image_size, tiny.progressive.stages, tiny.progressive.image_size, tiny.augment.mixup = (
+        96,
+        3,
+        32,
+        0.2,
+    )
     sizes, original = [], train.steps.make_train_step
 
     def watched(*arguments, **options):
@@ -251,7 +340,9 @@ def test_a_progressive_run_is_traced_once_for_each_size_and_goes_on_after_a_stop
         tiny.steps_per_loop = 1
         assert train.run(tiny, str(tmp_path / 'stopped')) == 143
     assert train.run(tiny, str(tmp_path / 'stopped')) == 0
-    whole, stopped = (read_json(str(tmp_path / name / 'summary.json')) for name in ('whole', 'stopped'))
+    whole, stopped = (
+        read_json(str(tmp_path / name / 'summary.json')) for name in ('whole', 'stopped')
+    )
     assert whole['weights_sha256'] == stopped['weights_sha256'] and stopped['resumed_from'] == [14]
 
 
@@ -262,8 +353,13 @@ def grey_pictures(tmp_path):
         for label, name in enumerate(('dark', 'light')):
             os.makedirs(tmp_path / 'data' / split / name)
             for index in range(count):
-                grey = np.random.RandomState(index).randint(0, 60, (30 + index, 40, 3)) + 150 * label
-                tf.io.write_file(str(tmp_path / 'data' / split / name / f'{index}.jpg'), tf.io.encode_jpeg(grey.astype(np.uint8)))
+                grey = (
+                    np.random.RandomState(index).randint(0, 60, (30 + index, 40, 3)) + 150 * label
+                )
+                tf.io.write_file(
+                    str(tmp_path / 'data' / split / name / f'{index}.jpg'),
+                    tf.io.encode_jpeg(grey.astype(np.uint8)),
+                )
     config = folder.get_config()
     config.dataset.data_dir = str(tmp_path / 'data')
     config.model.name, config.model.drop_path, config.image_size = 'tiny', 0.0, 32
@@ -276,7 +372,10 @@ def test_a_folder_of_ones_own_pictures_is_trained_on_to_the_end(grey_pictures, t
     _, config = grey_pictures
     assert train.run(config, str(tmp_path / 'run')) == 0
     summary = read_json(str(tmp_path / 'run' / 'summary.json'))
-    assert summary['eval/examples'] == 10 and summary['eval/accuracy'] == summary['export/accuracy'] == 1.0
+    assert (
+        summary['eval/examples'] == 10
+        and summary['eval/accuracy'] == summary['export/accuracy'] == 1.0
+    )
     assert (tmp_path / 'run' / 'export' / 'labels.txt').read_text().split() == ['dark', 'light']
     config.unlock()
     config.dataset.data_dir = str(tmp_path / 'other')
@@ -285,9 +384,15 @@ def test_a_folder_of_ones_own_pictures_is_trained_on_to_the_end(grey_pictures, t
 
 
 @pytest.mark.slow
-def test_pictures_that_go_under_a_stopped_run_are_noted_and_the_schedule_stays(grey_pictures, tmp_path, monkeypatch, capsys):
+def test_pictures_that_go_under_a_stopped_run_are_noted_and_the_schedule_stays(
+    grey_pictures, tmp_path, monkeypatch, capsys
+):
     data, config = grey_pictures
-    config.train_for, config.steps_per_loop, config.log_every = '12 epochs', 1, '20 steps'  # 60 steps of 40 pictures
+    config.train_for, config.steps_per_loop, config.log_every = (
+        '12 epochs',
+        1,
+        '20 steps',
+    )  # 60 steps of 40 pictures
     with monkeypatch.context() as patch:
         stop_at(patch, 20)
         assert train.run(config, str(tmp_path / 'run')) == 143
@@ -295,15 +400,32 @@ def test_pictures_that_go_under_a_stopped_run_are_noted_and_the_schedule_stays(g
         os.remove(data / 'train' / 'dark' / f'{index}.jpg')
     capsys.readouterr()
     assert train.run(config, str(tmp_path / 'run')) == 0
-    changed = 'the training pictures have changed during the run, which began with 40: now there are 36'
-    assert f'note      {changed}' in capsys.readouterr().out and changed in (tmp_path / 'run' / 'report.md').read_text()
+    changed = (
+        'the training pictures have changed during the run, which began with 40: now there are 36'
+    )
+    assert (
+        f'note      {changed}' in capsys.readouterr().out
+        and changed in (tmp_path / 'run' / 'report.md').read_text()
+    )
     assert read_json(str(tmp_path / 'run' / 'summary.json'))['steps'] == 60
 
 
-@pytest.mark.parametrize('harm, says', [(lambda path: os.remove(path), 'it has gone'), (lambda path: path.write_bytes(b'no picture'), 'train/light/7.jpg')])
-def test_a_picture_that_is_spoilt_while_it_is_in_use_is_named(grey_pictures, tmp_path, monkeypatch, harm, says):
+@pytest.mark.parametrize(
+    'harm, says',
+    [
+        (lambda path: os.remove(path), 'it has gone'),
+        (lambda path: path.write_bytes(b'no picture'), 'train/light/7.jpg'),
+    ],
+)
+def test_a_picture_that_is_spoilt_while_it_is_in_use_is_named(
+    grey_pictures, tmp_path, monkeypatch, harm, says
+):
     data, config = grey_pictures
-    config.train_for, config.steps_per_loop, config.dataset.memory_gib = '5000 steps', 1, 0.001  # not kept in memory
+    config.train_for, config.steps_per_loop, config.dataset.memory_gib = (
+        '5000 steps',
+        1,
+        0.001,
+    )  # not kept in memory
     config.dataset.max_broken = 0.1
     for name in ('dark', 'light'):
         for index in range(20):
@@ -317,7 +439,9 @@ def test_a_picture_that_is_spoilt_while_it_is_in_use_is_named(grey_pictures, tmp
             harm(data / 'train' / 'light' / '7.jpg')
 
     monkeypatch.setattr(train.Logbook, 'advance', advance)
-    with pytest.raises(RunError, match='pictures cannot be read any more: .*light/7.jpg.*leaves them out') as error:
+    with pytest.raises(
+        RunError, match='pictures cannot be read any more: .*light/7.jpg.*leaves them out'
+    ) as error:
         train.run(config, str(tmp_path / 'run'))
     assert says in str(error.value) and '\n' not in str(error.value)
 
@@ -362,14 +486,19 @@ def test_a_loss_that_is_not_a_number_ends_the_run_with_advice(tiny, tmp_path):
     tiny.optimizer = {'name': 'sgd'}
     tiny.schedule.peak_lr = tiny.schedule.start_lr = 1e30
     tiny.max_skipped_updates = 5
-    with pytest.raises(RunError, match='not finite in updates 1 to 8, which were skipped: look at the first batch with --mode=preview; lower config.schedule.peak_lr'):
+    with pytest.raises(
+        RunError,
+        match='not finite in updates 1 to 8, which were skipped: look at the first batch with --mode=preview; lower config.schedule.peak_lr',
+    ):
         train.run(tiny, str(tmp_path / 'run'))
     assert os.listdir(tmp_path / 'run' / 'checkpoints') == []
     tiny.max_skipped_updates = 0  # not skipped, then
     with pytest.raises(RunError, match='not finite somewhere in updates 0 to 3: look at'):
         train.run(tiny, str(tmp_path / 'run'))
     assert os.listdir(tmp_path / 'run' / 'checkpoints') == []
-    tiny.schedule.peak_lr = tiny.schedule.start_lr = 1e-3  # nothing was trained there, so nothing is in the way
+    tiny.schedule.peak_lr = tiny.schedule.start_lr = (
+        1e-3  # nothing was trained there, so nothing is in the way
+    )
     assert train.run(tiny, str(tmp_path / 'run')) == 0
 
 
@@ -381,7 +510,9 @@ def test_verbs_without_a_checkpoint_say_so(tiny, tmp_path):
 
 def test_a_checkpoint_of_another_model_or_a_damaged_one_is_named(finished, tmp_path):
     config, workdir = finished
-    shutil.copytree(os.path.join(workdir, 'checkpoints'), tmp_path / 'checkpoints')  # without config.json, which would say it first
+    shutil.copytree(
+        os.path.join(workdir, 'checkpoints'), tmp_path / 'checkpoints'
+    )  # without config.json, which would say it first
     config.image_size, config.model.name = 32, 'MobileNetV2'
     try:
         with pytest.raises(RunError, match='step-30 does not fit this config .model/0000 is'):
@@ -390,10 +521,14 @@ def test_a_checkpoint_of_another_model_or_a_damaged_one_is_named(finished, tmp_p
         config.image_size, config.model.name = 16, 'tiny'
     for step in (20, 30):
         (tmp_path / 'checkpoints' / f'step-{step}' / 'variables.index').write_bytes(b'damaged')
-    with pytest.raises(RunError, match='none of the 2 checkpoints .*step-30/variables.index is damaged'):
+    with pytest.raises(
+        RunError, match='none of the 2 checkpoints .*step-30/variables.index is damaged'
+    ):
         evaluate.run(config, str(tmp_path))
 
 
 def test_metrics_cut_short_by_a_crash_are_read_up_to_there(tmp_path):
-    (tmp_path / 'metrics.jsonl').write_text(json.dumps({'step': 1}) + '\n' + '{"step": 2, "train/lo')
+    (tmp_path / 'metrics.jsonl').write_text(
+        json.dumps({'step': 1}) + '\n' + '{"step": 2, "train/lo'
+    )
     assert read_metrics(str(tmp_path)) == [{'step': 1}]

@@ -1,4 +1,5 @@
 """Several processes on this machine train as one: the same weights, one set of files, and they stop and fail together."""
+
 import json
 import os
 import re
@@ -18,9 +19,19 @@ from outputs.checkpoints import steps_in
 from outputs.metrics_logger import read_metrics
 from tests.modeling.test_pretrained import write_foreign_teacher
 
-ARGUMENTS = ('--config=configs/digits.py', '--config.model.name=tiny', '--config.image_size=16', '--config.batch_size=32', '--config.train_for=30 steps',
-             '--config.schedule.warmup=3 steps', '--config.log_every=5 steps', '--config.eval_every=10 steps', '--config.checkpoint_every=10 steps',
-             '--config.steps_per_loop=2', '--config.model.sync_batch_norm=false')
+ARGUMENTS = (
+    '--config=configs/digits.py',
+    '--config.model.name=tiny',
+    '--config.image_size=16',
+    '--config.batch_size=32',
+    '--config.train_for=30 steps',
+    '--config.schedule.warmup=3 steps',
+    '--config.log_every=5 steps',
+    '--config.eval_every=10 steps',
+    '--config.checkpoint_every=10 steps',
+    '--config.steps_per_loop=2',
+    '--config.model.sync_batch_norm=false',
+)
 
 
 def free_ports(count):
@@ -36,10 +47,20 @@ def start(arguments, workers=2):
     addresses = [f'localhost:{port}' for port in free_ports(workers)]
     processes = []
     for index in range(workers):
-        cluster = json.dumps({'cluster': {'worker': addresses}, 'task': {'type': 'worker', 'index': index}})
+        cluster = json.dumps(
+            {'cluster': {'worker': addresses}, 'task': {'type': 'worker', 'index': index}}
+        )
         environment = {**os.environ, 'TF_CONFIG': cluster}
-        processes.append(subprocess.Popen([sys.executable, os.path.join(ROOT, 'main.py'), *arguments], env=environment, cwd=ROOT,
-                                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, os.path.join(ROOT, 'main.py'), *arguments],
+                env=environment,
+                cwd=ROOT,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
     return processes
 
 
@@ -59,19 +80,40 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp('workers')
     write_foreign_teacher(str(folder / 'teacher'))
     workdir = str(folder / 'run')
-    arguments = [*ARGUMENTS, f'--workdir={workdir}', f'--config.distill.teacher={folder}/teacher', '--config.model.freeze=block1', '--config.model.layer_decay=0.5']
+    arguments = [
+        *ARGUMENTS,
+        f'--workdir={workdir}',
+        f'--config.distill.teacher={folder}/teacher',
+        '--config.model.freeze=block1',
+        '--config.model.layer_decay=0.5',
+    ]
     return arguments, workdir, finish(start(arguments))
 
 
 def test_one_worker_writes_and_speaks_for_all(finished):
     _, workdir, ended = finished
     assert [status for status, *_ in ended] == [0, 0], ended
-    assert 'MultiWorkerMirroredStrategy on 2 workers, 2 replicas' in ended[0][1] and ended[1][1] == ''
+    assert (
+        'MultiWorkerMirroredStrategy on 2 workers, 2 replicas' in ended[0][1] and ended[1][1] == ''
+    )
     assert [row['step'] for row in read_metrics(workdir)] == [5, 10, 15, 20, 25, 30]
     summary = read_json(os.path.join(workdir, 'summary.json'))
-    assert summary['eval/examples'] == 360 and summary['steps'] == 30 and summary['export/accuracy'] == summary['eval/accuracy']
-    assert sorted(os.listdir(workdir)) == ['checkpoints', 'config.json', 'environment.json', 'export', 'metrics.jsonl', 'plots', 'report.md',
-                                           'summary.json', 'tensorboard']
+    assert (
+        summary['eval/examples'] == 360
+        and summary['steps'] == 30
+        and summary['export/accuracy'] == summary['eval/accuracy']
+    )
+    assert sorted(os.listdir(workdir)) == [
+        'checkpoints',
+        'config.json',
+        'environment.json',
+        'export',
+        'metrics.jsonl',
+        'plots',
+        'report.md',
+        'summary.json',
+        'tensorboard',
+    ]
 
 
 @pytest.mark.slow
@@ -80,20 +122,36 @@ def test_workers_forget_the_same_and_export_the_best_together(finished, tmp_path
     arguments, before, _ = finished
     workdir = str(tmp_path / 'run')
     shutil.copytree(before, workdir)
-    changes = ['--config.dataset.eval_split=train[:300]', '--config.train_for=60 steps', '--config.patience=10 steps', '--config.batch_size=16',
-               '--config.schedule.peak_lr=1e3', '--config.max_skipped_updates=0']
+    changes = [
+        '--config.dataset.eval_split=train[:300]',
+        '--config.train_for=60 steps',
+        '--config.patience=10 steps',
+        '--config.batch_size=16',
+        '--config.schedule.peak_lr=1e3',
+        '--config.max_skipped_updates=0',
+    ]
     ended = finish(start([*arguments, f'--workdir={workdir}', '--resume=changed', *changes]))
     assert [status for status, *_ in ended] == [0, 0], ended
     summary = read_json(os.path.join(workdir, 'summary.json'))
     assert (summary['steps'], summary['export/step'], summary['best/step']) == (40, 30, 30)
-    assert summary['eval/examples'] == 300 and summary['export/accuracy'] == summary['export/eval_accuracy'] > summary['eval/accuracy']
+    assert (
+        summary['eval/examples'] == 300
+        and summary['export/accuracy'] == summary['export/eval_accuracy'] > summary['eval/accuracy']
+    )
     assert summary['examples_seen'] == 30 * 32 + 10 * 16
 
 
 def training(tmp_path):
     """(processes, folder) of a long run that has begun to train."""
     workdir = str(tmp_path / 'run')
-    processes = start([*ARGUMENTS, '--config.train_for=20000 steps', '--config.schedule.warmup=3 steps', f'--workdir={workdir}'])
+    processes = start(
+        [
+            *ARGUMENTS,
+            '--config.train_for=20000 steps',
+            '--config.schedule.warmup=3 steps',
+            f'--workdir={workdir}',
+        ]
+    )
     deadline = time.monotonic() + 200
     while not read_metrics(workdir) and time.monotonic() < deadline:
         time.sleep(0.2)
@@ -106,14 +164,19 @@ def test_a_signal_to_any_worker_stops_all_and_the_same_command_goes_on(tmp_path)
     processes[1].send_signal(signal.SIGTERM)
     ended = finish(processes)
     assert [status for status, *_ in ended] == [143, 143], ended
-    stopped = int(re.search(r'continues at step ([\d,]+), which is saved', ended[0][1])[1].replace(',', ''))
+    stopped = int(
+        re.search(r'continues at step ([\d,]+), which is saved', ended[0][1])[1].replace(',', '')
+    )
     assert os.path.exists(os.path.join(workdir, 'checkpoints', f'step-{stopped}', 'manifest.json'))
 
 
 def test_a_worker_that_waits_for_another_says_so_and_ends_by_ctrl_c(tmp_path):
     process, absent = start([*ARGUMENTS, f'--workdir={tmp_path}/run'])
     absent.kill()
-    assert process.stderr.readline() == 'waiting for the other workers that TF_CONFIG names, 2 in all\n'
+    assert (
+        process.stderr.readline()
+        == 'waiting for the other workers that TF_CONFIG names, 2 in all\n'
+    )
     time.sleep(3)  # it waits in TensorFlow now
     process.send_signal(signal.SIGINT)
     (status, *_), _ = finish([process, absent], timeout=60)
@@ -121,21 +184,32 @@ def test_a_worker_that_waits_for_another_says_so_and_ends_by_ctrl_c(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_worker_that_is_killed_ends_the_others_with_its_name_and_a_restart_of_all_continues(tmp_path):
+def test_a_worker_that_is_killed_ends_the_others_with_its_name_and_a_restart_of_all_continues(
+    tmp_path,
+):
     processes, workdir = training(tmp_path)
     deadline = time.monotonic() + 60
     while not steps_in(os.path.join(workdir, 'checkpoints')) and time.monotonic() < deadline:
         time.sleep(0.1)
     processes[1].kill()
     (status, _, said), _ = finish(processes, timeout=60)
-    assert status == 1 and 'error: worker 1 does not answer any more: start all workers again' in said and 'Traceback' not in said
+    assert (
+        status == 1
+        and 'error: worker 1 does not answer any more: start all workers again' in said
+        and 'Traceback' not in said
+    )
     again, _ = training(tmp_path)
     deadline = time.monotonic() + 100
-    while not read_json(os.path.join(workdir, 'environment.json'))['resumed_from'] and time.monotonic() < deadline:
+    while (
+        not read_json(os.path.join(workdir, 'environment.json'))['resumed_from']
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.2)
     again[0].send_signal(signal.SIGTERM)
     ended = finish(again)
-    assert [status for status, *_ in ended] == [143, 143] and 'resumes   at step' in ended[0][1], ended
+    assert [status for status, *_ in ended] == [143, 143] and 'resumes   at step' in ended[0][1], (
+        ended
+    )
 
 
 @pytest.mark.slow
@@ -145,16 +219,26 @@ def test_the_evaluation_of_several_workers_is_that_of_one(finished):
     ended = finish(start([*arguments, '--mode=evaluate']))
     assert [status for status, *_ in ended] == [0, 0], ended
     assert json.loads(ended[0][1].splitlines()[-1])['eval/accuracy'] == expected
-    alone = subprocess.run([sys.executable, os.path.join(ROOT, 'main.py'), *arguments, '--mode=evaluate'],
-                           cwd=ROOT, capture_output=True, text=True)
+    alone = subprocess.run(
+        [sys.executable, os.path.join(ROOT, 'main.py'), *arguments, '--mode=evaluate'],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert json.loads(alone.stdout.splitlines()[-1])['eval/accuracy'] == expected
 
 
-@pytest.mark.parametrize('said', [
-    'Collective ops is aborted by: connection refused. Additional GRPC error information from remote target /job:worker/replica:0/task:1 while calling',
-    'The following tasks are unhealthy (stopped sending heartbeats):\n/job:worker/replica:0/task:1\nThe tasks have crashed.',
-])
+@pytest.mark.parametrize(
+    'said',
+    [
+        'Collective ops is aborted by: connection refused. Additional GRPC error information from remote target /job:worker/replica:0/task:1 while calling',
+        'The following tasks are unhealthy (stopped sending heartbeats):\n/job:worker/replica:0/task:1\nThe tasks have crashed.',
+    ],
+)
 def test_both_ways_in_which_tensorflow_says_that_a_worker_has_gone_are_understood(said):
     import tensorflow as tf  # here: the workers of this file are processes of their own
-    line, status = main.failure(tf.errors.UnavailableError(None, None, f'Graph execution error: {said}'))
+
+    line, status = main.failure(
+        tf.errors.UnavailableError(None, None, f'Graph execution error: {said}')
+    )
     assert line.startswith('worker 1 does not answer any more') and status == 1

@@ -1,4 +1,5 @@
 """Checkpoints with random damages give the right weights or say why they do not: benchmarks/damage.py on a few small tensors."""
+
 import numpy as np
 import tensorflow as tf
 
@@ -7,8 +8,11 @@ from outputs.checkpoints import Checkpoints
 
 
 def make_variables():
-    return {'model': [tf.Variable(tf.zeros([30, 40])), tf.Variable(tf.zeros([7]))], 'average': [tf.Variable(tf.zeros([30, 40])), tf.Variable(tf.zeros([7]))],
-            'optimizer': [tf.Variable(0, dtype=tf.int64)]}
+    return {
+        'model': [tf.Variable(tf.zeros([30, 40])), tf.Variable(tf.zeros([7]))],
+        'average': [tf.Variable(tf.zeros([30, 40])), tf.Variable(tf.zeros([7]))],
+        'optimizer': [tf.Variable(0, dtype=tf.int64)],
+    }
 
 
 def write_checkpoints(folder):
@@ -18,7 +22,11 @@ def write_checkpoints(folder):
     for step in (10, 20, 30, 40, 50, 60):
         numbers = np.random.default_rng(step)
         for variable in sum(variables.values(), []):
-            variable.assign(numbers.integers(1000, size=variable.shape) if variable.dtype.is_integer else numbers.normal(size=variable.shape))
+            variable.assign(
+                numbers.integers(1000, size=variable.shape)
+                if variable.dtype.is_integer
+                else numbers.normal(size=variable.shape)
+            )
         checkpoints.save(step, {'step again': step}, best_step=min(step, 20))
         checkpoints.wait()
 

@@ -1,4 +1,5 @@
 """A run that is killed again and again is, to the bit, the run that was left alone: benchmarks/torture.py in small."""
+
 import os
 import shutil
 
@@ -18,7 +19,11 @@ def test_kills_change_nothing(tmp_path):
     with open(os.path.join(killed, 'metrics.jsonl')) as file:
         lines = file.readlines()
     other_loss = lines[0].replace('train/loss": 2', 'train/loss": 3')
-    for changed, says in ((lines[:-1], 'is None'), ([*lines[:2], *lines[1:]], 'twice'), ([other_loss, *lines[1:]], 'metrics.jsonl: 7')):
+    for changed, says in (
+        (lines[:-1], 'is None'),
+        ([*lines[:2], *lines[1:]], 'twice'),
+        ([other_loss, *lines[1:]], 'metrics.jsonl: 7'),
+    ):
         with open(os.path.join(killed, 'metrics.jsonl'), 'w') as file:
             file.writelines(changed)
         assert says in ' '.join(torture.compare(alone, killed)), says
@@ -29,4 +34,6 @@ def test_kills_change_nothing(tmp_path):
     for name in os.listdir(folders[other]):
         if name.startswith('variables.'):
             shutil.copy(os.path.join(folders[other], name), folders[last])
-    assert f'model/0000 in the checkpoint of step {last}' in ' '.join(torture.compare(alone, killed))
+    assert f'model/0000 in the checkpoint of step {last}' in ' '.join(
+        torture.compare(alone, killed)
+    )

@@ -1,4 +1,5 @@
 """The notebook runs from top to bottom, with what is installed and no more, and shows what it promises."""
+
 import base64
 import glob
 import json
@@ -18,8 +19,10 @@ from colab import runtime
 from common.errors import ConfigError
 from diagnostics import installation
 
-TINY = ('--config.model.name=tiny --config.image_size=16 --config.batch_size=32 --config.eval_batch_size=128 --config.steps_per_loop=4 '
-        '--config.eval_every="10 steps" --config.log_every="5 steps" --config.checkpoint_every="10 steps"')
+TINY = (
+    '--config.model.name=tiny --config.image_size=16 --config.batch_size=32 --config.eval_batch_size=128 --config.steps_per_loop=4 '
+    '--config.eval_every="10 steps" --config.log_every="5 steps" --config.checkpoint_every="10 steps"'
+)
 
 
 def installed():
@@ -31,7 +34,12 @@ def installed():
 def executed(tmp_path_factory):
     """(the notebook with its outputs, the folder that STORAGE named)."""
     storage = str(tmp_path_factory.mktemp('storage'))
-    settings = {'STORAGE': storage, 'TRAIN_FOR': '30 steps', 'CHANGES': TINY, 'ACCELERATOR': installed()}
+    settings = {
+        'STORAGE': storage,
+        'TRAIN_FOR': '30 steps',
+        'CHANGES': TINY,
+        'ACCELERATOR': installed(),
+    }
     nowhere = {'PIP_INDEX_URL': 'file:///nowhere', 'PIP_NO_INPUT': '1'}  # nothing can be installed
     return notebook.execute(settings, environment=nowhere), storage
 
@@ -41,7 +49,9 @@ def test_every_cell_runs_and_says_what_it_should(executed):
     notebook_, storage = executed
     cells = [cell for cell in notebook_.cells if cell.cell_type == 'code']
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
-    assert not [output for cell in cells for output in cell.outputs if output.output_type == 'error']
+    assert not [
+        output for cell in cells for output in cell.outputs if output.output_type == 'error'
+    ]
     assert 'installing' not in notebook.text_of(notebook_, 'install')
     check = notebook.text_of(notebook_, 'check')
     assert 'ready to train' in check and 'FAIL' not in check
@@ -58,7 +68,11 @@ def test_every_cell_runs_and_says_what_it_should(executed):
 @pytest.mark.parametrize('cell, count', [('preview', 2), ('curves', 2), ('predict', 1)])
 def test_pictures_are_shown(executed, cell, count):
     outputs = next(each for each in executed[0].cells if each.id == cell).outputs
-    pictures = [base64.b64decode(output.data['image/png']) for output in outputs if output.output_type == 'display_data']
+    pictures = [
+        base64.b64decode(output.data['image/png'])
+        for output in outputs
+        if output.output_type == 'display_data'
+    ]
     assert len(pictures) == count
     for picture in pictures:
         assert tf.io.decode_png(picture, channels=3).numpy().std() > 5  # something is drawn
@@ -67,18 +81,28 @@ def test_pictures_are_shown(executed, cell, count):
 @pytest.fixture
 def own_environment(monkeypatch):
     """What `predict` sets for its process goes with the test."""
-    for name in ('TPU_LOAD_LIBRARY', 'TPU_SKIP_MDS_QUERY', 'CUDA_VISIBLE_DEVICES', 'TF_CPP_MIN_LOG_LEVEL'):
+    for name in (
+        'TPU_LOAD_LIBRARY',
+        'TPU_SKIP_MDS_QUERY',
+        'CUDA_VISIBLE_DEVICES',
+        'TF_CPP_MIN_LOG_LEVEL',
+    ):
         monkeypatch.setenv(name, os.environ.get(name, '0'))
 
 
-def test_a_picture_of_ones_own_is_classified_as_the_exported_model_does(executed, tmp_path, capsys, own_environment):
-    run, = glob.glob(os.path.join(executed[1], 'runs', '*'))
+def test_a_picture_of_ones_own_is_classified_as_the_exported_model_does(
+    executed, tmp_path, capsys, own_environment
+):
+    (run,) = glob.glob(os.path.join(executed[1], 'runs', '*'))
     picture = np.random.default_rng(0).integers(0, 256, [30, 40, 3], np.uint8)
     (tmp_path / 'mine.png').write_bytes(tf.io.encode_png(picture).numpy())
     assert predict.main([run, str(tmp_path / 'mine.png'), f'--output={tmp_path}/drawn.png']) == 0
     model = tf.saved_model.load(os.path.join(run, 'export'))
     answer = model.signatures['serving_default'](images=tf.constant(picture[None]))
-    label, probability = answer['label'][0].numpy().decode(), float(tf.reduce_max(answer['probabilities']))
+    label, probability = (
+        answer['label'][0].numpy().decode(),
+        float(tf.reduce_max(answer['probabilities'])),
+    )
     assert capsys.readouterr().out.startswith(f'{tmp_path}/mine.png: {label} {probability:.1%}, ')
     assert (tmp_path / 'drawn.png').stat().st_size > 5_000
 
@@ -88,13 +112,20 @@ def test_the_run_may_be_in_a_bucket(executed, tmp_path, capsys, own_environment)
     shutil.copytree(*glob.glob(os.path.join(executed[1], 'runs', '*')), tmp_path / 'run')
     shutil.rmtree(tmp_path / 'run' / 'plots')
     assert predict.main([f'file://{tmp_path}/run']) == 0
-    assert capsys.readouterr().out.count('evaluation example ') == 3 and (tmp_path / 'run' / 'plots' / 'predictions.png').stat().st_size > 5_000
+    assert (
+        capsys.readouterr().out.count('evaluation example ') == 3
+        and (tmp_path / 'run' / 'plots' / 'predictions.png').stat().st_size > 5_000
+    )
 
 
 def test_what_cannot_be_classified_is_one_line(executed, tmp_path, capsys, own_environment):
-    run, = glob.glob(os.path.join(executed[1], 'runs', '*'))
+    (run,) = glob.glob(os.path.join(executed[1], 'runs', '*'))
     (tmp_path / 'broken.png').write_bytes(b'no picture')
-    for arguments, line in [([str(tmp_path)], 'has no export'), ([run, str(tmp_path / 'broken.png')], 'no picture that can be read'), ([run, 'absent.png'], 'No such file')]:
+    for arguments, line in [
+        ([str(tmp_path)], 'has no export'),
+        ([run, str(tmp_path / 'broken.png')], 'no picture that can be read'),
+        ([run, 'absent.png'], 'No such file'),
+    ]:
         assert predict.main([*arguments, f'--output={tmp_path}/drawn.png']) == 1
         errors = capsys.readouterr().err
         assert errors.startswith('error: ') and line in errors and errors.count('\n') == 1
@@ -103,30 +134,58 @@ def test_what_cannot_be_classified_is_one_line(executed, tmp_path, capsys, own_e
 def test_the_notebook_is_kept_without_outputs_and_opens_on_a_tpu():
     kept = nbformat.read(notebook.NOTEBOOK, as_version=4)
     nbformat.validate(kept)
-    assert all(cell.execution_count is None and not cell.outputs for cell in kept.cells if cell.cell_type == 'code')
-    assert kept.metadata.accelerator == 'TPU' and kept.metadata.colab.name == os.path.basename(notebook.NOTEBOOK)
-    assert [cell.metadata.get('tags') for cell in kept.cells if cell.cell_type == 'code'].count(['parameters']) == 1
+    assert all(
+        cell.execution_count is None and not cell.outputs
+        for cell in kept.cells
+        if cell.cell_type == 'code'
+    )
+    assert kept.metadata.accelerator == 'TPU' and kept.metadata.colab.name == os.path.basename(
+        notebook.NOTEBOOK
+    )
+    assert [cell.metadata.get('tags') for cell in kept.cells if cell.cell_type == 'code'].count(
+        ['parameters']
+    ) == 1
 
 
 def test_the_badge_opens_the_notebook():
     with open(os.path.join(notebook.ROOT, 'README.md')) as file:
-        badge = re.search(r'\[!\[Open in Colab\]\(\S+\)\]\(https://colab\.research\.google\.com/github/OWNER/REPOSITORY/blob/main/(\S+)\)', file.read())
+        badge = re.search(
+            r'\[!\[Open in Colab\]\(\S+\)\]\(https://colab\.research\.google\.com/github/OWNER/REPOSITORY/blob/main/(\S+)\)',
+            file.read(),
+        )
     assert os.path.samefile(os.path.join(notebook.ROOT, badge[1]), notebook.NOTEBOOK)
 
 
 @pytest.mark.parametrize('python', ['3.11.9', '3.12.11', '3.13.5'])
 @pytest.mark.parametrize('accelerator', ['tpu', 'gpu', 'cpu'])
 def test_the_set_of_pins_fits_hardware_and_python(tmp_path, monkeypatch, python, accelerator):
-    monkeypatch.setattr(installation.machine, 'nvidia_smi', lambda: (['a GPU'], '') if accelerator == 'gpu' else ([], ''))
+    monkeypatch.setattr(
+        installation.machine,
+        'nvidia_smi',
+        lambda: (['a GPU'], '') if accelerator == 'gpu' else ([], ''),
+    )
     if accelerator == 'tpu':
         (tmp_path / 'dev').mkdir()
         (tmp_path / 'dev' / 'accel0').touch()
     assert installation.choose({}, str(tmp_path)) == accelerator
     pins = installation.pins(accelerator, python)
-    builds = {name: version for name, version in pins.items() if name in installation.packages.BUILDS}
-    tpu = {'tensorflow-tpu': '2.20.0'} if python.startswith('3.13') else {'tensorflow-tpu': '2.19.1'}
-    assert builds == {'tpu': tpu, 'gpu': {'tensorflow': '2.21.0'}, 'cpu': {'tensorflow-cpu': '2.21.0'}}[accelerator]
-    assert pins.get('libtpu') == (installation.packages.FITTING_LIBTPU[builds['tensorflow-tpu'][:4]] if accelerator == 'tpu' else None)
+    builds = {
+        name: version for name, version in pins.items() if name in installation.packages.BUILDS
+    }
+    tpu = (
+        {'tensorflow-tpu': '2.20.0'} if python.startswith('3.13') else {'tensorflow-tpu': '2.19.1'}
+    )
+    assert (
+        builds
+        == {'tpu': tpu, 'gpu': {'tensorflow': '2.21.0'}, 'cpu': {'tensorflow-cpu': '2.21.0'}}[
+            accelerator
+        ]
+    )
+    assert pins.get('libtpu') == (
+        installation.packages.FITTING_LIBTPU[builds['tensorflow-tpu'][:4]]
+        if accelerator == 'tpu'
+        else None
+    )
     assert any(name.startswith('nvidia-cudnn') for name in pins) == (accelerator == 'gpu')
 
 
@@ -136,7 +195,9 @@ def environment_with(folder, packages):
     site.mkdir(parents=True)
     for name, version in packages.items():
         (site / f'{name.replace("-", "_")}-{version}.dist-info').mkdir()
-        (site / f'{name.replace("-", "_")}-{version}.dist-info' / 'METADATA').write_text(f'Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n')
+        (site / f'{name.replace("-", "_")}-{version}.dist-info' / 'METADATA').write_text(
+            f'Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n'
+        )
 
 
 def test_nothing_is_installed_where_the_pinned_set_is(tmp_path):
@@ -149,12 +210,19 @@ def test_another_build_is_taken_away_first(tmp_path):
     environment_with(tmp_path, installation.pins('cpu', '3.12.0'))
     uninstall, install = installation.commands('tpu', str(tmp_path))
     assert uninstall[-3:] == ['uninstall', '--yes', 'tensorflow-cpu']
-    assert install[-4:-1] == ['-c', os.path.join(notebook.ROOT, 'requirements', 'tpu.txt'), f'{notebook.ROOT}[tpu]']
+    assert install[-4:-1] == [
+        '-c',
+        os.path.join(notebook.ROOT, 'requirements', 'tpu.txt'),
+        f'{notebook.ROOT}[tpu]',
+    ]
 
 
 def test_an_older_pin_is_renewed_and_an_environment_is_made_where_there_is_none(tmp_path):
     environment_with(tmp_path / 'older', installation.pins('cpu', '3.12.0') | {'keras': '3.13.0'})
-    assert [command[command.index('--python') + 2] for command in installation.commands('cpu', str(tmp_path / 'older'))] == ['install']
+    assert [
+        command[command.index('--python') + 2]
+        for command in installation.commands('cpu', str(tmp_path / 'older'))
+    ] == ['install']
     make, install = installation.commands('cpu', str(tmp_path / 'none'))
     assert make[1:3] == ['-m', 'venv'] and 'install' in install
     with pytest.raises(ConfigError, match="'tpu3' is no set of pins"):
@@ -166,12 +234,21 @@ def this_runtime():
     return runtime.Runtime('digits', 'first', accelerator=installed())
 
 
-@pytest.mark.parametrize('program, line', [
-    ("print('ok   a  b'); print('FAIL  TPU   is held'); print('            -> kill 7'); print('1 FAIL'); raise SystemExit(1)", 'FAIL TPU is held -> kill 7'),
-    ("print('error: too large'); print('bye'); raise SystemExit(1)", 'error: too large'),
-    ('raise SystemExit(3)', 'error: -c ended with status 3'),
-    ('import os; os.kill(os.getpid(), 9)', 'error: -c was ended by SIGKILL, perhaps for want of memory'),
-])
+@pytest.mark.parametrize(
+    'program, line',
+    [
+        (
+            "print('ok   a  b'); print('FAIL  TPU   is held'); print('            -> kill 7'); print('1 FAIL'); raise SystemExit(1)",
+            'FAIL TPU is held -> kill 7',
+        ),
+        ("print('error: too large'); print('bye'); raise SystemExit(1)", 'error: too large'),
+        ('raise SystemExit(3)', 'error: -c ended with status 3'),
+        (
+            'import os; os.kill(os.getpid(), 9)',
+            'error: -c was ended by SIGKILL, perhaps for want of memory',
+        ),
+    ],
+)
 def test_a_failure_stops_the_notebook_with_its_line(this_runtime, program, line):
     with pytest.raises(SystemExit) as stopped:
         this_runtime.run('-c', program)
@@ -179,14 +256,18 @@ def test_a_failure_stops_the_notebook_with_its_line(this_runtime, program, line)
 
 
 def test_an_interrupted_cell_lets_the_run_save(this_runtime, capsys):
-    program = ("import os, signal, time; print('begun')\ntry:\n    os.kill(os.getppid(), signal.SIGINT); time.sleep(60)\n"
-               "except KeyboardInterrupt:\n    time.sleep(0.5); print('saved')")
+    program = (
+        "import os, signal, time; print('begun')\ntry:\n    os.kill(os.getppid(), signal.SIGINT); time.sleep(60)\n"
+        "except KeyboardInterrupt:\n    time.sleep(0.5); print('saved')"
+    )
     with pytest.raises(KeyboardInterrupt):
         this_runtime.run('-c', program)
     assert capsys.readouterr().out.endswith('begun\nsaved\n')
 
 
-@pytest.mark.parametrize('storage', ['s3://bucket/x', 'gs:/bucket/x', 'gs://', 'gs:///x', 'warmstart'])
+@pytest.mark.parametrize(
+    'storage', ['s3://bucket/x', 'gs:/bucket/x', 'gs://', 'gs:///x', 'warmstart']
+)
 def test_a_storage_that_is_no_place_is_refused(storage):
     with pytest.raises(SystemExit, match='STORAGE=.* is no place'):
         runtime.Runtime('digits', 'first', storage, installed())
@@ -195,7 +276,10 @@ def test_a_storage_that_is_no_place_is_refused(storage):
 def test_a_storage_is_read_as_it_was_meant(monkeypatch, tmp_path):
     monkeypatch.setenv('HOME', str(tmp_path))
     assert runtime.place_of('~/kept') == str(tmp_path / 'kept')
-    assert runtime.place_of(' /kept ') == '/kept' and runtime.place_of(' gs://bucket/kept') == 'gs://bucket/kept'
+    assert (
+        runtime.place_of(' /kept ') == '/kept'
+        and runtime.place_of(' gs://bucket/kept') == 'gs://bucket/kept'
+    )
     assert runtime.place_of(' ') == ''
 
 
@@ -205,9 +289,13 @@ def test_changes_with_an_open_quote_are_one_line():
 
 
 def test_with_a_bucket_data_and_the_run_are_there(monkeypatch):
-    run = runtime.Runtime('imagenette', 'second', 'gs://bucket/warmstart', installed(), '5 epochs', '--config.seed=1')
+    run = runtime.Runtime(
+        'imagenette', 'second', 'gs://bucket/warmstart', installed(), '5 epochs', '--config.seed=1'
+    )
     commands = []
     monkeypatch.setattr(run, 'run', lambda *command: commands.append(command))
     run.main('--mode=check')
-    assert ' '.join(commands[0]) == ('main.py --config=configs/imagenette.py --workdir=gs://bucket/warmstart/runs/imagenette-second --config.seed=1 '
-                                     '--config.dataset.data_dir=gs://bucket/warmstart/tensorflow_datasets --config.train_for=5 epochs --mode=check')
+    assert ' '.join(commands[0]) == (
+        'main.py --config=configs/imagenette.py --workdir=gs://bucket/warmstart/runs/imagenette-second --config.seed=1 '
+        '--config.dataset.data_dir=gs://bucket/warmstart/tensorflow_datasets --config.train_for=5 epochs --mode=check'
+    )

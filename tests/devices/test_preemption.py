@@ -1,4 +1,5 @@
 """A run that is told to stop says so at once, has time to save, and ends at once when it is told again."""
+
 import contextlib
 import http.server
 import io
@@ -14,11 +15,14 @@ import pytest
 from common.commands import ROOT
 from devices import preemption
 
-LINE = {'SIGINT': 'SIGINT: finishing the loop, then saving; once more stops at once', 'SIGTERM': 'SIGTERM: finishing the loop, then saving'}
+LINE = {
+    'SIGINT': 'SIGINT: finishing the loop, then saving; once more stops at once',
+    'SIGTERM': 'SIGTERM: finishing the loop, then saving',
+}
 
 # Within one call of C that releases the interpreter, as TensorFlow does while it computes, but that no signal interrupts: it waits for a lock
 # of its own, until a line comes on the standard input.
-COMPUTING = '''
+COMPUTING = """
 import ctypes, os, signal, sys, threading, time
 from devices import preemption
 
@@ -38,7 +42,7 @@ with preemption.watch(on_google_cloud=False) as stop:
     libc.pthread_mutex_lock(lock)
     print('saved because of', stop.why, flush=True)
 sys.exit(preemption.exit_status(stop.asked))
-'''
+"""
 
 
 @contextlib.contextmanager
@@ -74,17 +78,24 @@ def wait_for(condition, seconds=8):
 
 
 def threads():
-    return {thread.name for thread in threading.enumerate()} & {'signals', 'notices of Google Cloud'}
+    return {thread.name for thread in threading.enumerate()} & {
+        'signals',
+        'notices of Google Cloud',
+    }
 
 
 @pytest.mark.parametrize('name, status', [('SIGINT', 0), ('SIGTERM', 143)])
-def test_a_signal_is_answered_while_tensorflow_computes_and_the_run_goes_on_until_it_has_saved(name, status):
+def test_a_signal_is_answered_while_tensorflow_computes_and_the_run_goes_on_until_it_has_saved(
+    name, status
+):
     with computing() as process:
         send(process, name)
         assert told(process) == LINE[name]
         assert process.poll() is None
         output, errors = process.communicate('go on\n', timeout=8)
-        assert output == f'saved because of {name}\n' and errors == '' and process.returncode == status
+        assert (
+            output == f'saved because of {name}\n' and errors == '' and process.returncode == status
+        )
 
 
 @pytest.mark.parametrize('first', ['SIGINT', 'SIGTERM'])
@@ -94,7 +105,11 @@ def test_the_second_ctrl_c_stops_at_once_also_while_tensorflow_computes(first):
         assert told(process) == LINE[first]
         send(process, 'SIGINT')
         assert process.wait(8) == 130
-        assert process.stderr.read() == 'stopped at once; the same command continues at the last checkpoint\n' and process.stdout.read() == ''
+        assert (
+            process.stderr.read()
+            == 'stopped at once; the same command continues at the last checkpoint\n'
+            and process.stdout.read() == ''
+        )
 
 
 @pytest.mark.parametrize('first', ['SIGINT', 'SIGTERM'])
@@ -106,12 +121,19 @@ def test_further_sigterm_change_nothing(first):
             send(process, 'SIGTERM')
             time.sleep(0.1)
         output, errors = process.communicate('go on\n', timeout=8)
-        assert (output, errors, process.returncode) == (f'saved because of {first}\n', '', preemption.exit_status(getattr(signal, first)))
+        assert (output, errors, process.returncode) == (
+            f'saved because of {first}\n',
+            '',
+            preemption.exit_status(getattr(signal, first)),
+        )
 
 
 def test_ctrl_c_twice_stops_a_run_whose_output_nobody_takes():
     """As in `python main.py | less`: the main thread waits for the pipe, and the thread that would say something for the main thread."""
-    code = COMPUTING.replace('libc.pthread_mutex_lock(lock)\n    print', "while True:\n        sys.stdout.write('progress ' * 1000)\n    print")
+    code = COMPUTING.replace(
+        'libc.pthread_mutex_lock(lock)\n    print',
+        "while True:\n        sys.stdout.write('progress ' * 1000)\n    print",
+    )
     with computing(code) as process:
         time.sleep(0.5)  # until the pipe is full
         for _ in range(2):
@@ -121,7 +143,10 @@ def test_ctrl_c_twice_stops_a_run_whose_output_nobody_takes():
 
 
 def test_what_comes_next_in_the_main_thread_sees_the_signal():
-    with contextlib.redirect_stdout(io.StringIO()) as output, preemption.watch(on_google_cloud=False) as stop:
+    with (
+        contextlib.redirect_stdout(io.StringIO()) as output,
+        preemption.watch(on_google_cloud=False) as stop,
+    ):
         assert stop == preemption.Stop(None, '')
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop == preemption.Stop(signal.SIGTERM, 'SIGTERM')
@@ -130,7 +155,10 @@ def test_what_comes_next_in_the_main_thread_sees_the_signal():
 
 
 def test_afterwards_all_is_as_before(capsys):
-    handlers, before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)], len(os.listdir('/dev/fd'))
+    handlers, before = (
+        [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)],
+        len(os.listdir('/dev/fd')),
+    )
     with contextlib.suppress(ZeroDivisionError), preemption.watch(on_google_cloud=False):
         raise ZeroDivisionError
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
@@ -164,7 +192,7 @@ def test_a_window_that_changes_its_size_stops_nothing():
 
 
 def test_a_signal_to_a_forked_process_is_its_own():
-    code = '''
+    code = """
 import os, signal, time
 from devices import preemption
 
@@ -181,7 +209,7 @@ with preemption.watch(on_google_cloud=False) as stop:
     _, status = os.waitpid(child, 0)
     time.sleep(0.3)
     print(os.WTERMSIG(status), stop.asked)
-'''
+"""
     with computing(code) as process:
         assert process.communicate(timeout=8) == ('15 None\n', '')
 
@@ -191,7 +219,12 @@ def test_in_another_thread_signals_stay_as_they_are():
 
     def work():
         with preemption.watch(on_google_cloud=False) as stop:
-            seen.append((stop.asked, [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]))
+            seen.append(
+                (
+                    stop.asked,
+                    [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)],
+                )
+            )
 
     thread = threading.Thread(target=work)
     thread.start()
@@ -208,7 +241,12 @@ def google(monkeypatch):
         def do_GET(self):
             start, _, key = self.path.rpartition('/')
             asked.append(key)
-            answer = values[key] if (start, self.headers['Metadata-Flavor']) == ('/computeMetadata/v1/instance', 'Google') else 403
+            answer = (
+                values[key]
+                if (start, self.headers['Metadata-Flavor'])
+                == ('/computeMetadata/v1/instance', 'Google')
+                else 403
+            )
             self.send_response(200 if isinstance(answer, str) else answer)
             self.end_headers()
             self.wfile.write(str(answer).encode())
@@ -225,10 +263,17 @@ def google(monkeypatch):
     server.server_close()
 
 
-@pytest.mark.parametrize('key, value, why', [
-    ('preempted', 'TRUE', 'Google Cloud takes this machine back'),
-    ('maintenance-event', 'TERMINATE_ON_HOST_MAINTENANCE', 'Google Cloud stops this machine for maintenance'),
-])
+@pytest.mark.parametrize(
+    'key, value, why',
+    [
+        ('preempted', 'TRUE', 'Google Cloud takes this machine back'),
+        (
+            'maintenance-event',
+            'TERMINATE_ON_HOST_MAINTENANCE',
+            'Google Cloud stops this machine for maintenance',
+        ),
+    ],
+)
 def test_a_notice_of_google_cloud_counts_as_sigterm(google, key, value, why):
     values, asked = google
     values.update({name: 404 for name in values if name != key})  # the other one may be missing
@@ -236,9 +281,15 @@ def test_a_notice_of_google_cloud_counts_as_sigterm(google, key, value, why):
         assert wait_for(lambda: key in asked) and stop.asked is None
         values[key] = value
         assert wait_for(lambda: stop.asked is not None, seconds=5)
-        assert stop == preemption.Stop(signal.SIGTERM, why) and preemption.exit_status(stop.asked) == 143
+        assert (
+            stop == preemption.Stop(signal.SIGTERM, why)
+            and preemption.exit_status(stop.asked) == 143
+        )
         os.kill(os.getpid(), signal.SIGTERM)  # that of the machine, when it goes down
-        assert wait_for(lambda: output.getvalue() == f'\n{why}: finishing the loop, then saving\n') and stop.why == why
+        assert (
+            wait_for(lambda: output.getvalue() == f'\n{why}: finishing the loop, then saving\n')
+            and stop.why == why
+        )
     assert wait_for(lambda: not threads())
 
 
@@ -265,10 +316,14 @@ def test_a_machine_that_moves_while_it_runs_is_not_stopped(google):
 
 
 @pytest.mark.parametrize('trouble', ['nothing is there', '403', 'no host'])
-def test_a_metadata_server_that_does_not_answer_is_asked_less_and_less_and_ends_nothing(google, monkeypatch, capfd, trouble):
+def test_a_metadata_server_that_does_not_answer_is_asked_less_and_less_and_ends_nothing(
+    google, monkeypatch, capfd, trouble
+):
     google[0].update(preempted=403, **{'maintenance-event': 403})
     if trouble != '403':
-        monkeypatch.setenv('GCE_METADATA_HOST', '127.0.0.1:9' if trouble == 'nothing is there' else 'no host:x')
+        monkeypatch.setenv(
+            'GCE_METADATA_HOST', '127.0.0.1:9' if trouble == 'nothing is there' else 'no host:x'
+        )
     pauses = []
 
     class Ended(threading.Event):
@@ -285,7 +340,11 @@ def test_a_metadata_server_that_does_not_answer_is_asked_less_and_less_and_ends_
 def test_only_machines_of_google_are_asked(tmp_path):
     assert not preemption._on_google_cloud({}, tmp_path)
     (tmp_path / 'sys/class/dmi/id').mkdir(parents=True)
-    for name, expected in (('Google Compute Engine\n', True), ('Google\n', True), ('Standard PC (Q35 + ICH9, 2009)\n', False)):
+    for name, expected in (
+        ('Google Compute Engine\n', True),
+        ('Google\n', True),
+        ('Standard PC (Q35 + ICH9, 2009)\n', False),
+    ):
         (tmp_path / 'sys/class/dmi/id/product_name').write_text(name)
         assert preemption._on_google_cloud({}, tmp_path) == expected
     assert preemption._on_google_cloud({'GCE_METADATA_HOST': 'metadata.google.internal'}, tmp_path)

@@ -1,4 +1,5 @@
 """The doctor: what is broken is named, with the command that mends it; what is well is left alone."""
+
 import contextlib
 import fcntl
 import json
@@ -21,8 +22,13 @@ from inputs import dataset_status
 
 
 def call(*arguments, **environ):
-    return subprocess.run([sys.executable, os.path.join(ROOT, 'main.py'), *arguments, '--mode=check'], cwd=ROOT, capture_output=True, text=True,
-                          env={**os.environ, **environ})
+    return subprocess.run(
+        [sys.executable, os.path.join(ROOT, 'main.py'), *arguments, '--mode=check'],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environ},
+    )
 
 
 def assert_mended(finding, status, found, mend):
@@ -36,7 +42,9 @@ def installed(folder, **versions):
     for name, version in versions.items():
         info = folder / f'{name}-{version}.dist-info'
         info.mkdir(parents=True)
-        (info / 'METADATA').write_text(f'Metadata-Version: 2.1\nName: {name.replace("_", "-")}\nVersion: {version}\n')
+        (info / 'METADATA').write_text(
+            f'Metadata-Version: 2.1\nName: {name.replace("_", "-")}\nVersion: {version}\n'
+        )
     return [str(folder)]
 
 
@@ -54,7 +62,11 @@ def fake_tensorflow(folder, text):
     """A folder whose `tensorflow` is this text; returns an environment that takes it from there."""
     (folder / 'fake' / 'tensorflow').mkdir(parents=True)
     (folder / 'fake' / 'tensorflow' / '__init__.py').write_text(textwrap.dedent(text))
-    environ = {key: value for key, value in os.environ.items() if not key.startswith(('TPU_', 'PJRT_', 'TF_CONFIG'))}
+    environ = {
+        key: value
+        for key, value in os.environ.items()
+        if not key.startswith(('TPU_', 'PJRT_', 'TF_CONFIG'))
+    }
     return {**environ, 'PYTHONPATH': str(folder / 'fake')}
 
 
@@ -72,108 +84,244 @@ NVIDIA = {'card': ('0x10de', '0x2330', '0x030200')}
 
 # What is installed.
 
+
 def test_a_python_that_is_too_old_or_too_new_is_named():
     for version in ((3, 9, 1), (3, 14, 0)):
-        assert_mended(packages.python_finding(version), 'FAIL', '3.10 to 3.13', 'make train PYTHON=')
-    assert packages.python_finding((3, 10, 0)).status == packages.python_finding((3, 13, 5)).status == 'ok'
+        assert_mended(
+            packages.python_finding(version), 'FAIL', '3.10 to 3.13', 'make train PYTHON='
+        )
+    assert (
+        packages.python_finding((3, 10, 0)).status
+        == packages.python_finding((3, 13, 5)).status
+        == 'ok'
+    )
 
 
 def test_two_builds_in_one_folder_are_named_and_both_are_taken_out(tmp_path):
-    finding, name, _ = packages.tensorflow_finding('cpu', installed(tmp_path, tensorflow='2.21.0', tensorflow_cpu='2.20.0'))
-    assert_mended(finding, 'FAIL', 'tensorflow 2.21.0 and tensorflow-cpu 2.20.0', 'pip uninstall -y tensorflow tensorflow-cpu && ')
+    finding, name, _ = packages.tensorflow_finding(
+        'cpu', installed(tmp_path, tensorflow='2.21.0', tensorflow_cpu='2.20.0')
+    )
+    assert_mended(
+        finding,
+        'FAIL',
+        'tensorflow 2.21.0 and tensorflow-cpu 2.20.0',
+        'pip uninstall -y tensorflow tensorflow-cpu && ',
+    )
     assert "-m pip install -c requirements/cpu.txt '.[cpu]'" in finding.mend and name == ''
 
 
-@pytest.mark.parametrize('accelerator, versions, status, found, mend', [
-    ('cpu', {}, 'FAIL', 'not installed', "'.[cpu]'"),
-    ('cpu', {'tensorflow_cpu': '2.18.1'}, 'FAIL', 'too old', 'pip uninstall -y tensorflow-cpu && '),
-    ('cpu', {'tensorflow': '2.19.0'}, 'FAIL', 'too old', 'pip uninstall'),
-    ('tpu', {'tensorflow_cpu': '2.21.0'}, 'FAIL', 'cannot use the TPU', "requirements/tpu.txt '.[tpu]'"),
-    ('tpu', {'tensorflow': '2.21.0'}, 'FAIL', 'cannot use the TPU', "'.[tpu]'"),
-    ('gpu', {'tensorflow_cpu': '2.21.0'}, 'warn', 'cannot use the GPU', "requirements/gpu.txt '.[gpu]'"),
-    ('cpu', {'tensorflow_tpu': '2.20.0'}, 'warn', 'no TPU is here', "'.[cpu]'"),
-    ('cpu', {'tensorflow_cpu': '2.23.0'}, 'warn', 'has not been tried', "'.[cpu]'"),
-])
+@pytest.mark.parametrize(
+    'accelerator, versions, status, found, mend',
+    [
+        ('cpu', {}, 'FAIL', 'not installed', "'.[cpu]'"),
+        (
+            'cpu',
+            {'tensorflow_cpu': '2.18.1'},
+            'FAIL',
+            'too old',
+            'pip uninstall -y tensorflow-cpu && ',
+        ),
+        ('cpu', {'tensorflow': '2.19.0'}, 'FAIL', 'too old', 'pip uninstall'),
+        (
+            'tpu',
+            {'tensorflow_cpu': '2.21.0'},
+            'FAIL',
+            'cannot use the TPU',
+            "requirements/tpu.txt '.[tpu]'",
+        ),
+        ('tpu', {'tensorflow': '2.21.0'}, 'FAIL', 'cannot use the TPU', "'.[tpu]'"),
+        (
+            'gpu',
+            {'tensorflow_cpu': '2.21.0'},
+            'warn',
+            'cannot use the GPU',
+            "requirements/gpu.txt '.[gpu]'",
+        ),
+        ('cpu', {'tensorflow_tpu': '2.20.0'}, 'warn', 'no TPU is here', "'.[cpu]'"),
+        ('cpu', {'tensorflow_cpu': '2.23.0'}, 'warn', 'has not been tried', "'.[cpu]'"),
+    ],
+)
 def test_a_build_that_does_not_fit_is_named(tmp_path, accelerator, versions, status, found, mend):
-    assert_mended(packages.tensorflow_finding(accelerator, installed(tmp_path, **versions))[0], status, found, mend)
+    assert_mended(
+        packages.tensorflow_finding(accelerator, installed(tmp_path, **versions))[0],
+        status,
+        found,
+        mend,
+    )
 
 
-@pytest.mark.parametrize('accelerator, versions', [
-    ('cpu', {'tensorflow_cpu': '2.21.0'}), ('cpu', {'tensorflow': '2.19.1'}), ('gpu', {'tensorflow': '2.20.0'}), ('tpu', {'tensorflow_tpu': '2.19.1'})])
+@pytest.mark.parametrize(
+    'accelerator, versions',
+    [
+        ('cpu', {'tensorflow_cpu': '2.21.0'}),
+        ('cpu', {'tensorflow': '2.19.1'}),
+        ('gpu', {'tensorflow': '2.20.0'}),
+        ('tpu', {'tensorflow_tpu': '2.19.1'}),
+    ],
+)
 def test_a_build_that_fits_is_ok(tmp_path, accelerator, versions):
-    assert packages.tensorflow_finding(accelerator, installed(tmp_path, **versions))[0].status == 'ok'
+    assert (
+        packages.tensorflow_finding(accelerator, installed(tmp_path, **versions))[0].status == 'ok'
+    )
 
 
 def test_an_old_or_missing_keras_is_named(tmp_path):
-    assert_mended(packages.keras_finding((3, 11), installed(tmp_path / 'old', keras='3.12.4')), 'FAIL', '3.12.4 is too old', 'pip install keras==3.15.1')
-    assert_mended(packages.keras_finding((3, 10), installed(tmp_path / 'older', keras='2.15.0')), 'FAIL', 'too old', 'pip install keras==3.12.4')
-    assert_mended(packages.keras_finding((3, 12), []), 'FAIL', 'not installed', 'pip install keras==')
-    assert packages.keras_finding((3, 10), installed(tmp_path / 'new', keras='3.12.4')).status == 'ok'
+    assert_mended(
+        packages.keras_finding((3, 11), installed(tmp_path / 'old', keras='3.12.4')),
+        'FAIL',
+        '3.12.4 is too old',
+        'pip install keras==3.15.1',
+    )
+    assert_mended(
+        packages.keras_finding((3, 10), installed(tmp_path / 'older', keras='2.15.0')),
+        'FAIL',
+        'too old',
+        'pip install keras==3.12.4',
+    )
+    assert_mended(
+        packages.keras_finding((3, 12), []), 'FAIL', 'not installed', 'pip install keras=='
+    )
+    assert (
+        packages.keras_finding((3, 10), installed(tmp_path / 'new', keras='3.12.4')).status == 'ok'
+    )
 
 
 def test_missing_packages_are_named(tmp_path):
-    present = {name.replace('-', '_'): '1.0' for name in packages.PACKAGES if name not in ('tqdm', 'psutil')}
-    assert_mended(packages.packages_finding('gpu', installed(tmp_path, **present)), 'FAIL', 'not installed: psutil, tqdm', "'.[gpu]'")
+    present = {
+        name.replace('-', '_'): '1.0'
+        for name in packages.PACKAGES
+        if name not in ('tqdm', 'psutil')
+    }
+    assert_mended(
+        packages.packages_finding('gpu', installed(tmp_path, **present)),
+        'FAIL',
+        'not installed: psutil, tqdm',
+        "'.[gpu]'",
+    )
 
 
 def test_a_libtpu_that_lacks_a_function_is_named_with_the_version_that_has_it(tmp_path):
-    stand_in = numpy._core._multiarray_umath.__file__  # a library of other functions, for one of which the functions have gone
+    stand_in = (
+        numpy._core._multiarray_umath.__file__
+    )  # a library of other functions, for one of which the functions have gone
     (tmp_path / 'libtensorflow_cc.so.2').write_bytes(b'\0TpuExecutor_Init\0TfTpu_Initialize\0')
-    assert_mended(packages.libtpu_finding('2.20.0', str(tmp_path), stand_in), 'FAIL', 'lacks 2 of 2 functions', 'pip install libtpu==0.0.21.1')
-    assert_mended(packages.libtpu_finding('2.19.1', str(tmp_path), stand_in), 'FAIL', 'such as TfTpu_Initialize', 'pip install libtpu==0.0.10')
+    assert_mended(
+        packages.libtpu_finding('2.20.0', str(tmp_path), stand_in),
+        'FAIL',
+        'lacks 2 of 2 functions',
+        'pip install libtpu==0.0.21.1',
+    )
+    assert_mended(
+        packages.libtpu_finding('2.19.1', str(tmp_path), stand_in),
+        'FAIL',
+        'such as TfTpu_Initialize',
+        'pip install libtpu==0.0.10',
+    )
     (tmp_path / 'broken.so').write_text('half a download')
-    assert_mended(packages.libtpu_finding('2.20.0', str(tmp_path), str(tmp_path / 'broken.so')), 'FAIL', 'cannot be read', 'pip install libtpu==')
+    assert_mended(
+        packages.libtpu_finding('2.20.0', str(tmp_path), str(tmp_path / 'broken.so')),
+        'FAIL',
+        'cannot be read',
+        'pip install libtpu==',
+    )
     (tmp_path / 'libtensorflow_cc.so.2').write_bytes(b'\0nothing\0')
     assert packages.libtpu_finding('2.20.0', str(tmp_path), stand_in).status == 'ok'
 
 
 def test_a_missing_libtpu_is_named(monkeypatch):
     monkeypatch.setattr(tpu_environment, 'libtpu_path', lambda: None)
-    assert_mended(packages.libtpu_finding('2.20.0'), 'FAIL', 'not installed', 'pip install libtpu==0.0.21.1')
+    assert_mended(
+        packages.libtpu_finding('2.20.0'), 'FAIL', 'not installed', 'pip install libtpu==0.0.21.1'
+    )
 
 
 # A TensorFlow that cannot be imported.
 
-@pytest.mark.parametrize('text, found', [
-    ("raise ImportError('libcudart.so.12: cannot open shared object file')", 'ImportError: libcudart.so.12: cannot open'),
-    ('import os, sys\nsys.stderr.write("F0000 tpu_library.cc:1] Check failed: TpuExecutor_Init not found\\n*** stack trace: ***\\n@ 0x1\\n")\n'
-     'sys.stderr.flush()\nos.abort()', 'ended by SIGABRT: F0000 tpu_library.cc:1] Check failed: TpuExecutor_Init not found'),
-    ('import time\ntime.sleep(60)', 'did not end in 1 s'),
-    ('import os\nos._exit(0)', 'ended without a word'),
-])
-def test_a_tensorflow_that_raises_dies_or_hangs_at_import_is_survived_and_named(tmp_path, monkeypatch, text, found):
+
+@pytest.mark.parametrize(
+    'text, found',
+    [
+        (
+            "raise ImportError('libcudart.so.12: cannot open shared object file')",
+            'ImportError: libcudart.so.12: cannot open',
+        ),
+        (
+            'import os, sys\nsys.stderr.write("F0000 tpu_library.cc:1] Check failed: TpuExecutor_Init not found\\n*** stack trace: ***\\n@ 0x1\\n")\n'
+            'sys.stderr.flush()\nos.abort()',
+            'ended by SIGABRT: F0000 tpu_library.cc:1] Check failed: TpuExecutor_Init not found',
+        ),
+        ('import time\ntime.sleep(60)', 'did not end in 1 s'),
+        ('import os\nos._exit(0)', 'ended without a word'),
+    ],
+)
+def test_a_tensorflow_that_raises_dies_or_hangs_at_import_is_survived_and_named(
+    tmp_path, monkeypatch, text, found
+):
     monkeypatch.setattr(check, 'SECONDS', 1.0 if 'sleep' in text else 30.0)
-    rows = list(check.findings(default.get_config(), str(tmp_path / 'run'), environ=fake_tensorflow(tmp_path, text), probe_seconds=0))
-    broken, = [row for row in rows if row.what == 'import']
+    rows = list(
+        check.findings(
+            default.get_config(),
+            str(tmp_path / 'run'),
+            environ=fake_tensorflow(tmp_path, text),
+            probe_seconds=0,
+        )
+    )
+    (broken,) = [row for row in rows if row.what == 'import']
     assert_mended(broken, 'FAIL', found, 'pip uninstall -y tensorflow')
-    assert [row.what for row in rows][-1] == 'workdir'  # and the rest that needs no TensorFlow has been looked at
+    assert [row.what for row in rows][
+        -1
+    ] == 'workdir'  # and the rest that needs no TensorFlow has been looked at
     assert not os.path.exists(tmp_path / 'run')
 
 
 def test_what_is_broken_behind_tensorflow_is_named(tmp_path):
-    environ = fake_tensorflow(tmp_path, '''
+    environ = fake_tensorflow(
+        tmp_path,
+        """
         class sysconfig: get_build_info = staticmethod(dict)
         class config: list_physical_devices = staticmethod(lambda kind: [])
         __version__ = '2.21.0'
-    ''')
-    broken, = [row for row in check.findings(default.get_config(), str(tmp_path), environ=environ) if row.what == 'import']
-    assert_mended(broken, 'FAIL', 'TensorFlow can be imported, but not what is used with it', 'pip install')
+    """,
+    )
+    (broken,) = [
+        row
+        for row in check.findings(default.get_config(), str(tmp_path), environ=environ)
+        if row.what == 'import'
+    ]
+    assert_mended(
+        broken, 'FAIL', 'TensorFlow can be imported, but not what is used with it', 'pip install'
+    )
 
 
 def test_a_broken_environment_ends_with_status_1_and_no_stack_trace(tmp_path):
     environ = fake_tensorflow(tmp_path, "raise ImportError('broken for the test')")
-    done = call('--config=configs/digits.py', f'--workdir={tmp_path / "run"}', PYTHONPATH=environ['PYTHONPATH'])
+    done = call(
+        '--config=configs/digits.py',
+        f'--workdir={tmp_path / "run"}',
+        PYTHONPATH=environ['PYTHONPATH'],
+    )
     assert done.returncode == 1 and done.stderr == ''
-    assert 'FAIL  import        import tensorflow fails: ImportError: broken for the test\n' in done.stdout
-    assert '-> ' in done.stdout and 'pip uninstall' in done.stdout and 'Traceback' not in done.stdout
+    assert (
+        'FAIL  import        import tensorflow fails: ImportError: broken for the test\n'
+        in done.stdout
+    )
+    assert (
+        '-> ' in done.stdout and 'pip uninstall' in done.stdout and 'Traceback' not in done.stdout
+    )
 
 
 def test_the_doctor_itself_imports_no_tensorflow():
     look = 'import sys; from diagnostics import check; print(sorted({"tensorflow", "keras", "numpy", "tensorflow_datasets", "psutil"} & set(sys.modules)))'
-    assert subprocess.run([sys.executable, '-c', look], cwd=ROOT, capture_output=True, text=True).stdout == '[]\n'
+    assert (
+        subprocess.run(
+            [sys.executable, '-c', look], cwd=ROOT, capture_output=True, text=True
+        ).stdout
+        == '[]\n'
+    )
 
 
 # The TPU.
+
 
 @contextlib.contextmanager
 def holding(lock):
@@ -190,10 +338,20 @@ def holding(lock):
 def test_the_process_that_holds_the_tpu_is_named_with_how_to_end_it(tmp_path):
     with holding(tmp_path / 'lock') as process:
         finding = tpu_lock.lock_finding(str(tmp_path / 'lock'))
-        assert_mended(finding, 'FAIL', f'held by process {process.pid}, {sys.executable} -c import fcntl', f'kill {process.pid}')
+        assert_mended(
+            finding,
+            'FAIL',
+            f'held by process {process.pid}, {sys.executable} -c import fcntl',
+            f'kill {process.pid}',
+        )
         assert tpu_lock.is_held(tmp_path / 'lock')
     # The process is gone, its file is not.
-    assert_mended(tpu_lock.lock_finding(str(tmp_path / 'lock')), 'warn', 'nobody holds it', f'rm -f {tmp_path / "lock"}')
+    assert_mended(
+        tpu_lock.lock_finding(str(tmp_path / 'lock')),
+        'warn',
+        'nobody holds it',
+        f'rm -f {tmp_path / "lock"}',
+    )
 
 
 def test_a_notebook_with_jax_that_has_the_tpus_device_open_is_named(tmp_path):
@@ -202,37 +360,69 @@ def test_a_notebook_with_jax_that_has_the_tpus_device_open_is_named(tmp_path):
     (tmp_path / 'proc' / '4711' / 'cmdline').write_bytes(b'python\0-m\0ipykernel_launcher\0')
     (tmp_path / 'proc' / '4711' / 'maps').write_text('7f0 r-xp /usr/lib/jaxlib/libjax_common.so\n')
     finding = tpu_lock.lock_finding(str(tmp_path / 'lock'), str(tmp_path))
-    assert_mended(finding, 'FAIL', 'process 4711, python -m ipykernel_launcher (it has loaded JAX)', 'Runtime > Restart session')
+    assert_mended(
+        finding,
+        'FAIL',
+        'process 4711, python -m ipykernel_launcher (it has loaded JAX)',
+        'Runtime > Restart session',
+    )
     (tmp_path / 'proc' / '4711' / 'cmdline').write_bytes(b'python\0serve.py\0')
-    assert_mended(tpu_lock.lock_finding(str(tmp_path / 'lock'), str(tmp_path)), 'FAIL', 'serve.py (it has loaded JAX)', 'kill 4711')
+    assert_mended(
+        tpu_lock.lock_finding(str(tmp_path / 'lock'), str(tmp_path)),
+        'FAIL',
+        'serve.py (it has loaded JAX)',
+        'kill 4711',
+    )
 
 
 def test_a_lock_of_which_the_process_cannot_be_seen_or_that_may_not_be_opened_is_named(tmp_path):
     lock = tmp_path / 'lock'
     with open(lock, 'w') as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # by this process, which is left out
-        assert_mended(tpu_lock.lock_finding(str(lock), str(tmp_path)), 'FAIL', 'cannot see', f'sudo fuser -k {lock}')
+        assert_mended(
+            tpu_lock.lock_finding(str(lock), str(tmp_path)),
+            'FAIL',
+            'cannot see',
+            f'sudo fuser -k {lock}',
+        )
     (tmp_path / 'closed').mkdir()  # to root every file opens, but no folder does
-    assert_mended(tpu_lock.lock_finding(str(tmp_path / 'closed'), str(tmp_path)), 'FAIL', 'from another user', f'sudo rm -f {tmp_path / "closed"}')
+    assert_mended(
+        tpu_lock.lock_finding(str(tmp_path / 'closed'), str(tmp_path)),
+        'FAIL',
+        'from another user',
+        f'sudo rm -f {tmp_path / "closed"}',
+    )
     assert tpu_lock.lock_finding(str(tmp_path / 'none'), str(tmp_path)).status == 'ok'
 
 
 def test_jax_in_this_process_is_named():
-    assert_mended(tpu_lock.jax_finding({'jax': None}), 'warn', 'imported in this process', 'restart')
+    assert_mended(
+        tpu_lock.jax_finding({'jax': None}), 'warn', 'imported in this process', 'restart'
+    )
     assert tpu_lock.jax_finding({}).status == 'ok'
 
 
 def test_a_tpu_that_this_process_has_taken_is_named_and_not_let_go(tmp_path):
     with open(tmp_path / 'lock', 'w') as file:
         fcntl.lockf(file, fcntl.LOCK_EX)
-        assert_mended(tpu_lock.lock_finding(str(tmp_path / 'lock')), 'FAIL', 'held by this very process', 'restart the notebook')
+        assert_mended(
+            tpu_lock.lock_finding(str(tmp_path / 'lock')),
+            'FAIL',
+            'held by this very process',
+            'restart the notebook',
+        )
         look = 'import sys; from diagnostics import tpu_lock; print(tpu_lock.is_held(sys.argv[1]))'
-        done = subprocess.run([sys.executable, '-c', look, str(tmp_path / 'lock')], cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, '-c', look, str(tmp_path / 'lock')],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
         assert done.stdout == 'True\n', done.stderr
 
 
 # A TensorFlow with a TPU of 4 cores, of which one step can be made to fail. What it computes are plain numbers.
-TPU = '''
+TPU = """
     import os, time
     {at_import}
     class Resolver:
@@ -255,30 +445,46 @@ TPU = '''
     class tpu: experimental = type('experimental', (), {{'initialize_tpu_system': staticmethod(initialize)}})
     class linalg: matmul = staticmethod(lambda a, b: a * b * 128)
     ones, reduce_max, function = (lambda shape: 1.0), (lambda value: value), (lambda function, autograph: function)
-'''
+"""
 
 
 def tpu(folder, at_import='pass', resolve='pass', initialise='pass', total='value * 4'):
-    return fake_tensorflow(folder, TPU.format(at_import=at_import, resolve=resolve, initialise=initialise, total=total))
+    return fake_tensorflow(
+        folder, TPU.format(at_import=at_import, resolve=resolve, initialise=initialise, total=total)
+    )
 
 
-@pytest.mark.parametrize('broken, step, reason', [
-    ({'at_import': 'os.abort()'}, 'import', 'ended by SIGABRT'),
-    ({'resolve': 'raise ValueError("no TPU at local")'}, 'resolve', 'ValueError: no TPU at local'),
-    ({'initialise': 'time.sleep(60)'}, 'initialise', 'did not end in 2 s, and was stopped'),
-    ({'total': 'value'}, 'all-reduce', 'computed [1.0, 1.0, 1.0, 1.0] where 4 is right'),
-    ({'initialise': 'os._exit(0)'}, 'initialise', 'it ended without a word'),
-])
+@pytest.mark.parametrize(
+    'broken, step, reason',
+    [
+        ({'at_import': 'os.abort()'}, 'import', 'ended by SIGABRT'),
+        (
+            {'resolve': 'raise ValueError("no TPU at local")'},
+            'resolve',
+            'ValueError: no TPU at local',
+        ),
+        ({'initialise': 'time.sleep(60)'}, 'initialise', 'did not end in 2 s, and was stopped'),
+        ({'total': 'value'}, 'all-reduce', 'computed [1.0, 1.0, 1.0, 1.0] where 4 is right'),
+        ({'initialise': 'os._exit(0)'}, 'initialise', 'it ended without a word'),
+    ],
+)
 def test_a_tpu_that_fails_or_hangs_is_named_with_the_step(tmp_path, broken, step, reason):
     began = time.monotonic()
-    outcome = tpu_probe.probe(tpu_probe.ways('2.20.0', {})[0], seconds=2, environ=tpu(tmp_path, **broken), lock=str(tmp_path / 'lock'))
+    outcome = tpu_probe.probe(
+        tpu_probe.ways('2.20.0', {})[0],
+        seconds=2,
+        environ=tpu(tmp_path, **broken),
+        lock=str(tmp_path / 'lock'),
+    )
     assert (outcome.cores, outcome.step) == (0, step) and reason in outcome.reason
     assert time.monotonic() - began < 20
 
 
 def test_a_tpu_that_works_is_ok_and_a_lock_that_a_stopped_probe_leaves_is_removed(tmp_path):
     way, lock = tpu_probe.Way('any', {}), tmp_path / 'lock'
-    assert tpu_probe.probe(way, seconds=20, environ=tpu(tmp_path / 'well'), lock=str(lock)) == tpu_probe.Outcome(4)
+    assert tpu_probe.probe(
+        way, seconds=20, environ=tpu(tmp_path / 'well'), lock=str(lock)
+    ) == tpu_probe.Outcome(4)
     hangs = tpu(tmp_path / 'hangs', at_import=f'open({str(lock)!r}, "w"); time.sleep(60)')
     assert 'did not end' in tpu_probe.probe(way, seconds=1, environ=hangs, lock=str(lock)).reason
     assert not lock.exists()
@@ -286,33 +492,67 @@ def test_a_tpu_that_works_is_ok_and_a_lock_that_a_stopped_probe_leaves_is_remove
 
 def tpu_rows(folder, version, environ, config=None):
     """(FAIL and warn rows, cores) of a host with a v5e chip."""
-    rows = check.tpu_findings(config or default.get_config(), version, environ, fake_machine(folder / 'host', **V5E), 5, str(folder / 'lock'), __file__)
+    rows = check.tpu_findings(
+        config or default.get_config(),
+        version,
+        environ,
+        fake_machine(folder / 'host', **V5E),
+        5,
+        str(folder / 'lock'),
+        __file__,
+    )
     found = []
     while True:
         try:
             found.append(next(rows))
         except StopIteration as end:
-            return [row for row in found if row.status != 'ok' and row.what != 'JAX'], end.value  # which these tests have loaded, or not
+            return [
+                row for row in found if row.status != 'ok' and row.what != 'JAX'
+            ], end.value  # which these tests have loaded, or not
 
 
 def test_a_tpu_that_starts_in_no_way_is_a_failure_with_the_other_build_as_remedy(tmp_path):
-    (row,), cores = tpu_rows(tmp_path, '2.19.1', tpu(tmp_path, initialise='raise RuntimeError("no device")'))
+    (row,), cores = tpu_rows(
+        tmp_path, '2.19.1', tpu(tmp_path, initialise='raise RuntimeError("no device")')
+    )
     assert cores == 0
-    assert_mended(row, 'FAIL', 'through PJRT it fails to initialise: RuntimeError: no device; through StreamExecutor it fails to initialise', 'tpu220')
-    assert 'pip uninstall -y tensorflow-tpu libtpu' in check.other_build('2.20.0', (3, 11)) and "'.[tpu]'" in check.other_build('2.20.0', (3, 11))
-    assert 'PYTHON=python3.12 ACCELERATOR=tpu ' in check.other_build('2.20.0', (3, 13))  # for which 2.19.1 is not made
+    assert_mended(
+        row,
+        'FAIL',
+        'through PJRT it fails to initialise: RuntimeError: no device; through StreamExecutor it fails to initialise',
+        'tpu220',
+    )
+    assert 'pip uninstall -y tensorflow-tpu libtpu' in check.other_build(
+        '2.20.0', (3, 11)
+    ) and "'.[tpu]'" in check.other_build('2.20.0', (3, 11))
+    assert 'PYTHON=python3.12 ACCELERATOR=tpu ' in check.other_build(
+        '2.20.0', (3, 13)
+    )  # for which 2.19.1 is not made
     assert 'PYTHON=python3.12 ACCELERATOR=tpu220 ' in check.other_build('2.19.1', (3, 10))
 
 
-def test_a_tpu_that_starts_in_the_second_way_alone_is_a_failure_with_the_variable_that_chooses_it(tmp_path):
-    environ = tpu(tmp_path, initialise='assert os.environ["NEXT_PLUGGABLE_DEVICE_USE_C_API"] == "false", "PJRT is broken"')
+def test_a_tpu_that_starts_in_the_second_way_alone_is_a_failure_with_the_variable_that_chooses_it(
+    tmp_path,
+):
+    environ = tpu(
+        tmp_path,
+        initialise='assert os.environ["NEXT_PLUGGABLE_DEVICE_USE_C_API"] == "false", "PJRT is broken"',
+    )
     (row,), cores = tpu_rows(tmp_path, '2.19.1', environ)
     assert cores == 4
-    assert_mended(row, 'FAIL', 'but 4 cores computed through StreamExecutor', 'export NEXT_PLUGGABLE_DEVICE_USE_C_API=false')
+    assert_mended(
+        row,
+        'FAIL',
+        'but 4 cores computed through StreamExecutor',
+        'export NEXT_PLUGGABLE_DEVICE_USE_C_API=false',
+    )
 
 
 def test_a_tpu_that_starts_is_ok_with_the_variables_that_main_sets(tmp_path):
-    environ = tpu(tmp_path, initialise='assert os.environ["PJRT_DEVICE"] == "TPU" and os.environ["TF_PLUGGABLE_DEVICE_LIBRARY_PATH"]')
+    environ = tpu(
+        tmp_path,
+        initialise='assert os.environ["PJRT_DEVICE"] == "TPU" and os.environ["TF_PLUGGABLE_DEVICE_LIBRARY_PATH"]',
+    )
     assert tpu_rows(tmp_path, '2.19.1', environ) == ([], 4)
 
 
@@ -329,27 +569,51 @@ def test_what_keeps_the_tpu_from_starting_is_named_before_it_is_tried(tmp_path):
 def test_a_tpu_that_is_asked_for_and_not_there_is_named(tmp_path):
     config = default.get_config()
     config.strategy = 'tpu'
-    row, = check.tpu_findings(config, '2.20.0', {}, str(tmp_path), 5)
+    (row,) = check.tpu_findings(config, '2.20.0', {}, str(tmp_path), 5)
     assert_mended(row, 'FAIL', 'no TPU is attached', '--config.strategy=auto')
 
 
 def test_a_tpu_host_with_a_build_for_processors_is_never_ok(tmp_path):
     environ = fake_tensorflow(tmp_path, "raise ImportError('not needed here')")
-    rows = list(check.findings(default.get_config(), str(tmp_path / 'run'), fake_machine(tmp_path, **V5E), environ))
-    build, = [row for row in rows if row.what == 'TensorFlow']
+    rows = list(
+        check.findings(
+            default.get_config(), str(tmp_path / 'run'), fake_machine(tmp_path, **V5E), environ
+        )
+    )
+    (build,) = [row for row in rows if row.what == 'TensorFlow']
     if 'tensorflow-tpu' not in build.found:  # unless these tests run with that build
         assert_mended(build, 'FAIL', 'cannot use the TPU', "'.[tpu]'")
     assert any('TPU VM' in row.found and '1 TPU chip (v5e)' in row.found for row in rows)
 
 
-@pytest.mark.parametrize('version, device, sets', [
-    ('2.19.1', '0x0063', True), ('2.19.1', '0x0062', True), ('2.19.1', '0x006f', True), ('2.19.1', '0x005e', False), ('2.19.1', '0x0027', False),
-    ('2.20.0', '0x0063', False), (None, '0x0063', False)])
-def test_the_variables_of_pjrt_are_set_for_the_build_and_the_chips_that_use_them(tmp_path, version, device, sets):
+@pytest.mark.parametrize(
+    'version, device, sets',
+    [
+        ('2.19.1', '0x0063', True),
+        ('2.19.1', '0x0062', True),
+        ('2.19.1', '0x006f', True),
+        ('2.19.1', '0x005e', False),
+        ('2.19.1', '0x0027', False),
+        ('2.20.0', '0x0063', False),
+        (None, '0x0063', False),
+    ],
+)
+def test_the_variables_of_pjrt_are_set_for_the_build_and_the_chips_that_use_them(
+    tmp_path, version, device, sets
+):
     root = fake_machine(tmp_path, chip=('0x1ae0', device))
-    wanted = {'PJRT_DEVICE': 'TPU', 'NEXT_PLUGGABLE_DEVICE_USE_C_API': 'true', 'TF_PLUGGABLE_DEVICE_LIBRARY_PATH': '/lib/libtpu.so'}
-    assert tpu_environment.pjrt_variables(version, {}, root, '/lib/libtpu.so') == (wanted if sets else {})
-    assert tpu_environment.pjrt_variables(version, {'PJRT_DEVICE': 'CPU'}, root, '/lib/libtpu.so') == {}  # the user has decided
+    wanted = {
+        'PJRT_DEVICE': 'TPU',
+        'NEXT_PLUGGABLE_DEVICE_USE_C_API': 'true',
+        'TF_PLUGGABLE_DEVICE_LIBRARY_PATH': '/lib/libtpu.so',
+    }
+    assert tpu_environment.pjrt_variables(version, {}, root, '/lib/libtpu.so') == (
+        wanted if sets else {}
+    )
+    assert (
+        tpu_environment.pjrt_variables(version, {'PJRT_DEVICE': 'CPU'}, root, '/lib/libtpu.so')
+        == {}
+    )  # the user has decided
 
 
 def test_main_sets_them_before_tensorflow_is_imported_on_such_a_host_only(monkeypatch, tmp_path):
@@ -367,7 +631,10 @@ def test_main_sets_them_before_tensorflow_is_imported_on_such_a_host_only(monkey
     config.strategy = 'auto'
     tpu_environment.prepare(config)
     set_by_prepare = {name: os.environ.pop(name) for name in tpu_environment.PJRT_VARIABLES}
-    assert set_by_prepare['PJRT_DEVICE'] == 'TPU' and set_by_prepare['TF_PLUGGABLE_DEVICE_LIBRARY_PATH'] == __file__
+    assert (
+        set_by_prepare['PJRT_DEVICE'] == 'TPU'
+        and set_by_prepare['TF_PLUGGABLE_DEVICE_LIBRARY_PATH'] == __file__
+    )
     with open(os.path.join(ROOT, 'main.py')) as file:
         text = file.read()
     assert text.index('tpu_environment.prepare(') < text.index('import_tensorflow_quietly()')
@@ -375,9 +642,13 @@ def test_main_sets_them_before_tensorflow_is_imported_on_such_a_host_only(monkey
 
 def test_a_tpu_is_expected_by_its_chips_its_files_or_its_name(tmp_path):
     assert not tpu_environment.is_expected('local', {}, str(tmp_path))
-    assert tpu_environment.is_expected('mine', {}, str(tmp_path)) and tpu_environment.is_expected('local', {'TPU_NAME': 'x'}, str(tmp_path))
+    assert tpu_environment.is_expected('mine', {}, str(tmp_path)) and tpu_environment.is_expected(
+        'local', {'TPU_NAME': 'x'}, str(tmp_path)
+    )
     assert tpu_environment.is_expected('local', {}, fake_machine(tmp_path / 'chips', **V5E))
-    assert not tpu_environment.is_expected('local', {}, fake_machine(tmp_path / 'network', nic=('0x1ae0', '0x0042'), **NVIDIA))
+    assert not tpu_environment.is_expected(
+        'local', {}, fake_machine(tmp_path / 'network', nic=('0x1ae0', '0x0042'), **NVIDIA)
+    )
     (tmp_path / 'files' / 'dev').mkdir(parents=True)
     (tmp_path / 'files' / 'dev' / 'accel0').write_text('')
     assert tpu_environment.is_expected('local', {}, str(tmp_path / 'files'))
@@ -385,15 +656,25 @@ def test_a_tpu_is_expected_by_its_chips_its_files_or_its_name(tmp_path):
 
 # The machine.
 
-@pytest.mark.parametrize('environ, name', [
-    ({'COLAB_RELEASE_TAG': 'release'}, 'Colab'), ({'KAGGLE_KERNEL_RUN_TYPE': 'Batch'}, 'Kaggle'), ({'SLURM_JOB_ID': '7'}, 'Slurm, job 7'), ({}, 'plain machine')])
+
+@pytest.mark.parametrize(
+    'environ, name',
+    [
+        ({'COLAB_RELEASE_TAG': 'release'}, 'Colab'),
+        ({'KAGGLE_KERNEL_RUN_TYPE': 'Batch'}, 'Kaggle'),
+        ({'SLURM_JOB_ID': '7'}, 'Slurm, job 7'),
+        ({}, 'plain machine'),
+    ],
+)
 def test_the_platform_is_told(tmp_path, environ, name):
     assert machine.describe_platform(environ, str(tmp_path)).startswith(f'{name}, ')
 
 
 def test_a_google_machine_is_told(tmp_path):
     (tmp_path / 'sys' / 'class' / 'dmi' / 'id').mkdir(parents=True)
-    (tmp_path / 'sys' / 'class' / 'dmi' / 'id' / 'product_name').write_text('Google Compute Engine\n')
+    (tmp_path / 'sys' / 'class' / 'dmi' / 'id' / 'product_name').write_text(
+        'Google Compute Engine\n'
+    )
     assert machine.describe_platform({}, str(tmp_path)).startswith('Google Compute Engine, ')
 
 
@@ -401,21 +682,34 @@ SEES = {'gpus': ['/physical_device:GPU:0'], 'cuda': '12.5.1', 'cudnn': '9'}
 
 
 def test_gpus_are_listed_and_one_that_tensorflow_does_not_see_is_a_failure(tmp_path, monkeypatch):
-    program(tmp_path, monkeypatch, 'nvidia-smi', 'echo "NVIDIA H100, 550.54.15, 81559 MiB"; echo "NVIDIA H100, 550.54.15, 81559 MiB"')
+    program(
+        tmp_path,
+        monkeypatch,
+        'nvidia-smi',
+        'echo "NVIDIA H100, 550.54.15, 81559 MiB"; echo "NVIDIA H100, 550.54.15, 81559 MiB"',
+    )
     gpus, problem = machine.nvidia_smi()
     assert len(gpus) == 2 and not problem
-    row, = check.gpu_findings(gpus, '', SEES, 'tensorflow', {}, str(tmp_path))
-    assert row.status == 'ok' and row.found == '2 x NVIDIA H100 (81559 MiB), driver 550.54.15, CUDA 12.5.1, cuDNN 9; TensorFlow sees 1'
-    row, = check.gpu_findings(gpus, '', {**SEES, 'gpus': []}, 'tensorflow', {}, str(tmp_path))
-    assert_mended(row, 'FAIL', 'TensorFlow sees none', "pip uninstall -y tensorflow && ")
+    (row,) = check.gpu_findings(gpus, '', SEES, 'tensorflow', {}, str(tmp_path))
+    assert (
+        row.status == 'ok'
+        and row.found
+        == '2 x NVIDIA H100 (81559 MiB), driver 550.54.15, CUDA 12.5.1, cuDNN 9; TensorFlow sees 1'
+    )
+    (row,) = check.gpu_findings(gpus, '', {**SEES, 'gpus': []}, 'tensorflow', {}, str(tmp_path))
+    assert_mended(row, 'FAIL', 'TensorFlow sees none', 'pip uninstall -y tensorflow && ')
     assert "'.[gpu]'" in row.mend
-    row, = check.gpu_findings([gpus[0]._replace(driver='470.82')], '', SEES, 'tensorflow', {}, str(tmp_path))
+    (row,) = check.gpu_findings(
+        [gpus[0]._replace(driver='470.82')], '', SEES, 'tensorflow', {}, str(tmp_path)
+    )
     assert_mended(row, 'FAIL', 'driver 470.82 is too old', 'install && sudo reboot')
-    row, = check.gpu_findings(gpus, '', {**SEES, 'gpus': []}, 'tensorflow', {'CUDA_VISIBLE_DEVICES': '-1'}, str(tmp_path))
+    (row,) = check.gpu_findings(
+        gpus, '', {**SEES, 'gpus': []}, 'tensorflow', {'CUDA_VISIBLE_DEVICES': '-1'}, str(tmp_path)
+    )
     assert row.status == 'ok' and 'hidden by CUDA_VISIBLE_DEVICES' in row.found
-    row, = check.gpu_findings(gpus, '', {**SEES, 'cuda': ''}, 'tensorflow', {}, str(tmp_path))
+    (row,) = check.gpu_findings(gpus, '', {**SEES, 'cuda': ''}, 'tensorflow', {}, str(tmp_path))
     assert_mended(row, 'warn', 'made without CUDA', "'.[gpu]'")
-    row, = check.gpu_findings(gpus, '', SEES, 'tensorflow-cpu', {}, str(tmp_path))
+    (row,) = check.gpu_findings(gpus, '', SEES, 'tensorflow-cpu', {}, str(tmp_path))
     assert row.status == 'ok'  # the row of TensorFlow has said it
 
 
@@ -423,12 +717,19 @@ def test_a_gpu_without_a_driver_that_works_is_named(tmp_path, monkeypatch):
     program(tmp_path, monkeypatch, 'nvidia-smi', 'echo "NVIDIA-SMI has failed: no driver"; exit 9')
     gpus, problem = machine.nvidia_smi()
     root = fake_machine(tmp_path / 'host', **NVIDIA)
-    row, = check.gpu_findings(gpus, problem, SEES, 'tensorflow', {}, root)
+    (row,) = check.gpu_findings(gpus, problem, SEES, 'tensorflow', {}, root)
     assert_mended(row, 'FAIL', 'NVIDIA-SMI has failed: no driver', 'CUDA_VISIBLE_DEVICES=-1')
-    row, = check.gpu_findings([], '', SEES, 'tensorflow-cpu', {}, root)
+    (row,) = check.gpu_findings([], '', SEES, 'tensorflow-cpu', {}, root)
     assert_mended(row, 'warn', 'its driver is not installed', 'sudo ubuntu-drivers install')
-    row, = check.gpu_findings([], problem, SEES, 'tensorflow', {}, str(tmp_path))  # perhaps the program alone is there
-    assert_mended(row, 'warn', 'nvidia-smi is installed, but fails: NVIDIA-SMI has failed: no driver', 'nvidia-smi')
+    (row,) = check.gpu_findings(
+        [], problem, SEES, 'tensorflow', {}, str(tmp_path)
+    )  # perhaps the program alone is there
+    assert_mended(
+        row,
+        'warn',
+        'nvidia-smi is installed, but fails: NVIDIA-SMI has failed: no driver',
+        'nvidia-smi',
+    )
     program(tmp_path, monkeypatch, 'nvidia-smi', "printf '\\377\\376'; exit 9")
     assert machine.nvidia_smi() == ([], '\ufffd\ufffd')
     monkeypatch.setenv('PATH', str(tmp_path))
@@ -438,11 +739,19 @@ def test_a_gpu_without_a_driver_that_works_is_named(tmp_path, monkeypatch):
 def memory(folder, available, version=2, limit=None, used=0, inactive=0):
     """A machine with so many GiB available, and a control group of version 1 or 2 with a limit above this process."""
     (folder / 'proc' / 'self').mkdir(parents=True)
-    (folder / 'proc' / 'meminfo').write_text(f'MemTotal: 99999999 kB\nMemAvailable: {available * 2**20:.0f} kB\n')
-    (folder / 'proc' / 'self' / 'cgroup').write_text('0::/job/step\n' if version == 2 else '4:memory:/job/step\n')
+    (folder / 'proc' / 'meminfo').write_text(
+        f'MemTotal: 99999999 kB\nMemAvailable: {available * 2**20:.0f} kB\n'
+    )
+    (folder / 'proc' / 'self' / 'cgroup').write_text(
+        '0::/job/step\n' if version == 2 else '4:memory:/job/step\n'
+    )
     if limit:
         group = folder / 'sys' / 'fs' / 'cgroup' / ('' if version == 2 else 'memory') / 'job'
-        names = ('memory.max', 'memory.current', 'inactive_file') if version == 2 else ('memory.limit_in_bytes', 'memory.usage_in_bytes', 'total_inactive_file')
+        names = (
+            ('memory.max', 'memory.current', 'inactive_file')
+            if version == 2
+            else ('memory.limit_in_bytes', 'memory.usage_in_bytes', 'total_inactive_file')
+        )
         group.mkdir(parents=True)
         (group / names[0]).write_text(f'{int(limit * 2**30)}\n')
         (group / names[1]).write_text(f'{int(used * 2**30)}\n')
@@ -451,7 +760,17 @@ def memory(folder, available, version=2, limit=None, used=0, inactive=0):
 
 
 def data(**changes):
-    return dataset_status.Presence(**{'state': 'here', 'place': '/data', 'class_names': tuple('0123456789'), 'num_train': 1437, 'num_eval': 360, 'num_bytes': 2**40, **changes})
+    return dataset_status.Presence(
+        **{
+            'state': 'here',
+            'place': '/data',
+            'class_names': tuple('0123456789'),
+            'num_train': 1437,
+            'num_eval': 360,
+            'num_bytes': 2**40,
+            **changes,
+        }
+    )
 
 
 @pytest.mark.parametrize('version', [1, 2])
@@ -460,24 +779,44 @@ def test_memory_is_what_the_container_leaves(tmp_path, version):
     free, where = machine.free_memory(root)
     assert free == 1.5 * 2**30 and 'container' in where
     finding = tensorflow_checks.memory_finding(default.get_config(), data(), root)
-    assert_mended(finding, 'FAIL', '1.5 GiB free on this container or job; 4.0 GiB for pictures', '--config.dataset.memory_gib=0.75')
+    assert_mended(
+        finding,
+        'FAIL',
+        '1.5 GiB free on this container or job; 4.0 GiB for pictures',
+        '--config.dataset.memory_gib=0.75',
+    )
     config = default.get_config()
     config.dataset.memory_gib = 0.75
-    assert tensorflow_checks.memory_finding(config, data(), root).status != 'FAIL'  # the remedy mends it
-    assert machine.free_memory(memory(tmp_path / 'free', 64, version)) == (64 * 2**30, 'this machine')
+    assert (
+        tensorflow_checks.memory_finding(config, data(), root).status != 'FAIL'
+    )  # the remedy mends it
+    assert machine.free_memory(memory(tmp_path / 'free', 64, version)) == (
+        64 * 2**30,
+        'this machine',
+    )
 
 
 def test_memory_that_leaves_little_for_the_model_is_a_warning_and_small_data_need_little(tmp_path):
     root = memory(tmp_path, 5)
-    assert_mended(tensorflow_checks.memory_finding(default.get_config(), data(), root), 'warn', 'leaves little', '--config.dataset.memory_gib=2.5')
-    assert tensorflow_checks.memory_finding(default.get_config(), data(num_bytes=2**20), root).status == 'ok'
+    assert_mended(
+        tensorflow_checks.memory_finding(default.get_config(), data(), root),
+        'warn',
+        'leaves little',
+        '--config.dataset.memory_gib=2.5',
+    )
+    assert (
+        tensorflow_checks.memory_finding(default.get_config(), data(num_bytes=2**20), root).status
+        == 'ok'
+    )
 
 
 def test_batches_that_memory_cannot_hold_are_named_with_one_that_it_can(tmp_path):
     root, config = memory(tmp_path, 5), default.get_config()
     config.batch_size, config.image_size = 4096, 1024
     found = tensorflow_checks.memory_finding(config, data(num_bytes=2**20), root)
-    assert_mended(found, 'FAIL', 'one of 4,096 pictures takes 12.0 GiB', '--config.batch_size=')  # 4,096 x 1,024 x 1,024 x 3 bytes
+    assert_mended(
+        found, 'FAIL', 'one of 4,096 pictures takes 12.0 GiB', '--config.batch_size='
+    )  # 4,096 x 1,024 x 1,024 x 3 bytes
     config.batch_size = int(found.mend.partition('=')[2])
     assert tensorflow_checks.memory_finding(config, data(num_bytes=2**20), root).status != 'FAIL'
 
@@ -494,33 +833,71 @@ def test_cores_are_those_of_the_container_and_few_beside_accelerators_are_a_warn
 
 def test_a_disk_that_is_too_small_is_named(tmp_path, monkeypatch):
     config = default.get_config()
-    space = lambda free: monkeypatch.setattr(machine.shutil, 'disk_usage', lambda path: type('Usage', (), {'free': free}))  # noqa: E731
+    space = lambda free: monkeypatch.setattr(
+        machine.shutil, 'disk_usage', lambda path: type('Usage', (), {'free': free})
+    )  # noqa: E731
     space(3 * 2**30)
     finding = tensorflow_checks.disk_finding(config, str(tmp_path / 'run'), data(), 2**30)
-    assert_mended(finding, 'FAIL', '3.0 GiB free for 4.0 GiB of checkpoints', '--workdir=DIR')  # 2 that are kept, the best, one that is written
+    assert_mended(
+        finding, 'FAIL', '3.0 GiB free for 4.0 GiB of checkpoints', '--workdir=DIR'
+    )  # 2 that are kept, the best, one that is written
     missing = data(state='missing', place=str(tmp_path / 'data'), room_bytes=100 * 2**30)
-    assert_mended(tensorflow_checks.disk_finding(config, str(tmp_path / 'run'), missing, 2**20), 'FAIL', '100.0 GiB of digits', '--config.dataset.data_dir=DIR')
+    assert_mended(
+        tensorflow_checks.disk_finding(config, str(tmp_path / 'run'), missing, 2**20),
+        'FAIL',
+        '100.0 GiB of digits',
+        '--config.dataset.data_dir=DIR',
+    )
     download = data(state='downloaded', place=str(tmp_path / 'data'), room_bytes=100 * 2**30)
-    assert_mended(tensorflow_checks.disk_finding(config, str(tmp_path / 'run'), download, 2**20), 'warn', 'at most', '--config.dataset.data_dir=DIR')
+    assert_mended(
+        tensorflow_checks.disk_finding(config, str(tmp_path / 'run'), download, 2**20),
+        'warn',
+        'at most',
+        '--config.dataset.data_dir=DIR',
+    )
     space(5 * 2**30)
-    assert tensorflow_checks.disk_finding(config, str(tmp_path / 'run'), data(), 2**30).status == 'ok'
+    assert (
+        tensorflow_checks.disk_finding(config, str(tmp_path / 'run'), data(), 2**30).status == 'ok'
+    )
 
 
-@pytest.mark.parametrize('text, found', [
-    ('{"cluster": ', 'JSONDecodeError'),
-    ('{"cluster": {"worker": ["a:1", "b:1"]}}', "KeyError: 'task'"),
-    ('{"cluster": {"worker": ["a:1", "b:1"]}, "task": {"type": "worker", "index": 2}}', 'IndexError'),
-    ('{"cluster": {"worker": ["a:1"]}, "task": {"type": "chief", "index": 0}}', "KeyError: 'chief'"),
-    ('{"cluster": {"worker": ["a:1", "b"]}, "task": {"type": "worker", "index": 0}}', "'b' is no address HOST:PORT"),
-    ('{"cluster": {"worker": ["a:1", "b:1"]}, "task": {"type": "worker", "index": -1}}', 'IndexError'),
-    ('[]', 'TypeError'),
-])
+@pytest.mark.parametrize(
+    'text, found',
+    [
+        ('{"cluster": ', 'JSONDecodeError'),
+        ('{"cluster": {"worker": ["a:1", "b:1"]}}', "KeyError: 'task'"),
+        (
+            '{"cluster": {"worker": ["a:1", "b:1"]}, "task": {"type": "worker", "index": 2}}',
+            'IndexError',
+        ),
+        (
+            '{"cluster": {"worker": ["a:1"]}, "task": {"type": "chief", "index": 0}}',
+            "KeyError: 'chief'",
+        ),
+        (
+            '{"cluster": {"worker": ["a:1", "b"]}, "task": {"type": "worker", "index": 0}}',
+            "'b' is no address HOST:PORT",
+        ),
+        (
+            '{"cluster": {"worker": ["a:1", "b:1"]}, "task": {"type": "worker", "index": -1}}',
+            'IndexError',
+        ),
+        ('[]', 'TypeError'),
+    ],
+)
 def test_a_broken_tf_config_is_named(text, found):
     assert_mended(check.cluster_finding(text), 'FAIL', found, 'unset TF_CONFIG')
 
 
 def test_a_sane_tf_config_is_ok():
-    row = check.cluster_finding(json.dumps({'cluster': {'chief': ['a:1'], 'worker': ['b:1']}, 'task': {'type': 'worker', 'index': 0}}))
+    row = check.cluster_finding(
+        json.dumps(
+            {
+                'cluster': {'chief': ['a:1'], 'worker': ['b:1']},
+                'task': {'type': 'worker', 'index': 0},
+            }
+        )
+    )
     assert row.status == 'ok' and row.found == '2 workers; this is worker 0'
     assert check.cluster_finding('{}').status == 'ok'  # TensorFlow's own word for no cluster
 
@@ -528,15 +905,28 @@ def test_a_sane_tf_config_is_ok():
 @pytest.mark.parametrize('place', ['file/run', 'file'])
 def test_a_workdir_that_cannot_be_written_to_is_named(tmp_path, place):
     (tmp_path / 'file').write_text('in the way')
-    assert_mended(check.writable_finding(str(tmp_path / place)), 'FAIL', f'{place} cannot be written to', '--workdir=')
+    assert_mended(
+        check.writable_finding(str(tmp_path / place)),
+        'FAIL',
+        f'{place} cannot be written to',
+        '--workdir=',
+    )
     assert_mended(check.writable_finding('/proc/run'), 'FAIL', 'cannot be written to', '--workdir=')
-    assert check.writable_finding(str(tmp_path / 'new' / 'run')).status == 'ok' and not os.path.exists(tmp_path / 'new')
+    assert check.writable_finding(
+        str(tmp_path / 'new' / 'run')
+    ).status == 'ok' and not os.path.exists(tmp_path / 'new')
 
 
 # Data, config, model.
 
+
 def test_a_place_that_cannot_be_read_is_named_with_what_to_write(tmp_path, tiny):
-    assert_mended(rows_of(tiny, 's3://bucket/run')['run'], 'FAIL', 's3://bucket/run/config.json cannot be read', '--workdir=DIR')
+    assert_mended(
+        rows_of(tiny, 's3://bucket/run')['run'],
+        'FAIL',
+        's3://bucket/run/config.json cannot be read',
+        '--workdir=DIR',
+    )
 
 
 def test_a_workdir_with_a_run_of_another_config_is_named(tmp_path, tiny):
@@ -545,43 +935,79 @@ def test_a_workdir_with_a_run_of_another_config_is_named(tmp_path, tiny):
     (tmp_path / 'config.json').write_text(tiny.to_json())
     assert tensorflow_checks.workdir_finding(tiny, str(tmp_path)).status == 'ok'
     tiny.batch_size = 48
-    assert_mended(tensorflow_checks.workdir_finding(tiny, str(tmp_path)), 'FAIL', 'batch_size was 32, is 48', '--workdir')
+    assert_mended(
+        tensorflow_checks.workdir_finding(tiny, str(tmp_path)),
+        'FAIL',
+        'batch_size was 32, is 48',
+        '--workdir',
+    )
 
 
 def test_digits_that_are_not_prepared_are_ok_with_the_numbers_that_they_will_have(tmp_path, tiny):
     tiny.dataset.data_dir = str(tmp_path / 'data')
     found = dataset_status.look(tiny.dataset)
-    assert (found.state, found.num_classes, found.num_train, found.num_eval) == ('made', 10, 1437, 360)
+    assert (found.state, found.num_classes, found.num_train, found.num_eval) == (
+        'made',
+        10,
+        1437,
+        360,
+    )
     tiny.dataset.train_split = 'train[:10%]'
     assert dataset_status.look(tiny.dataset).num_train == 144
-    assert tensorflow_checks.data_finding(tiny, found).status == 'ok' and not os.path.exists(tmp_path / 'data')
+    assert tensorflow_checks.data_finding(tiny, found).status == 'ok' and not os.path.exists(
+        tmp_path / 'data'
+    )
 
 
 def test_imagenet_that_is_missing_is_named_with_how_to_get_it(tmp_path):
     config = default.get_config()
-    config.dataset.name, config.dataset.eval_split, config.dataset.data_dir = 'imagenet2012', 'validation', str(tmp_path)
+    config.dataset.name, config.dataset.eval_split, config.dataset.data_dir = (
+        'imagenet2012',
+        'validation',
+        str(tmp_path),
+    )
     found = dataset_status.look(config.dataset)
     assert (found.num_classes, found.num_train, found.num_eval) == (1000, 1_281_167, 50_000)
-    assert_mended(tensorflow_checks.data_finding(config, found), 'FAIL', 'imagenet2012 is not prepared', 'ILSVRC2012_img_train.tar')
+    assert_mended(
+        tensorflow_checks.data_finding(config, found),
+        'FAIL',
+        'imagenet2012 is not prepared',
+        'ILSVRC2012_img_train.tar',
+    )
     manual = tmp_path / 'downloads' / 'manual'
     manual.mkdir(parents=True)
     (manual / 'ILSVRC2012_img_train.tar').write_text('')  # one of the two
     assert dataset_status.look(config.dataset).state == 'missing'
     (manual / 'ILSVRC2012_img_val.tar').write_text('')
-    assert_mended(tensorflow_checks.data_finding(config, dataset_status.look(config.dataset)), 'warn', 'its archives are here', 'build imagenet2012 --data_dir=')
+    assert_mended(
+        tensorflow_checks.data_finding(config, dataset_status.look(config.dataset)),
+        'warn',
+        'its archives are here',
+        'build imagenet2012 --data_dir=',
+    )
 
 
 def test_a_data_set_that_is_downloaded_at_the_first_start_is_a_warning(tmp_path):
     config = default.get_config()
     config.dataset.name, config.dataset.data_dir = 'cifar10', str(tmp_path)
-    assert_mended(tensorflow_checks.data_finding(config, dataset_status.look(config.dataset)), 'warn', 'the first start downloads at most 162 MiB', f'build cifar10 --data_dir={tmp_path}')
+    assert_mended(
+        tensorflow_checks.data_finding(config, dataset_status.look(config.dataset)),
+        'warn',
+        'the first start downloads at most 162 MiB',
+        f'build cifar10 --data_dir={tmp_path}',
+    )
 
 
 def test_a_data_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / 'file').write_text('in the way')
     config = default.get_config()
     config.dataset.data_dir = str(tmp_path / 'file' / 'data')
-    assert_mended(tensorflow_checks.data_finding(config, dataset_status.look(config.dataset)), 'FAIL', f'{tmp_path / "file"} is no folder', 'TFDS_DATA_DIR')
+    assert_mended(
+        tensorflow_checks.data_finding(config, dataset_status.look(config.dataset)),
+        'FAIL',
+        f'{tmp_path / "file"} is no folder',
+        'TFDS_DATA_DIR',
+    )
 
 
 def rows_of(config, workdir):
@@ -593,9 +1019,14 @@ def test_prepared_data_of_which_a_file_is_lost_are_named(tmp_path, tiny):
 
     tiny.dataset.data_dir = str(tmp_path / 'data')
     datasets.load(tiny.dataset)
-    lost, = (tmp_path / 'data').glob('digits/*/*-train.tfrecord*')
+    (lost,) = (tmp_path / 'data').glob('digits/*/*-train.tfrecord*')
     lost.unlink()
-    assert_mended(rows_of(tiny, tmp_path / 'run')['data set'], 'FAIL', f'1 files of digits are missing, such as {lost}', f'rm -r {lost.parent}')
+    assert_mended(
+        rows_of(tiny, tmp_path / 'run')['data set'],
+        'FAIL',
+        f'1 files of digits are missing, such as {lost}',
+        f'rm -r {lost.parent}',
+    )
 
 
 def test_prepared_data_that_were_cut_short_are_named(tmp_path, tiny):
@@ -604,20 +1035,64 @@ def test_prepared_data_that_were_cut_short_are_named(tmp_path, tiny):
     tiny.dataset.data_dir = str(tmp_path / 'data')
     datasets.load(tiny.dataset)
     assert rows_of(tiny, tmp_path / 'run')['data set'].status == 'ok'
-    file, = (tmp_path / 'data').glob('digits/*/*-train.tfrecord*')
+    (file,) = (tmp_path / 'data').glob('digits/*/*-train.tfrecord*')
     os.truncate(file, 3000)
-    assert_mended(rows_of(tiny, tmp_path / 'run')['data set'], 'FAIL', 'shorter than they were, of its split train', f'rm -r {file.parent}')
+    assert_mended(
+        rows_of(tiny, tmp_path / 'run')['data set'],
+        'FAIL',
+        'shorter than they were, of its split train',
+        f'rm -r {file.parent}',
+    )
 
 
-@pytest.mark.parametrize('key, value, row, found, mend', [
-    ('dataset.name', 'cifra10', 'data set', "config.dataset.name='cifra10' is no TFDS data set", '--config.dataset.name=cifar10'),
-    ('dataset.eval_split', 'validation', 'data set', "'validation' is no split of digits", 'test'),
-    ('dataset.name', 'folder', 'data set', 'needs --config.dataset.data_dir=DIR', '--config.dataset.data_dir=DIR'),
-    ('batch_size', 30, 'config', 'cannot be split evenly over 4 replicas', '--config.batch_size=28'),
-    ('train_for', '0.001 epochs', 'config', 'less than one step', 'train longer'),
-    ('model.name', 'EfficientNetV3B0', 'model', 'is no model of keras.applications', '--config.model.name=EfficientNetV2B0'),
-    ('optimizer.name', 'adma', 'model', "config.optimizer.name='adma' is not one of", '--config.optimizer.name=adam'),
-])
+@pytest.mark.parametrize(
+    'key, value, row, found, mend',
+    [
+        (
+            'dataset.name',
+            'cifra10',
+            'data set',
+            "config.dataset.name='cifra10' is no TFDS data set",
+            '--config.dataset.name=cifar10',
+        ),
+        (
+            'dataset.eval_split',
+            'validation',
+            'data set',
+            "'validation' is no split of digits",
+            'test',
+        ),
+        (
+            'dataset.name',
+            'folder',
+            'data set',
+            'needs --config.dataset.data_dir=DIR',
+            '--config.dataset.data_dir=DIR',
+        ),
+        (
+            'batch_size',
+            30,
+            'config',
+            'cannot be split evenly over 4 replicas',
+            '--config.batch_size=28',
+        ),
+        ('train_for', '0.001 epochs', 'config', 'less than one step', 'train longer'),
+        (
+            'model.name',
+            'EfficientNetV3B0',
+            'model',
+            'is no model of keras.applications',
+            '--config.model.name=EfficientNetV2B0',
+        ),
+        (
+            'optimizer.name',
+            'adma',
+            'model',
+            "config.optimizer.name='adma' is not one of",
+            '--config.optimizer.name=adam',
+        ),
+    ],
+)
 def test_a_config_that_cannot_work_here_is_named(tmp_path, tiny, key, value, row, found, mend):
     tiny.update_from_flattened_dict({key: value})
     tiny.virtual_devices = 4
@@ -633,19 +1108,45 @@ def test_folders_without_classes_are_named_and_classes_are_counted(tmp_path, tin
             (tmp_path / 'pictures' / name / f'{number}.jpg').write_bytes(b'12345')
     tiny.dataset.data_dir = str(tmp_path / 'pictures')
     found = dataset_status.look(tiny.dataset)
-    assert (found.state, found.num_classes, found.num_train, found.num_eval, found.num_bytes) == ('here', 2, 16, 4, 100)
+    assert (found.state, found.num_classes, found.num_train, found.num_eval, found.num_bytes) == (
+        'here',
+        2,
+        16,
+        4,
+        100,
+    )
 
 
 def test_a_strategy_that_is_asked_for_and_not_there_is_named(tmp_path, tiny):
     tiny.strategy = 'mirrored'
-    assert_mended(rows_of(tiny, tmp_path)['strategy'], 'FAIL', 'needs several devices', '--config.strategy=auto')
+    assert_mended(
+        rows_of(tiny, tmp_path)['strategy'],
+        'FAIL',
+        'needs several devices',
+        '--config.strategy=auto',
+    )
 
 
-@pytest.mark.parametrize('key, value, found, mend', [
-    ('model.weights', 'runs/missing', "config.model.weights='runs/missing' is not there", "'imagenet'"),
-    ('distill.teacher', 'runs/missing', 'neither a SavedModel nor a run that has exported one', 'train the teacher first'),
-])
-def test_weights_and_a_teacher_that_are_not_there_are_named(tmp_path, tiny, key, value, found, mend):
+@pytest.mark.parametrize(
+    'key, value, found, mend',
+    [
+        (
+            'model.weights',
+            'runs/missing',
+            "config.model.weights='runs/missing' is not there",
+            "'imagenet'",
+        ),
+        (
+            'distill.teacher',
+            'runs/missing',
+            'neither a SavedModel nor a run that has exported one',
+            'train the teacher first',
+        ),
+    ],
+)
+def test_weights_and_a_teacher_that_are_not_there_are_named(
+    tmp_path, tiny, key, value, found, mend
+):
     tiny.update_from_flattened_dict({key: value})
     assert_mended(rows_of(tiny, tmp_path)['model'], 'FAIL', found, mend)
 
@@ -655,20 +1156,28 @@ def test_what_keras_downloads_is_said_and_not_downloaded(tmp_path, tiny, monkeyp
     monkeypatch.setenv('KERAS_HOME', str(tmp_path))
     tiny.model.name, tiny.model.weights, tiny.image_size = 'MobileNetV2', 'imagenet', 32
     row = rows_of(tiny, tmp_path / 'run')['weights']
-    assert row.status == 'ok' and f'MobileNetV2 (imagenet): downloaded into {tmp_path}/models at the first start' in row.found
+    assert (
+        row.status == 'ok'
+        and f'MobileNetV2 (imagenet): downloaded into {tmp_path}/models at the first start'
+        in row.found
+    )
 
 
 def test_a_setting_that_a_tpu_refuses_is_named(tmp_path, tiny):
     tiny.jit_compile = 'true'
     rows = {row.what: row for row in tensorflow_checks.findings(tiny, str(tmp_path), tpu_cores=1)}
-    assert_mended(rows['strategy'], 'FAIL', 'would compile for the host', '--config.jit_compile=auto')
+    assert_mended(
+        rows['strategy'], 'FAIL', 'would compile for the host', '--config.jit_compile=auto'
+    )
 
 
 def test_the_table_says_what_the_run_will_be(tmp_path, tiny):
     rows = rows_of(tiny, tmp_path / 'run')
     assert {row.status for row in rows.values()} == {'ok'}, rows
     assert rows['steps'].found.startswith('30 = ') and rows['batch'].found == '32 = 32 x 1 replica'
-    assert rows['model'].found.startswith('tiny with adamw: 5,562 parameters, 5,466 of them trained')
+    assert rows['model'].found.startswith(
+        'tiny with adamw: 5,562 parameters, 5,466 of them trained'
+    )
     assert not os.path.exists(tmp_path / 'run')
 
 
@@ -680,7 +1189,9 @@ def test_a_checkpoint_is_as_large_as_the_table_says(tmp_path, tiny):
     session.checkpoints.wait()
     written = sum(file.stat().st_size for file in (tmp_path / 'checkpoints').glob('step-1/*data*'))
     found = rows_of(tiny, tmp_path)['model'].found
-    assert float(found.rsplit(' ', 2)[1]) * 2**20 == pytest.approx(written, rel=0.15)  # the names of its parts come to it
+    assert float(found.rsplit(' ', 2)[1]) * 2**20 == pytest.approx(
+        written, rel=0.15
+    )  # the names of its parts come to it
 
 
 def test_the_multiply_adds_of_efficientnetv2b0_are_the_published_ones():
@@ -716,7 +1227,11 @@ def test_a_process_that_dies_over_the_model_is_named(tmp_path, monkeypatch, tiny
             super().__init__('tests.diagnostics.test_check', 'die_after_the_check', *arguments)
 
     monkeypatch.setattr(check, 'Apart', Dies)
-    rows = list(check.findings(tiny, str(tmp_path / 'run'), str(tmp_path), {**os.environ, 'TF_CPP_MIN_LOG_LEVEL': '3'}))
+    rows = list(
+        check.findings(
+            tiny, str(tmp_path / 'run'), str(tmp_path), {**os.environ, 'TF_CPP_MIN_LOG_LEVEL': '3'}
+        )
+    )
     assert_mended(rows[-1], 'FAIL', 'looks at data and model: ended by SIGKILL', '--verbosity=1')
 
 
@@ -729,11 +1244,32 @@ def die_after_the_check(say, hear):
 
 # The command.
 
+
 def test_a_machine_that_is_well_is_ready_and_nothing_is_left_behind(tmp_path):
-    done = call('--config=configs/debug.py', f'--workdir={tmp_path}/run', f'--config.dataset.data_dir={tmp_path}/data')
+    done = call(
+        '--config=configs/debug.py',
+        f'--workdir={tmp_path}/run',
+        f'--config.dataset.data_dir={tmp_path}/data',
+    )
     assert done.returncode == 0 and done.stderr == '', done.stdout + done.stderr
     lines = done.stdout.splitlines()
-    for what in ('Python', 'platform', 'TensorFlow', 'Keras', 'packages', 'cores', 'workdir', 'strategy', 'data set', 'memory', 'steps', 'model', 'cost', 'disk', 'run'):
+    for what in (
+        'Python',
+        'platform',
+        'TensorFlow',
+        'Keras',
+        'packages',
+        'cores',
+        'workdir',
+        'strategy',
+        'data set',
+        'memory',
+        'steps',
+        'model',
+        'cost',
+        'disk',
+        'run',
+    ):
         assert any(line[:20] in (f'ok    {what:14}', f'warn  {what:14}') for line in lines), what
     assert lines[-1].startswith('ready to train') and 'FAIL' not in done.stdout
     assert os.listdir(tmp_path) == []
@@ -742,13 +1278,19 @@ def test_a_machine_that_is_well_is_ready_and_nothing_is_left_behind(tmp_path):
 def test_a_wrong_config_is_one_line_and_status_2_as_for_every_mode():
     done = call('--config=configs/debug.py', '--config.train_for=20')
     assert done.returncode == 2 and done.stdout == ''
-    assert done.stderr.startswith("error: config.train_for='20' is no duration") and len(done.stderr.splitlines()) == 1
+    assert (
+        done.stderr.startswith("error: config.train_for='20' is no duration")
+        and len(done.stderr.splitlines()) == 1
+    )
 
 
 def test_make_train_begins_with_the_doctor(tmp_path):
     with open(os.path.join(ROOT, 'Makefile')) as file:
         recipe = file.read().split('\ntrain:')[1].split('\n\n')[0].splitlines()
-    assert recipe[1].endswith('main.py --config=configs/digits.py --workdir=runs/digits --mode=check') and 'summary.json ||' in recipe[1]
+    assert (
+        recipe[1].endswith('main.py --config=configs/digits.py --workdir=runs/digits --mode=check')
+        and 'summary.json ||' in recipe[1]
+    )
     assert recipe[2].endswith('main.py --config=configs/digits.py --workdir=runs/digits')
 
 
@@ -756,10 +1298,16 @@ def test_a_failure_is_status_1_and_a_warning_is_not(monkeypatch, capsys):
     rows = [check.ok('cores', '2'), check.warn('disk', 'little', 'df -h .')]
     monkeypatch.setattr(check, 'findings', lambda config, workdir: iter(rows))
     assert check.run(None, '') == 0
-    assert capsys.readouterr().out == 'ok    cores         2\nwarn  disk          little\n                    -> df -h .\n\nready to train; 1 warn\n'
+    assert (
+        capsys.readouterr().out
+        == 'ok    cores         2\nwarn  disk          little\n                    -> df -h .\n\nready to train; 1 warn\n'
+    )
     rows.append(check.fail('data set', 'gone', 'tfds build it'))
     assert check.run(None, '') == 1
-    assert capsys.readouterr().out.splitlines()[-1] == '1 FAIL, 1 warn: what follows -> mends it; then check again'
+    assert (
+        capsys.readouterr().out.splitlines()[-1]
+        == '1 FAIL, 1 warn: what follows -> mends it; then check again'
+    )
 
 
 def test_a_config_error_leaves_the_table_unprinted(capsys):
@@ -771,5 +1319,8 @@ def test_a_config_error_leaves_the_table_unprinted(capsys):
 
 
 def test_the_last_words_are_the_line_that_tells_why():
-    assert worker_process.last_words('Traceback\n  File "x"\nValueError: why\nsome warning\n') == 'ValueError: why'
+    assert (
+        worker_process.last_words('Traceback\n  File "x"\nValueError: why\nsome warning\n')
+        == 'ValueError: why'
+    )
     assert worker_process.last_words('a\nb\n\n') == 'b' and worker_process.last_words('') == ''

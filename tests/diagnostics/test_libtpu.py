@@ -1,4 +1,5 @@
 """The libtpu beside a TPU build of TensorFlow has every function that it looks up. `make test-tpu` runs this with both builds."""
+
 import ctypes
 import importlib.metadata
 import importlib.util
@@ -22,7 +23,11 @@ LIBTPU = importlib.util.find_spec('libtpu')
 
 def test_nothing_is_missing_beside_a_tpu_build_and_other_builds_need_nothing():
     needed = libtpu.functions_needed(TENSORFLOW)
-    exported = libtpu.functions_exported(os.path.join(os.path.dirname(LIBTPU.origin), 'libtpu.so')) if LIBTPU else set()
+    exported = (
+        libtpu.functions_exported(os.path.join(os.path.dirname(LIBTPU.origin), 'libtpu.so'))
+        if LIBTPU
+        else set()
+    )
     assert len(needed) > 200 and 'TfTpu_Initialize' in needed if LIBTPU else not needed
     assert not needed - exported
 
@@ -36,17 +41,28 @@ def test_the_functions_of_a_library_are_those_that_the_loader_finds_in_it():
     assert 'malloc' not in exported  # which it uses and does not have
 
 
-@pytest.mark.parametrize('text, names', [
-    (b'\0TpuExecutor_Init\0HardwareLayout_ShapeSize\0', {'TpuExecutor_Init', 'HardwareLayout_ShapeSize'}),
-    (b'\0ConfigureDistributedTpuOp_DoWork\0SetGlobalTPUArrayOp_DoWork\0', {'ConfigureDistributedTpuOp_DoWork', 'SetGlobalTPUArrayOp_DoWork'}),
-    (b'\0TPU_SYSTEM\0_TpuExecutor_Init\0see TpuExecutor_Init\0TF_NewStatus\0', set()),
-])
+@pytest.mark.parametrize(
+    'text, names',
+    [
+        (
+            b'\0TpuExecutor_Init\0HardwareLayout_ShapeSize\0',
+            {'TpuExecutor_Init', 'HardwareLayout_ShapeSize'},
+        ),
+        (
+            b'\0ConfigureDistributedTpuOp_DoWork\0SetGlobalTPUArrayOp_DoWork\0',
+            {'ConfigureDistributedTpuOp_DoWork', 'SetGlobalTPUArrayOp_DoWork'},
+        ),
+        (b'\0TPU_SYSTEM\0_TpuExecutor_Init\0see TpuExecutor_Init\0TF_NewStatus\0', set()),
+    ],
+)
 def test_names_of_functions_are_told_from_other_text(tmp_path, text, names):
     (tmp_path / 'libtensorflow_cc.so.2').write_bytes(text)
     assert libtpu.functions_needed(str(tmp_path)) == names
 
 
-if os.environ.get('TRACE') == 'all' and LIBTPU:  # `make test-tpu`: asks the package index, and downloads libtpu
+if (
+    os.environ.get('TRACE') == 'all' and LIBTPU
+):  # `make test-tpu`: asks the package index, and downloads libtpu
     BUILD = importlib.metadata.version('tensorflow-tpu')
     EXTRA = 'tpu' if BUILD.startswith('2.19.') else 'tpu220'
 
@@ -66,20 +82,33 @@ def missing_functions(change):
     with tempfile.TemporaryDirectory() as folder:
         for name in ('README.md', 'LICENSE'):
             shutil.copy(os.path.join(ROOT, name), folder)
-        with open(os.path.join(ROOT, 'pyproject.toml')) as before, open(os.path.join(folder, 'pyproject.toml'), 'w') as after:
+        with (
+            open(os.path.join(ROOT, 'pyproject.toml')) as before,
+            open(os.path.join(folder, 'pyproject.toml'), 'w') as after,
+        ):
             after.write(change(before.read()))
 
         def pip(*arguments):
-            command = [os.path.join(folder, 'clean', 'bin', 'python'), '-m', 'pip', *arguments, '--quiet', '--disable-pip-version-check']
+            command = [
+                os.path.join(folder, 'clean', 'bin', 'python'),
+                '-m',
+                'pip',
+                *arguments,
+                '--quiet',
+                '--disable-pip-version-check',
+            ]
             subprocess.run(command, cwd=folder, check=True)
 
         subprocess.run([sys.executable, '-m', 'venv', os.path.join(folder, 'clean')], check=True)
         pip('install', '--dry-run', '--report', 'report.json', f'.[{EXTRA}]')
         with open(os.path.join(folder, 'report.json')) as file:
-            versions = {package['metadata']['name'].replace('_', '-'): package['metadata']['version'] for package in json.load(file)['install']}
+            versions = {
+                package['metadata']['name'].replace('_', '-'): package['metadata']['version']
+                for package in json.load(file)['install']
+            }
         assert versions['tensorflow-tpu'] == BUILD
         pip('download', '--no-deps', f'libtpu=={versions["libtpu"]}')
-        wheel, = (name for name in os.listdir(folder) if name.startswith('libtpu-'))
+        (wheel,) = (name for name in os.listdir(folder) if name.startswith('libtpu-'))
         with zipfile.ZipFile(os.path.join(folder, wheel)) as content:
             library = content.extract('libtpu/libtpu.so', folder)
         return libtpu.functions_needed(TENSORFLOW) - libtpu.functions_exported(library)

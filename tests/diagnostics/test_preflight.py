@@ -1,4 +1,5 @@
 """Preflight compiles the step that trains with the real TPU compiler, and says what that says. The compiler is installed on the first use."""
+
 import concurrent.futures
 import gzip
 import os
@@ -12,7 +13,7 @@ from diagnostics import hlo_cost, preflight, tpu_compiler
 from diagnostics.tpu_compiler import DoesNotFit, Topology
 from experiment import planning
 
-TEXT = '''HloModule step
+TEXT = """HloModule step
 
 %fused_computation (p: bf16[8,128]) -> bf16[8,128] {
   %p = bf16[8,128]{1,0} parameter(0)
@@ -28,56 +29,106 @@ ENTRY %main (a: bf16[8,128], b: f32[128]) -> f32[128] {
   %all-reduce.3 = f32[128]{0:T(128)} all-reduce(%convolution.5), replica_groups={{0,1,2,3}}
   ROOT %loss.2 = (f32[128]{0:T(128)}, s32[]{:T(128)}) fusion(%all-reduce.3, %convolution.5), kind=kLoop, metadata={op_name="mul_2"}, backend_config={"estimated_cycles":"42"}
 }
-'''
+"""
 
 
 def test_what_a_program_says_is_read():
     memory = {'argument': 1000, 'output': 300, 'alias': 200, 'temp': 50, 'generated_code': 7}
-    program = hlo_cost.read_program({'compiler': 'libtpu', 'seconds': 1.0, 'flops': 5.0, 'memory': memory, 'text': TEXT}, tpu_compiler.CHIPS['v3'])
+    program = hlo_cost.read_program(
+        {'compiler': 'libtpu', 'seconds': 1.0, 'flops': 5.0, 'memory': memory, 'text': TEXT},
+        tpu_compiler.CHIPS['v3'],
+    )
     assert program.cycles == 742  # of the entry computation only
-    assert program.memory_bytes == 1157 and program.memory_available == 16 * 2**30  # a chip of v3 has two replicas
+    assert (
+        program.memory_bytes == 1157 and program.memory_available == 16 * 2**30
+    )  # a chip of v3 has two replicas
     first, second = program.instructions
-    assert first == hlo_cost.Instruction(700, 'block1a_conv', 'convolution/Conv2DBackpropInput', True, 'bf16[8,128]')
+    assert first == hlo_cost.Instruction(
+        700, 'block1a_conv', 'convolution/Conv2DBackpropInput', True, 'bf16[8,128]'
+    )
     assert second == hlo_cost.Instruction(42, '', 'mul', False, 'f32[128]')
     assert program.all_reduce_bytes == (512,)
     # The copy's 512 bytes once; the convolution reads a and its copy is not in HBM; the sum writes what the last one reads, which writes 512 + 4 more.
     assert program.hbm_traffic == 512 + 2048 + 512 + (512 + 512 + 4)
 
 
-@pytest.mark.parametrize('text, chips, replicas, name, accelerator', [
-    ('v5e:2x2', 4, 4, 'v5e:2x2', 'v5litepod-4'), ('v5e', 1, 1, 'v5e:2x2', 'v5litepod-4'), ('v5e:4x4', 16, 16, 'v5e:4x4', 'v5litepod-16'),
-    ('v2:2x2', 4, 8, 'v2:2x2', 'v2-8'), ('v4:2x2x1', 4, 4, 'v4:2x2x1', 'v4-8'), ('v7x:2x2x1', 4, 8, 'tpu7x:2x2x1', 'v7x-8'), ('v6e', 1, 1, 'v6e:2x2', 'v6e-4'),
-])
+@pytest.mark.parametrize(
+    'text, chips, replicas, name, accelerator',
+    [
+        ('v5e:2x2', 4, 4, 'v5e:2x2', 'v5litepod-4'),
+        ('v5e', 1, 1, 'v5e:2x2', 'v5litepod-4'),
+        ('v5e:4x4', 16, 16, 'v5e:4x4', 'v5litepod-16'),
+        ('v2:2x2', 4, 8, 'v2:2x2', 'v2-8'),
+        ('v4:2x2x1', 4, 4, 'v4:2x2x1', 'v4-8'),
+        ('v7x:2x2x1', 4, 8, 'tpu7x:2x2x1', 'v7x-8'),
+        ('v6e', 1, 1, 'v6e:2x2', 'v6e-4'),
+    ],
+)
 def test_a_topology_is_so_many_chips(text, chips, replicas, name, accelerator):
     topology = Topology.parse(text)
-    assert (topology.num_chips, topology.num_replicas, topology.for_compiler()) == (chips, replicas, (name, accelerator))
+    assert (topology.num_chips, topology.num_replicas, topology.for_compiler()) == (
+        chips,
+        replicas,
+        (name, accelerator),
+    )
     assert Topology.parse(str(topology)) == Topology.parse(f' {text.upper()}') == topology
 
 
-@pytest.mark.parametrize('text', ['', 'v9', 'v5e:', 'v5e:2', 'v4:2x2', 'v5e:0x2', 'h100:8', 'v5e:3x5', 'v5e:100x100', 'v5litepod-8'])
+@pytest.mark.parametrize(
+    'text',
+    [
+        '',
+        'v9',
+        'v5e:',
+        'v5e:2',
+        'v4:2x2',
+        'v5e:0x2',
+        'h100:8',
+        'v5e:3x5',
+        'v5e:100x100',
+        'v5litepod-8',
+    ],
+)
 def test_what_is_no_topology_is_one_line(text):
     with pytest.raises(ConfigError, match='--topology='):
         Topology.parse(text)
 
 
 @pytest.mark.parametrize('text, sums', [('v5e:2x2', True), ('v6e', False)])
-def test_a_config_is_compiled_with_its_sums_over_replicas_and_only_once(tiny, text, sums, capsys, monkeypatch):
+def test_a_config_is_compiled_with_its_sums_over_replicas_and_only_once(
+    tiny, text, sums, capsys, monkeypatch
+):
     tiny.model.sync_batch_norm = False  # what is left to sum are the gradients
     preflight.run(tiny, '', text)
     said = capsys.readouterr().out
-    assert 'compiles' in said and 'binds' in said and 'chip-hours' in said and re.search(r' (conv|block2_\w+|predictions) ', said)
+    assert (
+        'compiles' in said
+        and 'binds' in said
+        and 'chip-hours' in said
+        and re.search(r' (conv|block2_\w+|predictions) ', said)
+    )
     monkeypatch.setattr(tpu_compiler, '_compile', lambda *arguments: pytest.fail('compiled again'))
     topology, data = Topology.parse(text), preflight.known_data(tiny)
     plan = planning.make_plan(tiny, data.num_train, data.num_eval, 10, topology.num_replicas)
     training, evaluation = preflight.fly(tiny, plan, topology)
     weights = 4 * (9 * 3 * 16 + 2 * 16 + 9 * 16 * 32 + 2 * 32 + 33 * 10)  # bytes of all gradients
-    assert sum(training.program.all_reduce_bytes) == (weights if sums else 0) and not evaluation.program.all_reduce_bytes
+    assert (
+        sum(training.program.all_reduce_bytes) == (weights if sums else 0)
+        and not evaluation.program.all_reduce_bytes
+    )
     # Two convolutions of 3 x 3, with stride 2, from 16 px; forward, and backward to both inputs but the pictures.
     forward = 2 * 9 * (8 * 8 * 3 * 16 + 4 * 4 * 16 * 32) * evaluation.batch
-    assert evaluation.program.flops == pytest.approx(forward, rel=0.5) and forward < training.program.flops / training.batch * evaluation.batch < 6 * forward
+    assert (
+        evaluation.program.flops == pytest.approx(forward, rel=0.5)
+        and forward < training.program.flops / training.batch * evaluation.batch < 6 * forward
+    )
     figures = preflight.figures(training, topology)
-    assert figures['images_per_second_per_chip']["compiler's estimate"] == pytest.approx(training.batch * topology.chip.clock / training.program.cycles)
-    assert figures['hours'] == pytest.approx(plan.total_steps * training.program.cycles / topology.chip.clock / 3600)
+    assert figures['images_per_second_per_chip']["compiler's estimate"] == pytest.approx(
+        training.batch * topology.chip.clock / training.program.cycles
+    )
+    assert figures['hours'] == pytest.approx(
+        plan.total_steps * training.program.cycles / topology.chip.clock / 3600
+    )
 
 
 def test_a_batch_that_does_not_fit_is_an_error_that_says_which_would(tiny):
@@ -85,20 +136,27 @@ def test_a_batch_that_does_not_fit_is_an_error_that_says_which_would(tiny):
     with pytest.raises(RunError) as error:
         preflight.run(tiny, '', 'v5e')
     needed = str(error.value)
-    assert needed.startswith('4,194,304 pictures in a batch do not fit into v5e:1x1: a replica needs') and ' of 15.75 GiB' in needed
+    assert (
+        needed.startswith('4,194,304 pictures in a batch do not fit into v5e:1x1: a replica needs')
+        and ' of 15.75 GiB' in needed
+    )
     suggested = int(needed.split('--config.batch_size=')[1].split()[0])
     assert 2**19 < suggested < 2**22
 
 
 def test_an_evaluation_that_does_not_fit_is_an_error_that_names_its_own_batch(tiny):
     tiny.eval_batch_size = 2**22
-    with pytest.raises(RunError, match=r'^4,194,304 pictures in a batch of the evaluation do not fit into v5e:1x1: .* --config.eval_batch_size=\d+ does, with'):
+    with pytest.raises(
+        RunError,
+        match=r'^4,194,304 pictures in a batch of the evaluation do not fit into v5e:1x1: .* --config.eval_batch_size=\d+ does, with',
+    ):
         preflight.run(tiny, '', 'v5e')
 
 
 @pytest.fixture
 def memory_for(monkeypatch):
     """A compiler for which a replica has memory for so many pictures in a batch; it keeps what was tried."""
+
     def of(limit):
         def compile_training(config, plan, topology):
             tried.append(plan.batch_size // plan.num_replicas)
@@ -118,17 +176,33 @@ def test_a_batch_that_fits_keeps_the_shares_of_a_replica(tiny, memory_for, limit
     """A multiple of 3, and of 8 where it can be."""
     tiny.batch_size, tiny.accumulate_steps = 960, 3
     tried = memory_for(limit)
-    sentence = preflight.batch_that_fits(tiny, preflight.known_data(tiny), Topology.parse('v5e'), DoesNotFit(960, limit), 'batch_size')
+    sentence = preflight.batch_that_fits(
+        tiny,
+        preflight.known_data(tiny),
+        Topology.parse('v5e'),
+        DoesNotFit(960, limit),
+        'batch_size',
+    )
     assert not any(batch % 3 for batch in tried)
-    assert sentence.startswith(f'--config.batch_size={fits} does' if fits else 'Nor does the smallest batch') and (tried[-1] == fits or not fits)
+    assert sentence.startswith(
+        f'--config.batch_size={fits} does' if fits else 'Nor does the smallest batch'
+    ) and (tried[-1] == fits or not fits)
 
 
-def test_the_search_for_the_largest_batch_keeps_the_shares_of_a_replica_and_ends_with_the_data(tiny, memory_for, capsys):
+def test_the_search_for_the_largest_batch_keeps_the_shares_of_a_replica_and_ends_with_the_data(
+    tiny, memory_for, capsys
+):
     tiny.batch_size, tiny.augment.repeats, tiny.train_for = 48, 3, '1 epochs'
     tried = memory_for(10**6)
-    flight = preflight.Flight('training', 48, 16, 30, hlo_cost.Program('libtpu', 1.0, 1.0, 548, 10**6, 1, (), ()))
-    found, _ = preflight.search_largest(tiny, preflight.known_data(tiny), Topology.parse('v5e'), flight)
-    assert not any(batch % 24 for batch in tried) and 0.9 * 1437 < found <= 1437  # an epoch is one step then
+    flight = preflight.Flight(
+        'training', 48, 16, 30, hlo_cost.Program('libtpu', 1.0, 1.0, 548, 10**6, 1, (), ())
+    )
+    found, _ = preflight.search_largest(
+        tiny, preflight.known_data(tiny), Topology.parse('v5e'), flight
+    )
+    assert (
+        not any(batch % 24 for batch in tried) and 0.9 * 1437 < found <= 1437
+    )  # an epoch is one step then
     assert 'less than one step' in capsys.readouterr().out
 
 
@@ -136,7 +210,9 @@ def test_the_largest_batch_is_found_to_within_a_few_percent(tiny, memory_for):
     limit = 3000
     memory_for(limit)
     topology, data = Topology.parse('v5e'), preflight.known_data(tiny)
-    flight = preflight.Flight('training', 32, 16, 30, hlo_cost.Program('libtpu', 1.0, 1.0, 532, limit + 500, 1, (), ()))
+    flight = preflight.Flight(
+        'training', 32, 16, 30, hlo_cost.Program('libtpu', 1.0, 1.0, 532, limit + 500, 1, (), ())
+    )
     found, program = preflight.search_largest(tiny, data, topology, flight)
     assert 0.96 * limit <= found <= limit and program.memory_bytes == found + 500
 
@@ -146,18 +222,29 @@ def test_what_was_kept_and_is_damaged_is_compiled_again(tmp_path, monkeypatch, d
     monkeypatch.setattr(tpu_compiler, 'cache_folder', lambda: str(tmp_path))
     monkeypatch.setattr(tpu_compiler, 'environment', lambda: 'python')
     compiled = []
-    answer = {'compiler': 'libtpu', 'seconds': 1.0, 'flops': 5.0, 'text': TEXT, 'memory': dict.fromkeys(('argument', 'output', 'alias', 'temp', 'generated_code'), 1)}
-    monkeypatch.setattr(tpu_compiler, '_compile', lambda *arguments: compiled.append(arguments) or answer)
+    answer = {
+        'compiler': 'libtpu',
+        'seconds': 1.0,
+        'flops': 5.0,
+        'text': TEXT,
+        'memory': dict.fromkeys(('argument', 'output', 'alias', 'temp', 'generated_code'), 1),
+    }
+    monkeypatch.setattr(
+        tpu_compiler, '_compile', lambda *arguments: compiled.append(arguments) or answer
+    )
     for times in (1, 2, 2):
         tpu_compiler.compile_program(lambda: b'program', Topology.parse('v5e'), 'a text')
-        kept, = (tmp_path / 'compiled').iterdir()
+        (kept,) = (tmp_path / 'compiled').iterdir()
         if len(compiled) == 1:
             kept.write_bytes(kept.read_bytes()[:100] if damage is None else damage)
         assert len(compiled) == times
 
 
 def test_what_the_compiler_cannot_read_is_one_line():
-    with pytest.raises(RunError, match='the TPU compiler failed .*HloModuleProto.*: if its installation is damaged, rm -r '):
+    with pytest.raises(
+        RunError,
+        match='the TPU compiler failed .*HloModuleProto.*: if its installation is damaged, rm -r ',
+    ):
         tpu_compiler.compile_program(lambda: b'no program', Topology.parse('v5e'))
 
 

@@ -1,4 +1,5 @@
 """Durations become the steps one would count by hand, and an impossible config is one clear line."""
+
 import glob
 import importlib
 import os
@@ -17,7 +18,9 @@ from experiment import config_schema, planning
 from inputs import augment
 from modeling import optimizers
 
-NAMES = sorted(os.path.basename(path)[:-3] for path in glob.glob(os.path.join(ROOT, 'configs', '[a-z]*.py')))
+NAMES = sorted(
+    os.path.basename(path)[:-3] for path in glob.glob(os.path.join(ROOT, 'configs', '[a-z]*.py'))
+)
 
 
 def shipped(name):
@@ -25,19 +28,40 @@ def shipped(name):
 
 
 def test_all_configs_of_the_readme_are_there():
-    assert {'default', 'digits', 'imagenet', 'imagenet_strong', 'imagenet_distill', 'imagenette', 'cifar10', 'folder', 'finetune', 'debug'} <= set(NAMES)
+    assert {
+        'default',
+        'digits',
+        'imagenet',
+        'imagenet_strong',
+        'imagenet_distill',
+        'imagenette',
+        'cifar10',
+        'folder',
+        'finetune',
+        'debug',
+    } <= set(NAMES)
 
 
 @pytest.mark.parametrize('name', NAMES)
 def test_a_shipped_config_is_valid_and_wastes_no_update(name):
     config = shipped(name)
     config_schema.check_config(config)
-    numbers = planning.make_plan(config, train_examples=9_469, eval_examples=3_925, num_classes=10, num_replicas=1)
+    numbers = planning.make_plan(
+        config, train_examples=9_469, eval_examples=3_925, num_classes=10, num_replicas=1
+    )
     assert 0 < planning.learning_rate_of(config, numbers)(0) < config.schedule.peak_lr
     assert planning.learning_rate_of(config, numbers)(numbers.total_steps) == config.schedule.end_lr
-    optimizers.check_optimizer(config.optimizer.name, {key: value for key, value in config.optimizer.items() if key != 'name'})
-    drawn = {name: tf.stack([value] * 2) for name, value in augment.draws(config.augment, tf.constant([0, 1], tf.int64)).items()}
-    assert augment.on_device(config.augment, 10)(tf.zeros([2, 8, 8, 3], tf.uint8), tf.constant([3, 4]), drawn)[1].shape == (2, 10)
+    optimizers.check_optimizer(
+        config.optimizer.name,
+        {key: value for key, value in config.optimizer.items() if key != 'name'},
+    )
+    drawn = {
+        name: tf.stack([value] * 2)
+        for name, value in augment.draws(config.augment, tf.constant([0, 1], tf.int64)).items()
+    }
+    assert augment.on_device(config.augment, 10)(
+        tf.zeros([2, 8, 8, 3], tf.uint8), tf.constant([3, 4]), drawn
+    )[1].shape == (2, 10)
 
 
 @pytest.mark.parametrize('name', NAMES)
@@ -56,18 +80,35 @@ def test_imagenet_takes_as_many_steps_as_the_paper():
     assert config.schedule.peak_lr == pytest.approx(0.256)  # 0.016 for each 256 pictures
     after_warmup = planning.learning_rate_of(config, numbers)
     steps_per_2_4_epochs = 2.4 * 1_281_167 / 4096
-    assert after_warmup(numbers.warmup_steps + 10 * round(steps_per_2_4_epochs)) == pytest.approx(0.256 * 0.97**10, rel=1e-3)
+    assert after_warmup(numbers.warmup_steps + 10 * round(steps_per_2_4_epochs)) == pytest.approx(
+        0.256 * 0.97**10, rel=1e-3
+    )
 
 
-@pytest.mark.parametrize('text, steps', [
-    ('500 steps', 500), ('1_281_167 examples', 20_018), ('10 epochs', 15_625), ('0.5 epochs', 781), ('1 epoch', 1562), ('64,000 examples', 1000)])
+@pytest.mark.parametrize(
+    'text, steps',
+    [
+        ('500 steps', 500),
+        ('1_281_167 examples', 20_018),
+        ('10 epochs', 15_625),
+        ('0.5 epochs', 781),
+        ('1 epoch', 1562),
+        ('64,000 examples', 1000),
+    ],
+)
 def test_a_duration_is_counted_in_updates(text, steps):
     config = default.get_config()
     config.batch_size, config.train_for = 64, text
     assert planning.make_plan(config, 100_000, 10, 10, 1).total_steps == steps
 
 
-@given(epochs=st.integers(1, 500), examples=st.integers(1_000, 2_000_000), batch_size=st.integers(1, 1_000), warmup=st.integers(0, 60), hold=st.integers(0, 40))
+@given(
+    epochs=st.integers(1, 500),
+    examples=st.integers(1_000, 2_000_000),
+    batch_size=st.integers(1, 1_000),
+    warmup=st.integers(0, 60),
+    hold=st.integers(0, 40),
+)
 def test_a_plan_is_exact_arithmetic(epochs, examples, batch_size, warmup, hold):
     config = default.get_config()
     config.batch_size, config.train_for = batch_size, f'{epochs} epochs'
@@ -89,11 +130,16 @@ def test_a_run_that_goes_on_with_half_the_batch_has_as_many_epochs_left():
     before, _ = at_batch(64)
     config, numbers = at_batch(32)
     assert numbers.total_steps == 1212
-    numbers = planning.continued(numbers, config, 303, 303 * 64, 303 * 64)  # after half of 606 updates
+    numbers = planning.continued(
+        numbers, config, 303, 303 * 64, 303 * 64
+    )  # after half of 606 updates
     assert numbers.total_steps - 303 == 606
     assert numbers.epochs == pytest.approx(27, abs=32 / 1437)
     assert (numbers.total_steps - 303) * 32 / 1437 == pytest.approx(13.5, abs=64 / 1437)
-    rate, of_before = planning.learning_rate_of(config, numbers), planning.learning_rate_of(*at_batch(64))
+    rate, of_before = (
+        planning.learning_rate_of(config, numbers),
+        planning.learning_rate_of(*at_batch(64)),
+    )
     for examples in range(303 * 64, 27 * 1437 - 64, 64 * 17):
         assert rate(303 + (examples - 303 * 64) // 32) == pytest.approx(
             of_before(examples // 64), abs=1e-6
@@ -150,40 +196,43 @@ def test_a_position_follows_from_what_was_seen_whenever_it_is_asked_for(
         assert moved == numbers
 
 
-@pytest.mark.parametrize('key, value, says', [
-    ('train_for', '20', "'20 epochs'"),
-    ('train_for', '5%', 'no duration'),
-    ('train_for', '2.5 steps', 'whole numbers'),
-    ('train_for', '-3 epochs', 'no duration'),
-    ('train_for', '1,5 epochs', 'no duration'),
-    ('schedule.warmup', '120%', 'more than the whole run'),
-    ('schedule.warmup', '10 minutes', 'no duration'),
-    ('checkpoint_every', 'often', 'no duration'),
-    ('checkpoint_every', '9' * 400 + ' minutes', 'no duration'),
-    ('eval_every', '0%', 'at least 1 step'),
-    ('dataset.memory_gib', 1e300, 'impossible'),
-    ('batch_size', 10**30, 'impossible'),
-    ('batch_size', 0, 'from 1 to'),
-    ('batch_size', 6.5, 'a whole number'),
-    ('batch_size', True, 'a whole number'),
-    ('label_smoothing', 1.5, 'from 0 to 0.999'),
-    ('schedule.peak_lr', float('nan'), 'impossible'),
-    ('schedule.peak_lr', float('inf'), 'impossible'),
-    ('schedule.name', 'cosin', 'did you mean cosine?'),
-    ('precision', 'fp16', 'float16'),
-    ('jit_compile', True, 'text'),
-    ('augment.crop_area', (0.5, 0.1), 'low <= high'),
-    ('augment.crop_area', (0.5,), 'two numbers'),
-    ('augment.flip', 1, 'true or false'),
-    ('augment.cutmix', -1.0, 'at least 0'),
-    ('augment.policy.name', 'randaugment', 'did you mean rand_augment'),
-    ('schedule.warmup_steps', 100, 'did you mean warmup?'),
-    ('schedule.peek_lr', 0.1, 'did you mean peak_lr?'),
-    ('schedule.step', 3, '; cosine has name, peak_lr'),
-    ('schedule.warmups', '5%', 'did you mean schedule.warmup?'),
-    ('optimizer.nam', 'sgd', 'did you mean optimizer.name?'),
-    ('optimizer.nested', {'key': 1}, 'does not exist'),
-])
+@pytest.mark.parametrize(
+    'key, value, says',
+    [
+        ('train_for', '20', "'20 epochs'"),
+        ('train_for', '5%', 'no duration'),
+        ('train_for', '2.5 steps', 'whole numbers'),
+        ('train_for', '-3 epochs', 'no duration'),
+        ('train_for', '1,5 epochs', 'no duration'),
+        ('schedule.warmup', '120%', 'more than the whole run'),
+        ('schedule.warmup', '10 minutes', 'no duration'),
+        ('checkpoint_every', 'often', 'no duration'),
+        ('checkpoint_every', '9' * 400 + ' minutes', 'no duration'),
+        ('eval_every', '0%', 'at least 1 step'),
+        ('dataset.memory_gib', 1e300, 'impossible'),
+        ('batch_size', 10**30, 'impossible'),
+        ('batch_size', 0, 'from 1 to'),
+        ('batch_size', 6.5, 'a whole number'),
+        ('batch_size', True, 'a whole number'),
+        ('label_smoothing', 1.5, 'from 0 to 0.999'),
+        ('schedule.peak_lr', float('nan'), 'impossible'),
+        ('schedule.peak_lr', float('inf'), 'impossible'),
+        ('schedule.name', 'cosin', 'did you mean cosine?'),
+        ('precision', 'fp16', 'float16'),
+        ('jit_compile', True, 'text'),
+        ('augment.crop_area', (0.5, 0.1), 'low <= high'),
+        ('augment.crop_area', (0.5,), 'two numbers'),
+        ('augment.flip', 1, 'true or false'),
+        ('augment.cutmix', -1.0, 'at least 0'),
+        ('augment.policy.name', 'randaugment', 'did you mean rand_augment'),
+        ('schedule.warmup_steps', 100, 'did you mean warmup?'),
+        ('schedule.peek_lr', 0.1, 'did you mean peak_lr?'),
+        ('schedule.step', 3, '; cosine has name, peak_lr'),
+        ('schedule.warmups', '5%', 'did you mean schedule.warmup?'),
+        ('optimizer.nam', 'sgd', 'did you mean optimizer.name?'),
+        ('optimizer.nested', {'key': 1}, 'does not exist'),
+    ],
+)
 def test_an_impossible_value_is_one_line_that_says_what_to_write(key, value, says):
     config = default.get_config().unlock()
     section, _, name = key.rpartition('.')
@@ -194,18 +243,32 @@ def test_an_impossible_value_is_one_line_that_says_what_to_write(key, value, say
     assert error.value.key.startswith(key) and '\n' not in str(error.value)
 
 
-@pytest.mark.parametrize('key, suggestion', [('batch_sise', 'batch_size'), ('model.nme', 'model.name'), ('warmup', 'schedule.warmup'), ('dataset.nam', 'dataset.name')])
+@pytest.mark.parametrize(
+    'key, suggestion',
+    [
+        ('batch_sise', 'batch_size'),
+        ('model.nme', 'model.name'),
+        ('warmup', 'schedule.warmup'),
+        ('dataset.nam', 'dataset.name'),
+    ],
+)
 def test_an_unknown_key_suggests_the_nearest(key, suggestion):
     config = default.get_config().unlock()
     section, _, name = key.rpartition('.')
     (config[section] if section else config)[name] = 3
-    with pytest.raises(ConfigError, match=f'config.{key} does not exist; did you mean {suggestion}'):
+    with pytest.raises(
+        ConfigError, match=f'config.{key} does not exist; did you mean {suggestion}'
+    ):
         config_schema.check_config(config)
 
 
 def test_a_schedule_longer_than_the_run_is_refused():
     config = default.get_config()
-    config.train_for, config.schedule.warmup, config.schedule.hold = '100 steps', '80 steps', '30 steps'
+    config.train_for, config.schedule.warmup, config.schedule.hold = (
+        '100 steps',
+        '80 steps',
+        '30 steps',
+    )
     with pytest.raises(ConfigError, match='80 . 30 steps, but the run has 100'):
         planning.make_plan(config, 1_000, 10, 10, 1)
 
@@ -244,31 +307,40 @@ def test_an_unknown_argument_of_the_curve_is_refused():
 def test_a_progressive_run_grows_in_equal_stages_to_the_config():
     config = default.get_config()
     config.train_for, config.image_size, config.augment.mixup = '1_000 steps', 224, 0.4
-    config.progressive.stages, config.progressive.image_size, config.progressive.strength = 4, 128, 0.25
+    config.progressive.stages, config.progressive.image_size, config.progressive.strength = (
+        4,
+        128,
+        0.25,
+    )
     numbers = planning.make_plan(config, 10_000, 10, 10, 1)
     ends, stages = zip(*planning.stages(config, numbers))
     assert ends == (250, 500, 750, 1000)
     assert [stage.image_size for stage in stages] == [128, 160, 192, 224]
     np.testing.assert_allclose([stage.augment.mixup for stage in stages], [0.1, 0.2, 0.3, 0.4])
     np.testing.assert_allclose([stage.model.dropout for stage in stages], [0.05, 0.1, 0.15, 0.2])
-    np.testing.assert_allclose([stage.augment.policy.magnitude for stage in stages], [2.5, 5, 7.5, 10])
+    np.testing.assert_allclose(
+        [stage.augment.policy.magnitude for stage in stages], [2.5, 5, 7.5, 10]
+    )
     assert stages[-1].to_json() == config.to_json() and config.augment.mixup == 0.4
 
 
 def test_one_stage_is_the_config_itself():
     config = default.get_config()
-    (end, stage), = planning.stages(config, planning.make_plan(config, 10_000, 10, 10, 1))
+    ((end, stage),) = planning.stages(config, planning.make_plan(config, 10_000, 10, 10, 1))
     assert (end, stage.to_json()) == (781, config.to_json())
 
 
-@pytest.mark.parametrize('values, says', [
-    ({'progressive.image_size': 256}, 'pictures grow'),
-    ({'progressive.image_size': 50}, 'multiples of 32'),
-    ({'dataset.service': 'machine'}, 'write HOST:PORT'),
-    ({'train_for': '2 steps'}, 'more than the 2 steps'),
-    ({'augment.repeats': 3}, '--config.batch_size=129'),
-    ({'accumulate_steps': 3}, '--config.batch_size=129'),
-])
+@pytest.mark.parametrize(
+    'values, says',
+    [
+        ({'progressive.image_size': 256}, 'pictures grow'),
+        ({'progressive.image_size': 50}, 'multiples of 32'),
+        ({'dataset.service': 'machine'}, 'write HOST:PORT'),
+        ({'train_for': '2 steps'}, 'more than the 2 steps'),
+        ({'augment.repeats': 3}, '--config.batch_size=129'),
+        ({'accumulate_steps': 3}, '--config.batch_size=129'),
+    ],
+)
 def test_stages_and_parts_of_batches_that_cannot_be_are_refused(values, says):
     config = default.get_config()
     config.progressive.stages = 3

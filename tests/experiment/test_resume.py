@@ -58,14 +58,26 @@ def stopped_at(config, workdir, step, monkeypatch):
 
 def assert_same_run(workdir, reference):
     """Weights, what JSON says, and the best one, apart from times."""
-    ours, theirs = (read_json(os.path.join(folder, 'summary.json')) for folder in (workdir, reference))
-    for key in ('weights_sha256', 'eval/accuracy', 'eval/loss', 'best/accuracy', 'best/step', 'steps', 'skipped_updates'):
+    ours, theirs = (
+        read_json(os.path.join(folder, 'summary.json')) for folder in (workdir, reference)
+    )
+    for key in (
+        'weights_sha256',
+        'eval/accuracy',
+        'eval/loss',
+        'best/accuracy',
+        'best/step',
+        'steps',
+        'skipped_updates',
+    ):
         assert ours[key] == theirs[key], key
     assert without_times(workdir) == without_times(reference)
 
 
 @pytest.mark.slow
-def test_a_run_that_is_stopped_within_a_window_has_the_same_metrics(tiny, workdir, reference, monkeypatch):
+def test_a_run_that_is_stopped_within_a_window_has_the_same_metrics(
+    tiny, workdir, reference, monkeypatch
+):
     stopped_at(tiny, workdir, 14, monkeypatch)  # rows are of steps 10 and 15
     assert train.run(tiny, workdir) == 0
     assert read_json(os.path.join(workdir, 'summary.json'))['resumed_from'] == [14]
@@ -73,7 +85,9 @@ def test_a_run_that_is_stopped_within_a_window_has_the_same_metrics(tiny, workdi
 
 
 @pytest.mark.slow
-def test_a_signal_during_evaluation_does_not_wait_for_its_end_and_it_is_made_up_for(tiny, workdir, reference, monkeypatch):
+def test_a_signal_during_evaluation_does_not_wait_for_its_end_and_it_is_made_up_for(
+    tiny, workdir, reference, monkeypatch
+):
     tiny.eval_batch_size, tiny.steps_per_loop = 12, 4  # 30 batches, in 8 calls
     original, calls = train.evaluate.loops.make_eval_loop, []
 
@@ -96,18 +110,35 @@ def test_a_signal_during_evaluation_does_not_wait_for_its_end_and_it_is_made_up_
     tiny.eval_batch_size = 128
     assert train.run(tiny, workdir) == 0
     assert_same_run(workdir, reference)
-    assert evaluate.run(tiny, workdir, 'best')['eval/accuracy'] == read_json(os.path.join(workdir, 'summary.json'))['best/accuracy']
+    assert (
+        evaluate.run(tiny, workdir, 'best')['eval/accuracy']
+        == read_json(os.path.join(workdir, 'summary.json'))['best/accuracy']
+    )
 
 
 def test_the_last_evaluation_may_be_the_best_although_it_was_broken_off(tiny, workdir, monkeypatch):
-    tiny.eval_every, tiny.checkpoint_every, tiny.steps_per_loop, tiny.eval_batch_size = '30 steps', '30 steps', 1, 12
+    tiny.eval_every, tiny.checkpoint_every, tiny.steps_per_loop, tiny.eval_batch_size = (
+        '30 steps',
+        '30 steps',
+        1,
+        12,
+    )
     make = train.evaluate.make_evaluation
     with monkeypatch.context() as patch:
-        patch.setattr(train.evaluate, 'make_evaluation', lambda session: lambda *stop: os.kill(os.getpid(), train.signal.SIGTERM) or make(session)(*stop))
+        patch.setattr(
+            train.evaluate,
+            'make_evaluation',
+            lambda session: (
+                lambda *stop: os.kill(os.getpid(), train.signal.SIGTERM) or make(session)(*stop)
+            ),
+        )
         assert train.run(tiny, workdir) == 143
     assert train.run(tiny, workdir) == 0
     assert read_json(os.path.join(workdir, 'summary.json'))['best/step'] == 30
-    assert evaluate.run(tiny, workdir, 'best')['eval/accuracy'] == read_json(os.path.join(workdir, 'summary.json'))['eval/accuracy']
+    assert (
+        evaluate.run(tiny, workdir, 'best')['eval/accuracy']
+        == read_json(os.path.join(workdir, 'summary.json'))['eval/accuracy']
+    )
 
 
 @pytest.mark.slow
@@ -116,21 +147,35 @@ def test_it_goes_on_with_another_number_of_devices(still, workdir, tmp_path, mon
     stopped_at(still, workdir, 14, monkeypatch)
     still.virtual_devices = 2
     assert train.run(still, workdir) == 0
-    for ours, theirs in zip(without_times(workdir), without_times(str(tmp_path / 'whole')), strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-3), ours  # the same pictures, added up in another order
+    for ours, theirs in zip(
+        without_times(workdir), without_times(str(tmp_path / 'whole')), strict=True
+    ):
+        assert ours == pytest.approx(theirs, rel=1e-3), (
+            ours
+        )  # the same pictures, added up in another order
 
 
-def test_a_changed_config_goes_on_only_on_purpose_and_says_what_becomes_of_the_rate(tiny, workdir, monkeypatch, capsys):
+def test_a_changed_config_goes_on_only_on_purpose_and_says_what_becomes_of_the_rate(
+    tiny, workdir, monkeypatch, capsys
+):
     stopped_at(tiny, workdir, 14, monkeypatch)
     tiny.schedule.peak_lr, tiny.keep_checkpoints = 2e-2, 1
-    with pytest.raises(ConfigError, match=r'holds a run of another config \(schedule.peak_lr was 0.01, is 0.02\): use that config, or give this one its own '
-                                          '--workdir. On purpose, --resume=changed trains on with the new config, and --resume=never moves that run aside'):
+    with pytest.raises(
+        ConfigError,
+        match=r'holds a run of another config \(schedule.peak_lr was 0.01, is 0.02\): use that config, or give this one its own '
+        '--workdir. On purpose, --resume=changed trains on with the new config, and --resume=never moves that run aside',
+    ):
         train.run(tiny, workdir)
     capsys.readouterr()
     assert train.run(tiny, workdir, 'changed') == 0
-    rate = float(train.planning.learning_rate_of(tiny, train.planning.make_plan(tiny, 1437, 360, 10, 1))(14))
+    rate = float(
+        train.planning.learning_rate_of(tiny, train.planning.make_plan(tiny, 1437, 360, 10, 1))(14)
+    )
     said = f'changed at step 14: schedule.peak_lr was 0.01, is 0.02; the learning rate goes on from {rate / 2:.4g} to {rate:.4g}'
-    assert f'note      {said}' in capsys.readouterr().out and said in storage.read(os.path.join(workdir, 'report.md')).decode()
+    assert (
+        f'note      {said}' in capsys.readouterr().out
+        and said in storage.read(os.path.join(workdir, 'report.md')).decode()
+    )
     assert read_json(os.path.join(workdir, 'config.json'))['schedule']['peak_lr'] == 2e-2
     assert train.run(tiny, workdir) == 0 and 'is finished' in capsys.readouterr().out
 
@@ -138,11 +183,16 @@ def test_a_changed_config_goes_on_only_on_purpose_and_says_what_becomes_of_the_r
 def test_a_finished_run_can_be_made_longer_on_purpose_but_not_shorter(tiny, workdir, reference):
     shutil.copytree(reference, workdir)
     tiny.train_for = '20 steps'
-    with pytest.raises(ConfigError, match='the run is at step 30, after the end of this config at step 20: raise config.train_for'):
+    with pytest.raises(
+        ConfigError,
+        match='the run is at step 30, after the end of this config at step 20: raise config.train_for',
+    ):
         train.run(tiny, workdir, 'changed')
     tiny.train_for = '40 steps'
     assert train.run(tiny, workdir, 'changed') == 0
-    assert read_json(os.path.join(workdir, 'summary.json'))['steps'] == 40 and [row['step'] for row in read_metrics(workdir)] == [*range(5, 41, 5)]
+    assert read_json(os.path.join(workdir, 'summary.json'))['steps'] == 40 and [
+        row['step'] for row in read_metrics(workdir)
+    ] == [*range(5, 41, 5)]
 
 
 MISFITS = [
@@ -225,10 +275,21 @@ def test_averages_of_another_meaning_are_refused_also_in_the_same_shape(tiny, wo
 def test_what_fits_goes_on_with_all_of_it_changed_at_once(tiny, workdir, reference):
     shutil.copytree(reference, workdir)
     changed = {
-        'train_for': '34 steps', 'optimizer': {'name': 'lamb'}, 'accumulate_steps': 2, 'seed': 3,
-        'label_smoothing': 0.0, 'ema_decay': 0.5, 'grad_clip_norm': 1.0, 'weight_decay': 0.1,
-        'precision': 'bfloat16', 'image_size': 24, 'schedule.name': 'linear', 'augment.mixup': 0.2,
-        'model.dropout': 0.0, 'model.layer_decay': 0.9, 'model.sync_batch_norm': False,
+        'train_for': '34 steps',
+        'optimizer': {'name': 'lamb'},
+        'accumulate_steps': 2,
+        'seed': 3,
+        'label_smoothing': 0.0,
+        'ema_decay': 0.5,
+        'grad_clip_norm': 1.0,
+        'weight_decay': 0.1,
+        'precision': 'bfloat16',
+        'image_size': 24,
+        'schedule.name': 'linear',
+        'augment.mixup': 0.2,
+        'model.dropout': 0.0,
+        'model.layer_decay': 0.9,
+        'model.sync_batch_norm': False,
     }
     for key, value in changed.items():
         set_key(tiny, key, value)
@@ -244,7 +305,11 @@ def test_a_run_is_moved_aside_and_nothing_of_it_is_lost(tiny, workdir, reference
     assert train.run(tiny, workdir, 'never') == 0
     aside = os.path.join(workdir, 'before-1')
     assert f'the run before is in {aside}' in capsys.readouterr().out
-    assert sorted(os.listdir(aside)) == held and os.path.exists(os.path.join(workdir, 'thesis.tex')) and read_json(os.path.join(workdir, 'config.json'))['seed'] == 1
+    assert (
+        sorted(os.listdir(aside)) == held
+        and os.path.exists(os.path.join(workdir, 'thesis.tex'))
+        and read_json(os.path.join(workdir, 'config.json'))['seed'] == 1
+    )
     assert_same_run(aside, reference)
 
 
@@ -277,33 +342,57 @@ def test_an_update_that_is_not_a_number_is_skipped_and_the_run_goes_on(tiny, wor
     spoil_updates(monkeypatch, 12, 13)
     assert train.run(tiny, workdir) == 0
     summary = read_json(os.path.join(workdir, 'summary.json'))
-    assert summary['skipped_updates'] == 2 and summary['steps'] == 30 and summary['eval/accuracy'] > 0.15
+    assert (
+        summary['skipped_updates'] == 2
+        and summary['steps'] == 30
+        and summary['eval/accuracy'] > 0.15
+    )
     assert [row['train/skipped_updates'] for row in read_metrics(workdir)] == [0, 0, 2, 0, 0, 0]
     assert all(np.isfinite(value) for row in read_metrics(workdir) for value in row.values())
     plan = train.planning.make_plan(tiny, 1437, 360, 10, 1)
-    assert read_metrics(workdir)[-1]['train/learning_rate'] == pytest.approx(float(train.planning.learning_rate_of(tiny, plan)(29)), rel=1e-5)
+    assert read_metrics(workdir)[-1]['train/learning_rate'] == pytest.approx(
+        float(train.planning.learning_rate_of(tiny, plan)(29)), rel=1e-5
+    )
 
 
-def test_too_many_in_a_row_end_the_run_and_leave_the_last_good_checkpoint_and_the_batch(tiny, workdir, reference, monkeypatch, capsys):
+def test_too_many_in_a_row_end_the_run_and_leave_the_last_good_checkpoint_and_the_batch(
+    tiny, workdir, reference, monkeypatch, capsys
+):
     tiny.max_skipped_updates, tiny.checkpoint_every = 6, '1 steps'
     with monkeypatch.context() as patch:
         spoil_updates(patch, 17, 29)
-        with pytest.raises(RunError, match='not finite in updates 17 to 22, which were skipped: look at the first batch with --mode=preview; lower '
-                                           'config.schedule.peak_lr, .* and go on from step 17, which is saved, with --resume=changed') as error:
+        with pytest.raises(
+            RunError,
+            match='not finite in updates 17 to 22, which were skipped: look at the first batch with --mode=preview; lower '
+            'config.schedule.peak_lr, .* and go on from step 17, which is saved, with --resume=changed',
+        ) as error:
             train.run(tiny, workdir)
-    assert '\n' not in str(error.value) and steps_in(os.path.join(workdir, 'checkpoints'))[-2:] == [16, 17]
+    assert '\n' not in str(error.value) and steps_in(os.path.join(workdir, 'checkpoints'))[-2:] == [
+        16,
+        17,
+    ]
     preview.run(tiny, workdir)
     assert 'update 17 and those after it were skipped' in capsys.readouterr().out
     assert os.path.getsize(os.path.join(workdir, 'preview', 'batch_17.png')) > 10_000
     assert train.run(tiny, workdir) == 0  # the cause has gone
     assert not os.path.exists(os.path.join(workdir, 'skipped.json'))
-    ours, theirs = (read_json(os.path.join(folder, 'summary.json'))['weights_sha256'] for folder in (workdir, reference))
+    ours, theirs = (
+        read_json(os.path.join(folder, 'summary.json'))['weights_sha256']
+        for folder in (workdir, reference)
+    )
     assert ours == theirs
 
 
 @pytest.mark.slow
-def test_a_run_out_of_patience_ends_and_remembers_what_was_best_over_a_stop(tiny, workdir, monkeypatch, capsys):
-    tiny.train_for, tiny.eval_every, tiny.patience, tiny.best_metric = '60 steps', '5 steps', '10 steps', 'eval/loss'
+def test_a_run_out_of_patience_ends_and_remembers_what_was_best_over_a_stop(
+    tiny, workdir, monkeypatch, capsys
+):
+    tiny.train_for, tiny.eval_every, tiny.patience, tiny.best_metric = (
+        '60 steps',
+        '5 steps',
+        '10 steps',
+        'eval/loss',
+    )
     values = iter([2.0, 1.5, 1.7, 1.6, 1.4])
     make = train.evaluate.make_evaluation
 
@@ -315,7 +404,12 @@ def test_a_run_out_of_patience_ends_and_remembers_what_was_best_over_a_stop(tiny
     stopped_at(tiny, workdir, 14, monkeypatch)
     assert train.run(tiny, workdir) == 0
     summary = read_json(os.path.join(workdir, 'summary.json'))
-    assert (summary['steps'], summary['best/step'], summary['best/loss'], summary['eval/loss']) == (20, 10, 1.5, 1.6)
+    assert (summary['steps'], summary['best/step'], summary['best/loss'], summary['eval/loss']) == (
+        20,
+        10,
+        1.5,
+        1.6,
+    )
     assert (summary['export/step'], summary['export/eval_loss']) == (10, 1.5)
     best, last = (
         tf.train.load_checkpoint(os.path.join(workdir, 'checkpoints', f'step-{step}', 'variables'))
@@ -334,7 +428,9 @@ def test_a_run_out_of_patience_ends_and_remembers_what_was_best_over_a_stop(tiny
     assert digest.hexdigest() == summary['weights_sha256']
     assert steps_in(os.path.join(workdir, 'checkpoints'))[0] == 10
     capped = evaluate.run(tiny, workdir, 'best')
-    assert capped['eval/loss'] == pytest.approx(next(row['eval/loss'] for row in read_metrics(workdir) if row['step'] == 10), abs=3)
+    assert capped['eval/loss'] == pytest.approx(
+        next(row['eval/loss'] for row in read_metrics(workdir) if row['step'] == 10), abs=3
+    )
     assert json.loads(storage.read(os.path.join(workdir, 'evaluation.json')))['step'] == 10
     assert (
         capped['eval/accuracy'] == summary['export/eval_accuracy'] == summary['export/accuracy']
@@ -369,15 +465,28 @@ def test_a_run_out_of_patience_ends_and_remembers_what_was_best_over_a_stop(tiny
     for which, step in ((None, 10), ('last', 20), (None, 10)):
         done = export.run(tiny, workdir, which)
         line = capsys.readouterr().out.splitlines()[0]
-        assert line.startswith(f'exports   the weights after update {step}, the {"best by eval/loss" if step == 10 else "last"}')
+        assert line.startswith(
+            f'exports   the weights after update {step}, the {"best by eval/loss" if step == 10 else "last"}'
+        )
         summary = {**summary, **read_json(os.path.join(workdir, 'summary.json'))}
-        assert (done['export/step'], done['export/checkpoint']) == (step, 'best' if step == 10 else 'last')
-        assert (summary['export/step'], summary['export/eval_loss']) == (step, 1.5 if step == 10 else 1.6)
-        assert summary['export/accuracy'] == summary['export/eval_accuracy'] == done['export/accuracy']  # of all examples
+        assert (done['export/step'], done['export/checkpoint']) == (
+            step,
+            'best' if step == 10 else 'last',
+        )
+        assert (summary['export/step'], summary['export/eval_loss']) == (
+            step,
+            1.5 if step == 10 else 1.6,
+        )
+        assert (
+            summary['export/accuracy'] == summary['export/eval_accuracy'] == done['export/accuracy']
+        )  # of all examples
         with_note = storage.read(os.path.join(workdir, 'report.md')).decode()
         title, empty, note, rest = with_note.split('\n', 3)
         assert f'{title}\n{rest}' == report
-        assert note == f'*Exported again since this report was written: {line[10:]}. summary.json has the numbers of this export.*'
+        assert (
+            note
+            == f'*Exported again since this report was written: {line[10:]}. summary.json has the numbers of this export.*'
+        )
     tiny.patience = ''
     with monkeypatch.context() as patch:
         patch.setattr(train.evaluate, 'make_evaluation', make)
@@ -424,35 +533,57 @@ def test_the_last_weights_are_exported_where_the_best_are_damaged(
 @pytest.mark.slow
 def test_a_diverged_model_is_never_right_and_never_the_best(tiny, workdir, monkeypatch):
     stopped_at(tiny, workdir, 14, monkeypatch)
-    best = read_json(os.path.join(workdir, 'checkpoints', 'step-14', 'manifest.json'))['manifest']['best_step']
+    best = read_json(os.path.join(workdir, 'checkpoints', 'step-14', 'manifest.json'))['manifest'][
+        'best_step'
+    ]
     tiny.schedule.peak_lr, tiny.eval_every, tiny.max_skipped_updates = 1e30, '1 steps', 10
     with pytest.raises(RunError, match='not finite in updates 15 to 24'):
         train.run(tiny, workdir, 'changed')
     assert [row['eval/accuracy'] for row in read_metrics(workdir) if row['step'] > 16] == [0.0] * 8
-    manifest = read_json(os.path.join(workdir, 'checkpoints', f'step-{steps_in(os.path.join(workdir, "checkpoints"))[-1]}', 'manifest.json'))['manifest']
+    manifest = read_json(
+        os.path.join(
+            workdir,
+            'checkpoints',
+            f'step-{steps_in(os.path.join(workdir, "checkpoints"))[-1]}',
+            'manifest.json',
+        )
+    )['manifest']
     assert manifest['best_step'] == best == 10 and manifest['step'] <= 15
 
 
 @pytest.mark.slow
-def test_what_does_not_hold_any_more_is_forgotten_when_the_config_changes(tiny, workdir, monkeypatch):
+def test_what_does_not_hold_any_more_is_forgotten_when_the_config_changes(
+    tiny, workdir, monkeypatch
+):
     stopped_at(tiny, workdir, 14, monkeypatch)
     tiny.best_metric, tiny.batch_size = 'eval/loss', 4
     assert train.run(tiny, workdir, 'changed') == 0
     summary, rows = read_json(os.path.join(workdir, 'summary.json')), read_metrics(workdir)
-    assert summary['best/loss'] == min(row['eval/loss'] for row in rows if row['step'] > 14 and 'eval/loss' in row)
-    assert all(row['train/accuracy'] <= 1 for row in rows) and summary['examples_seen'] == 14 * 32 + 16 * 4
+    assert summary['best/loss'] == min(
+        row['eval/loss'] for row in rows if row['step'] > 14 and 'eval/loss' in row
+    )
+    assert (
+        all(row['train/accuracy'] <= 1 for row in rows)
+        and summary['examples_seen'] == 14 * 32 + 16 * 4
+    )
 
 
 @pytest.mark.slow
 def test_without_config_json_nobody_knows_which_config_it_was(tiny, workdir, monkeypatch):
     stopped_at(tiny, workdir, 14, monkeypatch)
     os.remove(os.path.join(workdir, 'config.json'))
-    with pytest.raises(ConfigError, match='checkpoints but no config.json, so nobody knows .*: bring it back from a copy.*--resume=changed trains on'):
+    with pytest.raises(
+        ConfigError,
+        match='checkpoints but no config.json, so nobody knows .*: bring it back from a copy.*--resume=changed trains on',
+    ):
         train.run(tiny, workdir)
     tiny.best_metric = 'eval/loss'
     assert train.run(tiny, workdir, 'changed') == 0
     report = storage.read(os.path.join(workdir, 'report.md')).decode()
-    assert 'changed at step 14: config.json was missing, so the config up to there is not known' in report
+    assert (
+        'changed at step 14: config.json was missing, so the config up to there is not known'
+        in report
+    )
     summary, rows = read_json(os.path.join(workdir, 'summary.json')), read_metrics(workdir)
     assert summary['best/loss'] == min(
         row['eval/loss'] for row in rows if row['step'] > 14 and 'eval/loss' in row
@@ -791,7 +922,9 @@ def test_tensorboard_has_updates_that_were_done_again_once(
     assert train.run(tiny, workdir) == 0
     assert_same_run(workdir, reference)
     assert board_of(workdir) == numbers_of(read_metrics(workdir))
-    assert not written & set(storage.list_folder(os.path.join(workdir, 'tensorboard'))) - {'mine.txt'}
+    assert not written & set(storage.list_folder(os.path.join(workdir, 'tensorboard'))) - {
+        'mine.txt'
+    }
     accumulator = event_accumulator.EventAccumulator(
         os.path.join(workdir, 'tensorboard').removeprefix('file://')
     ).Reload()
@@ -930,23 +1063,39 @@ def test_a_damaged_row_is_named_and_the_others_stay(tiny, workdir, monkeypatch, 
     lines = storage.read(path).decode().splitlines(keepends=True)
     storage.write(path, ''.join([*lines[:2], '{"step": 6, "tra\n', '3\n', *lines[4:]]))
     assert train.run(tiny, workdir) == 0
-    assert capsys.readouterr().out.count(f'damaged   {path}: line 3, 4 cannot be read and is left out') == 1
+    assert (
+        capsys.readouterr().out.count(f'damaged   {path}: line 3, 4 cannot be read and is left out')
+        == 1
+    )
     assert [row['step'] for row in read_metrics(workdir)] == [2, 4, *range(10, 31, 2)]
 
 
-@pytest.mark.parametrize('name, content', [('config.json', '[]'), ('config.json', 'null'), ('config.json', ''), ('environment.json', '[]')])
+@pytest.mark.parametrize(
+    'name, content',
+    [
+        ('config.json', '[]'),
+        ('config.json', 'null'),
+        ('config.json', ''),
+        ('environment.json', '[]'),
+    ],
+)
 def test_files_that_are_not_what_was_written_are_one_line(tiny, workdir, reference, name, content):
     shutil.copytree(reference, workdir)
     os.remove(os.path.join(workdir, 'summary.json'))
     storage.write(os.path.join(workdir, name), content)
-    with pytest.raises(RunError, match=f'{name} is damaged .*: bring it back from a copy, or begin anew with --resume=never, which moves the run aside'):
+    with pytest.raises(
+        RunError,
+        match=f'{name} is damaged .*: bring it back from a copy, or begin anew with --resume=never, which moves the run aside',
+    ):
         train.run(tiny, workdir)
 
 
 def test_what_is_in_the_way_of_checkpoints_shows_at_once(tiny, workdir):
     storage.make_folder(workdir)
     storage.write(os.path.join(workdir, 'checkpoints'), 'a file')
-    with pytest.raises(RunError, match='checkpoints cannot be written: a file has the name of this folder'):
+    with pytest.raises(
+        RunError, match='checkpoints cannot be written: a file has the name of this folder'
+    ):
         train.run(tiny, workdir)
 
 
@@ -975,7 +1124,9 @@ def test_a_folder_that_vanishes_ends_the_run_with_one_line(tiny, workdir, monkey
     assert '\n' not in str(error.value)
 
 
-def test_a_folder_that_vanishes_while_a_checkpoint_is_read_back_is_what_the_line_speaks_of(tiny, workdir, monkeypatch):
+def test_a_folder_that_vanishes_while_a_checkpoint_is_read_back_is_what_the_line_speaks_of(
+    tiny, workdir, monkeypatch
+):
     original = storage.parts
 
     def parts(path):
@@ -989,7 +1140,9 @@ def test_a_folder_that_vanishes_while_a_checkpoint_is_read_back_is_what_the_line
 
 
 @pytest.mark.slow
-def test_a_full_disk_ends_the_run_with_one_line_and_it_goes_on_when_there_is_room(tiny, workdir, reference, monkeypatch):
+def test_a_full_disk_ends_the_run_with_one_line_and_it_goes_on_when_there_is_room(
+    tiny, workdir, reference, monkeypatch
+):
     original = storage.write
 
     def write(path, content):
@@ -998,8 +1151,14 @@ def test_a_full_disk_ends_the_run_with_one_line_and_it_goes_on_when_there_is_roo
         original(path, content)
 
     with monkeypatch.context() as patch:
-        patch.setattr(storage, 'write', lambda path, content: storage.explained(path).__enter__() or write(path, content))
-        with pytest.raises(RunError, match='step 20 could not be written|the disk is full') as error:
+        patch.setattr(
+            storage,
+            'write',
+            lambda path, content: storage.explained(path).__enter__() or write(path, content),
+        )
+        with pytest.raises(
+            RunError, match='step 20 could not be written|the disk is full'
+        ) as error:
             train.run(tiny, workdir)
     assert '\n' not in str(error.value) and steps_in(os.path.join(workdir, 'checkpoints')) == [10]
     assert train.run(tiny, workdir) == 0
@@ -1014,7 +1173,9 @@ def test_a_folder_that_can_only_be_read_is_named_before_anything_is_trained(tiny
 
 
 @pytest.mark.slow
-def test_a_deleted_checkpoint_costs_its_steps_and_no_more(tiny, workdir, reference, monkeypatch, capsys):
+def test_a_deleted_checkpoint_costs_its_steps_and_no_more(
+    tiny, workdir, reference, monkeypatch, capsys
+):
     stopped_at(tiny, workdir, 24, monkeypatch)
     shutil.rmtree(os.path.join(workdir, 'checkpoints', 'step-24'))
     assert train.run(tiny, workdir) == 0
@@ -1023,11 +1184,16 @@ def test_a_deleted_checkpoint_costs_its_steps_and_no_more(tiny, workdir, referen
 
 
 @pytest.mark.slow
-def test_without_any_checkpoint_it_says_that_it_begins_again(tiny, workdir, reference, monkeypatch, capsys):
+def test_without_any_checkpoint_it_says_that_it_begins_again(
+    tiny, workdir, reference, monkeypatch, capsys
+):
     stopped_at(tiny, workdir, 14, monkeypatch)
     shutil.rmtree(os.path.join(workdir, 'checkpoints'))
     assert train.run(tiny, workdir) == 0
-    assert 'begins    at step 0: metrics.jsonl reaches step 10, but no checkpoint is there' in capsys.readouterr().out
+    assert (
+        'begins    at step 0: metrics.jsonl reaches step 10, but no checkpoint is there'
+        in capsys.readouterr().out
+    )
     assert_same_run(workdir, reference)
 
 
@@ -1041,18 +1207,36 @@ def test_clocks_that_jump_change_nothing(tiny, workdir, reference, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_run_behind_tensorflows_file_system_is_the_same_run(tiny, tmp_path, reference, monkeypatch):
+def test_a_run_behind_tensorflows_file_system_is_the_same_run(
+    tiny, tmp_path, reference, monkeypatch
+):
     monkeypatch.setattr(bucket_lease, 'SETTLE', 0.1)
-    workdir = f'file://{tmp_path}/bucket/runs/digits'  # everything goes through tf.io.gfile, as for gs://
+    workdir = (
+        f'file://{tmp_path}/bucket/runs/digits'  # everything goes through tf.io.gfile, as for gs://
+    )
     stopped_at(tiny, workdir, 14, monkeypatch)
     assert train.run(tiny, workdir) == 0
     assert_same_run(workdir, reference)
-    assert {'config.json', 'report.md', 'summary.json', 'export', 'plots', 'checkpoints'} <= set(storage.list_folder(workdir))
-    assert storage.read(workdir + '/plots/curves.png')[:4] == b'\x89PNG' and 'saved_model.pb' in storage.list_folder(workdir + '/export')
-    assert evaluate.run(tiny, workdir)['eval/accuracy'] == read_json(reference + '/summary.json')['eval/accuracy']
+    assert {'config.json', 'report.md', 'summary.json', 'export', 'plots', 'checkpoints'} <= set(
+        storage.list_folder(workdir)
+    )
+    assert storage.read(workdir + '/plots/curves.png')[
+        :4
+    ] == b'\x89PNG' and 'saved_model.pb' in storage.list_folder(workdir + '/export')
+    assert (
+        evaluate.run(tiny, workdir)['eval/accuracy']
+        == read_json(reference + '/summary.json')['eval/accuracy']
+    )
 
 
-def test_loops_that_are_longer_than_a_notice_are_pointed_out_once(tiny, workdir, monkeypatch, capsys):
+def test_loops_that_are_longer_than_a_notice_are_pointed_out_once(
+    tiny, workdir, monkeypatch, capsys
+):
     monkeypatch.setattr(train, 'LONG_LOOP', 0.0)
     assert train.run(tiny, workdir) == 0
-    assert capsys.readouterr().out.count('a loop takes 0 s, and a machine that is taken back gives about 30: lower config.steps_per_loop') == 1
+    assert (
+        capsys.readouterr().out.count(
+            'a loop takes 0 s, and a machine that is taken back gives about 30: lower config.steps_per_loop'
+        )
+        == 1
+    )

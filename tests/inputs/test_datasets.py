@@ -1,4 +1,5 @@
 """Digits, TFDS names and folders of pictures go through one door, and what is not there is named."""
+
 import os
 import re
 import types
@@ -25,7 +26,9 @@ def dataset_config(**values):
 def write_picture(path, size=(20, 30), value=100):
     os.makedirs(os.path.dirname(path), exist_ok=True)
     picture = tf.fill([*size, 3], tf.constant(value, tf.uint8))
-    tf.io.write_file(path, tf.io.encode_png(picture) if path.endswith('.png') else tf.io.encode_jpeg(picture))
+    tf.io.write_file(
+        path, tf.io.encode_png(picture) if path.endswith('.png') else tf.io.encode_jpeg(picture)
+    )
 
 
 def write_text(path):
@@ -38,20 +41,29 @@ def pictures(tmp_path):
     for split, count in (('train', 6), ('test', 3)):
         for index, name in enumerate(('cat', 'dog')):
             for number in range(count):
-                write_picture(str(tmp_path / split / name / f'{number}.{"png" if number % 2 else "jpg"}'), value=50 + 100 * index)
+                write_picture(
+                    str(tmp_path / split / name / f'{number}.{"png" if number % 2 else "jpg"}'),
+                    value=50 + 100 * index,
+                )
     return str(tmp_path)
 
 
 def test_digits_are_all_of_scikit_learns_in_two_fixed_splits():
     source = datasets.load(dataset_config(name='digits'))
-    assert (source.num_train, source.num_eval, source.class_names) == (1437, 360, tuple('0123456789'))
+    assert (source.num_train, source.num_eval, source.class_names) == (
+        1437,
+        360,
+        tuple('0123456789'),
+    )
     digits, seen = load_digits(), []
     for split in ('train', 'test'):
         for example in datasets.tfds.builder('digits').as_dataset(split=split).as_numpy_iterator():
             row = example['id']
             seen.append(row)
             assert example['label'] == digits.target[row]
-            np.testing.assert_array_equal(example['image'][..., 0], np.rint(digits.images[row] * 255 / 16))
+            np.testing.assert_array_equal(
+                example['image'][..., 0], np.rint(digits.images[row] * 255 / 16)
+            )
     assert sorted(seen) == list(range(1797))
 
 
@@ -62,7 +74,9 @@ def test_digits_are_read_in_the_same_order_each_time():
 
 
 def test_a_part_of_a_split_has_its_own_size():
-    source = datasets.load(dataset_config(name='digits', train_split='train[:100]', eval_split='train[100:]'))
+    source = datasets.load(
+        dataset_config(name='digits', train_split='train[:100]', eval_split='train[100:]')
+    )
     assert (source.num_train, source.num_eval) == (100, 1337)
 
 
@@ -75,15 +89,26 @@ def test_a_folder_of_pictures_is_found_with_classes_and_counts(pictures):
         np.testing.assert_allclose(picture, 50 + 100 * label, atol=3)
 
 
-@pytest.mark.parametrize('values, error, says', [
-    (dict(name='digit'), ConfigError, 'did you mean digits?'),
-    (dict(name='imagenet2021'), ConfigError, 'did you mean'),
-    (dict(name='digits', train_split='training'), ConfigError, "'training' is no split of digits: it has"),
-    (dict(name='digits', train_split='train[:0]'), ConfigError, 'no examples'),
-    (dict(name='coco/2017'), ConfigError, 'is no image classification data set'),  # before it is downloaded
-    (dict(name='folder'), ConfigError, 'needs --config.dataset.data_dir=DIR'),
-    (dict(name='folder', data_dir='/no/such/folder'), RunError, 'is no folder'),
-])
+@pytest.mark.parametrize(
+    'values, error, says',
+    [
+        ({'name': 'digit'}, ConfigError, 'did you mean digits?'),
+        ({'name': 'imagenet2021'}, ConfigError, 'did you mean'),
+        (
+            {'name': 'digits', 'train_split': 'training'},
+            ConfigError,
+            "'training' is no split of digits: it has",
+        ),
+        ({'name': 'digits', 'train_split': 'train[:0]'}, ConfigError, 'no examples'),
+        (
+            {'name': 'coco/2017'},
+            ConfigError,
+            'is no image classification data set',
+        ),  # before it is downloaded
+        ({'name': 'folder'}, ConfigError, 'needs --config.dataset.data_dir=DIR'),
+        ({'name': 'folder', 'data_dir': '/no/such/folder'}, RunError, 'is no folder'),
+    ],
+)
 def test_what_is_not_there_is_one_line(values, error, says):
     with pytest.raises(error) as raised:
         datasets.load(dataset_config(**values))
@@ -92,22 +117,38 @@ def test_what_is_not_there_is_one_line(values, error, says):
 
 def test_a_budget_that_the_machine_has_not_is_refused_with_one_that_it_has(monkeypatch):
     source = datasets.load(dataset_config(name='digits', memory_gib=1e-4))
-    monkeypatch.setattr(datasets.psutil, 'virtual_memory', lambda: types.SimpleNamespace(available=50_000))
-    with pytest.raises(RunError, match='memory_gib=0.0001, but only 4.66e-05 GiB of memory are free: write --config.dataset.memory_gib=2.3e-05'):
+    monkeypatch.setattr(
+        datasets.psutil, 'virtual_memory', lambda: types.SimpleNamespace(available=50_000)
+    )
+    with pytest.raises(
+        RunError,
+        match='memory_gib=0.0001, but only 4.66e-05 GiB of memory are free: write --config.dataset.memory_gib=2.3e-05',
+    ):
         source.split('train')
 
 
 def test_a_folder_without_the_split_holds_out_a_part_and_says_so(pictures, capsys):
-    source = datasets.load(dataset_config(name='folder', data_dir=os.path.join(pictures, 'train'), eval_share=0.5))
-    assert source.num_train + source.num_eval == 12 and source.num_eval in (2, 4, 6)  # the same picture twice stays on one side
-    assert 'held out as test' in source.notes[0] and f'note      {source.notes[0]}\n' in capsys.readouterr().out
+    source = datasets.load(
+        dataset_config(name='folder', data_dir=os.path.join(pictures, 'train'), eval_share=0.5)
+    )
+    assert source.num_train + source.num_eval == 12 and source.num_eval in (
+        2,
+        4,
+        6,
+    )  # the same picture twice stays on one side
+    assert (
+        'held out as test' in source.notes[0]
+        and f'note      {source.notes[0]}\n' in capsys.readouterr().out
+    )
 
 
 def test_a_broken_file_is_named_for_the_report(pictures):
     write_text(os.path.join(pictures, 'train', 'cat', 'page.jpg'))
     source = datasets.load(dataset_config(name='folder', data_dir=pictures))
     assert (source.num_train, source.num_eval) == (12, 6)
-    assert any(note.startswith('1 of 19 files are broken') for note in source.notes) and source.notes[-1].startswith('  train/cat/page.jpg: no picture')
+    assert any(
+        note.startswith('1 of 19 files are broken') for note in source.notes
+    ) and source.notes[-1].startswith('  train/cat/page.jpg: no picture')
     for number in range(60):
         write_text(os.path.join(pictures, 'train', 'cat', f'page{number}.jpg'))
     notes = datasets.load(dataset_config(name='folder', data_dir=pictures, max_broken=0.9)).notes
@@ -118,7 +159,9 @@ def test_a_data_set_without_training_examples_can_be_evaluated():
     for train_split in ('training', 'train[:0]'):
         config = dataset_config(name='digits', train_split=train_split)
         source = datasets.load(config, needs_training=False)
-        assert (source.num_train, source.num_eval) == (0, 360) and len(list(source.examples('test'))) == 360
+        assert (source.num_train, source.num_eval) == (0, 360) and len(
+            list(source.examples('test'))
+        ) == 360
         with pytest.raises(ConfigError):
             datasets.load(config)
     with pytest.raises(ConfigError, match="'nothing' is no split of digits"):
@@ -131,27 +174,49 @@ def test_hosts_read_even_shares_of_a_folder_that_are_all_of_it(pictures, hosts):
     parts = [source.split('train', (host, hosts)) for host in range(hosts)]
     assert [number for part in parts for number in part.ids.numpy()] == list(range(12))
     assert max(len(part.ids) for part in parts) - min(len(part.ids) for part in parts) <= 1
-    read = [(encoded, label) for part in parts for _, encoded, label in part.read(np.arange(len(part.counts))).as_numpy_iterator()]
+    read = [
+        (encoded, label)
+        for part in parts
+        for _, encoded, label in part.read(np.arange(len(part.counts))).as_numpy_iterator()
+    ]
     assert read == list(source.examples('train').as_numpy_iterator())
 
 
 def test_imagenet_that_is_missing_says_where_it_was_sought_and_how_to_get_it(tmp_path):
     with pytest.raises(RunError) as raised:
-        datasets.load(dataset_config(name='imagenet2012', data_dir=str(tmp_path), eval_split='validation'))
+        datasets.load(
+            dataset_config(name='imagenet2012', data_dir=str(tmp_path), eval_split='validation')
+        )
     text = str(raised.value)
-    assert str(tmp_path / 'downloads' / 'manual') in text and 'ILSVRC2012_img_train.tar' in text and 'image-net.org' in text
+    assert (
+        str(tmp_path / 'downloads' / 'manual') in text
+        and 'ILSVRC2012_img_train.tar' in text
+        and 'image-net.org' in text
+    )
     assert '\n' not in text
 
 
-@pytest.mark.parametrize('error, says', [
-    (requests.ConnectionError("HTTPSConnectionPool(host='somewhere', port=443): Max retries exceeded (Failed to resolve 'somewhere')"), 'this machine has to be online for it, or --config.dataset.data_dir='),
-    (OSError(28, 'No space left on device'), 'No space left on device)'),
-])
-def test_data_that_cannot_be_prepared_are_one_line_with_the_cause(tmp_path, monkeypatch, error, says):
+@pytest.mark.parametrize(
+    'error, says',
+    [
+        (
+            requests.ConnectionError(
+                "HTTPSConnectionPool(host='somewhere', port=443): Max retries exceeded (Failed to resolve 'somewhere')"
+            ),
+            'this machine has to be online for it, or --config.dataset.data_dir=',
+        ),
+        (OSError(28, 'No space left on device'), 'No space left on device)'),
+    ],
+)
+def test_data_that_cannot_be_prepared_are_one_line_with_the_cause(
+    tmp_path, monkeypatch, error, says
+):
     def fail(*arguments, **options):
         raise error
 
     monkeypatch.setattr(Digits, 'download_and_prepare', fail)
-    with pytest.raises(RunError, match=f'^digits could not be prepared in .*{re.escape(says)}') as raised:
+    with pytest.raises(
+        RunError, match=f'^digits could not be prepared in .*{re.escape(says)}'
+    ) as raised:
         datasets.load(dataset_config(name='digits', data_dir=str(tmp_path)))
     assert ('online' in str(raised.value)) == isinstance(error, requests.ConnectionError)

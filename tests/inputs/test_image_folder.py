@@ -1,4 +1,5 @@
 """A folder of pictures: what can be read is read right, what cannot is named, and nothing hangs or trains on garbage."""
+
 import collections
 import cProfile
 import io
@@ -25,16 +26,22 @@ from configs import default
 from inputs import datasets, image_folder, image_ops, image_validation
 
 ROWS, COLUMNS = np.mgrid[:48, :64]
-PICTURE = np.stack([4 * COLUMNS, 5 * ROWS, 255 - 2 * ROWS - 2 * COLUMNS], -1).astype(np.uint8)  # [48, 64, 3], smooth
+PICTURE = np.stack([4 * COLUMNS, 5 * ROWS, 255 - 2 * ROWS - 2 * COLUMNS], -1).astype(
+    np.uint8
+)  # [48, 64, 3], smooth
 GREY = PICTURE[..., 0]
 ALPHA = PICTURE[..., 1]
 DEEP = (PICTURE.astype(np.uint16) * 257) + COLUMNS[..., None].astype(np.uint16)  # 16 bits
-MARKED = np.where((COLUMNS // 16 + ROWS // 16)[..., None] % 2, np.uint8([250, 10, 20]), np.uint8([0, 120, 240]))  # two colours
+MARKED = np.where(
+    (COLUMNS // 16 + ROWS // 16)[..., None] % 2, np.uint8([250, 10, 20]), np.uint8([0, 120, 240])
+)  # two colours
 
 
 @pytest.fixture(autouse=True)
 def own_data_folder(tmp_path_factory, monkeypatch):
-    monkeypatch.setattr(image_validation.tfds.core.constants, 'DATA_DIR', str(tmp_path_factory.mktemp('data')))
+    monkeypatch.setattr(
+        image_validation.tfds.core.constants, 'DATA_DIR', str(tmp_path_factory.mktemp('data'))
+    )
 
 
 def dataset_config(root, **values):
@@ -65,18 +72,24 @@ def fill(root, classes=('cat', 'dog'), count=5, split=''):
     """`count` pictures of their own in each class."""
     for label, name in enumerate(classes):
         for number in range(count):
-            write(os.path.join(root, split, name, f'{number}.png'), flat(number + 1000 * label + 10_000 * (split == 'test')))
+            write(
+                os.path.join(root, split, name, f'{number}.png'),
+                flat(number + 1000 * label + 10_000 * (split == 'test')),
+            )
 
 
 def of_file(path):
     """The Verdict on a file, and the uint8 [height, width, 3] that TensorFlow reads then."""
     name = os.path.basename(path)
     verdict = image_validation.examine(os.path.dirname(path), [name])[name]
-    pixels = None if verdict.broken else image_ops.decode(tf.io.read_file(verdict.copy or path)).numpy()
+    pixels = (
+        None if verdict.broken else image_ops.decode(tf.io.read_file(verdict.copy or path)).numpy()
+    )
     return verdict, pixels
 
 
 # Pictures that are read, and how.
+
 
 def over_white(rgb, alpha):
     share = alpha[..., None] / 255
@@ -109,52 +122,163 @@ def with_transparent_colour(file_format):
 
 
 JPEG = encoded(PICTURE, 'JPEG', quality=95)
-CLEAR = np.where((MARKED == MARKED[0, 0]).all(-1, keepdims=True), np.uint8(255), MARKED)  # where that colour is transparent
+CLEAR = np.where(
+    (MARKED[0, 0] == MARKED).all(-1, keepdims=True), np.uint8(255), MARKED
+)  # where that colour is transparent
 BLACK_AND_WHITE = np.where(MARKED[..., 0] > 100, 255, 0).astype(np.uint8)
 # What a viewer shows of PICTURE, stored with each EXIF orientation (EXIF 2.32, tag 0x0112): where row 0 and column 0 belong.
-ORIENTED = {1: PICTURE, 2: PICTURE[:, ::-1], 3: PICTURE[::-1, ::-1], 4: PICTURE[::-1], 5: PICTURE.swapaxes(0, 1), 6: np.rot90(PICTURE, -1),
-            7: PICTURE[::-1, ::-1].swapaxes(0, 1), 8: np.rot90(PICTURE)}
+ORIENTED = {
+    1: PICTURE,
+    2: PICTURE[:, ::-1],
+    3: PICTURE[::-1, ::-1],
+    4: PICTURE[::-1],
+    5: PICTURE.swapaxes(0, 1),
+    6: np.rot90(PICTURE, -1),
+    7: PICTURE[::-1, ::-1].swapaxes(0, 1),
+    8: np.rot90(PICTURE),
+}
 
 # {kind: (file name, content, what it shows, largest difference, whether a copy is made)}
 READ = {
     'RGB JPEG': ('x.jpg', JPEG, PICTURE, 12, False),
-    'progressive JPEG': ('x.jpeg', encoded(PICTURE, 'JPEG', quality=95, progressive=True), PICTURE, 12, False),
+    'progressive JPEG': (
+        'x.jpeg',
+        encoded(PICTURE, 'JPEG', quality=95, progressive=True),
+        PICTURE,
+        12,
+        False,
+    ),
     'grey JPEG': ('x.JPG', encoded(GREY, 'JPEG', quality=95), grey(GREY), 4, False),
-    'CMYK JPEG': ('x.jpe', encoded(PICTURE, 'JPEG', 'CMYK', quality=95, subsampling=0), PICTURE, 8, False),
-    'JPEG of several pictures': ('x.mpo', with_frames('MPO', quality=95, subsampling=0), MARKED, 60, False),
+    'CMYK JPEG': (
+        'x.jpe',
+        encoded(PICTURE, 'JPEG', 'CMYK', quality=95, subsampling=0),
+        PICTURE,
+        8,
+        False,
+    ),
+    'JPEG of several pictures': (
+        'x.mpo',
+        with_frames('MPO', quality=95, subsampling=0),
+        MARKED,
+        60,
+        False,
+    ),
     'JPEG with data behind its end': ('x.jpg', JPEG + b'more' * 100, PICTURE, 12, False),
-    'JPEG filled up before its end': ('x.jpg', JPEG[:-2] + bytes(100) + JPEG[-2:], PICTURE, 12, True),
-    'JPEG with damaged EXIF': ('x.jpg', encoded(PICTURE, 'JPEG', quality=95, exif=b'Exif\0\0nonsense'), PICTURE, 12, False),
+    'JPEG filled up before its end': (
+        'x.jpg',
+        JPEG[:-2] + bytes(100) + JPEG[-2:],
+        PICTURE,
+        12,
+        True,
+    ),
+    'JPEG with damaged EXIF': (
+        'x.jpg',
+        encoded(PICTURE, 'JPEG', quality=95, exif=b'Exif\0\0nonsense'),
+        PICTURE,
+        12,
+        False,
+    ),
     'JPEG called PNG': ('x.png', JPEG, PICTURE, 12, False),
     'JPEG called HEIC': ('x.heic', JPEG, PICTURE, 12, False),
     'RGB PNG': ('x.png', encoded(PICTURE), PICTURE, 0, False),
     'PNG called JPEG': ('x.jpg', encoded(PICTURE), PICTURE, 0, False),
     'grey PNG': ('x.png', encoded(GREY), grey(GREY), 0, False),
-    'grey PNG with alpha': ('x.png', encoded(np.stack([GREY, ALPHA], -1)), over_white(grey(GREY), ALPHA), 1, False),
-    'RGBA PNG': ('x.png', encoded(np.dstack([PICTURE, ALPHA])), over_white(PICTURE, ALPHA), 1, False),
-    '16-bit grey PNG': ('x.png', tf.io.encode_png(DEEP[..., :1]).numpy(), grey(DEEP[..., 0] / 257), 1, False),
+    'grey PNG with alpha': (
+        'x.png',
+        encoded(np.stack([GREY, ALPHA], -1)),
+        over_white(grey(GREY), ALPHA),
+        1,
+        False,
+    ),
+    'RGBA PNG': (
+        'x.png',
+        encoded(np.dstack([PICTURE, ALPHA])),
+        over_white(PICTURE, ALPHA),
+        1,
+        False,
+    ),
+    '16-bit grey PNG': (
+        'x.png',
+        tf.io.encode_png(DEEP[..., :1]).numpy(),
+        grey(DEEP[..., 0] / 257),
+        1,
+        False,
+    ),
     '16-bit RGB PNG': ('x.png', tf.io.encode_png(DEEP).numpy(), DEEP / 257, 1, False),
-    '16-bit RGBA PNG': ('x.png', tf.io.encode_png(np.dstack([DEEP, DEEP[..., 1]])).numpy(), over_white(DEEP / 257, DEEP[..., 1] / 257), 2, False),
-    'palette PNG': ('x.png', encoded(MARKED, 'PNG', 'P'), np.asarray(Image.fromarray(MARKED).convert('P').convert('RGB')), 0, False),
-    'palette PNG with a transparent colour': ('x.png', with_transparent_colour('PNG'), CLEAR, 0, False),
-    'black and white PNG': ('x.png', encoded(BLACK_AND_WHITE, 'PNG', '1'), grey(BLACK_AND_WHITE), 0, False),
+    '16-bit RGBA PNG': (
+        'x.png',
+        tf.io.encode_png(np.dstack([DEEP, DEEP[..., 1]])).numpy(),
+        over_white(DEEP / 257, DEEP[..., 1] / 257),
+        2,
+        False,
+    ),
+    'palette PNG': (
+        'x.png',
+        encoded(MARKED, 'PNG', 'P'),
+        np.asarray(Image.fromarray(MARKED).convert('P').convert('RGB')),
+        0,
+        False,
+    ),
+    'palette PNG with a transparent colour': (
+        'x.png',
+        with_transparent_colour('PNG'),
+        CLEAR,
+        0,
+        False,
+    ),
+    'black and white PNG': (
+        'x.png',
+        encoded(BLACK_AND_WHITE, 'PNG', '1'),
+        grey(BLACK_AND_WHITE),
+        0,
+        False,
+    ),
     'animated PNG': ('x.apng', with_frames('PNG'), MARKED, 0, False),
     'animated GIF': ('x.gif', with_frames('GIF'), MARKED, 0, True),
     'GIF with a transparent colour': ('x.gif', with_transparent_colour('GIF'), CLEAR, 0, True),
     'WebP': ('x.webp', encoded(PICTURE, 'WEBP', quality=95), PICTURE, 20, True),
-    'WebP with alpha': ('x.webp', encoded(np.dstack([PICTURE, ALPHA]), 'WEBP', lossless=True, exact=True), over_white(PICTURE, ALPHA), 8, True),
+    'WebP with alpha': (
+        'x.webp',
+        encoded(np.dstack([PICTURE, ALPHA]), 'WEBP', lossless=True, exact=True),
+        over_white(PICTURE, ALPHA),
+        8,
+        True,
+    ),
     'animated WebP': ('x.webp', with_frames('WEBP', lossless=True), MARKED, 60, True),
     'BMP': ('x.bmp', encoded(PICTURE, 'BMP'), PICTURE, 0, True),
     'TIFF': ('x.tif', encoded(PICTURE, 'TIFF'), PICTURE, 0, True),
-    'compressed TIFF': ('x.tiff', encoded(PICTURE, 'TIFF', compression='tiff_lzw'), PICTURE, 0, True),
+    'compressed TIFF': (
+        'x.tiff',
+        encoded(PICTURE, 'TIFF', compression='tiff_lzw'),
+        PICTURE,
+        0,
+        True,
+    ),
     'CMYK TIFF': ('x.tif', encoded(PICTURE, 'TIFF', 'CMYK'), PICTURE, 0, True),
-    'LAB TIFF': ('x.tif', encoded(np.full((9, 8, 3), [150, 90, 60], np.uint8), 'TIFF', 'LAB'), np.full((9, 8, 3), [150, 90, 60]), 3, True),
+    'LAB TIFF': (
+        'x.tif',
+        encoded(np.full((9, 8, 3), [150, 90, 60], np.uint8), 'TIFF', 'LAB'),
+        np.full((9, 8, 3), [150, 90, 60]),
+        3,
+        True,
+    ),
     '16-bit grey TIFF': ('x.tif', encoded(DEEP[..., 0], 'TIFF'), grey(DEEP[..., 0] / 257), 1, True),
     '16-bit PGM': ('x.pgm', encoded(DEEP[..., 0], 'PPM'), grey(DEEP[..., 0] / 257), 1, True),
     'JPEG 2000': ('x.jp2', encoded(PICTURE, 'JPEG2000'), PICTURE, 8, True),
-    **{f'JPEG with orientation {number}': ('x.jpg', turned(number, 'JPEG', quality=95, subsampling=0), shown, 8, number > 1)
-       for number, shown in ORIENTED.items()},
-    **{f'{kind} on its side': ('x.' + kind.lower(), turned(6, kind), ORIENTED[6], 0, True) for kind in ('PNG', 'TIFF')},
+    **{
+        f'JPEG with orientation {number}': (
+            'x.jpg',
+            turned(number, 'JPEG', quality=95, subsampling=0),
+            shown,
+            8,
+            number > 1,
+        )
+        for number, shown in ORIENTED.items()
+    },
+    **{
+        f'{kind} on its side': ('x.' + kind.lower(), turned(6, kind), ORIENTED[6], 0, True)
+        for kind in ('PNG', 'TIFF')
+    },
 }
 if features.check('avif'):
     READ['AVIF'] = ('x.avif', encoded(PICTURE, 'AVIF', quality=95), PICTURE, 20, True)
@@ -166,7 +290,10 @@ def test_tensorflow_reads_it_as_it_was_made(tmp_path, kind):
     write(tmp_path / name, content)
     verdict, pixels = of_file(str(tmp_path / name))
     assert verdict.broken == '' and bool(verdict.copy) == converted
-    assert pixels.shape == expected.shape and np.abs(pixels - expected.astype(float)).max() <= tolerance
+    assert (
+        pixels.shape == expected.shape
+        and np.abs(pixels - expected.astype(float)).max() <= tolerance
+    )
     read = tf.io.read_file(verdict.copy or str(tmp_path / name))
     if tf.io.is_jpeg(read):  # a random crop asks for its size
         assert tuple(tf.io.extract_jpeg_shape(read))[:2] == expected.shape[:2]
@@ -174,28 +301,51 @@ def test_tensorflow_reads_it_as_it_was_made(tmp_path, kind):
     assert os.listdir(tmp_path) == [name] and (tmp_path / name).read_bytes() == content
 
 
-@pytest.mark.parametrize('name', ['with space.png', 'ünïcödé 猫.png', 'new\nline.png', b'latin-\xe4.png', "quote'\".png", '[a-b]*?.png', '-rf.png',
-                                  'x' * 200 + '.png', '%s{0}.png'])
+@pytest.mark.parametrize(
+    'name',
+    [
+        'with space.png',
+        'ünïcödé 猫.png',
+        'new\nline.png',
+        b'latin-\xe4.png',
+        'quote\'".png',
+        '[a-b]*?.png',
+        '-rf.png',
+        'x' * 200 + '.png',
+        '%s{0}.png',
+    ],
+)
 def test_a_file_may_have_any_name(tmp_path, name, capsys):
     fill(tmp_path / 'data')
-    write(os.path.join(os.fsencode(tmp_path), b'data', b'dog', os.fsencode(name)), flat(99 * 256 + 1))
+    write(
+        os.path.join(os.fsencode(tmp_path), b'data', b'dog', os.fsencode(name)), flat(99 * 256 + 1)
+    )
     write(os.path.join(os.fsencode(tmp_path), b'data', b'dog', b'broken ' + os.fsencode(name)), b'')
     source = datasets.load(dataset_config(tmp_path / 'data'))
-    colours = {bytes(tf.io.decode_image(content)[0, 0].numpy()): label
-               for split in ('train', 'test') for content, label in source.examples(split).as_numpy_iterator()}
+    colours = {
+        bytes(tf.io.decode_image(content)[0, 0].numpy()): label
+        for split in ('train', 'test')
+        for content, label in source.examples(split).as_numpy_iterator()
+    }
     assert colours[bytes([1, 99, 0])] == 1 and len(colours) == 11
-    line, = [note for note in source.notes if 'empty: 0 bytes' in note]
+    (line,) = [note for note in source.notes if 'empty: 0 bytes' in note]
     assert line.isprintable() and line.encode() and 'broken ' in line
 
 
 # Files that are broken.
 
+
 def chunk(kind, content):
-    return struct.pack('>I', len(content)) + kind + content + struct.pack('>I', zlib.crc32(kind + content))
+    return (
+        struct.pack('>I', len(content))
+        + kind
+        + content
+        + struct.pack('>I', zlib.crc32(kind + content))
+    )
 
 
 def changed(content, place, new):
-    return content[:place] + new + content[place + len(new):]
+    return content[:place] + new + content[place + len(new) :]
 
 
 NOISE = np.random.RandomState(0).randint(0, 256, (200, 300, 3)).astype(np.uint8)
@@ -209,24 +359,57 @@ BROKEN = {
     'nothing': ('x.jpg', b'', 'empty: 0 bytes'),
     'JPEG cut off': ('x.jpg', LARGE[:MIDDLE], TOO_SHORT),
     'JPEG without its last bytes': ('x.jpg', LARGE[:-20], TOO_SHORT),
-    'progressive JPEG cut off': ('x.jpg', encoded(NOISE, 'JPEG', progressive=True)[:20_000], TOO_SHORT),
+    'progressive JPEG cut off': (
+        'x.jpg',
+        encoded(NOISE, 'JPEG', progressive=True)[:20_000],
+        TOO_SHORT,
+    ),
     'JPEG on its side, cut off': ('x.jpg', LYING[:20_000], TOO_SHORT),
-    'JPEG of which half is zeros': ('x.jpg', changed(LARGE, MIDDLE, bytes(len(LARGE) - MIDDLE)), TOO_SHORT),
-    'JPEG with noise in its middle': ('x.jpg', changed(LARGE, MIDDLE, NOISE.tobytes()[:4096]), 'Invalid JPEG data'),
-    'JPEG with a little noise': ('x.jpg', changed(LARGE, MIDDLE, NOISE.tobytes()[:60]), 'damaged: '),
+    'JPEG of which half is zeros': (
+        'x.jpg',
+        changed(LARGE, MIDDLE, bytes(len(LARGE) - MIDDLE)),
+        TOO_SHORT,
+    ),
+    'JPEG with noise in its middle': (
+        'x.jpg',
+        changed(LARGE, MIDDLE, NOISE.tobytes()[:4096]),
+        'Invalid JPEG data',
+    ),
+    'JPEG with a little noise': (
+        'x.jpg',
+        changed(LARGE, MIDDLE, NOISE.tobytes()[:60]),
+        'damaged: ',
+    ),
     'JPEG with a disk block of zeros': ('x.jpg', changed(LARGE, MIDDLE, bytes(4096)), 'damaged: '),
-    'JPEG that lacks a part': ('x.jpg', LARGE[:MIDDLE] + LARGE[MIDDLE + 500:], 'damaged: '),
+    'JPEG that lacks a part': ('x.jpg', LARGE[:MIDDLE] + LARGE[MIDDLE + 500 :], 'damaged: '),
     'JPEG on its side, that lacks a part': ('x.jpg', LYING[:20_000] + LYING[20_500:], 'damaged: '),
-    'JPEG that says it is wider': ('x.jpg', changed(LARGE, SIZE, struct.pack('>HH', 200, 900)), 'damaged: '),
-    'JPEG that says it is a huge square': ('x.jpg', changed(LARGE, SIZE, struct.pack('>HH', 65_000, 65_000)), 'too large'),
+    'JPEG that says it is wider': (
+        'x.jpg',
+        changed(LARGE, SIZE, struct.pack('>HH', 200, 900)),
+        'damaged: ',
+    ),
+    'JPEG that says it is a huge square': (
+        'x.jpg',
+        changed(LARGE, SIZE, struct.pack('>HH', 65_000, 65_000)),
+        'too large',
+    ),
     'JPEG without pixels': ('x.jpg', changed(LARGE, SIZE, struct.pack('>HH', 0, 0)), ''),
     'JPEG of a start and an end': ('x.jpg', b'\xff\xd8\xff\xd9', 'no picture'),
-    'PNG cut off': ('x.png', PNG[:len(PNG) // 2], TOO_SHORT),
+    'PNG cut off': ('x.png', PNG[: len(PNG) // 2], TOO_SHORT),
     'PNG without its end': ('x.png', PNG[:-12], TOO_SHORT),
     'PNG with a wrong checksum': ('x.png', changed(PNG, len(PNG) - 20, b'\0'), 'Invalid PNG data'),
-    'palette PNG with a wrong checksum': ('x.png', changed(PALETTE, len(PALETTE) - 20, b'\0'), 'Invalid PNG data'),
-    'PNG bomb': ('x.png', PNG[:8] + chunk(b'IHDR', struct.pack('>IIBBBBB', 60_000, 60_000, 8, 2, 0, 0, 0)) + chunk(b'IDAT', zlib.compress(b'')),
-                 'too large'),
+    'palette PNG with a wrong checksum': (
+        'x.png',
+        changed(PALETTE, len(PALETTE) - 20, b'\0'),
+        'Invalid PNG data',
+    ),
+    'PNG bomb': (
+        'x.png',
+        PNG[:8]
+        + chunk(b'IHDR', struct.pack('>IIBBBBB', 60_000, 60_000, 8, 2, 0, 0, 0))
+        + chunk(b'IDAT', zlib.compress(b'')),
+        'too large',
+    ),
     'GIF cut off': ('x.gif', encoded(NOISE, 'GIF')[:5000], TOO_SHORT),
     'GIF without a picture': ('x.gif', b'GIF89a\x08\0\x08\0\0\0\0;', ''),
     'WebP cut off': ('x.webp', encoded(NOISE, 'WEBP')[:5000], TOO_SHORT),
@@ -238,12 +421,28 @@ BROKEN = {
     '32-bit TIFF': ('x.tif', encoded(GREY.astype(np.int32), 'TIFF'), 'float or 32-bit pixels'),
     'TIFF of noise': ('x.tif', b'II*\0\x08\0\0\0' + NOISE.tobytes()[:4096], ''),
     'noise': ('x.jpg', NOISE.tobytes()[:10_000], 'no picture that can be read'),
-    'error page': ('x.jpg', b'<!DOCTYPE html><html><body>404 Not Found</body></html>', "begins with b'<!DOCTYPE html>"),
+    'error page': (
+        'x.jpg',
+        b'<!DOCTYPE html><html><body>404 Not Found</body></html>',
+        "begins with b'<!DOCTYPE html>",
+    ),
     'text': ('x.png', b'a pointer to a large file\n', "begins with b'a pointer"),
-    'text of another encoding': ('x.png', 'not a picture'.encode('utf-16'), 'no picture that can be read'),
+    'text of another encoding': (
+        'x.png',
+        'not a picture'.encode('utf-16'),
+        'no picture that can be read',
+    ),
     'PDF': ('x.jpg', b'%PDF-1.4\n%\xe2\xe3\xcf\xd3\n', "begins with b'%PDF"),
-    'PostScript': ('x.jpg', b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\nshowpage\n', "begins with b'%!PS"),
-    'SVG': ('x.svg', b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>', "begins with b'<svg"),
+    'PostScript': (
+        'x.jpg',
+        b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\nshowpage\n',
+        "begins with b'%!PS",
+    ),
+    'SVG': (
+        'x.svg',
+        b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>',
+        "begins with b'<svg",
+    ),
     'HEIC': ('x.heic', b'\0\0\0\x18ftypheic\0\0\0\0mif1heic' + bytes(100), 'ftypheic'),
     'JPEG XL': ('x.jxl', b'\xff\x0a' + bytes(100), 'no picture that can be read'),
     'zip': ('x.jpg', b'PK\x03\x04' + bytes(100), "begins with b'PK"),
@@ -253,7 +452,11 @@ BROKEN = {
 def assert_skipped(root, path, says, capfd):
     """The file is named with its reason, and the ten pictures beside it are all that is there."""
     found = image_folder.find(dataset_config(root))
-    assert [name for name, _ in found.broken] == [path] and says in found.broken[0][1] and '\n' not in found.broken[0][1]
+    assert (
+        [name for name, _ in found.broken] == [path]
+        and says in found.broken[0][1]
+        and '\n' not in found.broken[0][1]
+    )
     assert sum(map(len, found.splits.values())) == 10
     for picture in (picture for pictures in found.splits.values() for picture in pictures):
         assert tf.io.decode_image(tf.io.read_file(picture.path)).shape == (8, 9, 3)
@@ -318,11 +521,22 @@ def test_a_picture_that_is_too_large_is_not_decoded(tmp_path, monkeypatch):
 
 
 def test_every_picture_among_damaged_ones_is_judged_by_itself(tmp_path):
-    contents = {f'{number:03}.jpg': (JPEG, LARGE[:MIDDLE] + LARGE[MIDDLE + 500:], LARGE, b'', LARGE[:MIDDLE])[number % 5] for number in range(150)}
+    contents = {
+        f'{number:03}.jpg': (
+            JPEG,
+            LARGE[:MIDDLE] + LARGE[MIDDLE + 500 :],
+            LARGE,
+            b'',
+            LARGE[:MIDDLE],
+        )[number % 5]
+        for number in range(150)
+    }
     for name, content in contents.items():
         write(tmp_path / name, content)
     verdicts = image_validation.examine(str(tmp_path), list(contents))
-    assert [name for name in contents if not verdicts[name].broken] == [name for number, name in enumerate(contents) if number % 5 in (0, 2)]
+    assert [name for name in contents if not verdicts[name].broken] == [
+        name for number, name in enumerate(contents) if number % 5 in (0, 2)
+    ]
 
 
 def test_a_damaged_jpeg_is_hardly_ever_taken_for_whole(tmp_path):
@@ -336,23 +550,69 @@ def test_a_damaged_jpeg_is_hardly_ever_taken_for_whole(tmp_path):
 
 # Folders.
 
+
 def test_a_file_says_what_it_is_itself_and_other_files_are_left_alone(tmp_path):
     fill(tmp_path / 'data')
-    for name in ('notes.txt', '.hidden.jpg', '.ipynb_checkpoints/0.jpg', '__MACOSX/0.jpg', 'Thumbs.db', 'labels.csv', 'x.jpg.part', 'noending'):
+    for name in (
+        'notes.txt',
+        '.hidden.jpg',
+        '.ipynb_checkpoints/0.jpg',
+        '__MACOSX/0.jpg',
+        'Thumbs.db',
+        'labels.csv',
+        'x.jpg.part',
+        'noending',
+    ):
         write(tmp_path / 'data' / 'cat' / name, b'nonsense')
     write(tmp_path / 'data' / '.git' / '0.jpg', flat(1))
     write(tmp_path / 'data' / '__MACOSX' / '0.jpg', flat(1))
     write(tmp_path / 'data' / 'README.md', b'nonsense')
     write(tmp_path / 'data' / 'cat' / 'more' / 'of them.jpg' / '0.png', flat(250))
     found = image_folder.find(dataset_config(tmp_path / 'data'))
-    assert found.class_names == ('cat', 'dog') and found.broken == () and sum(map(len, found.splits.values())) == 11
-    note, = [note for note in found.notes if 'held out' not in note]
-    assert note.startswith('not used, as their names do not end like') and '1 .txt' in note and '1 without ending' in note
+    assert (
+        found.class_names == ('cat', 'dog')
+        and found.broken == ()
+        and sum(map(len, found.splits.values())) == 11
+    )
+    (note,) = [note for note in found.notes if 'held out' not in note]
+    assert (
+        note.startswith('not used, as their names do not end like')
+        and '1 .txt' in note
+        and '1 without ending' in note
+    )
 
 
-LEFT_BY_SYSTEMS = ['lost+found', '$RECYCLE.BIN', 'System Volume Information', '.Trashes', '.Spotlight-V100', '.fseventsd', '@eaDir', '__MACOSX', '#recycle',
-                   '#snapshot', '@Recycle', '@Recently-Snapshot', '.@__thumb', '.ipynb_checkpoints', '__pycache__', 'LOST.DIR', 'FOUND.000',
-                   'RECYCLER', 'RECYCLED', '$WINDOWS.~BT', 'WindowsApps', 'Network Trash Folder', 'Temporary Items', '.AppleDouble', '.git', '$recycle.bin', 'SYSTEM VOLUME INFORMATION', 'Lost+Found', '@EADIR']
+LEFT_BY_SYSTEMS = [
+    'lost+found',
+    '$RECYCLE.BIN',
+    'System Volume Information',
+    '.Trashes',
+    '.Spotlight-V100',
+    '.fseventsd',
+    '@eaDir',
+    '__MACOSX',
+    '#recycle',
+    '#snapshot',
+    '@Recycle',
+    '@Recently-Snapshot',
+    '.@__thumb',
+    '.ipynb_checkpoints',
+    '__pycache__',
+    'LOST.DIR',
+    'FOUND.000',
+    'RECYCLER',
+    'RECYCLED',
+    '$WINDOWS.~BT',
+    'WindowsApps',
+    'Network Trash Folder',
+    'Temporary Items',
+    '.AppleDouble',
+    '.git',
+    '$recycle.bin',
+    'SYSTEM VOLUME INFORMATION',
+    'Lost+Found',
+    '@EADIR',
+]
 
 
 @pytest.mark.parametrize('name', LEFT_BY_SYSTEMS)
@@ -372,10 +632,28 @@ def test_what_a_system_leaves_is_not_even_read(tmp_path, monkeypatch, place, nam
         return scandir(path)
 
     monkeypatch.setattr(os, 'scandir', refuse)
-    assert image_folder.find(dataset_config(root)) == before and before.class_names == ('cat', 'dog')
+    assert image_folder.find(dataset_config(root)) == before and before.class_names == (
+        'cat',
+        'dog',
+    )
 
 
-@pytest.mark.parametrize('name', ['found', 'lost', 'recycle', 'found.1', 'desktop', 'thumbs', 'recycled', '$100', '#1', '@home', 'system volume'])
+@pytest.mark.parametrize(
+    'name',
+    [
+        'found',
+        'lost',
+        'recycle',
+        'found.1',
+        'desktop',
+        'thumbs',
+        'recycled',
+        '$100',
+        '#1',
+        '@home',
+        'system volume',
+    ],
+)
 def test_a_class_may_be_called_almost_as_what_a_system_leaves(tmp_path, name):
     fill(tmp_path, ('cat', name))
     assert image_folder.find(dataset_config(tmp_path)).class_names == tuple(sorted(('cat', name)))
@@ -388,7 +666,9 @@ def test_links_are_followed_once(tmp_path):
     os.symlink('..', tmp_path / 'data' / 'cat' / 'up')
     os.symlink('.', tmp_path / 'data' / 'dog' / 'loop')
     found = image_folder.find(dataset_config(tmp_path / 'data'))
-    assert collections.Counter(picture.label for pictures in found.splits.values() for picture in pictures) == {0: 12, 1: 5}
+    assert collections.Counter(
+        picture.label for pictures in found.splits.values() for picture in pictures
+    ) == {0: 12, 1: 5}
 
 
 def no_such_folder(root):
@@ -417,10 +697,12 @@ def splits_without_classes(root):
 
 def make(*names, split='', also=()):
     """A maker of a folder with these classes, and empty folders `also`."""
+
     def maker(root):
         fill(root, names, split=split)
         for name in also:
             os.makedirs(os.path.join(os.fsencode(root), os.fsencode(name)))
+
     return maker
 
 
@@ -428,6 +710,7 @@ def then(*makers):
     def maker(root):
         for each in makers:
             each(root)
+
     return maker
 
 
@@ -453,85 +736,264 @@ def mvtec(root):
 
 
 IMPOSSIBLE = {
-    'no folder named': (lambda root: '', {}, ConfigError, 'needs --config.dataset.data_dir=DIR with DIR/train/CLASS'),
+    'no folder named': (
+        lambda root: '',
+        {},
+        ConfigError,
+        'needs --config.dataset.data_dir=DIR with DIR/train/CLASS',
+    ),
     'folder that is not there': (no_such_folder, {}, RunError, 'is no folder: it should hold'),
     'archive': (archive, {}, RunError, 'is a file: unpack it'),
-    'part of a split': (make('cat', 'dog', split='train'), {'train_split': 'train[:50%]'},
-                        ConfigError, "'train[:50%]' is no split of a folder"),
-    'sum of splits': (make('cat', 'dog', split='train'), {'train_split': 'train+val'}, ConfigError, 'is no split of a folder'),
-    'split without name': (make('cat', 'dog', split='train'), {'eval_split': ''}, ConfigError, 'is no split of a folder'),
-    'split that leads out': (make('cat', 'dog', split='train'), {'eval_split': '../other'},
-                             ConfigError, 'is no split of a folder'),
+    'part of a split': (
+        make('cat', 'dog', split='train'),
+        {'train_split': 'train[:50%]'},
+        ConfigError,
+        "'train[:50%]' is no split of a folder",
+    ),
+    'sum of splits': (
+        make('cat', 'dog', split='train'),
+        {'train_split': 'train+val'},
+        ConfigError,
+        'is no split of a folder',
+    ),
+    'split without name': (
+        make('cat', 'dog', split='train'),
+        {'eval_split': ''},
+        ConfigError,
+        'is no split of a folder',
+    ),
+    'split that leads out': (
+        make('cat', 'dog', split='train'),
+        {'eval_split': '../other'},
+        ConfigError,
+        'is no split of a folder',
+    ),
     'empty folder': (lambda root: None, {}, RunError, 'has 0 files, but no class folder'),
-    'pictures without classes': (pictures_without_classes, {}, RunError, 'has 3 files, but no class folder'),
-    'classes of texts': (texts, {}, RunError, 'class folders without pictures: cat (1 .txt), dog (1 .txt)'),
-    'empty class': (make('cat', 'dog', also=['bird']), {},
-                    RunError, 'without pictures: bird (empty); fill them, or take them away'),
-    'empty class in a split': (then(make('cat', 'dog', split='train', also=['train/bird']), make('cat', split='test')), {},
-                               RunError, 'without pictures: bird (empty)'),
-    'class of hidden files': (then(make('cat', 'dog'), file_in('bird/.0.jpg', b'')), {},
-                              RunError, 'without pictures: bird (empty)'),
+    'pictures without classes': (
+        pictures_without_classes,
+        {},
+        RunError,
+        'has 3 files, but no class folder',
+    ),
+    'classes of texts': (
+        texts,
+        {},
+        RunError,
+        'class folders without pictures: cat (1 .txt), dog (1 .txt)',
+    ),
+    'empty class': (
+        make('cat', 'dog', also=['bird']),
+        {},
+        RunError,
+        'without pictures: bird (empty); fill them, or take them away',
+    ),
+    'empty class in a split': (
+        then(make('cat', 'dog', split='train', also=['train/bird']), make('cat', split='test')),
+        {},
+        RunError,
+        'without pictures: bird (empty)',
+    ),
+    'class of hidden files': (
+        then(make('cat', 'dog'), file_in('bird/.0.jpg', b'')),
+        {},
+        RunError,
+        'without pictures: bird (empty)',
+    ),
     'class that is a loop': (loop, {}, RunError, 'without pictures: loop (empty)'),
-    'class of broken files': (then(make('cat', 'dog'), file_in('bird/0.jpg', b'')), {},
-                              RunError, 'classes of broken files alone: bird'),
-    'one class': (make('cat'), {}, RunError, 'has one class folder, cat; a classifier needs at least two'),
-    'one class in a split': (then(make('cat', split='train'), make('cat', split='test')), {}, RunError, 'one class folder, cat'),
-    'names that differ in case': (make('cat', 'Cat', 'dog'), {}, RunError, "that one takes for the same: 'Cat', 'cat'"),
-    'names that differ in a space': (make('cat', 'cat ', 'dog'), {}, RunError, "that one takes for the same: 'cat', 'cat '"),
-    'names that differ in their letters': (make('k\u00e4tzchen', 'ka\u0308tzchen'), {}, RunError, 'that one takes for the same'),
-    'name that is no text': (make('cat', 'dog', also=[b'\xe4\xff']), {},
-                             RunError, r"cannot be written as one line of text: '\udce4\udcff'"),
-    'name of two lines': (make('cat', 'dog\ncat'), {}, RunError, r"cannot be written as one line of text: 'dog\ncat'"),
-    'classes that training lacks': (then(make('cat', 'dog', split='train'), make('cat', 'dogs', split='test')), {},
-                                    RunError, 'has classes that train has not: dogs; did you mean dog?'),
-    'nothing to train on': (make('cat', 'dog', split='test'), {},
-                            RunError, 'has no train with class folders, but test: write --config.dataset.train_split=NAME'),
-    'another name to evaluate': (then(make('cat', 'dog', split='train'), make('cat', 'dog', split='val')), {},
-                                 RunError, 'has no test, but val: write --config.dataset.eval_split=val'),
-    'other names': (then(make('cat', 'dog', split='Train'), make('cat', 'dog', split='Valid')), {},
-                    RunError, '--config.dataset.train_split=Train --config.dataset.eval_split=Valid'),
-    'splits without classes': (splits_without_classes, {}, RunError, 'has test, train, but no class folders in them'),
-    'evaluation without classes': (then(make('cat', 'dog', split='train'), file_in('test/0.png', b'')), {},
-                                   RunError, 'test has no class folders: sort its pictures into them, or write --config.dataset.eval_split=held_out'),
-    'one level too high': (make('cat', 'dog', split='mine/train'), {},
-                           RunError, 'which has folders itself: write --config.dataset.data_dir='),
-    'data sets side by side': (mvtec, {}, RunError, '/bottle is a data set of its own, with test and train: write --config.dataset.data_dir='),
-    'data set for finding what is unlike the rest': (then(make('good', split='train'), make('good', 'broken', split='test')), {}, RunError,
-                                                     'test has more: write --config.dataset.train_split=test --config.dataset.eval_split=held_out'),
-    'data set beside something else': (then(make('cat', 'dog', split='photos/train'), make('cat', 'dog', split='photos/test'), make('tools')), {},
-                                       RunError, '/photos is a data set of its own, with test and train: write --config.dataset.data_dir='),
-    'splits of one class of several': (then(make('cat', 'dog'), make('train', 'test', split='cow')), {},
-                                       RunError, 'has test and train in its class folders, but cat, dog without train'),
-    'one split in each class, not the same': (then(make('train', split='cat'), make('test', split='dog')), {},
-                                              RunError, 'has test and train in its class folders, but dog without train'),
-    'splits below something in a class': (then(make('train', 'test', split='cat/images'), make('dog')), {}, RunError,
-                                          '/cat/images holds test and train, which would be mixed in one class: if cat is a class, sort its pictures into'),
-    'parts of classes below splits': (then(make('a', 'b', split='cat/train'), make('a', 'b', split='cat/test'), make('dog')), {},
-                                      RunError, 'or, if cat is a class, sort its pictures into'),
-    'splits below a split': (then(make('train', 'val', split='train/cat'), make('dog', split='train')), {},
-                             RunError, '/train holds cat/train, cat/val, which would be mixed in one class'),
-    'splits in a split': (then(make('cat', 'dog', split='train/train'), make('cat', 'dog', split='train/val')), {},
-                          RunError, '/train has no class folders, but train, val, which are called as splits are: write --config.dataset.data_dir='),
-    'splits that differ in case': (then(make('cat', 'dog', split='train'), make('cat', 'dog', split='Train')), {},
-                                   RunError, 'has splits that one takes for the same: Train, train; merge or rename them'),
-    'splits in classes that differ in case': (then(make('train', 'test', split='cat'), make('Train', 'test', split='dog')), {},
-                                              RunError, 'CLASS has splits that one takes for the same: Train, train'),
-    'other names in classes': (then(make('Train', 'Val', split='cat'), make('Train', 'Val', split='dog')), {},
-                               RunError, 'CLASS has no train with pictures, but Train, Val: write --config.dataset.train_split=Train '
-                                         '--config.dataset.eval_split=Val'),
-    'another name to evaluate in classes': (then(make('train', 'val', split='cat'), make('train', 'val', split='dog')), {},
-                                            RunError, 'CLASS has no test, but val: write --config.dataset.eval_split=val'),
-    'classes below something in a split': (then(make('cat', 'dog', split='train/images'), make('cat', 'dog', split='test/images')), {},
-                                           RunError, 'train has one class folder, images; a classifier needs at least two: if cat, dog in it are the classes, '
-                                                     'move them up into'),
+    'class of broken files': (
+        then(make('cat', 'dog'), file_in('bird/0.jpg', b'')),
+        {},
+        RunError,
+        'classes of broken files alone: bird',
+    ),
+    'one class': (
+        make('cat'),
+        {},
+        RunError,
+        'has one class folder, cat; a classifier needs at least two',
+    ),
+    'one class in a split': (
+        then(make('cat', split='train'), make('cat', split='test')),
+        {},
+        RunError,
+        'one class folder, cat',
+    ),
+    'names that differ in case': (
+        make('cat', 'Cat', 'dog'),
+        {},
+        RunError,
+        "that one takes for the same: 'Cat', 'cat'",
+    ),
+    'names that differ in a space': (
+        make('cat', 'cat ', 'dog'),
+        {},
+        RunError,
+        "that one takes for the same: 'cat', 'cat '",
+    ),
+    'names that differ in their letters': (
+        make('k\u00e4tzchen', 'ka\u0308tzchen'),
+        {},
+        RunError,
+        'that one takes for the same',
+    ),
+    'name that is no text': (
+        make('cat', 'dog', also=[b'\xe4\xff']),
+        {},
+        RunError,
+        r"cannot be written as one line of text: '\udce4\udcff'",
+    ),
+    'name of two lines': (
+        make('cat', 'dog\ncat'),
+        {},
+        RunError,
+        r"cannot be written as one line of text: 'dog\ncat'",
+    ),
+    'classes that training lacks': (
+        then(make('cat', 'dog', split='train'), make('cat', 'dogs', split='test')),
+        {},
+        RunError,
+        'has classes that train has not: dogs; did you mean dog?',
+    ),
+    'nothing to train on': (
+        make('cat', 'dog', split='test'),
+        {},
+        RunError,
+        'has no train with class folders, but test: write --config.dataset.train_split=NAME',
+    ),
+    'another name to evaluate': (
+        then(make('cat', 'dog', split='train'), make('cat', 'dog', split='val')),
+        {},
+        RunError,
+        'has no test, but val: write --config.dataset.eval_split=val',
+    ),
+    'other names': (
+        then(make('cat', 'dog', split='Train'), make('cat', 'dog', split='Valid')),
+        {},
+        RunError,
+        '--config.dataset.train_split=Train --config.dataset.eval_split=Valid',
+    ),
+    'splits without classes': (
+        splits_without_classes,
+        {},
+        RunError,
+        'has test, train, but no class folders in them',
+    ),
+    'evaluation without classes': (
+        then(make('cat', 'dog', split='train'), file_in('test/0.png', b'')),
+        {},
+        RunError,
+        'test has no class folders: sort its pictures into them, or write --config.dataset.eval_split=held_out',
+    ),
+    'one level too high': (
+        make('cat', 'dog', split='mine/train'),
+        {},
+        RunError,
+        'which has folders itself: write --config.dataset.data_dir=',
+    ),
+    'data sets side by side': (
+        mvtec,
+        {},
+        RunError,
+        '/bottle is a data set of its own, with test and train: write --config.dataset.data_dir=',
+    ),
+    'data set for finding what is unlike the rest': (
+        then(make('good', split='train'), make('good', 'broken', split='test')),
+        {},
+        RunError,
+        'test has more: write --config.dataset.train_split=test --config.dataset.eval_split=held_out',
+    ),
+    'data set beside something else': (
+        then(
+            make('cat', 'dog', split='photos/train'),
+            make('cat', 'dog', split='photos/test'),
+            make('tools'),
+        ),
+        {},
+        RunError,
+        '/photos is a data set of its own, with test and train: write --config.dataset.data_dir=',
+    ),
+    'splits of one class of several': (
+        then(make('cat', 'dog'), make('train', 'test', split='cow')),
+        {},
+        RunError,
+        'has test and train in its class folders, but cat, dog without train',
+    ),
+    'one split in each class, not the same': (
+        then(make('train', split='cat'), make('test', split='dog')),
+        {},
+        RunError,
+        'has test and train in its class folders, but dog without train',
+    ),
+    'splits below something in a class': (
+        then(make('train', 'test', split='cat/images'), make('dog')),
+        {},
+        RunError,
+        '/cat/images holds test and train, which would be mixed in one class: if cat is a class, sort its pictures into',
+    ),
+    'parts of classes below splits': (
+        then(make('a', 'b', split='cat/train'), make('a', 'b', split='cat/test'), make('dog')),
+        {},
+        RunError,
+        'or, if cat is a class, sort its pictures into',
+    ),
+    'splits below a split': (
+        then(make('train', 'val', split='train/cat'), make('dog', split='train')),
+        {},
+        RunError,
+        '/train holds cat/train, cat/val, which would be mixed in one class',
+    ),
+    'splits in a split': (
+        then(make('cat', 'dog', split='train/train'), make('cat', 'dog', split='train/val')),
+        {},
+        RunError,
+        '/train has no class folders, but train, val, which are called as splits are: write --config.dataset.data_dir=',
+    ),
+    'splits that differ in case': (
+        then(make('cat', 'dog', split='train'), make('cat', 'dog', split='Train')),
+        {},
+        RunError,
+        'has splits that one takes for the same: Train, train; merge or rename them',
+    ),
+    'splits in classes that differ in case': (
+        then(make('train', 'test', split='cat'), make('Train', 'test', split='dog')),
+        {},
+        RunError,
+        'CLASS has splits that one takes for the same: Train, train',
+    ),
+    'other names in classes': (
+        then(make('Train', 'Val', split='cat'), make('Train', 'Val', split='dog')),
+        {},
+        RunError,
+        'CLASS has no train with pictures, but Train, Val: write --config.dataset.train_split=Train '
+        '--config.dataset.eval_split=Val',
+    ),
+    'another name to evaluate in classes': (
+        then(make('train', 'val', split='cat'), make('train', 'val', split='dog')),
+        {},
+        RunError,
+        'CLASS has no test, but val: write --config.dataset.eval_split=val',
+    ),
+    'classes below something in a split': (
+        then(make('cat', 'dog', split='train/images'), make('cat', 'dog', split='test/images')),
+        {},
+        RunError,
+        'train has one class folder, images; a classifier needs at least two: if cat, dog in it are the classes, '
+        'move them up into',
+    ),
     'one picture in each class': (one_each, {}, RunError, 'has no picture to evaluate'),
-    'too many broken files': (then(make('cat', 'dog'), file_in('cat/x.jpg', b''), file_in('dog/y.jpg', b'text')), {},
-                              RunError, '2 of 12 files in'),
-    'a broken file where none may be': (then(make('cat', 'dog'), file_in('cat/x.jpg', b'')), {'max_broken': 0.0},
-                                        RunError, '1 of 11 files in'),
+    'too many broken files': (
+        then(make('cat', 'dog'), file_in('cat/x.jpg', b''), file_in('dog/y.jpg', b'text')),
+        {},
+        RunError,
+        '2 of 12 files in',
+    ),
+    'a broken file where none may be': (
+        then(make('cat', 'dog'), file_in('cat/x.jpg', b'')),
+        {'max_broken': 0.0},
+        RunError,
+        '1 of 11 files in',
+    ),
 }
-
-
 
 
 @pytest.mark.parametrize('kind', IMPOSSIBLE)
@@ -552,10 +1014,22 @@ def test_too_many_broken_files_are_named_counted_and_listed(tmp_path):
     with pytest.raises(RunError) as raised:
         image_folder.find(dataset_config(tmp_path, max_broken=0.5))
     text = str(raised.value)
-    assert '12 of 22 files' in text and '54.55%, allowed are 50.00%' in text and text.endswith('--config.dataset.max_broken=0.55')
-    assert 'cat/broken00.jpg: no picture that can be read' in text and 'broken09' in text and 'broken10' not in text
+    assert (
+        '12 of 22 files' in text
+        and '54.55%, allowed are 50.00%' in text
+        and text.endswith('--config.dataset.max_broken=0.55')
+    )
+    assert (
+        'cat/broken00.jpg: no picture that can be read' in text
+        and 'broken09' in text
+        and 'broken10' not in text
+    )
     listed = open(image_validation.list_of_broken(str(tmp_path))).read().splitlines()
-    assert image_validation.list_of_broken(str(tmp_path)) in text and len(listed) == 12 and listed[-1].startswith('cat/broken11.jpg: no picture')
+    assert (
+        image_validation.list_of_broken(str(tmp_path)) in text
+        and len(listed) == 12
+        and listed[-1].startswith('cat/broken11.jpg: no picture')
+    )
     assert len(image_folder.find(dataset_config(tmp_path, max_broken=0.55)).broken) == 12
 
 
@@ -599,6 +1073,7 @@ def test_no_room_for_a_converted_picture_is_no_broken_file(tmp_path, monkeypatch
 
 # Splits.
 
+
 def names_of(found, split):
     return {os.path.join(*picture.path.split(os.sep)[-2:]) for picture in found.splits[split]}
 
@@ -609,10 +1084,21 @@ def test_two_splits_are_taken_as_they_are(tmp_path):
     fill(tmp_path, ['cat'], count=2, split='val')
     write(tmp_path / 'train' / 'x.png', flat(7))
     found = image_folder.find(dataset_config(tmp_path))
-    assert names_of(found, 'train') == {f'{name}/{number}.png' for name in ('cat', 'dog') for number in range(5)}
-    assert names_of(found, 'test') == {f'{name}/{number}.png' for name in ('cat', 'dog') for number in range(2)}
-    assert all(picture.label == ('dog' in picture.path) for pictures in found.splits.values() for picture in pictures)
-    assert found.notes == (f'not used: val in {tmp_path}', f'not used: 1 pictures that lie in {tmp_path}/train itself, in no class folder')
+    assert names_of(found, 'train') == {
+        f'{name}/{number}.png' for name in ('cat', 'dog') for number in range(5)
+    }
+    assert names_of(found, 'test') == {
+        f'{name}/{number}.png' for name in ('cat', 'dog') for number in range(2)
+    }
+    assert all(
+        picture.label == ('dog' in picture.path)
+        for pictures in found.splits.values()
+        for picture in pictures
+    )
+    assert found.notes == (
+        f'not used: val in {tmp_path}',
+        f'not used: 1 pictures that lie in {tmp_path}/train itself, in no class folder',
+    )
 
 
 @pytest.mark.parametrize('split', ['', 'train'])
@@ -622,61 +1108,123 @@ def test_a_part_of_each_class_is_held_out_by_a_seed(tmp_path, split):
             write(tmp_path / split / name / f'{number}.png', flat(number, 'PNG') + name.encode())
     found, again = (image_folder.find(dataset_config(tmp_path)) for _ in range(2))
     assert found.splits == again.splits
-    assert not names_of(found, 'train') & names_of(found, 'test') and len(found.splits['train']) + len(found.splits['test']) == 53
-    assert collections.Counter(picture.label for picture in found.splits['test']) == {0: 8, 1: 2, 3: 1}
-    assert any('no picture to evaluate of fox' in note for note in found.notes) and any('0.2 of each class' in note for note in found.notes)
-    assert names_of(image_folder.find(dataset_config(tmp_path, split_seed=1)), 'test') != names_of(found, 'test')
-    assert len(image_folder.find(dataset_config(tmp_path, eval_share=0.5)).splits['test']) == 20 + 5 + 1
+    assert (
+        not names_of(found, 'train') & names_of(found, 'test')
+        and len(found.splits['train']) + len(found.splits['test']) == 53
+    )
+    assert collections.Counter(picture.label for picture in found.splits['test']) == {
+        0: 8,
+        1: 2,
+        3: 1,
+    }
+    assert any('no picture to evaluate of fox' in note for note in found.notes) and any(
+        '0.2 of each class' in note for note in found.notes
+    )
+    assert names_of(image_folder.find(dataset_config(tmp_path, split_seed=1)), 'test') != names_of(
+        found, 'test'
+    )
+    assert (
+        len(image_folder.find(dataset_config(tmp_path, eval_share=0.5)).splits['test'])
+        == 20 + 5 + 1
+    )
 
-    write(tmp_path / split / 'dog' / 'new.png', flat(99))  # what another class holds, or how a file is called, is nothing to the others
+    write(
+        tmp_path / split / 'dog' / 'new.png', flat(99)
+    )  # what another class holds, or how a file is called, is nothing to the others
     os.rename(tmp_path / split / 'cat' / '0.png', tmp_path / split / 'cat' / 'z.png')
-    cats, before = ({name for name in names_of(result, 'test') if 'cat' in name} for result in (image_folder.find(dataset_config(tmp_path)), found))
+    cats, before = (
+        {name for name in names_of(result, 'test') if 'cat' in name}
+        for result in (image_folder.find(dataset_config(tmp_path)), found)
+    )
     assert cats == {'cat/z.png' if name == 'cat/0.png' else name for name in before}
 
 
 def contents(found):
     """{split: sorted (label, digest) of its pictures}."""
-    return {split: sorted((picture.label, picture.digest) for picture in pictures) for split, pictures in found.splits.items()}
+    return {
+        split: sorted((picture.label, picture.digest) for picture in pictures)
+        for split, pictures in found.splits.items()
+    }
 
 
-@pytest.mark.parametrize('where', ['{name}/{split}', '{name}/{split}/images', '{split}/{name}/images', '{split}/{name}/images/of/it'])
-@pytest.mark.parametrize('splits, values', [
-    (('train', 'test'), {}),
-    (('train', 'test', 'val'), {}),
-    (('train', 'test', 'val'), {'eval_split': 'val'}),
-    (('Training', 'Validation'), {'train_split': 'Training', 'eval_split': 'Validation'}),
-    (('train', 'test'), {'train_split': 'test', 'eval_split': 'train'}),
-    (('train', 'test'), {'eval_split': 'held_out'}),
-    (('train', 'test'), {'train_split': 'test', 'eval_split': 'held_out'}),
-])
+@pytest.mark.parametrize(
+    'where',
+    [
+        '{name}/{split}',
+        '{name}/{split}/images',
+        '{split}/{name}/images',
+        '{split}/{name}/images/of/it',
+    ],
+)
+@pytest.mark.parametrize(
+    'splits, values',
+    [
+        (('train', 'test'), {}),
+        (('train', 'test', 'val'), {}),
+        (('train', 'test', 'val'), {'eval_split': 'val'}),
+        (('Training', 'Validation'), {'train_split': 'Training', 'eval_split': 'Validation'}),
+        (('train', 'test'), {'train_split': 'test', 'eval_split': 'train'}),
+        (('train', 'test'), {'eval_split': 'held_out'}),
+        (('train', 'test'), {'train_split': 'test', 'eval_split': 'held_out'}),
+    ],
+)
 def test_classes_may_stand_above_the_splits(tmp_path, where, splits, values):
     for root, place in (('usual', '{split}/{name}'), ('other', where)):
         for number, (split, name) in enumerate(itertools.product(splits, ('cat', 'dog'))):
             for index in range(5):
-                write(tmp_path / root / place.format(split=split, name=name) / f'{index}.png', flat(100 * number + index))
-    usual, other = (image_folder.find(dataset_config(tmp_path / root, **values)) for root in ('usual', 'other'))
-    assert contents(other) == contents(usual) and other.class_names == usual.class_names == ('cat', 'dog')
+                write(
+                    tmp_path / root / place.format(split=split, name=name) / f'{index}.png',
+                    flat(100 * number + index),
+                )
+    usual, other = (
+        image_folder.find(dataset_config(tmp_path / root, **values)) for root in ('usual', 'other')
+    )
+    assert contents(other) == contents(usual) and other.class_names == usual.class_names == (
+        'cat',
+        'dog',
+    )
     assert all(len(pictures) in (2, 8, 10) for pictures in other.splits.values())
 
 
-ARRANGEMENTS = sorted({'/'.join(parts) for extra in ((), ('x',), ('images', 'x')) for parts in itertools.permutations(('{name}', '{split}', *extra))})
+ARRANGEMENTS = sorted(
+    {
+        '/'.join(parts)
+        for extra in ((), ('x',), ('images', 'x'))
+        for parts in itertools.permutations(('{name}', '{split}', *extra))
+    }
+)
 
 
 @pytest.mark.parametrize('where', ARRANGEMENTS)
 def test_pictures_of_two_splits_are_never_mixed(tmp_path, where):
-    paths = [where.format(name=name, split=split) for name in ('cat', 'dog') for split in ('train', 'test')]
+    paths = [
+        where.format(name=name, split=split)
+        for name in ('cat', 'dog')
+        for split in ('train', 'test')
+    ]
     for number, path in enumerate(paths):
         for index in range(5):
             write(tmp_path / 'data' / path / f'{index}.png', flat(100 * number + index))
     try:
         found = image_folder.find(dataset_config(tmp_path / 'data'))
     except RunError as error:
-        assert '\n' not in str(error) and ('write --config.dataset.data_dir=' in str(error) or 'sort' in str(error) or 'move them up' in str(error))
+        assert '\n' not in str(error) and (
+            'write --config.dataset.data_dir=' in str(error)
+            or 'sort' in str(error)
+            or 'move them up' in str(error)
+        )
         assert not re.fullmatch('({name}/{split}|{split}/{name})(/images)?(/x)?', where)
     else:
-        assert {split: len(pictures) for split, pictures in found.splits.items()} == {'train': 10, 'test': 10} and found.class_names == ('cat', 'dog')
+        assert {split: len(pictures) for split, pictures in found.splits.items()} == {
+            'train': 10,
+            'test': 10,
+        } and found.class_names == ('cat', 'dog')
         for split, pictures in found.splits.items():
-            assert all(split in picture.path.split(os.sep) and found.class_names[picture.label] in picture.path for picture in pictures)
+            assert all(
+                split in picture.path.split(os.sep)
+                and found.class_names[picture.label] in picture.path
+                for picture in pictures
+            )
 
 
 def test_what_lies_beside_the_splits_of_classes_is_counted(tmp_path):
@@ -685,18 +1233,25 @@ def test_what_lies_beside_the_splits_of_classes_is_counted(tmp_path):
     for number, path in enumerate(('cat/0.png', 'dog/more/0.png', 'cat/train/0.txt', '0.png')):
         write(tmp_path / path, flat(50_000 + number))
     found = image_folder.find(dataset_config(tmp_path))
-    assert {split: len(pictures) for split, pictures in found.splits.items()} == {'train': 10, 'test': 10}
+    assert {split: len(pictures) for split, pictures in found.splits.items()} == {
+        'train': 10,
+        'test': 10,
+    }
     assert found.notes[:4] == (
         f'the splits are the folders train and test in each class folder of {tmp_path}',
         f'not used: 12 pictures in class folders of {tmp_path}, in no train or test',
-        'not used, as their names do not end like a picture\'s: 1 .txt',
-        f'not used: 1 pictures that lie in {tmp_path} itself, in no class folder')
+        "not used, as their names do not end like a picture's: 1 .txt",
+        f'not used: 1 pictures that lie in {tmp_path} itself, in no class folder',
+    )
 
 
 def test_a_single_split_in_each_class_is_a_folder_like_any_other(tmp_path):
     for name in ('cat', 'dog'):
         fill(tmp_path, ('train',), split=name)
-    assert {split: len(pictures) for split, pictures in image_folder.find(dataset_config(tmp_path)).splits.items()} == {'train': 8, 'test': 2}
+    assert {
+        split: len(pictures)
+        for split, pictures in image_folder.find(dataset_config(tmp_path)).splits.items()
+    } == {'train': 8, 'test': 2}
 
 
 def test_pictures_to_evaluate_in_each_class_are_enough_where_nothing_is_trained(tmp_path):
@@ -710,18 +1265,29 @@ def test_a_part_can_be_held_out_beside_other_splits(tmp_path):
     for split in ('train', 'val', 'test'):
         fill(tmp_path, split=split)
     found = image_folder.find(dataset_config(tmp_path, eval_split='held_out'))
-    assert {split: len(pictures) for split, pictures in found.splits.items()} == {'train': 8, 'held_out': 2}
+    assert {split: len(pictures) for split, pictures in found.splits.items()} == {
+        'train': 8,
+        'held_out': 2,
+    }
     assert found.notes[0] == f'not used: test, val in {tmp_path}'
 
 
 def test_data_for_finding_what_is_unlike_the_rest_are_classified_as_it_is_advised(tmp_path):
     mvtec(tmp_path)
-    found = image_folder.find(dataset_config(tmp_path / 'bottle', train_split='test', eval_split='held_out'))
-    assert found.class_names == ('broken_large', 'contamination', 'good') and found.notes[0].startswith('not used: ground_truth, train in ')
-    assert {split: len(pictures) for split, pictures in found.splits.items()} == {'test': 12, 'held_out': 3}
+    found = image_folder.find(
+        dataset_config(tmp_path / 'bottle', train_split='test', eval_split='held_out')
+    )
+    assert found.class_names == ('broken_large', 'contamination', 'good') and found.notes[
+        0
+    ].startswith('not used: ground_truth, train in ')
+    assert {split: len(pictures) for split, pictures in found.splits.items()} == {
+        'test': 12,
+        'held_out': 3,
+    }
 
 
 # How much is done: a folder of 20,000 pictures is looked at, at every start.
+
 
 @pytest.mark.parametrize('split', ['', 'train'])
 @pytest.mark.parametrize('do', [image_folder.find, image_folder.count])
@@ -729,10 +1295,14 @@ def test_each_folder_is_listed_once(tmp_path, monkeypatch, do, split):
     fill(tmp_path, [f'class{number}' for number in range(30)], count=2, split=split)
     write(tmp_path / split / 'class0' / 'more' / '0.png', flat(1))
     listed, scandir = [], os.scandir
-    monkeypatch.setattr(os, 'scandir', lambda path: listed.append(os.path.relpath(path, tmp_path)) or scandir(path))
+    monkeypatch.setattr(
+        os, 'scandir', lambda path: listed.append(os.path.relpath(path, tmp_path)) or scandir(path)
+    )
     do(dataset_config(tmp_path))
     monkeypatch.undo()
-    assert sorted(listed) == sorted(os.path.relpath(place, tmp_path) for place, _, _ in os.walk(tmp_path))
+    assert sorted(listed) == sorted(
+        os.path.relpath(place, tmp_path) for place, _, _ in os.walk(tmp_path)
+    )
 
 
 def test_no_list_is_searched_for_each_file(tmp_path):
@@ -742,7 +1312,14 @@ def test_no_list_is_searched_for_each_file(tmp_path):
     profile.runcall(image_folder.find, dataset_config(tmp_path))
     calls = {name: number for (_, _, name), (number, *_) in pstats.Stats(profile).stats.items()}
     assert calls['_stamp'] == 120
-    assert sum(number for name, number in calls.items() if re.search(r"method '(index|count|remove|insert)' of '(tuple|list)'", name)) < 30
+    assert (
+        sum(
+            number
+            for name, number in calls.items()
+            if re.search(r"method '(index|count|remove|insert)' of '(tuple|list)'", name)
+        )
+        < 30
+    )
 
 
 def test_a_class_may_be_called_as_a_split_is(tmp_path):
@@ -755,7 +1332,9 @@ def test_the_same_picture_twice_is_never_on_both_sides_of_a_held_out_part(tmp_pa
         for number in range(30):
             write(tmp_path / name / f'{number}.png', flat(number // 3) + name.encode())
     found = image_folder.find(dataset_config(tmp_path))
-    assert len(found.splits['test']) == 12 and not any('byte for byte' in note for note in found.notes)
+    assert len(found.splits['test']) == 12 and not any(
+        'byte for byte' in note for note in found.notes
+    )
 
 
 def test_pictures_that_are_in_both_splits_or_in_two_classes_are_counted(tmp_path):
@@ -764,14 +1343,22 @@ def test_pictures_that_are_in_both_splits_or_in_two_classes_are_counted(tmp_path
     write(tmp_path / 'test' / 'cat' / 'again.png', flat(1))
     write(tmp_path / 'test' / 'dog' / 'other.png', flat(2))
     notes = image_folder.find(dataset_config(tmp_path)).notes
-    assert notes[0].startswith('2 evaluation pictures are training pictures as well') and 'test/cat/again.png' in notes[0]
-    assert notes[1] == '1 pictures are in more than one class, byte for byte, such as test/dog/other.png, train/cat/2.png'
+    assert (
+        notes[0].startswith('2 evaluation pictures are training pictures as well')
+        and 'test/cat/again.png' in notes[0]
+    )
+    assert (
+        notes[1]
+        == '1 pictures are in more than one class, byte for byte, such as test/dog/other.png, train/cat/2.png'
+    )
 
 
 def test_a_part_of_a_split_has_all_classes(tmp_path):
     fill(tmp_path, [f'class{number}' for number in range(4)], count=50)
-    labels = [picture.label for picture in image_folder.find(dataset_config(tmp_path)).splits['train']]
-    assert min(labels[:len(labels) // 2].count(label) for label in range(4)) >= 10
+    labels = [
+        picture.label for picture in image_folder.find(dataset_config(tmp_path)).splits['train']
+    ]
+    assert min(labels[: len(labels) // 2].count(label) for label in range(4)) >= 10
 
 
 def test_pictures_to_evaluate_are_enough_where_nothing_is_trained(tmp_path):
@@ -782,11 +1369,18 @@ def test_pictures_to_evaluate_are_enough_where_nothing_is_trained(tmp_path):
 
 # What is kept.
 
+
 @pytest.fixture
 def examined(monkeypatch):
     """The files that were decoded."""
     names, verdict = [], image_validation._verdict
-    monkeypatch.setattr(image_validation, '_verdict', lambda path, *rest, **more: names.append(os.path.basename(path)) or verdict(path, *rest, **more))
+    monkeypatch.setattr(
+        image_validation,
+        '_verdict',
+        lambda path, *rest, **more: (
+            names.append(os.path.basename(path)) or verdict(path, *rest, **more)
+        ),
+    )
     return names
 
 
@@ -800,14 +1394,21 @@ def test_a_file_is_examined_once_and_again_when_it_changes(tmp_path, examined):
     write(tmp_path / 'dog' / '0.png', b'other')
     write(tmp_path / 'dog' / 'new.png', flat(77))
     examined.clear()
-    assert [name for name, _ in image_folder.find(dataset_config(tmp_path, max_broken=0.5)).broken] == ['cat/broken.jpg', 'dog/0.png']
+    assert [
+        name for name, _ in image_folder.find(dataset_config(tmp_path, max_broken=0.5)).broken
+    ] == ['cat/broken.jpg', 'dog/0.png']
     assert sorted(examined) == ['0.png', 'new.png']
 
 
 def test_a_copy_that_is_gone_is_made_again(tmp_path, examined):
     fill(tmp_path)
     write(tmp_path / 'cat' / 'x.bmp', flat(3, 'BMP'))
-    copy, = [picture.path for pictures in image_folder.find(dataset_config(tmp_path)).splits.values() for picture in pictures if 'copies' in picture.path]
+    (copy,) = [
+        picture.path
+        for pictures in image_folder.find(dataset_config(tmp_path)).splits.values()
+        for picture in pictures
+        if 'copies' in picture.path
+    ]
     os.remove(copy)
     examined.clear()
     image_folder.find(dataset_config(tmp_path))
@@ -823,11 +1424,15 @@ def test_files_are_examined_again_by_new_rules(tmp_path, examined, monkeypatch):
     assert len(examined) == 20
 
 
-@pytest.mark.parametrize('content', [b'', b'{', b'[]', b'{"rules": "0", "files": {}}', b'\xff\xfe', None])
+@pytest.mark.parametrize(
+    'content', [b'', b'{', b'[]', b'{"rules": "0", "files": {}}', b'\xff\xfe', None]
+)
 def test_what_is_kept_may_be_damaged(tmp_path, examined, content):
     fill(tmp_path)
     first = image_folder.find(dataset_config(tmp_path))
-    manifest = os.path.join(os.path.dirname(image_validation.list_of_broken(str(tmp_path))), 'manifest.json')
+    manifest = os.path.join(
+        os.path.dirname(image_validation.list_of_broken(str(tmp_path))), 'manifest.json'
+    )
     whole = open(manifest, 'rb').read()
     write(manifest, whole.replace(b'""', b'5, 6, 7', 1) if content is None else content)
     examined.clear()
@@ -871,11 +1476,27 @@ def test_an_interrupted_examination_leaves_no_thread(tmp_path, monkeypatch):
 
 # The command line.
 
+
 def call(tmp_path, *arguments):
-    return subprocess.run([sys.executable, os.path.join(ROOT, 'main.py'), f'--config={ROOT}/configs/folder.py', f'--workdir={tmp_path}/run',
-                           f'--config.dataset.data_dir={tmp_path}/data', '--config.model.name=tiny', '--config.model.drop_path=0.0',
-                           '--config.image_size=16', '--config.batch_size=4', '--config.train_for=4 steps', '--config.checkpoint_every=4 steps', *arguments],
-                          capture_output=True, text=True, env={**os.environ, 'TFDS_DATA_DIR': f'{tmp_path}/kept'})
+    return subprocess.run(
+        [
+            sys.executable,
+            os.path.join(ROOT, 'main.py'),
+            f'--config={ROOT}/configs/folder.py',
+            f'--workdir={tmp_path}/run',
+            f'--config.dataset.data_dir={tmp_path}/data',
+            '--config.model.name=tiny',
+            '--config.model.drop_path=0.0',
+            '--config.image_size=16',
+            '--config.batch_size=4',
+            '--config.train_for=4 steps',
+            '--config.checkpoint_every=4 steps',
+            *arguments,
+        ],
+        capture_output=True,
+        text=True,
+        env={**os.environ, 'TFDS_DATA_DIR': f'{tmp_path}/kept'},
+    )
 
 
 @pytest.mark.slow
@@ -888,7 +1509,11 @@ def test_a_run_goes_to_its_end_beside_a_broken_file_and_its_report_names_it(tmp_
     assert '1 of 12 files are broken and skipped' in done.stdout
     assert '\n          dog/page.jpg: no picture that can be read' in done.stdout
     report = (tmp_path / 'run' / 'report.md').read_text()
-    assert "dog/page.jpg: no picture that can be read: a web page (HTML), which begins with b'<html>'; " in report and '1 of 12 files are broken' in report
+    assert (
+        "dog/page.jpg: no picture that can be read: a web page (HTML), which begins with b'<html>'; "
+        in report
+        and '1 of 12 files are broken' in report
+    )
     assert (tmp_path / 'run' / 'export' / 'labels.txt').read_text().split() == ['cat', 'dog']
 
 
@@ -898,4 +1523,7 @@ def test_a_run_with_too_many_broken_files_is_one_line_and_status_1(tmp_path):
         write(tmp_path / 'data' / 'dog' / f'page{number}.jpg', LARGE[:MIDDLE])
     done = call(tmp_path)
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
-    assert done.stderr.startswith(f'error: 3 of 13 files in {tmp_path}/data are broken') and 'dog/page2.jpg: ' in done.stderr
+    assert (
+        done.stderr.startswith(f'error: 3 of 13 files in {tmp_path}/data are broken')
+        and 'dog/page2.jpg: ' in done.stderr
+    )

@@ -1,4 +1,5 @@
 """Every example once per epoch, the same batches again after a resume, and every evaluation example exactly once."""
+
 import collections
 import hashlib
 import io
@@ -30,7 +31,9 @@ def source():
 @pytest.fixture(params=['memory', 'records', 'long records'])
 def split(request, source, monkeypatch):
     """The training split of the digits: each example a piece in memory or in a file, or runs of 7 in a file."""
-    monkeypatch.setattr(record_index, 'PIECES', 1437 // 7 if request.param == 'long records' else 2000)
+    monkeypatch.setattr(
+        record_index, 'PIECES', 1437 // 7 if request.param == 'long records' else 2000
+    )
     records = source.find('train')
     return record_index.in_memory(records) if request.param == 'memory' else records
 
@@ -45,7 +48,9 @@ def training_batches(config, source, strategy=ONE_DEVICE, begin=0):
 
 
 def digest(*tensors):
-    return hashlib.sha256(b''.join(np.ascontiguousarray(tensor).tobytes() for tensor in tensors)).hexdigest()
+    return hashlib.sha256(
+        b''.join(np.ascontiguousarray(tensor).tobytes() for tensor in tensors)
+    ).hexdigest()
 
 
 def batch_digest(batch):
@@ -53,18 +58,28 @@ def batch_digest(batch):
 
 
 def mirrored(devices):
-    return tf.distribute.MirroredStrategy([f'CPU:{index}' for index in range(devices)], tf.distribute.ReductionToOneDevice())
+    return tf.distribute.MirroredStrategy(
+        [f'CPU:{index}' for index in range(devices)], tf.distribute.ReductionToOneDevice()
+    )
 
 
 def global_batches(dataset, strategy):
     """The parts of each replica put together again, as numpy."""
     for parts in dataset:
-        yield tuple(np.concatenate([part.numpy() for part in strategy.experimental_local_results(value)]) for value in tf.nest.flatten(parts))
+        yield tuple(
+            np.concatenate([part.numpy() for part in strategy.experimental_local_results(value)])
+            for value in tf.nest.flatten(parts)
+        )
 
 
 def ids(split, seed, begin, end):
     """(epoch, id) of examples `begin` to `end`."""
-    return [(int(epoch), int(number)) for epoch, (number, *_) in pipeline.ordered_entries(split, seed, 10**9, begin).take(end - begin).as_numpy_iterator()]
+    return [
+        (int(epoch), int(number))
+        for epoch, (number, *_) in pipeline.ordered_entries(split, seed, 10**9, begin)
+        .take(end - begin)
+        .as_numpy_iterator()
+    ]
 
 
 @pytest.mark.slow
@@ -87,7 +102,7 @@ def test_an_epoch_is_well_mixed(split):
 def test_a_resumed_stream_goes_on_at_any_position(split):
     whole = ids(split, 3, 0, 3 * 1437)
     for begin in [0, 1, 1436, 1437, 1438, *np.random.RandomState(0).randint(0, 3 * 1437 - 50, 20)]:
-        assert ids(split, 3, int(begin), int(begin) + 50) == whole[begin:begin + 50]
+        assert ids(split, 3, int(begin), int(begin) + 50) == whole[begin : begin + 50]
 
 
 @pytest.mark.slow
@@ -103,33 +118,65 @@ def test_a_resumed_stream_reads_at_most_two_percent_of_an_epoch_again(split):
         counts, num_bytes = split.counts, split.num_bytes
 
         def entries(self, pieces):
-            return split.entries(pieces).map(lambda number, *example: (tf.ensure_shape(tf.py_function(note, [number], tf.int64), []), *example))
+            return split.entries(pieces).map(
+                lambda number, *example: (
+                    tf.ensure_shape(tf.py_function(note, [number], tf.int64), []),
+                    *example,
+                )
+            )
 
     for begin in np.random.RandomState(1).randint(0, 3 * 1437 - 1, 20):
         read.clear()
         next(iter(pipeline.ordered_entries(Watched(), 0, 10**9, int(begin))))
-        done = {number for _, number in whole[begin // 1437 * 1437:begin]}  # in this epoch, before the stop
+        done = {
+            number for _, number in whole[begin // 1437 * 1437 : begin]
+        }  # in this epoch, before the stop
         assert whole[begin][1] in read and len(done & set(read)) <= 0.02 * 1437
 
 
 def test_a_resumed_run_gets_the_batch_that_would_have_come(tiny, source):
-    tiny.train_for, tiny.augment.flip, tiny.augment.random_erasing, tiny.augment.mixup = '2 epochs', True, 0.5, 0.2
+    tiny.train_for, tiny.augment.flip, tiny.augment.random_erasing, tiny.augment.mixup = (
+        '2 epochs',
+        True,
+        0.5,
+        0.2,
+    )
     plan = plan_for(tiny, source)
     batches = [batch_digest(batch) for batch in training_batches(tiny, source)]
     assert len(batches) == plan.total_steps == len(set(batches))
-    for step in (44, 45, plan.total_steps - 1, *np.random.RandomState(0).permutation(plan.total_steps)[:20]):  # 44.9 steps are an epoch
-        assert batch_digest(next(iter(training_batches(tiny, source, begin=int(step))))) == batches[step]
+    for step in (
+        44,
+        45,
+        plan.total_steps - 1,
+        *np.random.RandomState(0).permutation(plan.total_steps)[:20],
+    ):  # 44.9 steps are an epoch
+        assert (
+            batch_digest(next(iter(training_batches(tiny, source, begin=int(step)))))
+            == batches[step]
+        )
 
 
 def test_repeated_examples_differ_within_their_batch_and_all_come_equally_often(tiny, source):
-    tiny.augment.repeats, tiny.batch_size, tiny.train_for = 3, 48, '60 steps'  # 2 epochs and 6 examples
+    tiny.augment.repeats, tiny.batch_size, tiny.train_for = (
+        3,
+        48,
+        '60 steps',
+    )  # 2 epochs and 6 examples
     split = source.split('train')
-    seen = [(int(repeat), int(epoch), int(number)) for repeat, (epoch, (number, *_)) in
-            pipeline.repeated(pipeline.ordered_entries(split, 0, 10**9, 0), 48, 3).take(3 * 1437 // 48 * 48).as_numpy_iterator()]
+    seen = [
+        (int(repeat), int(epoch), int(number))
+        for repeat, (epoch, (number, *_)) in pipeline.repeated(
+            pipeline.ordered_entries(split, 0, 10**9, 0), 48, 3
+        )
+        .take(3 * 1437 // 48 * 48)
+        .as_numpy_iterator()
+    ]
     for begin in range(0, len(seen), 48):
-        batch = seen[begin:begin + 48]
+        batch = seen[begin : begin + 48]
         assert len({number for *_, number in batch}) == 16 and len(set(batch)) == 48
-        assert all(batch[place][2] != batch[place + 1][2] for place in range(47))  # neighbours are mixed
+        assert all(
+            batch[place][2] != batch[place + 1][2] for place in range(47)
+        )  # neighbours are mixed
     assert len(set(seen)) == len(seen)
     batches = [batch_digest(batch) for batch in training_batches(tiny, source)]
     assert batch_digest(next(iter(training_batches(tiny, source, begin=41)))) == batches[41]
@@ -138,8 +185,15 @@ def test_repeated_examples_differ_within_their_batch_and_all_come_equally_often(
 
 
 @pytest.mark.parametrize('batch_size', [32, 30, 31])
-def test_batches_do_not_depend_on_the_groups_that_they_are_made_of(tiny, source, batch_size, monkeypatch):
-    tiny.train_for, tiny.batch_size, tiny.augment.flip, tiny.augment.random_erasing = '6 steps', batch_size, True, 0.5
+def test_batches_do_not_depend_on_the_groups_that_they_are_made_of(
+    tiny, source, batch_size, monkeypatch
+):
+    tiny.train_for, tiny.batch_size, tiny.augment.flip, tiny.augment.random_erasing = (
+        '6 steps',
+        batch_size,
+        True,
+        0.5,
+    )
     batches = [batch_digest(batch) for batch in training_batches(tiny, source)]
     monkeypatch.setattr(service, 'MOST_IN_GROUP', 1)
     assert batches == [batch_digest(batch) for batch in training_batches(tiny, source)]
@@ -171,7 +225,13 @@ def test_hosts_read_shares_that_together_are_the_split(source, hosts):
     parts = [source.find('train', (host, hosts)) for host in range(hosts)]
     sizes = [int(part.counts.sum()) for part in parts]
     assert max(sizes) - min(sizes) <= 1
-    read = [number for part in parts for number in sorted(int(number) for number, *_ in part.read(np.arange(len(part.counts))).as_numpy_iterator())]
+    read = [
+        number
+        for part in parts
+        for number in sorted(
+            int(number) for number, *_ in part.read(np.arange(len(part.counts))).as_numpy_iterator()
+        )
+    ]
     assert read == list(range(1437))
 
 
@@ -182,16 +242,35 @@ def test_more_hosts_than_examples_are_refused_by_all_of_them(source):
 
 
 def test_a_piece_is_what_tfds_reads(split, source):
-    expected = collections.Counter((example['label'], example['image']) for example in tfds.builder('digits').as_dataset(
-        split='train', decoders={'image': tfds.decode.SkipDecoding()}).as_numpy_iterator())
-    assert collections.Counter((label, encoded) for _, encoded, label in split.read(np.arange(len(split.counts))).as_numpy_iterator()) == expected
+    expected = collections.Counter(
+        (example['label'], example['image'])
+        for example in tfds.builder('digits')
+        .as_dataset(split='train', decoders={'image': tfds.decode.SkipDecoding()})
+        .as_numpy_iterator()
+    )
+    assert (
+        collections.Counter(
+            (label, encoded)
+            for _, encoded, label in split.read(np.arange(len(split.counts))).as_numpy_iterator()
+        )
+        == expected
+    )
 
 
 def test_a_part_of_a_split_is_read_from_inside_its_file(source):
     part = source.find('train[100:200] + train[700:705]')
-    expected = sorted(example['id'] for example in tfds.builder('digits').as_dataset(split='train[100:200]+train[700:705]').as_numpy_iterator())
-    by_encoded = {example['image']: example['id'] for example in tfds.builder('digits').as_dataset(
-        split='train', decoders={'image': tfds.decode.SkipDecoding()}).as_numpy_iterator()}
+    expected = sorted(
+        example['id']
+        for example in tfds.builder('digits')
+        .as_dataset(split='train[100:200]+train[700:705]')
+        .as_numpy_iterator()
+    )
+    by_encoded = {
+        example['image']: example['id']
+        for example in tfds.builder('digits')
+        .as_dataset(split='train', decoders={'image': tfds.decode.SkipDecoding()})
+        .as_numpy_iterator()
+    }
     read = list(part.read(np.arange(len(part.counts))).as_numpy_iterator())
     assert sorted(number for number, *_ in read) == list(range(105))
     assert sorted(by_encoded[encoded] for _, encoded, _ in read) == expected
@@ -207,8 +286,18 @@ def test_evaluation_reads_every_example_exactly_once(still, source, devices, eva
     batches = list(global_batches(dataset, strategy))
     assert len(batches) == num_steps
     images, labels, mask = (np.concatenate(parts) for parts in zip(*batches))
-    expected = collections.Counter((digest(resize_picture(decode(encoded), 16)), int(label)) for encoded, label in source.examples('test'))
-    assert collections.Counter((digest(image), int(label)) for image, label, is_example in zip(images, labels, mask) if is_example) == expected
+    expected = collections.Counter(
+        (digest(resize_picture(decode(encoded), 16)), int(label))
+        for encoded, label in source.examples('test')
+    )
+    assert (
+        collections.Counter(
+            (digest(image), int(label))
+            for image, label, is_example in zip(images, labels, mask)
+            if is_example
+        )
+        == expected
+    )
     assert set(mask) <= {0.0, 1.0} and mask.sum() == 360
 
 
@@ -218,7 +307,9 @@ def test_without_augmentation_the_training_picture_is_the_evaluation_picture(sti
     split = source.split('train')
     entries = pipeline.ordered_entries(split, still.seed, 10**9, 0).take(32)
     examples = [split.fetch(*entry) for _, (_, *entry) in entries]
-    np.testing.assert_array_equal(images, tf.stack([resize_picture(decode(encoded), 16) for encoded, _ in examples]))
+    np.testing.assert_array_equal(
+        images, tf.stack([resize_picture(decode(encoded), 16) for encoded, _ in examples])
+    )
     assert draws == {} and images.dtype == tf.uint8
 
 

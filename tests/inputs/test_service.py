@@ -1,4 +1,5 @@
 """Pictures prepared by a tf.data service are those of the local pipeline, in the same order."""
+
 import os
 import re
 import socket
@@ -22,7 +23,12 @@ def start():
     running = []
 
     def start(*arguments):
-        process = subprocess.Popen([sys.executable, '-m', 'inputs.service', *arguments], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            [sys.executable, '-m', 'inputs.service', *arguments],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         running.append(process)
         return process.stdout.readline().strip()
 
@@ -35,9 +41,18 @@ def start():
 
 def batches_of(config, begin=0, strategy=tf.distribute.OneDeviceStrategy('CPU:0')):
     source = datasets.load(config.dataset)
-    plan = planning.make_plan(config, source.num_train, source.num_eval, 10, strategy.num_replicas_in_sync)
+    plan = planning.make_plan(
+        config, source.num_train, source.num_eval, 10, strategy.num_replicas_in_sync
+    )
     dataset = pipeline.training_batches(source, config, plan, begin, plan.total_steps, strategy)
-    return [[part.numpy() for value in tf.nest.flatten(batch) for part in strategy.experimental_local_results(value)] for batch in dataset]
+    return [
+        [
+            part.numpy()
+            for value in tf.nest.flatten(batch)
+            for part in strategy.experimental_local_results(value)
+        ]
+        for batch in dataset
+    ]
 
 
 def assert_equal(batches, expected):
@@ -49,11 +64,25 @@ def assert_equal(batches, expected):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('dispatchers, workers', [(1, 2), (2, 1)])
-def test_two_workers_give_what_the_local_pipeline_gives_also_after_a_resume(tiny, start, monkeypatch, dispatchers, workers):
-    tiny.train_for, tiny.augment.flip, tiny.augment.mixup, tiny.augment.policy.name = '47 steps', True, 0.2, 'rand_augment'  # more than an epoch
-    monkeypatch.setattr(record_index, 'PIECES', 100)  # runs of 14 examples in a file, of which the local pipeline keeps each in memory
+def test_two_workers_give_what_the_local_pipeline_gives_also_after_a_resume(
+    tiny, start, monkeypatch, dispatchers, workers
+):
+    tiny.train_for, tiny.augment.flip, tiny.augment.mixup, tiny.augment.policy.name = (
+        '47 steps',
+        True,
+        0.2,
+        'rand_augment',
+    )  # more than an epoch
+    monkeypatch.setattr(
+        record_index, 'PIECES', 100
+    )  # runs of 14 examples in a file, of which the local pipeline keeps each in memory
     expected = batches_of(tiny)
-    addresses = [re.fullmatch(f'serves at (localhost:[0-9]+) with {workers} workers?', start(f'--workers={workers}'))[1] for _ in range(dispatchers)]
+    addresses = [
+        re.fullmatch(
+            f'serves at (localhost:[0-9]+) with {workers} workers?', start(f'--workers={workers}')
+        )[1]
+        for _ in range(dispatchers)
+    ]
     tiny.dataset.service = ','.join(addresses * workers)
     assert_equal(batches_of(tiny), expected)
     assert_equal(batches_of(tiny, begin=33), expected[33:])
@@ -82,9 +111,26 @@ def test_a_service_that_dies_ends_the_run_with_its_name(tmp_path, start):
     address = start().split()[2]
     environment = {**os.environ, 'PYTHONPATH': ROOT}
     script = 'import sys, main; from inputs import service; service.PATIENCE = 3; sys.exit(main.main(sys.argv))'
-    run = subprocess.Popen([sys.executable, '-c', script, '--config=configs/digits.py', '--config.model.name=tiny', '--config.image_size=16',
-                            '--config.train_for=1000000 steps', '--config.log_every=5 steps', '--config.eval_every=100%', f'--workdir={tmp_path}/run',
-                            f'--config.dataset.service={address}'], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    run = subprocess.Popen(
+        [
+            sys.executable,
+            '-c',
+            script,
+            '--config=configs/digits.py',
+            '--config.model.name=tiny',
+            '--config.image_size=16',
+            '--config.train_for=1000000 steps',
+            '--config.log_every=5 steps',
+            '--config.eval_every=100%',
+            f'--workdir={tmp_path}/run',
+            f'--config.dataset.service={address}',
+        ],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     try:
         while run.poll() is None and not os.path.exists(tmp_path / 'run' / 'metrics.jsonl'):
             time.sleep(0.1)
@@ -92,4 +138,9 @@ def test_a_service_that_dies_ends_the_run_with_its_name(tmp_path, start):
         _, said = run.communicate(timeout=120)
     finally:
         run.kill()
-    assert run.returncode == 1 and said.count('error: ') == 1 and f'nothing answers at {address!r}' in said and 'Traceback' not in said
+    assert (
+        run.returncode == 1
+        and said.count('error: ') == 1
+        and f'nothing answers at {address!r}' in said
+        and 'Traceback' not in said
+    )

@@ -1,4 +1,5 @@
 """A data set of TFDS whose labels or images a run could not use is refused before the run begins."""
+
 import os
 import re
 
@@ -43,15 +44,32 @@ def refused(config):
 
 # Labels.
 
-@pytest.mark.parametrize('labels, key, instead', [
-    (dict(train=KNOWN, test=SOME), 'eval_split',
-     "--config.dataset.train_split='train[:90%]' --config.dataset.eval_split='train[90%:]'"),
-    (dict(train=KNOWN, test=UNKNOWN, val=KNOWN), 'eval_split', '--config.dataset.eval_split=val'),
-    (dict(train=SOME, test=KNOWN), 'train_split',
-     'a part that has none, as in train[:50%], or prepare the data set without them'),
-    (dict(train=SOME, test=KNOWN, a=KNOWN, b=KNOWN), 'train_split',
-     '--config.dataset.train_split=a or b'),
-])
+
+@pytest.mark.parametrize(
+    'labels, key, instead',
+    [
+        (
+            {'train': KNOWN, 'test': SOME},
+            'eval_split',
+            "--config.dataset.train_split='train[:90%]' --config.dataset.eval_split='train[90%:]'",
+        ),
+        (
+            {'train': KNOWN, 'test': UNKNOWN, 'val': KNOWN},
+            'eval_split',
+            '--config.dataset.eval_split=val',
+        ),
+        (
+            {'train': SOME, 'test': KNOWN},
+            'train_split',
+            'a part that has none, as in train[:50%], or prepare the data set without them',
+        ),
+        (
+            {'train': SOME, 'test': KNOWN, 'a': KNOWN, 'b': KNOWN},
+            'train_split',
+            '--config.dataset.train_split=a or b',
+        ),
+    ],
+)
 def test_another_split_is_named_for_one_without_labels(tmp_path, labels, key, instead):
     config = labeled(tmp_path, **labels)
     text = refused(config)
@@ -74,7 +92,9 @@ def test_a_part_of_a_split_that_has_labels_is_taken(tmp_path):
 def test_one_label_among_all_of_a_small_split_is_found(tmp_path):
     labels = [0] * 3000
     labels[1234] = -1
-    assert 'has 3,000 examples, and 1 have a label' in refused(labeled(tmp_path, 3000, train=labels, test=KNOWN))
+    assert 'has 3,000 examples, and 1 have a label' in refused(
+        labeled(tmp_path, 3000, train=labels, test=KNOWN)
+    )
 
 
 def test_of_a_large_split_a_sample_is_looked_at(tmp_path, monkeypatch):
@@ -88,7 +108,9 @@ def test_of_a_large_split_a_sample_is_looked_at(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('gib', [4.0, 1e-6], ids=['in memory', 'from files'])
 @pytest.mark.parametrize('bad', ['train', 'test'])
-def test_a_label_that_the_sample_misses_ends_the_run_with_one_line(tmp_path, monkeypatch, tiny, bad, gib):
+def test_a_label_that_the_sample_misses_ends_the_run_with_one_line(
+    tmp_path, monkeypatch, tiny, bad, gib
+):
     labels = {'train': [0] * 600, 'test': [1] * 600}
     labels[bad][236] = -1
     tiny.dataset = labeled(tmp_path, 600, **labels)
@@ -99,7 +121,8 @@ def test_a_label_that_the_sample_misses_ends_the_run_with_one_line(tmp_path, mon
     line, status = main.failure(raised.value)
     assert status == 1 and line == (
         'an example has a label that is none of the 2 classes, as TFDS writes where it is not known; '
-        f'name another split: mine, split {bad}, example 236 has -1')
+        f'name another split: mine, split {bad}, example 236 has -1'
+    )
 
 
 def test_classes_without_a_name_are_refused(tmp_path):
@@ -107,13 +130,19 @@ def test_classes_without_a_name_are_refused(tmp_path):
     assert datasets.load(config).class_names == ('cat', 'dog')
     restate(tmp_path, '"numClasses": "2"', '"numClasses": "3"')
     (tmp_path / 'mine' / '1.0.0' / 'label.labels.txt').write_text('cat\n\nowl\n')
-    assert 'has 3 classes, but names for 2: write one name a line into its labels.txt' in refused(config)
+    assert 'has 3 classes, but names for 2: write one name a line into its labels.txt' in refused(
+        config
+    )
 
 
 @pytest.mark.parametrize('num_classes', [None, 1])
 def test_fewer_than_two_classes_are_refused(tmp_path, num_classes):
     stored = {'image': F.Image(), 'label': F.ClassLabel(num_classes=num_classes)}
-    examples = {'train': [], 'test': []} if num_classes is None else {'train': rows(2, labels=(0,)), 'test': rows(2, labels=(0,))}
+    examples = (
+        {'train': [], 'test': []}
+        if num_classes is None
+        else {'train': rows(2, labels=(0,)), 'test': rows(2, labels=(0,))}
+    )
     config = make(tmp_path, stored, examples, ('image', 'label'))
     assert f'has {num_classes or 0} class; a classifier needs at least two' in refused(config)
 
@@ -121,14 +150,22 @@ def test_fewer_than_two_classes_are_refused(tmp_path, num_classes):
 def test_records_that_are_not_what_is_stated_are_refused(tmp_path):
     config = labeled(tmp_path, train=KNOWN, test=KNOWN)
     restate(tmp_path, '"label": {', '"kind": {')
-    assert refused(config).startswith('mine, split train: its records are not what its features.json says (')
+    assert refused(config).startswith(
+        'mine, split train: its records are not what its features.json says ('
+    )
 
 
 # Images.
 
+
 def of_images(folder, feature, images):
     examples = [{'image': image, 'label': 0} for image in images]
-    return make(folder, {'image': feature, 'label': LABEL}, {'train': examples, 'test': examples}, ('image', 'label'))
+    return make(
+        folder,
+        {'image': feature, 'label': LABEL},
+        {'train': examples, 'test': examples},
+        ('image', 'label'),
+    )
 
 
 @pytest.mark.parametrize('file_format', ['WEBP', 'TIFF'])
@@ -137,7 +174,8 @@ def test_files_that_tensorflow_cannot_decode_are_refused(tmp_path, file_format):
     text = refused(of_images(tmp_path, F.Image(), [file] * 2))
     assert text == (
         'mine, split train: an image cannot be decoded: it is neither a JPEG nor a PNG file; '
-        'prepare the data set with such files')
+        'prepare the data set with such files'
+    )
 
 
 def test_a_damaged_image_is_said_to_be_damaged(tmp_path, capfd):
@@ -153,7 +191,9 @@ def turned_jpeg(number):
 
 
 def clear_gif(number):
-    content, _ = image_kinds.KINDS['GIF with a transparent colour'].make(image_kinds.pixels_of(number))
+    content, _ = image_kinds.KINDS['GIF with a transparent colour'].make(
+        image_kinds.pixels_of(number)
+    )
     return content
 
 
@@ -163,20 +203,29 @@ def test_images_that_predict_shows_otherwise_are_noted(tmp_path, capsys, odd):
     config = of_images(tmp_path, F.Image(), [plain, odd(1), odd(2)])
     notes = datasets.load(config).notes
     assert len(notes) == 2  # of two splits
-    assert notes[0].startswith('mine, split train: 2 of 3 images that were looked at are turned by their EXIF data, or transparent')
+    assert notes[0].startswith(
+        'mine, split train: 2 of 3 images that were looked at are turned by their EXIF data, or transparent'
+    )
     assert capsys.readouterr().out.count('note      mine, split') == 2
 
 
 def test_images_that_are_seen_alike_are_not_noted(tmp_path):
-    files = [image_kinds.encoded(image_kinds.pixels_of(1), file_format) for file_format in ('JPEG', 'PNG', 'GIF')]
-    files.append(image_kinds.put_before_markers(files[0], bytes(1), {0xD9}))  # of which libjpeg complains
+    files = [
+        image_kinds.encoded(image_kinds.pixels_of(1), file_format)
+        for file_format in ('JPEG', 'PNG', 'GIF')
+    ]
+    files.append(
+        image_kinds.put_before_markers(files[0], bytes(1), {0xD9})
+    )  # of which libjpeg complains
     assert datasets.load(of_images(tmp_path, F.Image(), files)).notes == ()
 
 
 def test_transparency_that_would_be_left_out_is_refused(tmp_path):
     rgba = np.dstack([image_kinds.pixels_of(1), image_kinds.pixels_of(2)[..., 0]])
     files = [image_kinds.encoded(rgba, file_format) for file_format in ('PNG', 'BMP')]
-    assert 'an image of 4 channels is no PNG file' in refused(of_images(tmp_path, F.Image(shape=(24, 32, 4)), files))
+    assert 'an image of 4 channels is no PNG file' in refused(
+        of_images(tmp_path, F.Image(shape=(24, 32, 4)), files)
+    )
 
 
 @pytest.mark.parametrize('largest', [4095, 1023])
@@ -185,7 +234,8 @@ def test_uint16_images_of_12_bits_or_less_are_refused(tmp_path, largest):
     config = of_images(tmp_path, F.Image(shape=(24, 32, 1), dtype=np.uint16), [values // 2, values])
     assert refused(config) == (
         f'mine, split train: its uint16 images go up to {largest:,} of 65,535, nearly black: '
-        f'write --config.dataset.white_level={largest}')
+        f'write --config.dataset.white_level={largest}'
+    )
     config.white_level = largest
     source = datasets.load(config)
     encoded = [encoded for *_, encoded, _ in source.examples('train').as_numpy_iterator()]
@@ -194,27 +244,43 @@ def test_uint16_images_of_12_bits_or_less_are_refused(tmp_path, largest):
 
 # The choice of image and label.
 
-@pytest.mark.parametrize('supervised_keys, values, weights', [
-    (None, {}, ''),
-    ((('image', 'weight'), 'label'), {}, ''),
-    (('weight', 'label'), {}, ''),
-    (('image', 'label', 'weight'), {}, 'weight'),
-    (('image', 'label', {'a': 'weight'}), {'image_key': 'image', 'label_key': 'label'}, 'weight'),
-    (None, {'image_key': 'image'}, ''),
-])
+
+@pytest.mark.parametrize(
+    'supervised_keys, values, weights',
+    [
+        (None, {}, ''),
+        ((('image', 'weight'), 'label'), {}, ''),
+        (('weight', 'label'), {}, ''),
+        (('image', 'label', 'weight'), {}, 'weight'),
+        (
+            ('image', 'label', {'a': 'weight'}),
+            {'image_key': 'image', 'label_key': 'label'},
+            'weight',
+        ),
+        (None, {'image_key': 'image'}, ''),
+    ],
+)
 def test_a_choice_that_is_not_plain_is_a_note(tmp_path, capsys, supervised_keys, values, weights):
-    make(tmp_path, FLAT | {'weight': np.float32}, {'train': rows(8, weight=1.0), 'test': rows(4, weight=1.0)}, supervised_keys)
+    make(
+        tmp_path,
+        FLAT | {'weight': np.float32},
+        {'train': rows(8, weight=1.0), 'test': rows(4, weight=1.0)},
+        supervised_keys,
+    )
     source = datasets.load(config_of(tmp_path, **values))
     note = "of mine the image is 'image' and the class label 'label'"
     note += f'; its weights of examples, {weights}, are not used' if weights else ''
     assert source.notes == (note,) and capsys.readouterr().out == f'note      {note}\n'
 
 
-@pytest.mark.parametrize('supervised_keys, values', [
-    (('image', 'label'), {}),
-    (('image', 'label'), {'label_key': 'label'}),
-    (None, {'image_key': 'image', 'label_key': 'label'}),
-])
+@pytest.mark.parametrize(
+    'supervised_keys, values',
+    [
+        (('image', 'label'), {}),
+        (('image', 'label'), {'label_key': 'label'}),
+        (None, {'image_key': 'image', 'label_key': 'label'}),
+    ],
+)
 def test_a_plain_choice_is_no_note(tmp_path, capsys, supervised_keys, values):
     make(tmp_path, FLAT, {'train': rows(8), 'test': rows(4)}, supervised_keys)
     assert datasets.load(config_of(tmp_path, **values)).notes == ()
@@ -225,11 +291,15 @@ def test_a_plain_choice_is_no_note(tmp_path, capsys, supervised_keys, values):
 def test_a_folder_has_no_features_to_name(key):
     config = default.get_config()
     config.dataset.name, config.dataset[key] = 'folder', 'image'
-    with pytest.raises(ConfigError, match=f"^config.dataset.{key}='image' names a feature of a TFDS data set, .*: leave it out$"):
+    with pytest.raises(
+        ConfigError,
+        match=f"^config.dataset.{key}='image' names a feature of a TFDS data set, .*: leave it out$",
+    ):
         config_schema.check_config(config)
 
 
 # Damage.
+
 
 def test_records_that_are_damaged_are_named_by_the_doctor(tmp_path):
     config = labeled(tmp_path, train=KNOWN, test=KNOWN)
@@ -249,5 +319,7 @@ def test_a_file_that_was_cut_short_is_named(tmp_path):
         os.truncate(path, size)
         with pytest.raises(RunError, match=f'^{path} was cut short: rm -r {path.parent}$'):
             datasets.load(config)
-        with pytest.raises(RunError, match=f'shorter than they were, of its split test: rm -r {path.parent}$'):
+        with pytest.raises(
+            RunError, match=f'shorter than they were, of its split test: rm -r {path.parent}$'
+        ):
             dataset_status.look(config)

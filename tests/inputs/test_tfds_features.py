@@ -1,4 +1,5 @@
 """Data sets of TFDS as people make them: other names, other types, labels that are not known."""
+
 import os
 import re
 import subprocess
@@ -25,16 +26,32 @@ def make(folder, features, examples, supervised_keys=None):
     directory.mkdir(parents=True)
     features = F.FeaturesDict(features)
     for split, rows in examples.items():
-        template = tfds.core.ShardedFileTemplate(data_dir=directory, dataset_name='mine', split=split, filetype_suffix='tfrecord')
-        halves = [rows[:len(rows) // 2], rows[len(rows) // 2:]]
+        template = tfds.core.ShardedFileTemplate(
+            data_dir=directory, dataset_name='mine', split=split, filetype_suffix='tfrecord'
+        )
+        halves = [rows[: len(rows) // 2], rows[len(rows) // 2 :]]
         for index, half in enumerate(halves):
-            with tf.io.TFRecordWriter(str(directory / f'mine-{split}.tfrecord-{index:05}-of-00002')) as writer:
+            with tf.io.TFRecordWriter(
+                str(directory / f'mine-{split}.tfrecord-{index:05}-of-00002')
+            ) as writer:
                 for row in half:
                     writer.write(features.serialize_example(row))
         num_bytes = sum(path.stat().st_size for path in directory.glob(f'mine-{split}.*'))
-        splits.append(tfds.core.SplitInfo(name=split, shard_lengths=list(map(len, halves)), num_bytes=num_bytes, filename_template=template))
-    tfds.folder_dataset.write_metadata(data_dir=str(directory), features=features, split_infos=splits, supervised_keys=supervised_keys,
-                                       check_data=False)  # TFDS would decode images
+        splits.append(
+            tfds.core.SplitInfo(
+                name=split,
+                shard_lengths=list(map(len, halves)),
+                num_bytes=num_bytes,
+                filename_template=template,
+            )
+        )
+    tfds.folder_dataset.write_metadata(
+        data_dir=str(directory),
+        features=features,
+        split_infos=splits,
+        supervised_keys=supervised_keys,
+        check_data=False,
+    )  # TFDS would decode images
     return config_of(folder)
 
 
@@ -49,7 +66,10 @@ def image(number):
 
 
 def rows(count, image_key='image', label_key='label', labels=(0, 1), image_of=image, **more):
-    return [{image_key: image_of(number), label_key: labels[number % len(labels)], **more} for number in range(count)]
+    return [
+        {image_key: image_of(number), label_key: labels[number % len(labels)], **more}
+        for number in range(count)
+    ]
 
 
 def both(examples):
@@ -59,31 +79,84 @@ def both(examples):
 # Which features are the image and the label.
 
 FLAT = {'image': F.Image(), 'label': LABEL}
-DEEP = {'views': {'front': F.Image(), 'back': F.Image()}, 'about': {'species': LABEL, 'sex': F.ClassLabel(num_classes=3)}, 'id': np.int64}
-DEEP_ROWS = [{'views': {'front': image(number), 'back': image(number + 50)}, 'about': {'species': number % 2, 'sex': 2}, 'id': number}
-             for number in range(8)]
+DEEP = {
+    'views': {'front': F.Image(), 'back': F.Image()},
+    'about': {'species': LABEL, 'sex': F.ClassLabel(num_classes=3)},
+    'id': np.int64,
+}
+DEEP_ROWS = [
+    {
+        'views': {'front': image(number), 'back': image(number + 50)},
+        'about': {'species': number % 2, 'sex': 2},
+        'id': number,
+    }
+    for number in range(8)
+]
 
 # {kind: (features, rows, supervised keys, values of the config)}
 FOUND = {
     'a pair': (FLAT, rows(8), ('image', 'label'), {}),
     'no supervised keys': (FLAT, rows(8), None, {}),
-    'names of one\'s own': ({'photo': F.Image(), 'kind': LABEL}, rows(8, 'photo', 'kind'), None, {}),
+    "names of one's own": ({'photo': F.Image(), 'kind': LABEL}, rows(8, 'photo', 'kind'), None, {}),
     'a nested pair': (FLAT | {'x': np.int64}, rows(8, x=1), (('image', 'x'), 'label'), {}),
     'with weights': (FLAT | {'w': np.float32}, rows(8, w=1.0), ('image', 'label', 'w'), {}),
-    'named by dicts': (FLAT | {'x': np.int64}, rows(8, x=1), ({'a': 'image', 'b': 'x'}, 'label'), {}),
-    'a pair among several': (FLAT | {'mask': F.Image(), 'other': LABEL}, rows(8, mask=image(1), other=0), ('image', 'label'), {}),
-    'a pair of something else': (FLAT | {'text': F.Text()}, rows(8, text='a'), ('text', 'label'), {}),
-    'an image that is the target too': (FLAT | {'mask': F.Image()}, rows(8, mask=image(1)), ('image', 'mask'), {}),
-    'a pair with the label inside': ({'image': F.Image(), 'about': {'kind': LABEL}, 'other': LABEL},
-                                     [{'image': image(number), 'about': {'kind': number % 2}, 'other': 0} for number in range(8)],
-                                     ('image', 'about/kind'), {}),
-    'a depth beside it': (FLAT | {'depth': F.Image(shape=(24, 32, 1), dtype=np.float32)},
-                          rows(8, depth=np.ones([24, 32, 1], np.float32)), None, {}),
-    'a map of classes beside it': (FLAT | {'map': F.LabeledImage(labels=3, shape=(24, 32, 1))},
-                                   rows(8, map=np.zeros([24, 32, 1], np.uint8)), None, {}),
-    'chosen of several': (FLAT | {'mask': F.Image(), 'other': LABEL}, rows(8, mask=image(1), other=0), None,
-                          {'image_key': 'image', 'label_key': 'label'}),
-    'chosen inside': (DEEP, DEEP_ROWS, None, {'image_key': 'views/front', 'label_key': 'about/species'}),
+    'named by dicts': (
+        FLAT | {'x': np.int64},
+        rows(8, x=1),
+        ({'a': 'image', 'b': 'x'}, 'label'),
+        {},
+    ),
+    'a pair among several': (
+        FLAT | {'mask': F.Image(), 'other': LABEL},
+        rows(8, mask=image(1), other=0),
+        ('image', 'label'),
+        {},
+    ),
+    'a pair of something else': (
+        FLAT | {'text': F.Text()},
+        rows(8, text='a'),
+        ('text', 'label'),
+        {},
+    ),
+    'an image that is the target too': (
+        FLAT | {'mask': F.Image()},
+        rows(8, mask=image(1)),
+        ('image', 'mask'),
+        {},
+    ),
+    'a pair with the label inside': (
+        {'image': F.Image(), 'about': {'kind': LABEL}, 'other': LABEL},
+        [
+            {'image': image(number), 'about': {'kind': number % 2}, 'other': 0}
+            for number in range(8)
+        ],
+        ('image', 'about/kind'),
+        {},
+    ),
+    'a depth beside it': (
+        FLAT | {'depth': F.Image(shape=(24, 32, 1), dtype=np.float32)},
+        rows(8, depth=np.ones([24, 32, 1], np.float32)),
+        None,
+        {},
+    ),
+    'a map of classes beside it': (
+        FLAT | {'map': F.LabeledImage(labels=3, shape=(24, 32, 1))},
+        rows(8, map=np.zeros([24, 32, 1], np.uint8)),
+        None,
+        {},
+    ),
+    'chosen of several': (
+        FLAT | {'mask': F.Image(), 'other': LABEL},
+        rows(8, mask=image(1), other=0),
+        None,
+        {'image_key': 'image', 'label_key': 'label'},
+    ),
+    'chosen inside': (
+        DEEP,
+        DEEP_ROWS,
+        None,
+        {'image_key': 'views/front', 'label_key': 'about/species'},
+    ),
 }
 
 
@@ -93,39 +166,142 @@ def test_image_and_label_are_found(tmp_path, kind):
     make(tmp_path, features, both(examples), supervised_keys)
     source = datasets.load(config_of(tmp_path, **values))
     assert (source.num_train, source.num_eval, source.class_names) == (8, 4, ('cat', 'dog'))
-    read = {bytes(image_ops.decode(encoded).numpy()): label for encoded, label in source.examples('train').as_numpy_iterator()}
+    read = {
+        bytes(image_ops.decode(encoded).numpy()): label
+        for encoded, label in source.examples('train').as_numpy_iterator()
+    }
     assert read == {bytes(image(number)): number % 2 for number in range(8)}
 
 
 # {kind: (features, supervised keys, values of the config, what is said)}
 NOT_FOUND = {
-    'several images': (FLAT | {'mask': F.Image()}, None, {}, 'several features that are images, image, mask: write --config.dataset.image_key=image'),
+    'several images': (
+        FLAT | {'mask': F.Image()},
+        None,
+        {},
+        'several features that are images, image, mask: write --config.dataset.image_key=image',
+    ),
     'several labels': (FLAT | {'other': LABEL}, None, {}, 'write --config.dataset.label_key=label'),
-    'no label': ({'image': F.Image(), 'text': F.Text()}, None, {}, 'is no image classification data set: it has no class label'),
-    'no image': ({'text': F.Text(), 'label': LABEL}, ('text', 'label'), {}, 'it has no image for each example'),
-    'images in a sequence': ({'images': F.Sequence(F.Image()), 'label': LABEL}, None, {}, 'it has no image for each example'),
-    'a video': ({'video': F.Video(shape=(None, 24, 32, 3)), 'label': LABEL}, ('video', 'label'), {}, 'it has no image for each example'),
-    'labels of objects': ({'image': F.Image(), 'objects': F.Sequence({'label': LABEL})}, ('image', 'objects'), {}, 'it has no class label'),
-    'an unknown image': (FLAT, None, {'image_key': 'imag'}, "image_key='imag' does not exist: mine has image; did you mean image?"),
-    'an unknown label inside': (DEEP, None, {'image_key': 'views/front', 'label_key': 'about/spezies'}, 'did you mean about/species?'),
-    'a label that is an image': (FLAT, None, {'label_key': 'image'}, "label_key='image' is no class label: mine has label"),
-    'several images of a pair': (FLAT | {'mask': F.Image(), 'thumb': F.Image()}, (('image', 'thumb'), 'label'), {},
-                                 'several features that are images, image, thumb: write --config.dataset.image_key=image'),
-    'several labels of a pair': (FLAT | {'b': LABEL, 'c': LABEL}, ('image', {'x': 'b', 'y': 'c'}), {},
-                                 'several features that are class labels, b, c: write --config.dataset.label_key=b'),
-    'only a map of classes': ({'image': F.LabeledImage(labels=3), 'label': LABEL}, ('image', 'label'), {}, 'it has no image for each example'),
-    'a map of classes by name': (FLAT | {'map': F.LabeledImage(labels=3)}, None, {'image_key': 'map'}, "image_key='map' is no image: mine has image"),
-    'numbers in the shape of an image': ({'image': F.Tensor(shape=(24, 32, 3), dtype=np.uint8), 'label': LABEL}, ('image', 'label'), {},
-                                         'it has no image for each example'),
-    'a label in a sequence': (FLAT | {'objects': F.Sequence({'label': LABEL})}, None, {'label_key': 'objects/label'},
-                              "label_key='objects/label' is in a sequence of any length, and a classifier needs one class label: mine has label"),
-    'a video by name': (FLAT | {'video': F.Video(shape=(None, 24, 32, 3))}, None, {'image_key': 'video'},
-                        "image_key='video' is in a sequence of any length, and a classifier needs one image: mine has image"),
-    'floats by name': (FLAT | {'depth': F.Image(shape=(24, 32, 1), dtype=np.float32)}, None, {'image_key': 'depth'}, "its image 'depth' is of float32"),
-    'floats by supervised keys': (FLAT | {'depth': F.Image(shape=(24, 32, 1), dtype=np.float32)}, ('depth', 'label'), {}, "its image 'depth' is of float32"),
-    'several frames': ({'image': F.Image(shape=(None, 24, 32, 3)), 'label': LABEL}, ('image', 'label'), {}, 'has the shape (None, 24, 32, 3), several frames'),
-    'many channels': ({'image': F.Image(shape=(24, 32, 5)), 'label': LABEL}, ('image', 'label'), {}, 'has 5 channels'),
-    'an image of floats': ({'image': F.Image(shape=(24, 32, 1), dtype=np.float32), 'label': LABEL}, ('image', 'label'), {}, 'is of float32'),
+    'no label': (
+        {'image': F.Image(), 'text': F.Text()},
+        None,
+        {},
+        'is no image classification data set: it has no class label',
+    ),
+    'no image': (
+        {'text': F.Text(), 'label': LABEL},
+        ('text', 'label'),
+        {},
+        'it has no image for each example',
+    ),
+    'images in a sequence': (
+        {'images': F.Sequence(F.Image()), 'label': LABEL},
+        None,
+        {},
+        'it has no image for each example',
+    ),
+    'a video': (
+        {'video': F.Video(shape=(None, 24, 32, 3)), 'label': LABEL},
+        ('video', 'label'),
+        {},
+        'it has no image for each example',
+    ),
+    'labels of objects': (
+        {'image': F.Image(), 'objects': F.Sequence({'label': LABEL})},
+        ('image', 'objects'),
+        {},
+        'it has no class label',
+    ),
+    'an unknown image': (
+        FLAT,
+        None,
+        {'image_key': 'imag'},
+        "image_key='imag' does not exist: mine has image; did you mean image?",
+    ),
+    'an unknown label inside': (
+        DEEP,
+        None,
+        {'image_key': 'views/front', 'label_key': 'about/spezies'},
+        'did you mean about/species?',
+    ),
+    'a label that is an image': (
+        FLAT,
+        None,
+        {'label_key': 'image'},
+        "label_key='image' is no class label: mine has label",
+    ),
+    'several images of a pair': (
+        FLAT | {'mask': F.Image(), 'thumb': F.Image()},
+        (('image', 'thumb'), 'label'),
+        {},
+        'several features that are images, image, thumb: write --config.dataset.image_key=image',
+    ),
+    'several labels of a pair': (
+        FLAT | {'b': LABEL, 'c': LABEL},
+        ('image', {'x': 'b', 'y': 'c'}),
+        {},
+        'several features that are class labels, b, c: write --config.dataset.label_key=b',
+    ),
+    'only a map of classes': (
+        {'image': F.LabeledImage(labels=3), 'label': LABEL},
+        ('image', 'label'),
+        {},
+        'it has no image for each example',
+    ),
+    'a map of classes by name': (
+        FLAT | {'map': F.LabeledImage(labels=3)},
+        None,
+        {'image_key': 'map'},
+        "image_key='map' is no image: mine has image",
+    ),
+    'numbers in the shape of an image': (
+        {'image': F.Tensor(shape=(24, 32, 3), dtype=np.uint8), 'label': LABEL},
+        ('image', 'label'),
+        {},
+        'it has no image for each example',
+    ),
+    'a label in a sequence': (
+        FLAT | {'objects': F.Sequence({'label': LABEL})},
+        None,
+        {'label_key': 'objects/label'},
+        "label_key='objects/label' is in a sequence of any length, and a classifier needs one class label: mine has label",
+    ),
+    'a video by name': (
+        FLAT | {'video': F.Video(shape=(None, 24, 32, 3))},
+        None,
+        {'image_key': 'video'},
+        "image_key='video' is in a sequence of any length, and a classifier needs one image: mine has image",
+    ),
+    'floats by name': (
+        FLAT | {'depth': F.Image(shape=(24, 32, 1), dtype=np.float32)},
+        None,
+        {'image_key': 'depth'},
+        "its image 'depth' is of float32",
+    ),
+    'floats by supervised keys': (
+        FLAT | {'depth': F.Image(shape=(24, 32, 1), dtype=np.float32)},
+        ('depth', 'label'),
+        {},
+        "its image 'depth' is of float32",
+    ),
+    'several frames': (
+        {'image': F.Image(shape=(None, 24, 32, 3)), 'label': LABEL},
+        ('image', 'label'),
+        {},
+        'has the shape (None, 24, 32, 3), several frames',
+    ),
+    'many channels': (
+        {'image': F.Image(shape=(24, 32, 5)), 'label': LABEL},
+        ('image', 'label'),
+        {},
+        'has 5 channels',
+    ),
+    'an image of floats': (
+        {'image': F.Image(shape=(24, 32, 1), dtype=np.float32), 'label': LABEL},
+        ('image', 'label'),
+        {},
+        'is of float32',
+    ),
 }
 
 
@@ -133,13 +309,18 @@ NOT_FOUND = {
 def test_what_is_not_found_is_one_line_with_what_to_write(kind):
     features, supervised_keys, values, says = NOT_FOUND[kind]
     with pytest.raises(ConfigError) as raised:
-        tfds_features.find_columns(F.FeaturesDict(features), supervised_keys, config_of('', **values))
+        tfds_features.find_columns(
+            F.FeaturesDict(features), supervised_keys, config_of('', **values)
+        )
     assert says in str(raised.value) and '\n' not in str(raised.value)
 
 
 def test_other_columns_are_other_training_data(tmp_path):
     make(tmp_path, DEEP, both(DEEP_ROWS))
-    front, back = (datasets.load(config_of(tmp_path, image_key=f'views/{side}', label_key='about/species')) for side in ('front', 'back'))
+    front, back = (
+        datasets.load(config_of(tmp_path, image_key=f'views/{side}', label_key='about/species'))
+        for side in ('front', 'back')
+    )
     assert front.identity != back.identity
 
 
@@ -152,22 +333,55 @@ def test_the_identity_of_a_usual_data_set_stays():
 ALPHA = np.dstack([image(1), image(2)[..., 0]])
 READ = {  # {kind: (feature, what is put in, what is read)}
     'grey': (F.Image(shape=(None, None, 1)), image(1)[..., :1], image_kinds.grey(image(1)[..., 0])),
-    'with alpha': (F.Image(shape=(None, None, 4)), ALPHA, image_kinds.over_white(ALPHA[..., :3], ALPHA[..., 3])),
-    'grey with alpha': (F.Image(shape=(None, None, 2)), ALPHA[..., 2:], image_kinds.over_white(ALPHA[..., [2, 2, 2]], ALPHA[..., 3])),
-    'with alpha, of 16 bits': (F.Image(dtype=np.uint16, shape=(None, None, 4)), ALPHA.astype(np.uint16) * 257,
-                               image_kinds.over_white(ALPHA[..., :3], ALPHA[..., 3])),
-    'of a colormap': (F.Image(shape=(None, None, 1), use_colormap=True), image(1)[..., :1], image_kinds.grey(image(1)[..., 0])),
-    'a GIF that is called JPEG': (F.Image(encoding_format='jpeg'), image_kinds.encoded(np.full((24, 32, 3), 90, np.uint8), 'GIF'), np.full((24, 32, 3), 90)),
-    'of 16 bits': (F.Image(dtype=np.uint16, shape=(None, None, 3)), image(1).astype(np.uint16) * 257, image(1)),
-    'grey of 16 bits': (F.Image(dtype=np.uint16, shape=(None, None, 1)), image(1)[..., :1].astype(np.uint16) * 257, image_kinds.grey(image(1)[..., 0])),
-    'JPEG': (F.Image(encoding_format='jpeg'), np.full((24, 32, 3), 90, np.uint8), np.full((24, 32, 3), 90)),
+    'with alpha': (
+        F.Image(shape=(None, None, 4)),
+        ALPHA,
+        image_kinds.over_white(ALPHA[..., :3], ALPHA[..., 3]),
+    ),
+    'grey with alpha': (
+        F.Image(shape=(None, None, 2)),
+        ALPHA[..., 2:],
+        image_kinds.over_white(ALPHA[..., [2, 2, 2]], ALPHA[..., 3]),
+    ),
+    'with alpha, of 16 bits': (
+        F.Image(dtype=np.uint16, shape=(None, None, 4)),
+        ALPHA.astype(np.uint16) * 257,
+        image_kinds.over_white(ALPHA[..., :3], ALPHA[..., 3]),
+    ),
+    'of a colormap': (
+        F.Image(shape=(None, None, 1), use_colormap=True),
+        image(1)[..., :1],
+        image_kinds.grey(image(1)[..., 0]),
+    ),
+    'a GIF that is called JPEG': (
+        F.Image(encoding_format='jpeg'),
+        image_kinds.encoded(np.full((24, 32, 3), 90, np.uint8), 'GIF'),
+        np.full((24, 32, 3), 90),
+    ),
+    'of 16 bits': (
+        F.Image(dtype=np.uint16, shape=(None, None, 3)),
+        image(1).astype(np.uint16) * 257,
+        image(1),
+    ),
+    'grey of 16 bits': (
+        F.Image(dtype=np.uint16, shape=(None, None, 1)),
+        image(1)[..., :1].astype(np.uint16) * 257,
+        image_kinds.grey(image(1)[..., 0]),
+    ),
+    'JPEG': (
+        F.Image(encoding_format='jpeg'),
+        np.full((24, 32, 3), 90, np.uint8),
+        np.full((24, 32, 3), 90),
+    ),
 }
 
 
 @pytest.mark.parametrize('kind', READ)
 def test_an_image_is_read_as_it_was_put_in(tmp_path, kind):
     feature, stored, shown = READ[kind]
-    make(tmp_path, {'image': feature, 'label': LABEL}, both(rows(8, image_of=lambda number: stored)))
+    make(
+        tmp_path, {'image': feature, 'label': LABEL}, both(rows(8, image_of=lambda number: stored))
+    )
     source = datasets.load(config_of(tmp_path))
     for encoded, _ in source.examples('test').as_numpy_iterator():
         assert np.abs(image_ops.decode(encoded).numpy() - shown.astype(float)).max() <= 1
@@ -175,21 +389,38 @@ def test_an_image_is_read_as_it_was_put_in(tmp_path, kind):
 
 # Labels that are not known.
 
+
 def unlabeled(tmp_path, test=(0, 1), train=(0, 1), count=8):
-    return make(tmp_path, FLAT, {'train': rows(count, labels=train), 'test': rows(count, labels=test)}, ('image', 'label'))
+    return make(
+        tmp_path,
+        FLAT,
+        {'train': rows(count, labels=train), 'test': rows(count, labels=test)},
+        ('image', 'label'),
+    )
 
 
-@pytest.mark.parametrize('split, labels, says', [
-    ('test', (-1,), 'eval_split=\'test\' of mine has 8 examples, and 8 have a label that is none of the 2 classes: -1, which TFDS writes'),
-    ('train', (-1,), 'train_split=\'train\' of mine has 8 examples, and 8 have'),
-    ('test', (0, 1, 1, -1), 'has 8 examples, and 2 have'),
-])
+@pytest.mark.parametrize(
+    'split, labels, says',
+    [
+        (
+            'test',
+            (-1,),
+            "eval_split='test' of mine has 8 examples, and 8 have a label that is none of the 2 classes: -1, which TFDS writes",
+        ),
+        ('train', (-1,), "train_split='train' of mine has 8 examples, and 8 have"),
+        ('test', (0, 1, 1, -1), 'has 8 examples, and 2 have'),
+    ],
+)
 def test_labels_that_are_not_known_are_refused_before_anything_else(tmp_path, split, labels, says):
     config = unlabeled(tmp_path, **{split: labels})
     for find in (lambda: datasets.load(config), lambda: dataset_status.look(config)):
         with pytest.raises(RunError) as raised:
             find()
-        assert says in str(raised.value) and 'Name a split without them' in str(raised.value) and '\n' not in str(raised.value)
+        assert (
+            says in str(raised.value)
+            and 'Name a split without them' in str(raised.value)
+            and '\n' not in str(raised.value)
+        )
 
 
 def test_a_label_above_the_classes_is_refused(tmp_path):
@@ -210,13 +441,18 @@ def test_a_split_that_is_not_used_may_have_them(tmp_path):
     assert datasets.load(config).num_train == 4
 
 
-def test_only_a_part_of_a_large_split_is_looked_at_and_the_rest_when_it_is_read(tmp_path, monkeypatch):
+def test_only_a_part_of_a_large_split_is_looked_at_and_the_rest_when_it_is_read(
+    tmp_path, monkeypatch
+):
     labels = [0] * 38 + [-1, 0]  # the sample has the first and the last
     config = unlabeled(tmp_path, test=labels, count=40)
     monkeypatch.setattr(tfds_checks, 'READ_WHOLE', 0)
     monkeypatch.setattr(tfds_checks, 'SAMPLE', 8)
     source = datasets.load(config)
-    with pytest.raises(tf.errors.InvalidArgumentError, match='a label that is none of the 2 classes.*name another split'):
+    with pytest.raises(
+        tf.errors.InvalidArgumentError,
+        match='a label that is none of the 2 classes.*name another split',
+    ):
         list(source.examples('test'))
     monkeypatch.setattr(tfds_checks, 'SAMPLE', 40)
     with pytest.raises(RunError, match='has 40 examples, and 1 have a label'):
@@ -225,8 +461,22 @@ def test_only_a_part_of_a_large_split_is_looked_at_and_the_rest_when_it_is_read(
 
 def test_the_command_line_says_so_in_one_line(tmp_path):
     unlabeled(tmp_path, test=(-1,))
-    done = subprocess.run([sys.executable, 'main.py', '--config=configs/digits.py', '--config.model.name=tiny', '--config.dataset.name=mine',
-                           f'--config.dataset.data_dir={tmp_path}', f'--workdir={tmp_path}/run'], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [
+            sys.executable,
+            'main.py',
+            '--config=configs/digits.py',
+            '--config.model.name=tiny',
+            '--config.dataset.name=mine',
+            f'--config.dataset.data_dir={tmp_path}',
+            f'--workdir={tmp_path}/run',
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
-    assert "config.dataset.eval_split='test' of mine has 8 examples, and 8 have a label" in done.stderr
+    assert (
+        "config.dataset.eval_split='test' of mine has 8 examples, and 8 have a label" in done.stderr
+    )
     assert not os.path.exists(tmp_path / 'run' / 'metrics.jsonl')

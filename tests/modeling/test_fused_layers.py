@@ -1,4 +1,5 @@
 """The layers that stand in for Keras' compute what Keras' do: outputs, gradients and moving statistics, to the rounding."""
+
 import keras
 import numpy as np
 import pytest
@@ -22,7 +23,11 @@ def pair(name, policy, **settings):
             layer.rate = 0.0
     random = np.random.RandomState(0)
     for ours, theirs in zip(models.weights(model), models.weights(plain)):
-        value = random.rand(*ours.shape) + 0.5 if 'variance' in ours.path or 'gamma' in ours.path else random.randn(*ours.shape) * 0.1
+        value = (
+            random.rand(*ours.shape) + 0.5
+            if 'variance' in ours.path or 'gamma' in ours.path
+            else random.randn(*ours.shape) * 0.1
+        )
         ours.assign(value)
         theirs.assign(value)
     return model, plain, preprocess
@@ -33,25 +38,46 @@ def trained_once(model, plain, preprocess):
     images = np.random.RandomState(1).randint(0, 256, (8, SIZE, SIZE, 3)).astype('float32')
     head = [tf.cast(variable.value, plain.compute_dtype) for variable in models.weights(model)[-2:]]
     results = []
-    for network, forward in ((model, lambda: model(images, training=True)), (plain, lambda: plain(preprocess(tf.constant(images)), training=True) @ head[0] + head[1])):
-        trained = [variable.value for variable in network.trainable_variables][:len(plain.trainable_variables)]
+    for network, forward in (
+        (model, lambda: model(images, training=True)),
+        (plain, lambda: plain(preprocess(tf.constant(images)), training=True) @ head[0] + head[1]),
+    ):
+        trained = [variable.value for variable in network.trainable_variables][
+            : len(plain.trainable_variables)
+        ]
         with tf.GradientTape() as tape:
             outputs = tf.cast(forward(), tf.float64)
-            loss = tf.reduce_sum(tf.nn.softmax_cross_entropy_with_logits(tf.one_hot(np.arange(8) % 3, 3, dtype=tf.float64), outputs))
-        gradients = [tf.cast(gradient, tf.float64).numpy() for gradient in tape.gradient(loss, trained)]
-        statistics = [variable.numpy().astype('float64') for variable in models.weights(network)[:len(models.weights(plain))]]
+            loss = tf.reduce_sum(
+                tf.nn.softmax_cross_entropy_with_logits(
+                    tf.one_hot(np.arange(8) % 3, 3, dtype=tf.float64), outputs
+                )
+            )
+        gradients = [
+            tf.cast(gradient, tf.float64).numpy() for gradient in tape.gradient(loss, trained)
+        ]
+        statistics = [
+            variable.numpy().astype('float64')
+            for variable in models.weights(network)[: len(models.weights(plain))]
+        ]
         results.append((outputs.numpy(), gradients, statistics))
     return results
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name, gates', [('EfficientNetV2B0', 16), ('EfficientNetB0', 16), ('ResNet50', 0), ('MobileNetV2', 0)])
+@pytest.mark.parametrize(
+    'name, gates',
+    [('EfficientNetV2B0', 16), ('EfficientNetB0', 16), ('ResNet50', 0), ('MobileNetV2', 0)],
+)
 def test_a_fused_model_trains_as_the_one_of_keras_applications(name, gates):
     model, plain, preprocess = pair(name, 'float64')
     layers = list(model._flatten_layers())
     assert sum(isinstance(layer, SqueezeExcite) for layer in layers) == gates
-    normalisations = [layer for layer in layers if isinstance(layer, keras.layers.BatchNormalization)]
-    assert len(normalisations) > 20 and all(isinstance(layer, BatchNormalization) for layer in normalisations)
+    normalisations = [
+        layer for layer in layers if isinstance(layer, keras.layers.BatchNormalization)
+    ]
+    assert len(normalisations) > 20 and all(
+        isinstance(layer, BatchNormalization) for layer in normalisations
+    )
     ours, theirs = trained_once(model, plain, preprocess)
     np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-8, atol=1e-10)
     largest = max(np.abs(gradient).max() for gradient in theirs[1])
@@ -65,20 +91,37 @@ def test_in_bfloat16_a_fused_model_is_no_further_from_the_exact_one_than_keras_o
     ours, theirs = trained_once(*pair('EfficientNetV2B0', 'mixed_bfloat16'))
 
     def distance(one, other):
-        return np.sqrt(sum(np.square(our - their).sum() for our, their in zip(one, other, strict=True)) / sum(np.square(their).sum() for their in other))
+        return np.sqrt(
+            sum(np.square(our - their).sum() for our, their in zip(one, other, strict=True))
+            / sum(np.square(their).sum() for their in other)
+        )
 
     for part in (0, 1):
         assert distance(ours[part], exact[part]) < 1.2 * distance(theirs[part], exact[part])
         assert distance(theirs[part], exact[part]) > 1e-3  # it is rounded
 
 
-@pytest.mark.parametrize('activation, theirs', [('linear', keras.layers.Identity()), ('relu', keras.layers.ReLU()), ('silu', keras.layers.Activation('silu'))])
+@pytest.mark.parametrize(
+    'activation, theirs',
+    [
+        ('linear', keras.layers.Identity()),
+        ('relu', keras.layers.ReLU()),
+        ('silu', keras.layers.Activation('silu')),
+    ],
+)
 def test_statistics_are_right_where_the_mean_is_far_from_zero(activation, theirs):
     inputs = (1e4 + np.random.RandomState(0).randn(512, 4)).astype('float32')
-    ours, plain = BatchNormalization(activation=activation, momentum=0.5), keras.layers.BatchNormalization(momentum=0.5)
+    ours, plain = (
+        BatchNormalization(activation=activation, momentum=0.5),
+        keras.layers.BatchNormalization(momentum=0.5),
+    )
     for _ in range(30):  # the moving mean comes near
         ours(inputs, training=True)
-    np.testing.assert_allclose(ours(inputs, training=True), theirs(plain(inputs.astype('float64'), training=True)), atol=2e-2)
+    np.testing.assert_allclose(
+        ours(inputs, training=True),
+        theirs(plain(inputs.astype('float64'), training=True)),
+        atol=2e-2,
+    )
     np.testing.assert_allclose(ours.moving_variance, inputs.astype('float64').var(0), rtol=1e-3)
 
 
@@ -87,7 +130,9 @@ def test_a_trained_backbone_can_be_given_back_to_keras_applications(tmp_path):
     model, plain, _ = pair('EfficientNetV2B0', 'float32')
     path = str(tmp_path / 'backbone.weights.h5')
     pretrained.save_backbone(model, config_for('EfficientNetV2B0', SIZE), path)
-    again = keras.applications.EfficientNetV2B0(include_top=False, weights=path, input_shape=(SIZE, SIZE, 3), pooling='avg')
+    again = keras.applications.EfficientNetV2B0(
+        include_top=False, weights=path, input_shape=(SIZE, SIZE, 3), pooling='avg'
+    )
     for variable, saved in zip(models.weights(again), models.weights(plain), strict=True):
         np.testing.assert_array_equal(variable, saved)
     config = config_for('EfficientNetV2B0', SIZE, weights=path)
@@ -100,9 +145,15 @@ def test_a_trained_backbone_can_be_given_back_to_keras_applications(tmp_path):
 @pytest.mark.parametrize('policy', ['mixed_bfloat16', 'mixed_float16', 'float32', 'float64'])
 def test_what_comes_out_has_the_dtype_of_the_policy_whatever_goes_in(policy):
     keras.config.set_dtype_policy(policy)
-    layer = SqueezeExcite(BatchNormalization(activation='silu'), keras.layers.Conv2D(4, 1, activation='silu'), keras.layers.Conv2D(8, 1, activation='sigmoid'))
+    layer = SqueezeExcite(
+        BatchNormalization(activation='silu'),
+        keras.layers.Conv2D(4, 1, activation='silu'),
+        keras.layers.Conv2D(8, 1, activation='sigmoid'),
+    )
     for training in (True, False):
-        assert layer(tf.ones([2, 3, 3, 8], tf.float32), training=training).dtype == layer.compute_dtype
+        assert (
+            layer(tf.ones([2, 3, 3, 8], tf.float32), training=training).dtype == layer.compute_dtype
+        )
 
 
 def test_a_model_can_be_cloned():

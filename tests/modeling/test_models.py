@@ -1,4 +1,5 @@
 """The network is keras.applications' own, with drop-path, dropout and batch normalisation as the config asks."""
+
 import keras
 import numpy as np
 import pytest
@@ -20,37 +21,61 @@ def config_for(name, image_size=32, **values):
 def dropouts(model):
     """The rates in the order of the data's way."""
     parts = [layer.layers if isinstance(layer, keras.Model) else [layer] for layer in model.layers]
-    return [layer.rate for part in parts for layer in part if isinstance(layer, keras.layers.Dropout)]
+    return [
+        layer.rate for part in parts for layer in part if isinstance(layer, keras.layers.Dropout)
+    ]
 
 
 def test_efficientnetv2b0_answers_as_keras_own_does():
     model = models.build_model(config_for('EfficientNetV2B0', drop_path=0.2), 1000)
-    theirs = keras.applications.EfficientNetV2B0(weights=None, input_shape=(32, 32, 3), classifier_activation=None)
-    assert model.count_params() == theirs.count_params() == 7_200_312  # 7.1 million trained ones and the statistics
+    theirs = keras.applications.EfficientNetV2B0(
+        weights=None, input_shape=(32, 32, 3), classifier_activation=None
+    )
+    assert (
+        model.count_params() == theirs.count_params() == 7_200_312
+    )  # 7.1 million trained ones and the statistics
     random = np.random.RandomState(0)
-    values = [random.rand(*variable.shape) if 'variance' in variable.path else random.randn(*variable.shape) * 0.05 for variable in models.weights(theirs)]
+    values = [
+        random.rand(*variable.shape)
+        if 'variance' in variable.path
+        else random.randn(*variable.shape) * 0.05
+        for variable in models.weights(theirs)
+    ]
     for network in (theirs, model):
         for variable, value in zip(models.weights(network), values, strict=True):
             variable.assign(value)
     images = random.randint(0, 256, (4, 32, 32, 3)).astype('float32')
-    np.testing.assert_allclose(model(images, training=False), theirs(images, training=False), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        model(images, training=False), theirs(images, training=False), rtol=1e-4, atol=1e-4
+    )
     rates = dropouts(model)
-    assert rates == pytest.approx(dropouts(theirs)) and rates[-1] == 0.2 and rates[0] < 0.02 < rates[-2] < 0.2
+    assert (
+        rates == pytest.approx(dropouts(theirs))
+        and rates[-1] == 0.2
+        and rates[0] < 0.02 < rates[-2] < 0.2
+    )
 
 
 def test_a_progressive_model_is_the_same_network_at_any_size():
     any_size = config_for('EfficientNetV2B0', image_size=64)
     any_size.progressive.stages = 2
-    progressive, fixed = models.build_model(any_size, 10), models.build_model(config_for('EfficientNetV2B0', image_size=32), 10)
+    progressive, fixed = (
+        models.build_model(any_size, 10),
+        models.build_model(config_for('EfficientNetV2B0', image_size=32), 10),
+    )
     for ours, theirs in zip(models.weights(progressive), models.weights(fixed), strict=True):
         ours.assign(theirs)
     images = np.random.RandomState(0).randint(0, 256, (2, 32, 32, 3)).astype('float32')
-    np.testing.assert_array_equal(progressive(images, training=False), fixed(images, training=False))
+    np.testing.assert_array_equal(
+        progressive(images, training=False), fixed(images, training=False)
+    )
     assert progressive(np.repeat(np.repeat(images, 2, 1), 2, 2), training=False).shape == (2, 10)
 
 
 def test_drop_path_grows_to_what_the_config_says():
-    rates = dropouts(models.build_model(config_for('EfficientNetV2B0', drop_path=0.1, dropout=0.4), 10))
+    rates = dropouts(
+        models.build_model(config_for('EfficientNetV2B0', drop_path=0.1, dropout=0.4), 10)
+    )
     assert rates[:-1] == sorted(rates[:-1]) and 0.09 < rates[-2] < 0.1 and rates[-1] == 0.4
 
 
@@ -58,34 +83,56 @@ def test_drop_path_grows_to_what_the_config_says():
 @pytest.mark.parametrize('name', ['tiny', 'MobileNetV2'])
 def test_batch_normalisation_is_synchronized_when_asked(name, synchronized):
     model = models.build_model(config_for(name, sync_batch_norm=synchronized), 10)
-    layers = [layer for layer in model._flatten_layers() if isinstance(layer, keras.layers.BatchNormalization)]
+    layers = [
+        layer
+        for layer in model._flatten_layers()
+        if isinstance(layer, keras.layers.BatchNormalization)
+    ]
     assert layers and all(layer.synchronized == synchronized for layer in layers)
 
 
-@pytest.mark.parametrize('name, module', [('MobileNetV2', keras.applications.mobilenet_v2), ('ResNet50', keras.applications.resnet50)])
+@pytest.mark.parametrize(
+    'name, module',
+    [('MobileNetV2', keras.applications.mobilenet_v2), ('ResNet50', keras.applications.resnet50)],
+)
 def test_preprocessing_is_inside_the_model(name, module):
     model = models.build_model(config_for(name), 10)
     images = np.random.RandomState(0).randint(0, 256, (2, 32, 32, 3)).astype('float32')
     backbone = next(layer for layer in model.layers if isinstance(layer, keras.Model))
-    outside = model.get_layer('predictions')(backbone(module.preprocess_input(images.copy()), training=False))
+    outside = model.get_layer('predictions')(
+        backbone(module.preprocess_input(images.copy()), training=False)
+    )
     np.testing.assert_allclose(model(images, training=False), outside, rtol=1e-4, atol=1e-5)
 
 
 def test_dropout_masks_differ_between_layers_updates_and_replicas_and_come_back():
-    model = keras.Sequential([keras.Input((50,)), keras.layers.Dropout(0.5), keras.layers.Dropout(0.5)])
-    strategy = tf.distribute.MirroredStrategy(['CPU:0', 'CPU:1'], tf.distribute.ReductionToOneDevice())
+    model = keras.Sequential(
+        [keras.Input((50,)), keras.layers.Dropout(0.5), keras.layers.Dropout(0.5)]
+    )
+    strategy = tf.distribute.MirroredStrategy(
+        ['CPU:0', 'CPU:1'], tf.distribute.ReductionToOneDevice()
+    )
     with strategy.scope():
-        updates = tf.Variable(0, dtype=tf.int64, aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA)
+        updates = tf.Variable(
+            0, dtype=tf.int64, aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA
+        )
     models.derive_dropout_seeds(model, 7, updates)
     first, second = model.layers
 
     @tf.function
     def masks():
-        results = strategy.run(lambda: (first(tf.ones([1, 50]), training=True), second(tf.ones([1, 50]), training=True)))
+        results = strategy.run(
+            lambda: (
+                first(tf.ones([1, 50]), training=True),
+                second(tf.ones([1, 50]), training=True),
+            )
+        )
         return [strategy.experimental_local_results(result) for result in results]
 
     def drawn():
-        return np.array([[mask.numpy() for mask in replicas] for replicas in masks()])  # [layer, replica, 1, 50]
+        return np.array(
+            [[mask.numpy() for mask in replicas] for replicas in masks()]
+        )  # [layer, replica, 1, 50]
 
     before = drawn()
     updates.assign(1)
@@ -96,14 +143,25 @@ def test_dropout_masks_differ_between_layers_updates_and_replicas_and_come_back(
     np.testing.assert_array_equal(drawn(), before)
 
 
-@pytest.mark.parametrize('config, error, says', [
-    (config_for('EfficientNetV2B'), ConfigError, 'did you mean EfficientNetV2B'),
-    (config_for('preprocess_input'), ConfigError, 'is no model of keras.applications'),
-    (config_for('ResNet50', drop_path=0.1), ConfigError, 'ResNet50 has no residual branches that drop'),
-    (config_for('EfficientNetV2B0', image_size=16), ConfigError, 'config.image_size=16'),
-    (config_for('tiny', drop_path=0.1), ConfigError, 'no drop-path'),
-    (config_for('tiny', freeze='block3'), ConfigError, "'block3' is no layer of this model: write 'backbone', or up to where, one of stem, block1, block2"),
-])
+@pytest.mark.parametrize(
+    'config, error, says',
+    [
+        (config_for('EfficientNetV2B'), ConfigError, 'did you mean EfficientNetV2B'),
+        (config_for('preprocess_input'), ConfigError, 'is no model of keras.applications'),
+        (
+            config_for('ResNet50', drop_path=0.1),
+            ConfigError,
+            'ResNet50 has no residual branches that drop',
+        ),
+        (config_for('EfficientNetV2B0', image_size=16), ConfigError, 'config.image_size=16'),
+        (config_for('tiny', drop_path=0.1), ConfigError, 'no drop-path'),
+        (
+            config_for('tiny', freeze='block3'),
+            ConfigError,
+            "'block3' is no layer of this model: write 'backbone', or up to where, one of stem, block1, block2",
+        ),
+    ],
+)
 def test_a_model_that_cannot_be_had_is_one_line(config, error, says):
     with pytest.raises(error) as raised:
         models.build_model(config, 10)
@@ -111,7 +169,9 @@ def test_a_model_that_cannot_be_had_is_one_line(config, error, says):
 
 
 def test_drop_path_leaves_out_whole_examples_at_the_rate_of_each_layer_and_keeps_the_mean():
-    model = keras.Sequential([keras.Input((3, 2)), models.DropPath(0.25), models.DropPath(0.5), models.DropPath(0.0)])
+    model = keras.Sequential(
+        [keras.Input((3, 2)), models.DropPath(0.25), models.DropPath(0.5), models.DropPath(0.0)]
+    )
     models.derive_dropout_seeds(model, 7, tf.Variable(3))
     quarter, half, none = model.layers
     ones = tf.ones([20_000, 3, 2])
@@ -131,9 +191,15 @@ def test_the_branches_of_a_model_have_the_rates_of_keras_applications_and_each_a
     model = models.build_model(config_for('EfficientNetV2B0', drop_path=0.2), 10)
     models.derive_dropout_seeds(model, 7, tf.Variable(3))
     branches = [layer for layer in model._flatten_layers() if isinstance(layer, models.DropPath)]
-    plain = keras.applications.EfficientNetV2B0(weights=None, include_top=False, input_shape=(32, 32, 3))
-    assert {layer.name: layer.rate for layer in branches} == {layer.name: layer.rate for layer in plain.layers if isinstance(layer, keras.layers.Dropout)}
-    assert [layer.row for layer in branches] == list(range(15)) and {layer.num_rows for layer in branches} == {15}
+    plain = keras.applications.EfficientNetV2B0(
+        weights=None, include_top=False, input_shape=(32, 32, 3)
+    )
+    assert {layer.name: layer.rate for layer in branches} == {
+        layer.name: layer.rate for layer in plain.layers if isinstance(layer, keras.layers.Dropout)
+    }
+    assert [layer.row for layer in branches] == list(range(15)) and {
+        layer.num_rows for layer in branches
+    } == {15}
 
 
 def test_xla_makes_one_draw_of_those_of_all_branches():
@@ -141,7 +207,13 @@ def test_xla_makes_one_draw_of_those_of_all_branches():
     models.derive_dropout_seeds(model, 7, tf.Variable(3))
 
     def operations_for_random_bits(*layers):
-        program = tf.function(lambda images: [layer(images, training=True) for layer in layers], jit_compile=True)
-        return program.experimental_get_compiler_ir(tf.TensorSpec((8, 4)))('optimized_hlo').count(' xor(')
+        program = tf.function(
+            lambda images: [layer(images, training=True) for layer in layers], jit_compile=True
+        )
+        return program.experimental_get_compiler_ir(tf.TensorSpec((8, 4)))('optimized_hlo').count(
+            ' xor('
+        )
 
-    assert 0 < operations_for_random_bits(*model.layers) <= operations_for_random_bits(model.layers[0])
+    assert (
+        0 < operations_for_random_bits(*model.layers) <= operations_for_random_bits(model.layers[0])
+    )

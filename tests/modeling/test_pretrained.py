@@ -1,4 +1,5 @@
 """What a model begins with and whom it learns from: weights, frozen layers, rates by layer, a teacher."""
+
 import os
 import shutil
 
@@ -30,8 +31,13 @@ def no_change(images, labels, draws):
 
 
 def devices(count):
-    return tf.distribute.MirroredStrategy([f'CPU:{index}' for index in range(count)], tf.distribute.ReductionToOneDevice()) if count > 1 \
+    return (
+        tf.distribute.MirroredStrategy(
+            [f'CPU:{index}' for index in range(count)], tf.distribute.ReductionToOneDevice()
+        )
+        if count > 1
         else tf.distribute.OneDeviceStrategy('CPU:0')
+    )
 
 
 def updates(config, number=3, count=1, jit_compile=False, dtype_policy='float64'):
@@ -43,15 +49,39 @@ def updates(config, number=3, count=1, jit_compile=False, dtype_policy='float64'
         plan = planning.make_plan(config, 1437, 360, 10, count)
         state = sessions.build_state(models.build_model(config, 10), config, plan, dtype_policy)
         teacher, _ = distillation.make_teacher(config, NAMES)
-    loop = loops.make_train_loop(strategy, steps.make_train_step(state, config, no_change, num_classes=10, num_replicas=count, jit_compile=jit_compile,
-                                                                teacher=teacher))
-    batches = iter(strategy.distribute_datasets_from_function(
-        lambda context: tf.data.Dataset.from_tensor_slices((IMAGES, LABELS)).map(lambda image, label: (image, label, {})).batch(32 // count).repeat()))
+    loop = loops.make_train_loop(
+        strategy,
+        steps.make_train_step(
+            state,
+            config,
+            no_change,
+            num_classes=10,
+            num_replicas=count,
+            jit_compile=jit_compile,
+            teacher=teacher,
+        ),
+    )
+    batches = iter(
+        strategy.distribute_datasets_from_function(
+            lambda context: (
+                tf.data.Dataset.from_tensor_slices((IMAGES, LABELS))
+                .map(lambda image, label: (image, label, {}))
+                .batch(32 // count)
+                .repeat()
+            )
+        )
+    )
 
     def evaluated():
-        return {variable.path: value.numpy() for variable, value in zip(models.weights(state.model), steps.evaluated_weights(state))}
+        return {
+            variable.path: value.numpy()
+            for variable, value in zip(models.weights(state.model), steps.evaluated_weights(state))
+        }
 
-    before, losses = evaluated(), [float(loop(batches, tf.constant(1))['loss']) for _ in range(number)]
+    before, losses = (
+        evaluated(),
+        [float(loop(batches, tf.constant(1))['loss']) for _ in range(number)],
+    )
     return before, evaluated(), losses
 
 
@@ -68,17 +98,27 @@ def averages_in(workdir):
     """What evaluation of a run uses, in the order of the model, read by TensorFlow's own listing of a checkpoint."""
     path = os.path.join(workdir, 'checkpoints', 'step-30', 'variables')
     names = [name for name, _ in tf.train.list_variables(path) if name.startswith('average/')]
-    return [tf.train.load_variable(path, name) for name in sorted(names, key=lambda name: int(name.split('/')[1]))]
+    return [
+        tf.train.load_variable(path, name)
+        for name in sorted(names, key=lambda name: int(name.split('/')[1]))
+    ]
 
 
-@pytest.mark.parametrize('part', ['', 'checkpoints', 'checkpoints/step-30', 'checkpoints/step-30/variables.index', 'export'])
-def test_a_run_its_checkpoint_and_its_saved_model_give_the_weights_that_it_is_evaluated_with(digits_run, tiny, part):
+@pytest.mark.parametrize(
+    'part',
+    ['', 'checkpoints', 'checkpoints/step-30', 'checkpoints/step-30/variables.index', 'export'],
+)
+def test_a_run_its_checkpoint_and_its_saved_model_give_the_weights_that_it_is_evaluated_with(
+    digits_run, tiny, part
+):
     tiny.model.weights = os.path.join(digits_run, part)
     model = models.build_model(tiny, 10)
     said = pretrained.load_weights(model, tiny, NAMES, find)
     for ours, theirs in zip(models.weights(model), averages_in(digits_run), strict=True):
         np.testing.assert_array_equal(ours, theirs)
-    assert said.startswith('12 of 12 variables (5,562 numbers) from ') and said.endswith('; the head too')
+    assert said.startswith('12 of 12 variables (5,562 numbers) from ') and said.endswith(
+        '; the head too'
+    )
 
 
 def test_the_best_checkpoint_can_be_taken(digits_run, tiny):
@@ -94,7 +134,10 @@ def test_a_head_of_which_nothing_says_what_it_knows_is_not_taken(digits_run, tin
     if part == 'export':
         os.remove(tmp_path / part / 'labels.txt')
     tiny.model.weights = str(tmp_path / part)
-    assert 'the head is new, 32 features to 10 classes: nothing says what its classes are' in pretrained.load_weights(models.build_model(tiny, 10), tiny, NAMES, find)
+    assert (
+        'the head is new, 32 features to 10 classes: nothing says what its classes are'
+        in pretrained.load_weights(models.build_model(tiny, 10), tiny, NAMES, find)
+    )
 
 
 @pytest.mark.parametrize('part', ['', 'export'])
@@ -107,15 +150,28 @@ def test_a_head_of_other_classes_is_new(digits_run, tiny, part, names):
     for ours, theirs in zip(models.weights(model)[:-2], averages_in(digits_run)):
         np.testing.assert_array_equal(ours, theirs)
     np.testing.assert_array_equal(model.get_layer('predictions').kernel, fresh)
-    assert said.startswith('10 of 12 variables (5,232 numbers)') and f'; the head is new, 32 features to {len(names)} classes: its classes are others' in said
+    assert (
+        said.startswith('10 of 12 variables (5,232 numbers)')
+        and f'; the head is new, 32 features to {len(names)} classes: its classes are others'
+        in said
+    )
 
 
 def test_the_weights_of_keras_applications_are_taken_without_their_head(tmp_path, tiny):
-    theirs = keras.applications.MobileNetV2(include_top=False, weights=None, input_shape=(32, 32, 3), pooling='avg')
-    tiny.model.name, tiny.model.weights, tiny.image_size = 'MobileNetV2', str(tmp_path / 'backbone.weights.h5'), 32
+    theirs = keras.applications.MobileNetV2(
+        include_top=False, weights=None, input_shape=(32, 32, 3), pooling='avg'
+    )
+    tiny.model.name, tiny.model.weights, tiny.image_size = (
+        'MobileNetV2',
+        str(tmp_path / 'backbone.weights.h5'),
+        32,
+    )
     theirs.save_weights(tiny.model.weights)
     model = models.build_model(tiny, 7)
-    assert 'the head is new, 1,280 features to 7 classes: it comes without one' in pretrained.load_weights(model, tiny, NAMES[:7], find)
+    assert (
+        'the head is new, 1,280 features to 7 classes: it comes without one'
+        in pretrained.load_weights(model, tiny, NAMES[:7], find)
+    )
     for ours, original in zip(models.weights(model), models.weights(theirs)):
         np.testing.assert_array_equal(ours, original)
 
@@ -137,28 +193,47 @@ def damaged(workdir, tmp_path):
     return copy
 
 
-@pytest.mark.parametrize('weights, name, says', [
-    ('{run}/nothing', 'tiny', "nothing' is not there: write 'imagenet', a file that ends in .weights.h5, or the folder of a run"),
-    ('{run}', 'MobileNetV2', "is of another network than config.model.name='MobileNetV2': it has 12 variables, and this one 262"),
-    ('{tmp}', 'tiny', "holds no weights: write 'imagenet'"),
-    ('Imagenet', 'tiny', 'did you mean imagenet?'),
-    ('{damaged}', 'tiny', 'is damaged'),
-    ('{unlabelled}', 'tiny', 'labels.txt is damaged'),
-    ('{foreign}', 'tiny', 'was not written by this program'),
-    ('/no/such/file.h5', 'MobileNetV2', '/no/such/file.h5'),
-    ('imagenet', 'tiny', "'tiny' has no pretrained weights"),
-])
+@pytest.mark.parametrize(
+    'weights, name, says',
+    [
+        (
+            '{run}/nothing',
+            'tiny',
+            "nothing' is not there: write 'imagenet', a file that ends in .weights.h5, or the folder of a run",
+        ),
+        (
+            '{run}',
+            'MobileNetV2',
+            "is of another network than config.model.name='MobileNetV2': it has 12 variables, and this one 262",
+        ),
+        ('{tmp}', 'tiny', "holds no weights: write 'imagenet'"),
+        ('Imagenet', 'tiny', 'did you mean imagenet?'),
+        ('{damaged}', 'tiny', 'is damaged'),
+        ('{unlabelled}', 'tiny', 'labels.txt is damaged'),
+        ('{foreign}', 'tiny', 'was not written by this program'),
+        ('/no/such/file.h5', 'MobileNetV2', '/no/such/file.h5'),
+        ('imagenet', 'tiny', "'tiny' has no pretrained weights"),
+    ],
+)
 def test_weights_that_cannot_be_taken_are_one_line(digits_run, tiny, tmp_path, weights, name, says):
     foreign = tf.train.Checkpoint(something=tf.Variable(1.0)).write(str(tmp_path / 'foreign'))
     tiny.model.name, tiny.image_size = name, 32
-    tiny.model.weights = weights.format(run=digits_run, tmp=tmp_path, damaged=damaged(digits_run, tmp_path), foreign=foreign, unlabelled=without_labels(digits_run, tmp_path))
+    tiny.model.weights = weights.format(
+        run=digits_run,
+        tmp=tmp_path,
+        damaged=damaged(digits_run, tmp_path),
+        foreign=foreign,
+        unlabelled=without_labels(digits_run, tmp_path),
+    )
     model = models.build_model(tiny, 10)
     with pytest.raises((RunError, ConfigError)) as raised:
         pretrained.load_weights(model, tiny, NAMES, find)
     assert says in str(raised.value) and '\n' not in str(raised.value)
 
 
-def test_a_run_from_other_weights_says_so_and_goes_on_without_them(digits_run, tiny, tmp_path, capsys):
+def test_a_run_from_other_weights_says_so_and_goes_on_without_them(
+    digits_run, tiny, tmp_path, capsys
+):
     begun_with = str(tmp_path / 'begun_with')
     shutil.copytree(digits_run, begun_with)
     tiny.model.weights, tiny.train_for, tiny.schedule.peak_lr = begun_with, '6 steps', 1e-6
@@ -168,17 +243,38 @@ def test_a_run_from_other_weights_says_so_and_goes_on_without_them(digits_run, t
     expected = f'weights   12 of 12 variables (5,562 numbers) from {begun_with}/checkpoints/step-30; the head too'
     assert expected in capsys.readouterr().out
     # Hardly trained, so it must be about as good as what it began with.
-    assert abs(read_json(f'{workdir}/summary.json')['eval/accuracy'] - read_json(f'{begun_with}/summary.json')['eval/accuracy']) < 0.15
+    assert (
+        abs(
+            read_json(f'{workdir}/summary.json')['eval/accuracy']
+            - read_json(f'{begun_with}/summary.json')['eval/accuracy']
+        )
+        < 0.15
+    )
     assert expected in open(os.path.join(workdir, 'report.md')).read()
     shutil.rmtree(begun_with)
     assert expected in sessions.open_session(tiny, workdir).describe()
 
 
-@pytest.mark.parametrize('frozen, kept', [('backbone', ('block1', 'block2')), ('top', ('block1', 'block2')), ('block1', ('block1',)),
-                                          ('block1_conv', ('block1_conv',)), ('stem', ())])
+@pytest.mark.parametrize(
+    'frozen, kept',
+    [
+        ('backbone', ('block1', 'block2')),
+        ('top', ('block1', 'block2')),
+        ('block1', ('block1',)),
+        ('block1_conv', ('block1_conv',)),
+        ('stem', ()),
+    ],
+)
 @pytest.mark.parametrize('count, jit_compile, ema_decay', [(1, False, 0.99), (2, True, 0.0)])
-def test_frozen_layers_stay_as_they_are_with_their_statistics(still, frozen, kept, count, jit_compile, ema_decay):
-    still.model.freeze, still.weight_decay, still.optimizer, still.ema_decay = frozen, 0.1, {'name': 'adamw'}, ema_decay
+def test_frozen_layers_stay_as_they_are_with_their_statistics(
+    still, frozen, kept, count, jit_compile, ema_decay
+):
+    still.model.freeze, still.weight_decay, still.optimizer, still.ema_decay = (
+        frozen,
+        0.1,
+        {'name': 'adamw'},
+        ema_decay,
+    )
     before, after, _ = updates(still, count=count, jit_compile=jit_compile, dtype_policy='float32')
     for path in before:
         same = np.array_equal(before[path], after[path])
@@ -186,23 +282,65 @@ def test_frozen_layers_stay_as_they_are_with_their_statistics(still, frozen, kep
 
 
 def test_frozen_layers_compute_as_in_evaluation(still):
-    still.model.name, still.image_size, still.model.drop_path, still.model.freeze = 'EfficientNetV2B0', 32, 0.5, 'block6'
+    still.model.name, still.image_size, still.model.drop_path, still.model.freeze = (
+        'EfficientNetV2B0',
+        32,
+        0.5,
+        'block6',
+    )
     model = models.build_model(still, 10)
     images = IMAGES[:4].repeat(2, 1).repeat(2, 2).astype('float32')
     backbone = models._backbone(model)
     frozen = keras.Model(backbone.input, backbone.get_layer('block6h_add').output)
-    np.testing.assert_allclose(frozen(images, training=True), frozen(images, training=False), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        frozen(images, training=True), frozen(images, training=False), rtol=1e-5, atol=1e-6
+    )
     trained = [variable.path for variable in model.trainable_variables]
-    assert trained == ['top_conv/kernel', 'top_bn/gamma', 'top_bn/beta', 'predictions/kernel', 'predictions/bias']
+    assert trained == [
+        'top_conv/kernel',
+        'top_bn/gamma',
+        'top_bn/beta',
+        'predictions/kernel',
+        'predictions/bias',
+    ]
 
 
-@pytest.mark.parametrize('name, blocks', [
-    ('EfficientNetV2B0', ['stem', 'block1a', 'block2a', 'block2b', 'block3a', 'block3b', 'block4a', 'block4b', 'block4c', *(f'block5{letter}' for letter in 'abcde'),
-                          *(f'block6{letter}' for letter in 'abcdefgh'), 'top']),
-    ('ResNet50', ['stem', *(f'conv{stage}_block{block}' for stage, number in ((2, 3), (3, 4), (4, 6), (5, 3)) for block in range(1, number + 1)), 'top']),
-    ('ConvNeXtTiny', None),
-    ('tiny', ['stem', 'block1', 'block2', 'top']),
-])
+@pytest.mark.parametrize(
+    'name, blocks',
+    [
+        (
+            'EfficientNetV2B0',
+            [
+                'stem',
+                'block1a',
+                'block2a',
+                'block2b',
+                'block3a',
+                'block3b',
+                'block4a',
+                'block4b',
+                'block4c',
+                *(f'block5{letter}' for letter in 'abcde'),
+                *(f'block6{letter}' for letter in 'abcdefgh'),
+                'top',
+            ],
+        ),
+        (
+            'ResNet50',
+            [
+                'stem',
+                *(
+                    f'conv{stage}_block{block}'
+                    for stage, number in ((2, 3), (3, 4), (4, 6), (5, 3))
+                    for block in range(1, number + 1)
+                ),
+                'top',
+            ],
+        ),
+        ('ConvNeXtTiny', None),
+        ('tiny', ['stem', 'block1', 'block2', 'top']),
+    ],
+)
 def test_blocks_are_those_that_the_layers_are_named_after(still, name, blocks):
     still.model.name, still.image_size = name, 32
     model = models.build_model(still, 10)
@@ -214,10 +352,18 @@ def test_blocks_are_those_that_the_layers_are_named_after(still, name, blocks):
         assert factors[0] == 0.5**23
 
 
-@pytest.mark.parametrize('name', sorted(set(optimizers.OPTIMIZERS) - {'adafactor'}))  # whose rate is the smaller one of the schedule's and another
+@pytest.mark.parametrize(
+    'name', sorted(set(optimizers.OPTIMIZERS) - {'adafactor'})
+)  # whose rate is the smaller one of the schedule's and another
 def test_the_rate_of_a_block_is_that_of_a_run_with_this_rate(still, name):
     """Every block of a run with layer-wise decay moves as in a run whose whole rate is multiplied by its factor."""
-    still.optimizer, still.weight_decay, still.ema_decay, still.schedule.peak_lr, still.schedule.start_lr = {'name': name}, 0.1, 0.0, 1e-3, 1e-4
+    (
+        still.optimizer,
+        still.weight_decay,
+        still.ema_decay,
+        still.schedule.peak_lr,
+        still.schedule.start_lr,
+    ) = {'name': name}, 0.1, 0.0, 1e-3, 1e-4
     policy = 'float32' if name == 'muon' else 'float64'
     still.model.layer_decay = 0.5
     before, after, _ = updates(still, number=1, dtype_policy=policy)
@@ -228,11 +374,15 @@ def test_the_rate_of_a_block_is_that_of_a_run_with_this_rate(still, name):
         compared = [path for path in before if block in path]
         assert compared
         for path in compared:
-            np.testing.assert_allclose(after[path], alone[path], rtol=0, atol=1e-10 if policy == 'float64' else 3e-7)  # of steps of about 1e-4
+            np.testing.assert_allclose(
+                after[path], alone[path], rtol=0, atol=1e-10 if policy == 'float64' else 3e-7
+            )  # of steps of about 1e-4
 
 
 @pytest.mark.parametrize('count, jit_compile', [(2, False), (4, False), (2, True)])
-def test_frozen_layers_and_rates_by_layer_are_the_same_on_several_devices(still, count, jit_compile):
+def test_frozen_layers_and_rates_by_layer_are_the_same_on_several_devices(
+    still, count, jit_compile
+):
     still.model.freeze, still.model.layer_decay, still.grad_clip_norm = 'block1_conv', 0.5, 0.5
     _, one, losses = updates(still)
     _, several, their_losses = updates(still, count=count, jit_compile=jit_compile)
@@ -243,39 +393,65 @@ def test_frozen_layers_and_rates_by_layer_are_the_same_on_several_devices(still,
 
 @pytest.mark.parametrize('alpha, temperature', [(0.3, 1.0), (1.0, 4.0)])
 @pytest.mark.parametrize('count, jit_compile', [(1, False), (2, True)])
-def test_the_loss_of_a_taught_model_is_that_of_hinton(digits_run, still, alpha, temperature, count, jit_compile):
-    still.distill.teacher, still.distill.alpha, still.distill.temperature = digits_run, alpha, temperature
+def test_the_loss_of_a_taught_model_is_that_of_hinton(
+    digits_run, still, alpha, temperature, count, jit_compile
+):
+    still.distill.teacher, still.distill.alpha, still.distill.temperature = (
+        digits_run,
+        alpha,
+        temperature,
+    )
     still.label_smoothing = 0.1
-    *_, losses = updates(still, number=1, count=count, jit_compile=jit_compile, dtype_policy='float32')
+    *_, losses = updates(
+        still, number=1, count=count, jit_compile=jit_compile, dtype_policy='float32'
+    )
     teacher = tf.saved_model.load(os.path.join(digits_run, 'export'))
-    taught = teacher.signatures['logits'](images=tf.cast(IMAGES, tf.float32))['output_0'].numpy().astype(np.float64)
+    taught = (
+        teacher.signatures['logits'](images=tf.cast(IMAGES, tf.float32))['output_0']
+        .numpy()
+        .astype(np.float64)
+    )
     sessions.random.seed(0)
-    logits = models.build_model(still, 10)(IMAGES.astype('float32'), training=True).numpy().astype(np.float64)
+    logits = (
+        models.build_model(still, 10)(IMAGES.astype('float32'), training=True)
+        .numpy()
+        .astype(np.float64)
+    )
     targets = 0.9 * np.eye(10)[LABELS] + 0.01
     hard = -(targets * special.log_softmax(logits, -1)).sum(-1).mean()
-    wanted, given = special.softmax(taught / temperature, -1), special.softmax(logits / temperature, -1)
+    wanted, given = (
+        special.softmax(taught / temperature, -1),
+        special.softmax(logits / temperature, -1),
+    )
     soft = special.rel_entr(wanted, given).sum(-1).mean() * temperature**2
     assert losses[0] == pytest.approx((1 - alpha) * hard + alpha * soft, rel=1e-4)
 
 
 @pytest.mark.slow
-def test_a_teacher_is_the_same_on_several_devices_and_in_micro_batches(digits_run, still, monkeypatch):
+def test_a_teacher_is_the_same_on_several_devices_and_in_micro_batches(
+    digits_run, still, monkeypatch
+):
     monkeypatch.setattr(models, 'BatchNormalization', without_batch)
     still.distill.teacher, still.distill.alpha = digits_run, 0.7
     _, one, losses = updates(still)
     for count, parts, jit_compile in ((2, 1, False), (2, 4, True), (4, 1, False), (1, 4, False)):
         still.accumulate_steps = parts
         _, other, their_losses = updates(still, count=count, jit_compile=jit_compile)
-        np.testing.assert_allclose(losses, their_losses, rtol=1e-5)  # the teacher computes in float32
+        np.testing.assert_allclose(
+            losses, their_losses, rtol=1e-5
+        )  # the teacher computes in float32
         assert max(np.abs(one[path] - other[path]).max() for path in one) < 1e-5
 
 
 def write_foreign_teacher(path):
     """A SavedModel of somebody else: uint8 pictures of 8 pixels, probabilities."""
+
     class Foreign(tf.Module):
         def __init__(self):
             super().__init__()
-            self.kernel = tf.Variable(np.random.RandomState(3).randn(8 * 8 * 3, 10).astype(np.float32) * 0.02)
+            self.kernel = tf.Variable(
+                np.random.RandomState(3).randn(8 * 8 * 3, 10).astype(np.float32) * 0.02
+            )
 
         @tf.function(input_signature=[tf.TensorSpec([None, 8, 8, 3], tf.uint8, name='pictures')])
         def serve(self, pictures):
@@ -293,7 +469,11 @@ def test_a_saved_model_of_somebody_else_can_teach(still, tmp_path):
     teacher, name = distillation.make_teacher(still, NAMES)
     assert name.endswith('whose classes are taken to be these, in this order')
     resized = tf.cast(tf.round(tf.image.resize(IMAGES.astype('float32'), (8, 8))), tf.uint8)
-    np.testing.assert_allclose(tf.nn.softmax(teacher(tf.cast(IMAGES, tf.float32))), module.serve(resized)['probabilities'], rtol=1e-4)
+    np.testing.assert_allclose(
+        tf.nn.softmax(teacher(tf.cast(IMAGES, tf.float32))),
+        module.serve(resized)['probabilities'],
+        rtol=1e-4,
+    )
 
 
 @pytest.mark.parametrize('jit_compile', [False, True])
@@ -317,45 +497,103 @@ def test_a_teacher_of_a_smaller_size_sees_no_pattern_that_is_not_there(still, tm
     np.testing.assert_allclose(answers, expected, rtol=1e-4)
 
 
-@pytest.mark.parametrize('name, module, size', [('MobileNetV2', keras.applications.mobilenet_v2, 224), ('MobileNetV3Small', keras.applications.mobilenet_v3, 64)])  # of any size
+@pytest.mark.parametrize(
+    'name, module, size',
+    [
+        ('MobileNetV2', keras.applications.mobilenet_v2, 224),
+        ('MobileNetV3Small', keras.applications.mobilenet_v3, 64),
+    ],
+)  # of any size
 def test_a_model_of_keras_applications_can_teach(still, tmp_path, name, module, size):
     theirs = getattr(keras.applications, name)(weights=None, classes=10, classifier_activation=None)
     still.distill.teacher, still.distill.weights = name, str(tmp_path / 'teacher.weights.h5')
     theirs.save_weights(still.distill.weights)
     teacher, _ = distillation.make_teacher(still, NAMES)
     images = IMAGES[:4].repeat(4, 1).repeat(4, 2).astype('float32')
-    expected = theirs(module.preprocess_input(tf.image.resize(images, (size, size)).numpy()), training=False)
+    expected = theirs(
+        module.preprocess_input(tf.image.resize(images, (size, size)).numpy()), training=False
+    )
     np.testing.assert_allclose(teacher(tf.constant(images)), expected, rtol=1e-3, atol=1e-4)
 
 
 def write_odd_teacher(path, inputs):
     """A SavedModel that takes what no picture is."""
     module = tf.Module()
-    module.serve = tf.function(lambda *tensors: tf.zeros([tf.shape(tensors[0])[0], 10]), input_signature=inputs)
+    module.serve = tf.function(
+        lambda *tensors: tf.zeros([tf.shape(tensors[0])[0], 10]), input_signature=inputs
+    )
     tf.saved_model.save(module, path, signatures={'serving_default': module.serve})
 
 
-@pytest.mark.parametrize('teacher, weights, names, says', [
-    ('ResNet50', 'imagenet', NAMES, "knows ImageNet's 1,000 classes, and this data set has 10: train a teacher on it first"),
-    ('ResNet5', 'imagenet', NAMES, "config.distill.teacher='ResNet5' is no model of keras.applications; did you mean ResNet50"),
-    ('ResNet50', 'image', NAMES, "config.distill.weights='image' is no source of weights"),
-    ('ResNet50', '/no/such/file.h5', NAMES, '/no/such/file.h5'),
-    ('{tmp}/nothing', 'imagenet', NAMES, 'is neither a SavedModel nor a run that has exported one'),
-    ('{run}', 'imagenet', NAMES[::-1], 'knows other classes than this data set, or in another order'),
-    ('{tmp}/foreign', 'imagenet', NAMES[:3], 'and give (None, 3), but it takes pictures uint8 (None, 8, 8, 3) and gives probabilities float32 (None, 10)'),
-    ('{tmp}/one', 'imagenet', NAMES, 'but it takes tensors_0 float32 (1, 16, 16, 3) and gives'),
-    ('{tmp}/channels_first', 'imagenet', NAMES, 'but it takes tensors_0 float32 (None, 3, 16, 16) and gives'),
-    ('{tmp}/files', 'imagenet', NAMES, 'but it takes tensors_0 string (None,) and gives'),
-    ('{tmp}/broken', 'imagenet', NAMES, 'cannot teach: it has no signature serving_default, or is damaged'),
-    ('{unlabelled}', 'imagenet', NAMES, 'labels.txt is damaged'),
-])
-def test_a_teacher_that_cannot_be_had_is_one_line(digits_run, still, tmp_path, teacher, weights, names, says):
+@pytest.mark.parametrize(
+    'teacher, weights, names, says',
+    [
+        (
+            'ResNet50',
+            'imagenet',
+            NAMES,
+            "knows ImageNet's 1,000 classes, and this data set has 10: train a teacher on it first",
+        ),
+        (
+            'ResNet5',
+            'imagenet',
+            NAMES,
+            "config.distill.teacher='ResNet5' is no model of keras.applications; did you mean ResNet50",
+        ),
+        ('ResNet50', 'image', NAMES, "config.distill.weights='image' is no source of weights"),
+        ('ResNet50', '/no/such/file.h5', NAMES, '/no/such/file.h5'),
+        (
+            '{tmp}/nothing',
+            'imagenet',
+            NAMES,
+            'is neither a SavedModel nor a run that has exported one',
+        ),
+        (
+            '{run}',
+            'imagenet',
+            NAMES[::-1],
+            'knows other classes than this data set, or in another order',
+        ),
+        (
+            '{tmp}/foreign',
+            'imagenet',
+            NAMES[:3],
+            'and give (None, 3), but it takes pictures uint8 (None, 8, 8, 3) and gives probabilities float32 (None, 10)',
+        ),
+        ('{tmp}/one', 'imagenet', NAMES, 'but it takes tensors_0 float32 (1, 16, 16, 3) and gives'),
+        (
+            '{tmp}/channels_first',
+            'imagenet',
+            NAMES,
+            'but it takes tensors_0 float32 (None, 3, 16, 16) and gives',
+        ),
+        ('{tmp}/files', 'imagenet', NAMES, 'but it takes tensors_0 string (None,) and gives'),
+        (
+            '{tmp}/broken',
+            'imagenet',
+            NAMES,
+            'cannot teach: it has no signature serving_default, or is damaged',
+        ),
+        ('{unlabelled}', 'imagenet', NAMES, 'labels.txt is damaged'),
+    ],
+)
+def test_a_teacher_that_cannot_be_had_is_one_line(
+    digits_run, still, tmp_path, teacher, weights, names, says
+):
     write_foreign_teacher(str(tmp_path / 'foreign'))
-    for name, shape, dtype in (('one', [1, 16, 16, 3], tf.float32), ('channels_first', [None, 3, 16, 16], tf.float32), ('files', [None], tf.string)):
+    for name, shape, dtype in (
+        ('one', [1, 16, 16, 3], tf.float32),
+        ('channels_first', [None, 3, 16, 16], tf.float32),
+        ('files', [None], tf.string),
+    ):
         write_odd_teacher(str(tmp_path / name), [tf.TensorSpec(shape, dtype)])
     shutil.copytree(os.path.join(digits_run, 'export'), tmp_path / 'broken')
-    (tmp_path / 'broken' / 'variables' / 'variables.data-00000-of-00001').write_bytes(b'this is no model')
-    still.distill.teacher = teacher.format(run=digits_run, tmp=tmp_path, unlabelled=without_labels(digits_run, tmp_path))
+    (tmp_path / 'broken' / 'variables' / 'variables.data-00000-of-00001').write_bytes(
+        b'this is no model'
+    )
+    still.distill.teacher = teacher.format(
+        run=digits_run, tmp=tmp_path, unlabelled=without_labels(digits_run, tmp_path)
+    )
     still.distill.weights = weights
     with pytest.raises((ConfigError, RunError)) as raised:
         distillation.make_teacher(still, names)
@@ -364,21 +602,33 @@ def test_a_teacher_that_cannot_be_had_is_one_line(digits_run, still, tmp_path, t
 
 @pytest.mark.usefixtures('read_here')
 def test_a_taught_run_is_trained_and_exported_as_any_other(digits_run, tiny, tmp_path, capsys):
-    tiny.distill.teacher, tiny.model.weights, tiny.model.freeze, tiny.model.layer_decay = digits_run, digits_run, 'block1', 0.5
+    tiny.distill.teacher, tiny.model.weights, tiny.model.freeze, tiny.model.layer_decay = (
+        digits_run,
+        digits_run,
+        'block1',
+        0.5,
+    )
     tiny.train_for = '6 steps'
     workdir = str(tmp_path / 'run')
     assert train.run(tiny, workdir) == 0
     said = capsys.readouterr().out
     assert 'frozen    all up to block1: 5,002 of 5,562 numbers are trained' in said
-    assert 'rates     x 1 at the head, down to x 0.5 at the first layers that are trained' in said and f'teacher   {digits_run}/export; 50% of the loss, temperature 1' in said
+    assert (
+        'rates     x 1 at the head, down to x 0.5 at the first layers that are trained' in said
+        and f'teacher   {digits_run}/export; 50% of the loss, temperature 1' in said
+    )
     summary = read_json(f'{workdir}/summary.json')
     assert summary['export/accuracy'] == summary['eval/accuracy']
 
 
 def test_a_teacher_costs_one_pass_of_its_own(tmp_path, tiny, digits_run):
-    alone = {row.what: row for row in tensorflow_checks.findings(tiny, str(tmp_path / 'run'), 0)}['cost'].found
+    alone = {row.what: row for row in tensorflow_checks.findings(tiny, str(tmp_path / 'run'), 0)}[
+        'cost'
+    ].found
     tiny.distill.teacher = digits_run  # the same network
     rows = {row.what: row for row in tensorflow_checks.findings(tiny, str(tmp_path / 'run'), 0)}
     assert rows['teacher'].found == os.path.join(digits_run, 'export')
-    of_one, of_all = (float(found.split('whole run ')[1].split()[0]) for found in (alone, rows['cost'].found))
+    of_one, of_all = (
+        float(found.split('whole run ')[1].split()[0]) for found in (alone, rows['cost'].found)
+    )
     assert of_all / of_one == pytest.approx(4 / 3, rel=0.05)

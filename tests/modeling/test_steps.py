@@ -1,4 +1,5 @@
 """The training step means what plain Keras means, on any number of replicas, with and without XLA."""
+
 import keras
 import numpy as np
 import pytest
@@ -18,7 +19,11 @@ IMAGES, LABELS = RANDOM.randint(0, 256, (32, 16, 16, 3)).astype(np.uint8), RANDO
 
 def strategy_for(devices):
     names = [f'CPU:{index}' for index in range(devices)]
-    return tf.distribute.MirroredStrategy(names, tf.distribute.ReductionToOneDevice()) if devices > 1 else tf.distribute.OneDeviceStrategy('CPU:0')
+    return (
+        tf.distribute.MirroredStrategy(names, tf.distribute.ReductionToOneDevice())
+        if devices > 1
+        else tf.distribute.OneDeviceStrategy('CPU:0')
+    )
 
 
 def build(config, devices=1, dtype_policy='float32'):
@@ -28,34 +33,58 @@ def build(config, devices=1, dtype_policy='float32'):
     keras.config.set_dtype_policy(dtype_policy)
     with strategy.scope():
         sessions.random.seed(config.seed)
-        return strategy, sessions.build_state(models.build_model(config, 10), config, plan, dtype_policy), plan
+        return (
+            strategy,
+            sessions.build_state(models.build_model(config, 10), config, plan, dtype_policy),
+            plan,
+        )
 
 
 def batches(strategy, devices, images=IMAGES, labels=LABELS):
     """An endless iterator over one global batch."""
     size = len(images) // devices
-    return iter(strategy.distribute_datasets_from_function(
-        lambda context: tf.data.Dataset.from_tensor_slices((images, labels)).map(lambda image, label: (image, label, {})).batch(size).repeat()))
+    return iter(
+        strategy.distribute_datasets_from_function(
+            lambda context: (
+                tf.data.Dataset.from_tensor_slices((images, labels))
+                .map(lambda image, label: (image, label, {}))
+                .batch(size)
+                .repeat()
+            )
+        )
+    )
 
 
 def run(config, num_steps, devices=1, jit_compile=False, dtype_policy='float32', **data):
     """(results of each step, state) after `num_steps` updates."""
     strategy, state, plan = build(config, devices, dtype_policy)
-    loop = loops.make_train_loop(strategy, steps.make_train_step(
-        state, config, UNCHANGED, num_classes=10, num_replicas=devices, jit_compile=jit_compile))
+    loop = loops.make_train_loop(
+        strategy,
+        steps.make_train_step(
+            state, config, UNCHANGED, num_classes=10, num_replicas=devices, jit_compile=jit_compile
+        ),
+    )
     iterator = batches(strategy, devices, **data)
-    return [{key: float(value) for key, value in loop(iterator, tf.constant(1)).items()} for _ in range(num_steps)], state
+    return [
+        {key: float(value) for key, value in loop(iterator, tf.constant(1)).items()}
+        for _ in range(num_steps)
+    ], state
 
 
 def by_hand(config, num_steps):
     """The same updates with plain Keras: a GradientTape, Keras' loss, metrics and optimizer. Returns (losses, model)."""
     _, state, plan = build(config)
     model, optimizer = state.model, state.optimizer
-    loss_of = keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=config.label_smoothing)
+    loss_of = keras.losses.CategoricalCrossentropy(
+        from_logits=True, label_smoothing=config.label_smoothing
+    )
     losses = []
     for _ in range(num_steps):
         with tf.GradientTape() as tape:
-            loss = loss_of(keras.utils.to_categorical(LABELS, 10), model(IMAGES.astype('float32'), training=True))
+            loss = loss_of(
+                keras.utils.to_categorical(LABELS, 10),
+                model(IMAGES.astype('float32'), training=True),
+            )
         optimizer.apply(tape.gradient(loss, model.trainable_variables), model.trainable_variables)
         losses.append(float(loss))
     return losses, model
@@ -71,37 +100,71 @@ def test_a_step_is_what_plain_keras_computes(still, jit_compile):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('changes', [dict(), dict(grad_clip_norm=0.1), dict(l2_regularization=0.01)], ids=['plain', 'clipped', 'l2'])
+@pytest.mark.parametrize(
+    'changes',
+    [{}, {'grad_clip_norm': 0.1}, {'l2_regularization': 0.01}],
+    ids=['plain', 'clipped', 'l2'],
+)
 def test_the_first_losses_are_the_same_on_1_2_and_4_devices_with_and_without_xla(still, changes):
     still.update(changes)
-    cases = [(devices, jit) for devices in (1, 2, 4) for jit in (False, True)] if not changes else [(1, False), (2, True), (4, False)]
+    cases = (
+        [(devices, jit) for devices in (1, 2, 4) for jit in (False, True)]
+        if not changes
+        else [(1, False), (2, True), (4, False)]
+    )
     runs = {case: run(still, 20 if not changes else 8, *case) for case in cases}
     expected, first = runs[1, False]
     for results, state in runs.values():
         for key in ('loss', 'correct', 'grad_norm', 'learning_rate'):
-            np.testing.assert_allclose([result[key] for result in results], [result[key] for result in expected], rtol=1e-4, err_msg=key)
-        np.testing.assert_allclose([result['loss'] for result in results], [result['loss'] for result in expected], rtol=0, atol=1e-4)
+            np.testing.assert_allclose(
+                [result[key] for result in results],
+                [result[key] for result in expected],
+                rtol=1e-4,
+                err_msg=key,
+            )
+        np.testing.assert_allclose(
+            [result['loss'] for result in results],
+            [result['loss'] for result in expected],
+            rtol=0,
+            atol=1e-4,
+        )
         for ours, theirs in zip(models.weights(state.model), models.weights(first.model)):
             np.testing.assert_allclose(ours.numpy(), theirs.numpy(), rtol=1e-3, atol=2e-4)
     assert expected[0]['loss'] > expected[-1]['loss']
 
 
-@pytest.mark.parametrize('devices, jit_compile', [(1, False), (1, True), (2, False), (2, True), (4, False)])
+@pytest.mark.parametrize(
+    'devices, jit_compile', [(1, False), (1, True), (2, False), (2, True), (4, False)]
+)
 def test_the_gradient_is_that_of_plain_keras_in_float64(still, devices, jit_compile):
     still.optimizer, still.weight_decay, still.ema_decay = {'name': 'sgd'}, 0.0, 0.0
-    still.schedule.name, still.schedule.warmup, still.schedule.peak_lr, still.schedule.start_lr = 'constant', '0%', 1.0, 1.0
+    still.schedule.name, still.schedule.warmup, still.schedule.peak_lr, still.schedule.start_lr = (
+        'constant',
+        '0%',
+        1.0,
+        1.0,
+    )
     still.model.sync_batch_norm = False
     _, plain, _ = build(still, dtype_policy='float64')  # Keras' own layers
     model, before = plain.model, [variable.numpy() for variable in plain.model.trainable_variables]
     with tf.GradientTape() as tape:
-        loss_of = keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=still.label_smoothing, dtype='float64')
-        loss = loss_of(keras.utils.to_categorical(LABELS, 10).astype('float64'), model(IMAGES.astype('float64'), training=True))
+        loss_of = keras.losses.CategoricalCrossentropy(
+            from_logits=True, label_smoothing=still.label_smoothing, dtype='float64'
+        )
+        loss = loss_of(
+            keras.utils.to_categorical(LABELS, 10).astype('float64'),
+            model(IMAGES.astype('float64'), training=True),
+        )
     expected = tape.gradient(loss, [variable.value for variable in model.trainable_variables])
     still.model.sync_batch_norm = True
     results, state = run(still, 1, devices, jit_compile, dtype_policy='float64')
     assert results[0]['loss'] == pytest.approx(float(loss), rel=1e-6)  # it is reported in float32
-    for variable, start, gradient in zip(state.model.trainable_variables, before, expected, strict=True):
-        np.testing.assert_allclose(start - variable.numpy(), gradient, rtol=1e-7, atol=1e-12)  # rate 1: the step is the gradient
+    for variable, start, gradient in zip(
+        state.model.trainable_variables, before, expected, strict=True
+    ):
+        np.testing.assert_allclose(
+            start - variable.numpy(), gradient, rtol=1e-7, atol=1e-12
+        )  # rate 1: the step is the gradient
 
 
 @pytest.fixture
@@ -112,14 +175,25 @@ def without_batch_norm(monkeypatch):
 
 @pytest.mark.parametrize('jit_compile', [False, True])
 @pytest.mark.parametrize('devices', [1, 2])
-def test_an_update_from_micro_batches_is_that_of_the_whole_batch(still, without_batch_norm, devices, jit_compile):
+def test_an_update_from_micro_batches_is_that_of_the_whole_batch(
+    still, without_batch_norm, devices, jit_compile
+):
     still.grad_clip_norm, still.ema_decay = 0.5, 0.9
     expected, whole = run(still, 5)
     still.accumulate_steps = 4
     results, state = run(still, 5, devices, jit_compile)
     for key in ('loss', 'correct', 'grad_norm', 'learning_rate'):
-        np.testing.assert_allclose([result[key] for result in results], [result[key] for result in expected], rtol=2e-5, err_msg=key)
-    for ours, theirs in zip(state.variables()['model'] + state.average, whole.variables()['model'] + whole.average, strict=True):
+        np.testing.assert_allclose(
+            [result[key] for result in results],
+            [result[key] for result in expected],
+            rtol=2e-5,
+            err_msg=key,
+        )
+    for ours, theirs in zip(
+        state.variables()['model'] + state.average,
+        whole.variables()['model'] + whole.average,
+        strict=True,
+    ):
         np.testing.assert_allclose(ours.numpy(), theirs.numpy(), rtol=1e-3, atol=1e-4)
     assert state.optimizer.iterations.numpy() == 5
 
@@ -129,7 +203,9 @@ def test_an_update_from_micro_batches_is_that_of_the_whole_batch(still, without_
 def test_micro_batches_have_the_same_statistics_on_any_number_of_devices(still, devices):
     still.accumulate_steps = 4
     (expected, alone), (results, shared) = run(still, 8), run(still, 8, devices)
-    np.testing.assert_allclose([result['loss'] for result in results], [result['loss'] for result in expected], rtol=1e-4)
+    np.testing.assert_allclose(
+        [result['loss'] for result in results], [result['loss'] for result in expected], rtol=1e-4
+    )
     for ours, theirs in zip(models.weights(shared.model), models.weights(alone.model)):
         np.testing.assert_allclose(ours.numpy(), theirs.numpy(), rtol=1e-3, atol=2e-4)
 
@@ -150,35 +226,72 @@ def test_micro_batches_drop_differently(still, monkeypatch):
 
 def test_xla_gets_forward_and_backward_of_each_replica_and_nothing_of_the_optimizer(still):
     strategy, state, _ = build(still, 2)
-    loop = loops.make_train_loop(strategy, steps.make_train_step(state, still, UNCHANGED, num_classes=10, num_replicas=2, jit_compile=True))
+    loop = loops.make_train_loop(
+        strategy,
+        steps.make_train_step(
+            state, still, UNCHANGED, num_classes=10, num_replicas=2, jit_compile=True
+        ),
+    )
     graph = loop.get_concrete_function(batches(strategy, 2), tf.constant(1)).graph.as_graph_def()
     nodes = [node for function in graph.library.function for node in function.node_def]
-    marked = {kind: {'_XlaCompile' in node.attr for node in nodes if node.op == kind} for kind in (
-        'Conv2D', 'Conv2DBackpropFilter', 'SoftmaxCrossEntropyWithLogits', 'Cos', 'AssignSubVariableOp', 'IteratorGetNext')}
-    assert marked == {'Conv2D': {True}, 'Conv2DBackpropFilter': {True}, 'SoftmaxCrossEntropyWithLogits': {True},
-                      'Cos': {False}, 'AssignSubVariableOp': {False}, 'IteratorGetNext': {False}}
+    marked = {
+        kind: {'_XlaCompile' in node.attr for node in nodes if node.op == kind}
+        for kind in (
+            'Conv2D',
+            'Conv2DBackpropFilter',
+            'SoftmaxCrossEntropyWithLogits',
+            'Cos',
+            'AssignSubVariableOp',
+            'IteratorGetNext',
+        )
+    }
+    assert marked == {
+        'Conv2D': {True},
+        'Conv2DBackpropFilter': {True},
+        'SoftmaxCrossEntropyWithLogits': {True},
+        'Cos': {False},
+        'AssignSubVariableOp': {False},
+        'IteratorGetNext': {False},
+    }
 
 
 def test_the_gradient_is_clipped_after_it_is_summed(still):
     still.optimizer, still.weight_decay = {'name': 'sgd'}, 0.0
-    still.schedule.name, still.schedule.warmup, still.schedule.peak_lr, still.schedule.start_lr = 'constant', '0%', 1.0, 1.0
+    still.schedule.name, still.schedule.warmup, still.schedule.peak_lr, still.schedule.start_lr = (
+        'constant',
+        '0%',
+        1.0,
+        1.0,
+    )
     for clip in (0.0, 0.05):
         still.grad_clip_norm = clip
         _, before, _ = build(still, 2)
         initial = [variable.numpy() for variable in before.model.trainable_variables]
         results, state = run(still, 1, devices=2)
-        moved = np.sqrt(sum(np.sum((after.numpy() - before) ** 2) for after, before in zip(state.model.trainable_variables, initial)))
-        assert moved == pytest.approx(min(clip or np.inf, results[0]['grad_norm']), rel=1e-3)  # rate 1: the step is the gradient
+        moved = np.sqrt(
+            sum(
+                np.sum((after.numpy() - before) ** 2)
+                for after, before in zip(state.model.trainable_variables, initial)
+            )
+        )
+        assert moved == pytest.approx(
+            min(clip or np.inf, results[0]['grad_norm']), rel=1e-3
+        )  # rate 1: the step is the gradient
         assert results[0]['grad_norm'] > 0.1
 
 
-@pytest.mark.parametrize('name', sorted({'adamw', 'lion', 'muon', 'sgd'} & set(optimizers.OPTIMIZERS)))
+@pytest.mark.parametrize(
+    'name', sorted({'adamw', 'lion', 'muon', 'sgd'} & set(optimizers.OPTIMIZERS))
+)
 @pytest.mark.parametrize('weight_decay', [0.0, 0.5])
 def test_weight_decay_leaves_biases_and_normalisation_alone(still, name, weight_decay):
     still.optimizer, still.weight_decay = {'name': name}, weight_decay
     _, state, _ = build(still)
     initial = {variable.path: variable.numpy() for variable in state.model.trainable_variables}
-    state.optimizer.apply([tf.zeros_like(variable) for variable in state.model.trainable_variables], state.model.trainable_variables)
+    state.optimizer.apply(
+        [tf.zeros_like(variable) for variable in state.model.trainable_variables],
+        state.model.trainable_variables,
+    )
     rate = still.schedule.start_lr
     for variable in state.model.trainable_variables:
         factor = 1 - weight_decay * rate if len(variable.shape) > 1 else 1
@@ -189,39 +302,68 @@ def test_the_average_follows_its_formula_and_is_what_evaluation_uses(still):
     still.ema_decay = 0.9
     strategy, state, _ = build(still)
     expected = [variable.numpy() for variable in models.weights(state.model)]
-    loop = loops.make_train_loop(strategy, steps.make_train_step(state, still, UNCHANGED, num_classes=10, num_replicas=1, jit_compile=False))
+    loop = loops.make_train_loop(
+        strategy,
+        steps.make_train_step(
+            state, still, UNCHANGED, num_classes=10, num_replicas=1, jit_compile=False
+        ),
+    )
     iterator = batches(strategy, 1)
     for update in range(1, 6):
         loop(iterator, tf.constant(1))
         decay = min(0.9, (1 + update) / (10 + update))
-        expected = [average * decay + variable.numpy() * (1 - decay) for average, variable in zip(expected, models.weights(state.model))]
+        expected = [
+            average * decay + variable.numpy() * (1 - decay)
+            for average, variable in zip(expected, models.weights(state.model))
+        ]
     for average, value in zip(state.average, expected):
         np.testing.assert_allclose(average.numpy(), value, rtol=1e-5, atol=1e-7)
     logits = steps.make_predict(state)(IMAGES)
     assert not np.allclose(logits, state.model(IMAGES.astype('float32'), training=False), atol=1e-3)
     state.model.set_weights(expected)
-    np.testing.assert_allclose(logits, state.model(IMAGES.astype('float32'), training=False), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        logits, state.model(IMAGES.astype('float32'), training=False), rtol=1e-4, atol=1e-5
+    )
 
 
 def everything(state):
     """Copies of all numbers of a state but the counters of updates and of those skipped."""
     parts = state.variables()
-    parts['optimizer'] = [variable.value for variable in state.optimizer.variables if variable is not state.optimizer.iterations]
-    return [variable.numpy() for part in ('model', 'average', 'optimizer') for variable in parts[part]]
+    parts['optimizer'] = [
+        variable.value
+        for variable in state.optimizer.variables
+        if variable is not state.optimizer.iterations
+    ]
+    return [
+        variable.numpy() for part in ('model', 'average', 'optimizer') for variable in parts[part]
+    ]
 
 
 @pytest.mark.parametrize('devices', [1, 2])
 def test_float16_skips_an_update_that_is_not_finite_and_halves_its_scale(still, devices):
     still.schedule.peak_lr = 1e-3
     results, state = run(still, 3, devices, dtype_policy='mixed_float16')
-    assert state.skipped_updates.numpy() == 0 and state.finite_updates.numpy() == 3 and state.optimizer.iterations.numpy() == 3
-    assert state.loss_scale.numpy() == steps.LOSS_SCALE_START and results[0]['loss'] == pytest.approx(2.4, abs=0.5)
+    assert (
+        state.skipped_updates.numpy() == 0
+        and state.finite_updates.numpy() == 3
+        and state.optimizer.iterations.numpy() == 3
+    )
+    assert state.loss_scale.numpy() == steps.LOSS_SCALE_START and results[0][
+        'loss'
+    ] == pytest.approx(2.4, abs=0.5)
 
     strategy, state, _ = build(still, devices, 'mixed_float16')
     state.loss_scale.assign(1e38)  # overflows
     before = everything(state)
-    loop = loops.make_train_loop(strategy, steps.make_train_step(state, still, UNCHANGED, num_classes=10, num_replicas=devices, jit_compile=False))
-    assert float(loop(batches(strategy, devices), tf.constant(1))['grad_norm']) == 0  # and not inf, which no JSON can say
+    loop = loops.make_train_loop(
+        strategy,
+        steps.make_train_step(
+            state, still, UNCHANGED, num_classes=10, num_replicas=devices, jit_compile=False
+        ),
+    )
+    assert (
+        float(loop(batches(strategy, devices), tf.constant(1))['grad_norm']) == 0
+    )  # and not inf, which no JSON can say
     assert state.skipped_updates.numpy() == 1 and state.loss_scale.numpy() == pytest.approx(0.5e38)
     for now, value in zip(everything(state), before, strict=True):
         np.testing.assert_array_equal(now, value)
@@ -234,46 +376,89 @@ def spoiling(bad):
     def spoiled(images, labels, draws):
         images, targets = change(images, labels, draws)
         is_bad = tf.reduce_any(labels[0] == tf.constant(bad, labels.dtype))
-        return images, tf.where(is_bad & tf.equal(tf.distribute.get_replica_context().replica_id_in_sync_group, 0), float('nan'), targets)
+        return images, tf.where(
+            is_bad & tf.equal(tf.distribute.get_replica_context().replica_id_in_sync_group, 0),
+            float('nan'),
+            targets,
+        )
 
     return spoiled
 
 
-@pytest.mark.parametrize('name, devices', [('adamw', 2), *((name, 1) for name in sorted(optimizers.OPTIMIZERS) if name != 'muon')])
-def test_an_update_with_a_loss_that_is_not_a_number_changes_nothing_and_is_counted(still, name, devices):
-    still.optimizer, still.ema_decay, still.grad_clip_norm, still.model.layer_decay = {'name': name}, 0.9, 1.0, 0.9
+@pytest.mark.parametrize(
+    'name, devices',
+    [('adamw', 2), *((name, 1) for name in sorted(optimizers.OPTIMIZERS) if name != 'muon')],
+)
+def test_an_update_with_a_loss_that_is_not_a_number_changes_nothing_and_is_counted(
+    still, name, devices
+):
+    still.optimizer, still.ema_decay, still.grad_clip_norm, still.model.layer_decay = (
+        {'name': name},
+        0.9,
+        1.0,
+        0.9,
+    )
     strategy, state, plan = build(still, devices)
-    step = steps.make_train_step(state, still, spoiling([7]), num_classes=10, num_replicas=devices, jit_compile=False)
+    step = steps.make_train_step(
+        state, still, spoiling([7]), num_classes=10, num_replicas=devices, jit_compile=False
+    )
     loop = loops.make_train_loop(strategy, step)
     good, bad = [np.full(32, label) for label in (3, 7)]
     loop(batches(strategy, devices, labels=good), tf.constant(2))
     before = everything(state)
-    results = {key: float(value) for key, value in loop(batches(strategy, devices, labels=bad), tf.constant(3)).items()}
+    results = {
+        key: float(value)
+        for key, value in loop(batches(strategy, devices, labels=bad), tf.constant(3)).items()
+    }
     for now, value in zip(everything(state), before, strict=True):
         np.testing.assert_array_equal(now, value)
-    assert (results['skipped'], results['skipped_in_a_row'], results['loss'], results['correct'], results['grad_norm']) == (3, 3, 0, 0, 0)
+    assert (
+        results['skipped'],
+        results['skipped_in_a_row'],
+        results['loss'],
+        results['correct'],
+        results['grad_norm'],
+    ) == (3, 3, 0, 0, 0)
     assert state.optimizer.iterations.numpy() == 5  # so that the rate stays that of the step
-    assert results['learning_rate'] == pytest.approx(float(planning.planned_rates(still, plan)[1][4]), rel=1e-6)
+    assert results['learning_rate'] == pytest.approx(
+        float(planning.planned_rates(still, plan)[1][4]), rel=1e-6
+    )
     results = loop(batches(strategy, devices, labels=good), tf.constant(1))
-    assert float(results['skipped']) == float(results['skipped_in_a_row']) == 0 and float(results['loss']) > 0
-    assert state.skipped_updates.numpy() == 3 and not all(np.array_equal(*pair) for pair in zip(everything(state), before))
+    assert (
+        float(results['skipped']) == float(results['skipped_in_a_row']) == 0
+        and float(results['loss']) > 0
+    )
+    assert state.skipped_updates.numpy() == 3 and not all(
+        np.array_equal(*pair) for pair in zip(everything(state), before)
+    )
 
 
 def test_float16_gradients_are_those_of_float32(still):
     still.optimizer, still.weight_decay = {'name': 'sgd'}, 0.0
     single, _ = run(still, 3)
     half, _ = run(still, 3, dtype_policy='mixed_float16')
-    np.testing.assert_allclose([result['grad_norm'] for result in half], [result['grad_norm'] for result in single], rtol=0.02)
+    np.testing.assert_allclose(
+        [result['grad_norm'] for result in half],
+        [result['grad_norm'] for result in single],
+        rtol=0.02,
+    )
 
 
 def test_several_steps_in_one_call_are_the_same_steps(still):
     one_by_one, expected = run(still, 6)
     strategy, state, _ = build(still)
-    loop = loops.make_train_loop(strategy, steps.make_train_step(state, still, UNCHANGED, num_classes=10, num_replicas=1, jit_compile=False))
+    loop = loops.make_train_loop(
+        strategy,
+        steps.make_train_step(
+            state, still, UNCHANGED, num_classes=10, num_replicas=1, jit_compile=False
+        ),
+    )
     iterator = batches(strategy, 1)
     together = [loop(iterator, tf.constant(count)) for count in (4, 2)]
     assert loop.experimental_get_tracing_count() == 1
-    assert float(together[0]['loss']) == pytest.approx(sum(result['loss'] for result in one_by_one[:4]), rel=1e-6)
+    assert float(together[0]['loss']) == pytest.approx(
+        sum(result['loss'] for result in one_by_one[:4]), rel=1e-6
+    )
     assert float(together[1]['learning_rate']) == pytest.approx(one_by_one[-1]['learning_rate'])
     for ours, theirs in zip(models.weights(state.model), models.weights(expected.model)):
         np.testing.assert_array_equal(ours.numpy(), theirs.numpy())
@@ -282,16 +467,29 @@ def test_several_steps_in_one_call_are_the_same_steps(still):
 def test_the_rate_of_each_update_is_the_scheduled_one(still):
     results, _ = run(still, 6, devices=2)
     plan = planning.make_plan(still, 1437, 360, 10, 2)
-    np.testing.assert_allclose([result['learning_rate'] for result in results], planning.learning_rate_of(still, plan)(range(6)), rtol=1e-5)
+    np.testing.assert_allclose(
+        [result['learning_rate'] for result in results],
+        planning.learning_rate_of(still, plan)(range(6)),
+        rtol=1e-5,
+    )
 
 
 def test_unsynchronized_statistics_drift_apart_and_are_averaged(still):
     still.model.sync_batch_norm, still.ema_decay = False, 0.0
     strategy, state, _ = build(still, 2)
-    loop = loops.make_train_loop(strategy, steps.make_train_step(state, still, UNCHANGED, num_classes=10, num_replicas=2, jit_compile=True))
+    loop = loops.make_train_loop(
+        strategy,
+        steps.make_train_step(
+            state, still, UNCHANGED, num_classes=10, num_replicas=2, jit_compile=True
+        ),
+    )
     images = np.concatenate([IMAGES[:16] // 8, IMAGES[16:]])  # dark pictures for the first replica
     loop(batches(strategy, 2, images=images), tf.constant(3))
-    statistic = next(variable.value for variable in state.model.non_trainable_variables if 'moving_variance' in variable.path)
+    statistic = next(
+        variable.value
+        for variable in state.model.non_trainable_variables
+        if 'moving_variance' in variable.path
+    )
     first, second = (value.numpy() for value in strategy.experimental_local_results(statistic))
     assert not np.allclose(first, second, rtol=0.01)
     loops.make_average_statistics(strategy, state)()
@@ -305,14 +503,19 @@ def test_evaluation_counts_what_top_k_counts(still, devices):
     loop = loops.make_eval_loop(strategy, steps.make_eval_step(state, num_classes=10))
     mask = (np.arange(32) < 21).astype('float32')
     size = 32 // devices
-    iterator = iter(strategy.distribute_datasets_from_function(lambda context: tf.data.Dataset.from_tensor_slices((IMAGES, LABELS, mask)).batch(size)))
+    iterator = iter(
+        strategy.distribute_datasets_from_function(
+            lambda context: tf.data.Dataset.from_tensor_slices((IMAGES, LABELS, mask)).batch(size)
+        )
+    )
     sums = {key: float(value) for key, value in loop(iterator, tf.constant(1)).items()}
     logits = state.model(IMAGES[:21].astype('float32'), training=False)
     expected = {
         'examples': 21,
         'correct': 21 * float(keras.metrics.SparseCategoricalAccuracy()(LABELS[:21], logits)),
         'top5': 21 * float(keras.metrics.SparseTopKCategoricalAccuracy(5)(LABELS[:21], logits)),
-        'loss': 21 * float(keras.losses.SparseCategoricalCrossentropy(from_logits=True)(LABELS[:21], logits)),
+        'loss': 21
+        * float(keras.losses.SparseCategoricalCrossentropy(from_logits=True)(LABELS[:21], logits)),
     }
     assert sums == pytest.approx(expected, rel=1e-5)
 
@@ -322,8 +525,14 @@ def test_the_rank_of_a_label_is_its_place_in_top_k_and_nan_is_never_right():
     labels = np.random.RandomState(2).randint(0, 7, 200)
     order = tf.math.top_k(logits, 7).indices.numpy()
     broken = tf.fill([3, 7], np.nan)
-    for rank in (steps.label_rank, tf.function(steps.label_rank)):  # a graph is simplified, by rules that hold for numbers
-        np.testing.assert_array_equal(rank(tf.constant(logits), tf.constant(labels)), [list(row).index(label) for row, label in zip(order, labels)])
+    for rank in (
+        steps.label_rank,
+        tf.function(steps.label_rank),
+    ):  # a graph is simplified, by rules that hold for numbers
+        np.testing.assert_array_equal(
+            rank(tf.constant(logits), tf.constant(labels)),
+            [list(row).index(label) for row, label in zip(order, labels)],
+        )
         assert (rank(broken, tf.constant([0, 3, 6])).numpy() >= 5).all()
         assert (rank(tf.constant([[1.0, np.nan]]), tf.constant([0])).numpy() > 0).all()
 
@@ -336,22 +545,31 @@ def test_every_optimizer_trains(still, name):
     assert results[-1]['loss'] < results[0]['loss']
 
 
-@pytest.mark.parametrize('optimizer, says', [
-    ({'name': 'admw'}, 'did you mean adamw'),
-    ({'name': 'sgd', 'momentun': 0.9}, 'did you mean momentum'),
-    ({'name': 'sgd', 'learning_rate': 0.1}, 'is set by config.schedule.peak_lr'),
-    ({'name': 'sgd', 'momentum': 7.0}, 'momentum'),
-    ({'name': 'sgd', 'momentum': (1, 2)}, 'must be a number'),
-    ({'name': 'sgd', 'gradient_accumulation_steps': 4}, 'makes the schedule count parts of updates: use config.accumulate_steps'),
-    ({'name': 'sgd', 'loss_scale_factor': 128}, 'is set by config.precision'),
-])
+@pytest.mark.parametrize(
+    'optimizer, says',
+    [
+        ({'name': 'admw'}, 'did you mean adamw'),
+        ({'name': 'sgd', 'momentun': 0.9}, 'did you mean momentum'),
+        ({'name': 'sgd', 'learning_rate': 0.1}, 'is set by config.schedule.peak_lr'),
+        ({'name': 'sgd', 'momentum': 7.0}, 'momentum'),
+        ({'name': 'sgd', 'momentum': (1, 2)}, 'must be a number'),
+        (
+            {'name': 'sgd', 'gradient_accumulation_steps': 4},
+            'makes the schedule count parts of updates: use config.accumulate_steps',
+        ),
+        ({'name': 'sgd', 'loss_scale_factor': 128}, 'is set by config.precision'),
+    ],
+)
 def test_an_impossible_optimizer_is_one_line(still, optimizer, says):
     still.optimizer = optimizer
     with pytest.raises(optimizers.ConfigError, match=says):
         build(still)
 
 
-@pytest.mark.skipif('muon' not in optimizers.OPTIMIZERS, reason='Keras 3.12, all that Python 3.10 gets, has no Muon that runs')
+@pytest.mark.skipif(
+    'muon' not in optimizers.OPTIMIZERS,
+    reason='Keras 3.12, all that Python 3.10 gets, has no Muon that runs',
+)
 def test_muon_takes_its_list_of_layers_and_refuses_float64_in_one_line(still):
     still.optimizer = {'name': 'muon', 'exclude_layers': ('block1',)}
     _, state, _ = build(still)
@@ -364,9 +582,18 @@ def test_keras_fit_still_cannot_compile_under_two_replicas(still):
     """What our loop is for: when this fails because `fit` works, docs/architecture.md should say so."""
     strategy = strategy_for(2)
     with strategy.scope():
-        model = keras.Sequential([keras.Input((16, 16, 3)), keras.layers.Conv2D(4, 3), keras.layers.BatchNormalization(),
-                                  keras.layers.GlobalAveragePooling2D(), keras.layers.Dense(10)])
-        model.compile('sgd', keras.losses.SparseCategoricalCrossentropy(from_logits=True), jit_compile=True)
+        model = keras.Sequential(
+            [
+                keras.Input((16, 16, 3)),
+                keras.layers.Conv2D(4, 3),
+                keras.layers.BatchNormalization(),
+                keras.layers.GlobalAveragePooling2D(),
+                keras.layers.Dense(10),
+            ]
+        )
+        model.compile(
+            'sgd', keras.losses.SparseCategoricalCrossentropy(from_logits=True), jit_compile=True
+        )
     with pytest.raises(Exception, match='replica_1|different device'):
         model.fit(IMAGES.astype('float32'), LABELS, batch_size=16, epochs=1, verbose=0)
 
@@ -375,12 +602,16 @@ def test_keras_fit_still_cannot_compile_under_two_replicas(still):
 def test_what_is_chosen_together_for_a_tpu_is_what_is_chosen_one_by_one(finite):
     shapes = [(5,)] * steps.SHARED + [(3,)] * (steps.SHARED - 1) + [(5, 3), (5, 5), ()]
     random = np.random.RandomState(0)
-    old, new = ([tf.constant(random.normal(size=shape), tf.float32) for shape in shapes] for _ in range(2))
+    old, new = (
+        [tf.constant(random.normal(size=shape), tf.float32) for shape in shapes] for _ in range(2)
+    )
     if not finite:
         new = [value * float('nan') for value in new]
 
     def chosen(on_tpu):
-        function = tf.function(lambda finite, new, old: steps._selection(finite, on_tpu)(new, old), jit_compile=True)
+        function = tf.function(
+            lambda finite, new, old: steps._selection(finite, on_tpu)(new, old), jit_compile=True
+        )
         program = function.experimental_get_compiler_ir(tf.constant(finite), new, old)('hlo')
         return function(tf.constant(finite), new, old), program.count(' opt-barrier(')
 
@@ -395,5 +626,8 @@ def test_the_norm_of_vectors_and_matrices_is_that_of_all_numbers():
     random = np.random.RandomState(0)
     for shapes in ([(5,), (3, 2), (4,), (2, 2, 1, 3), ()], [(3, 2)], [(3,)]):
         gradients = [random.normal(size=shape) for shape in shapes]
-        np.testing.assert_allclose(steps._global_norm([tf.constant(gradient) for gradient in gradients]),
-                                   np.linalg.norm(np.concatenate([gradient.ravel() for gradient in gradients])), rtol=1e-14)
+        np.testing.assert_allclose(
+            steps._global_norm([tf.constant(gradient) for gradient in gradients]),
+            np.linalg.norm(np.concatenate([gradient.ravel() for gradient in gradients])),
+            rtol=1e-14,
+        )

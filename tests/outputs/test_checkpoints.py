@@ -1,4 +1,5 @@
 """What a checkpoint says is there is there: whole, verified, the last few and the best, on a disk and in a bucket."""
+
 import errno
 import os
 import threading
@@ -14,7 +15,10 @@ from outputs.checkpoints import Checkpoints, find, steps_in, verify
 
 
 def variables(value=0.0):
-    return {'model': [tf.Variable(value), tf.Variable([value, 2.0])], 'optimizer': [tf.Variable(tf.constant(3, tf.int64))]}
+    return {
+        'model': [tf.Variable(value), tf.Variable([value, 2.0])],
+        'optimizer': [tf.Variable(tf.constant(3, tf.int64))],
+    }
 
 
 def saved(directory, steps=(10, 20, 30, 40), best=(10, 20, 20, 40), keep=2):
@@ -57,7 +61,9 @@ def test_what_is_saved_is_what_was_there_although_training_goes_on(tmp_path, mon
     ours, may_write = variables(1.0), threading.Event()
     checkpoints = Checkpoints(str(tmp_path), ours, keep=1)
     original = checkpoints._write
-    monkeypatch.setattr(checkpoints, '_write', lambda *arguments: may_write.wait() and original(*arguments))
+    monkeypatch.setattr(
+        checkpoints, '_write', lambda *arguments: may_write.wait() and original(*arguments)
+    )
     checkpoints.save(1, {'step': 1})  # returns before it is written
     assert steps_in(str(tmp_path)) == []
     for variable in (*ours['model'], *ours['optimizer']):
@@ -66,22 +72,37 @@ def test_what_is_saved_is_what_was_there_although_training_goes_on(tmp_path, mon
     checkpoints.wait()
     other = variables()
     Checkpoints(str(tmp_path), other, keep=1).restore()
-    assert [variable.numpy().tolist() for variable in (*other['model'], *other['optimizer'])] == [1.0, [1.0, 2.0], 3]
+    assert [variable.numpy().tolist() for variable in (*other['model'], *other['optimizer'])] == [
+        1.0,
+        [1.0, 2.0],
+        3,
+    ]
 
 
-@pytest.mark.parametrize('content', ['[]', '{"sha256": "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a", "manifest": {}}'])
+@pytest.mark.parametrize(
+    'content',
+    [
+        '[]',
+        '{"sha256": "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a", "manifest": {}}',
+    ],
+)
 def test_a_manifest_of_another_kind_is_damaged(tmp_path, content):
     saved(tmp_path)
     spoil(tmp_path / 'step-40' / 'manifest.json', content.encode())
     assert restored(tmp_path) == (30, 30)
 
 
-@pytest.mark.parametrize('name', ['variables.index', 'variables.data-00000-of-00001', 'manifest.json'])
+@pytest.mark.parametrize(
+    'name', ['variables.index', 'variables.data-00000-of-00001', 'manifest.json']
+)
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, capsys, name):
     saved(tmp_path)
     spoil(tmp_path / 'step-40' / name)
     assert restored(tmp_path) == (30, 30)
-    assert capsys.readouterr().out == f'damaged   {tmp_path}/step-40/{name} is damaged: it is not what was written\n'
+    assert (
+        capsys.readouterr().out
+        == f'damaged   {tmp_path}/step-40/{name} is damaged: it is not what was written\n'
+    )
     with pytest.raises(RunError, match=f'step-40/{name} is damaged'):
         find(str(tmp_path))
 
@@ -127,14 +148,20 @@ def test_without_a_good_one_nothing_is_restored(tmp_path):
         restored(tmp_path, 'best')
     for step in (10, 20):
         os.remove(tmp_path / f'step-{step}' / 'variables.index')
-    with pytest.raises(RunError, match='none of the 2 checkpoints in .*step-20/variables.index is missing.: bring one back from a copy, or begin anew with --resume=never'):
+    with pytest.raises(
+        RunError,
+        match='none of the 2 checkpoints in .*step-20/variables.index is missing.: bring one back from a copy, or begin anew with --resume=never',
+    ):
         restored(tmp_path)
 
 
 def test_a_best_one_that_is_damaged_is_named(tmp_path):
     saved(tmp_path, steps=(10, 20), best=(10, 10))
     spoil(tmp_path / 'step-10' / 'variables.index')
-    with pytest.raises(RunError, match='the best checkpoint cannot be used .*step-10/variables.index is damaged.*: --checkpoint=last takes the last one'):
+    with pytest.raises(
+        RunError,
+        match='the best checkpoint cannot be used .*step-10/variables.index is damaged.*: --checkpoint=last takes the last one',
+    ):
         restored(tmp_path, 'best')
     assert restored(tmp_path) == (20, 20)
 
@@ -149,8 +176,13 @@ def test_checkpoints_that_were_swapped_are_noticed(tmp_path):
 @pytest.mark.parametrize('partly', [False, True])
 def test_a_checkpoint_of_other_variables_does_not_fit(tmp_path, partly):
     saved(tmp_path)
-    for other, says in (({'model': [tf.Variable(0.0), tf.Variable([1.0, 2.0, 3.0])]}, r"model/0001 is \('float32', \[2\]\) there and \('float32', \[3\]\) here"),
-                        ({**variables(), 'average': [tf.Variable(0.0)]}, 'average/0000 is missing there')):
+    for other, says in (
+        (
+            {'model': [tf.Variable(0.0), tf.Variable([1.0, 2.0, 3.0])]},
+            r"model/0001 is \('float32', \[2\]\) there and \('float32', \[3\]\) here",
+        ),
+        ({**variables(), 'average': [tf.Variable(0.0)]}, 'average/0000 is missing there'),
+    ):
         with pytest.raises(RunError, match=f'step-40 does not fit this config .{says}'):
             Checkpoints(str(tmp_path), other, 2).restore(partly=partly)
     fewer = {'model': variables()['model']}
@@ -167,7 +199,10 @@ def test_numbers_that_are_not_finite_never_take_the_place_of_good_ones(tmp_path)
     checkpoints.save(1, {'step': 1})
     ours['model'][1].assign([np.nan, 1.0])
     checkpoints.save(2, {'step': 2})
-    with pytest.raises(RunError, match=r'after step 2 there are numbers that are not finite in 1 of 3 variables \(model/0001\), which are not saved'):
+    with pytest.raises(
+        RunError,
+        match=r'after step 2 there are numbers that are not finite in 1 of 3 variables \(model/0001\), which are not saved',
+    ):
         checkpoints.wait()
     assert steps_in(str(tmp_path)) == [1]
 
@@ -175,6 +210,7 @@ def test_numbers_that_are_not_finite_never_take_the_place_of_good_ones(tmp_path)
 def fail_with(number):
     def fail(*arguments, **named):
         raise OSError(number, os.strerror(number))
+
     return fail
 
 
@@ -182,16 +218,29 @@ def tensorflow_is_full(*arguments, **named):
     raise tf.errors.ResourceExhaustedError(None, None, 'variables.data; No space left on device')
 
 
-@pytest.mark.parametrize('where, failure, says', [
-    ('SaveV2', tensorflow_is_full, 'the disk is full: free some space, and the same command continues'),
-    ('replace', fail_with(errno.ENOSPC), 'the disk is full'),
-    ('replace', fail_with(errno.EROFS), 'the disk can only be read: choose another --workdir'),
-    ('replace', fail_with(errno.EDQUOT), 'your quota of disk space is used up'),
-    ('makedirs', fail_with(errno.EACCES), 'you may not write there'),
-    ('makedirs', fail_with(errno.ENOENT), 'its folder is not there any more: somebody has deleted or moved it'),
-    ('fsync', fail_with(errno.EIO), 'the disk does not answer as it should'),
-])
-def test_what_cannot_be_written_is_one_line_and_what_was_there_stays(tmp_path, monkeypatch, where, failure, says):
+@pytest.mark.parametrize(
+    'where, failure, says',
+    [
+        (
+            'SaveV2',
+            tensorflow_is_full,
+            'the disk is full: free some space, and the same command continues',
+        ),
+        ('replace', fail_with(errno.ENOSPC), 'the disk is full'),
+        ('replace', fail_with(errno.EROFS), 'the disk can only be read: choose another --workdir'),
+        ('replace', fail_with(errno.EDQUOT), 'your quota of disk space is used up'),
+        ('makedirs', fail_with(errno.EACCES), 'you may not write there'),
+        (
+            'makedirs',
+            fail_with(errno.ENOENT),
+            'its folder is not there any more: somebody has deleted or moved it',
+        ),
+        ('fsync', fail_with(errno.EIO), 'the disk does not answer as it should'),
+    ],
+)
+def test_what_cannot_be_written_is_one_line_and_what_was_there_stays(
+    tmp_path, monkeypatch, where, failure, says
+):
     checkpoints = saved(tmp_path, keep=1)
     with monkeypatch.context() as patch:
         patch.setattr(tf.raw_ops if where == 'SaveV2' else module.storage.os, where, failure)
@@ -216,7 +265,9 @@ def test_a_checkpoint_counts_only_after_what_must_come_before(tmp_path):
     checkpoints.save(50, {'step': 50})
     with pytest.raises(RunError, match='the folder is in use'):
         checkpoints.wait()
-    assert steps_in(str(tmp_path)) == [20, 30, 40][-len(steps_in(str(tmp_path))):] and restored(tmp_path) == (40, 40)
+    assert steps_in(str(tmp_path)) == [20, 30, 40][-len(steps_in(str(tmp_path))) :] and restored(
+        tmp_path
+    ) == (40, 40)
 
 
 def test_what_is_learned_about_a_checkpoint_later_is_added_to_it(tmp_path):
@@ -233,13 +284,25 @@ def test_what_is_learned_about_a_checkpoint_later_is_added_to_it(tmp_path):
 
 def test_paths_that_name_a_checkpoint(tmp_path):
     saved(tmp_path / 'none' / 'checkpoints', best=(None,) * 4)
-    with pytest.raises(RunError, match='checkpoints/best is not there: the run has not been evaluated yet'):
+    with pytest.raises(
+        RunError, match='checkpoints/best is not there: the run has not been evaluated yet'
+    ):
         find(str(tmp_path / 'none' / 'checkpoints' / 'best'))
     saved(tmp_path / 'checkpoints', best=(10, 20, 20, 30))
-    for name, step in (('', 40), ('checkpoints', 40), ('checkpoints/best', 30), ('checkpoints/step-30', 30), ('checkpoints/step-30/', 30)):
-        assert find(os.path.join(str(tmp_path), name)) == str(tmp_path / 'checkpoints' / f'step-{step}' / 'variables'), name
+    for name, step in (
+        ('', 40),
+        ('checkpoints', 40),
+        ('checkpoints/best', 30),
+        ('checkpoints/step-30', 30),
+        ('checkpoints/step-30/', 30),
+    ):
+        assert find(os.path.join(str(tmp_path), name)) == str(
+            tmp_path / 'checkpoints' / f'step-{step}' / 'variables'
+        ), name
     assert find(str(tmp_path / 'nothing')) is None
-    assert tf.train.load_checkpoint(find(str(tmp_path))).get_tensor('model/0000') == 40  # anybody can read it
+    assert (
+        tf.train.load_checkpoint(find(str(tmp_path))).get_tensor('model/0000') == 40
+    )  # anybody can read it
     assert verify(str(tmp_path / 'checkpoints' / 'step-40'))['step'] == 40
 
 

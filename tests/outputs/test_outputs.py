@@ -1,4 +1,5 @@
 """What is written down: rows without doubles, pictures that can be opened, and runs side by side."""
+
 import json
 import os
 
@@ -16,8 +17,15 @@ from outputs.metrics_logger import Logbook, read_metrics, rewrite_board
 
 def write_run(folder, rows, dataset=None, **schedule):
     os.makedirs(folder)
-    write_json(os.path.join(folder, 'config.json'), {'model': {'name': 'tiny'}, 'batch_size': 64, 'schedule': {'name': 'cosine', 'peak_lr': 0.1, 'warmup': '5%', **schedule},
-                                                     'dataset': dataset or {}})
+    write_json(
+        os.path.join(folder, 'config.json'),
+        {
+            'model': {'name': 'tiny'},
+            'batch_size': 64,
+            'schedule': {'name': 'cosine', 'peak_lr': 0.1, 'warmup': '5%', **schedule},
+            'dataset': dataset or {},
+        },
+    )
     with open(os.path.join(folder, 'metrics.jsonl'), 'w') as file:
         file.writelines(json.dumps(row) + '\n' for row in rows)
 
@@ -36,7 +44,9 @@ def test_no_step_appears_twice_also_after_a_restart(tmp_path):
     assert [row['step'] for row in read_metrics(folder)] == [10, 20]
     logbook.write(30, {'train/loss': 0.25})
     logbook.close()
-    assert [row['step'] for row in read_metrics(folder)] == [10, 20, 30] and read_metrics(folder)[-1]['train/loss'] == 0.25
+    assert [row['step'] for row in read_metrics(folder)] == [10, 20, 30] and read_metrics(folder)[
+        -1
+    ]['train/loss'] == 0.25
 
 
 def test_an_accuracy_is_printed_in_percent(tmp_path, capsys):
@@ -47,8 +57,13 @@ def test_an_accuracy_is_printed_in_percent(tmp_path, capsys):
 
 
 def test_pictures_can_be_opened(tmp_path):
-    rows = [{'step': step, 'train/loss': 1 / step, 'train/learning_rate': 0.1, 'eval/accuracy': 0.5} for step in range(1, 50)]
-    plots.plot_learning_rate(str(tmp_path / 'a' / 'rate.png'), range(50), np.linspace(0, 1, 50), rows, 5, 10)
+    rows = [
+        {'step': step, 'train/loss': 1 / step, 'train/learning_rate': 0.1, 'eval/accuracy': 0.5}
+        for step in range(1, 50)
+    ]
+    plots.plot_learning_rate(
+        str(tmp_path / 'a' / 'rate.png'), range(50), np.linspace(0, 1, 50), rows, 5, 10
+    )
     plots.plot_curves(str(tmp_path / 'curves.png'), {'one': rows, 'two': rows[:10]})
     plots.plot_curves(str(tmp_path / 'empty.png'), {'none': []})
     for name in ('a/rate.png', 'curves.png', 'empty.png'):
@@ -57,25 +72,65 @@ def test_pictures_can_be_opened(tmp_path):
 
 
 def test_runs_with_and_without_warmup_stand_side_by_side(tmp_path, capsys):
-    rows = [{'step': 50, 'eval/accuracy': 0.91, 'eval/loss': 0.3}, {'step': 100, 'eval/accuracy': 0.9, 'eval/loss': 0.25, 'train/examples_per_second': 1234.0}]
+    rows = [
+        {'step': 50, 'eval/accuracy': 0.91, 'eval/loss': 0.3},
+        {'step': 100, 'eval/accuracy': 0.9, 'eval/loss': 0.25, 'train/examples_per_second': 1234.0},
+    ]
     write_run(tmp_path / 'with', rows)
     write_run(tmp_path / 'without', rows[:1], warmup='0%')
-    assert compare.main([str(tmp_path / 'with'), str(tmp_path / 'without'), f'--output={tmp_path}/both.png']) == 0
+    assert (
+        compare.main(
+            [str(tmp_path / 'with'), str(tmp_path / 'without'), f'--output={tmp_path}/both.png']
+        )
+        == 0
+    )
     lines = capsys.readouterr().out.splitlines()
-    assert [cell.strip() for cell in lines[2].split('|')][1:-1] == ['with', 'tiny', 'cosine', '0.1', '5%', '64', '100', '90.00%', '91.00%', '0.2500', '1,234']
-    assert [cell.strip() for cell in lines[3].split('|')][1:-1] == ['without', 'tiny', 'cosine', '0.1', '0%', '64', '50', '91.00%', '91.00%', '0.3000', '-']
+    assert [cell.strip() for cell in lines[2].split('|')][1:-1] == [
+        'with',
+        'tiny',
+        'cosine',
+        '0.1',
+        '5%',
+        '64',
+        '100',
+        '90.00%',
+        '91.00%',
+        '0.2500',
+        '1,234',
+    ]
+    assert [cell.strip() for cell in lines[3].split('|')][1:-1] == [
+        'without',
+        'tiny',
+        'cosine',
+        '0.1',
+        '0%',
+        '64',
+        '50',
+        '91.00%',
+        '91.00%',
+        '0.3000',
+        '-',
+    ]
     assert os.path.getsize(tmp_path / 'both.png') > 10_000
 
 
 def test_only_what_was_evaluated_alike_is_compared(tmp_path, capsys):
-    rows = [{'step': 50, 'eval/accuracy': 0.95, 'eval/loss': 0.1}, {'step': 100, 'eval/accuracy': 0.6, 'eval/loss': 0.9}]
+    rows = [
+        {'step': 50, 'eval/accuracy': 0.95, 'eval/loss': 0.1},
+        {'step': 100, 'eval/accuracy': 0.6, 'eval/loss': 0.9},
+    ]
     write_run(tmp_path / 'one', rows)
     write_run(tmp_path / 'two', rows)
     (tmp_path / 'two' / 'environment.json').write_text(json.dumps({'evaluation_from': 51}))
     config = json.loads((tmp_path / 'two' / 'config.json').read_text())
     config['dataset'] = {'eval_split': 'validation'}
     (tmp_path / 'two' / 'config.json').write_text(json.dumps(config))
-    assert compare.main([str(tmp_path / 'one'), str(tmp_path / 'two'), f'--output={tmp_path}/both.png']) == 0
+    assert (
+        compare.main(
+            [str(tmp_path / 'one'), str(tmp_path / 'two'), f'--output={tmp_path}/both.png']
+        )
+        == 0
+    )
     lines = capsys.readouterr().out.splitlines()
     best = [[cell.strip() for cell in line.split('|')][9] for line in lines[2:4]]
     assert best == ['95.00%', '60.00%']
@@ -85,17 +140,24 @@ def test_only_what_was_evaluated_alike_is_compared(tmp_path, capsys):
     ]
     (tmp_path / 'two' / 'environment.json').write_text('{"evaluation_from": 101}')
     assert compare.main([str(tmp_path / 'two'), f'--output={tmp_path}/both.png']) == 0
-    assert [cell.strip() for cell in capsys.readouterr().out.splitlines()[2].split('|')][8:11] == ['-', '-', '-']
+    assert [cell.strip() for cell in capsys.readouterr().out.splitlines()[2].split('|')][8:11] == [
+        '-',
+        '-',
+        '-',
+    ]
 
 
-@pytest.mark.parametrize('name, changed, is_said', [
-    ('digits', {'data_dir': '/elsewhere'}, False),
-    ('digits', {'split_seed': 1}, False),
-    ('folder', {'data_dir': '/elsewhere'}, True),
-    ('folder', {'split_seed': 1}, True),
-    ('folder', {'train_split': 'more'}, False),
-    ('folder', {'white_level': 4095}, True),
-])
+@pytest.mark.parametrize(
+    'name, changed, is_said',
+    [
+        ('digits', {'data_dir': '/elsewhere'}, False),
+        ('digits', {'split_seed': 1}, False),
+        ('folder', {'data_dir': '/elsewhere'}, True),
+        ('folder', {'split_seed': 1}, True),
+        ('folder', {'train_split': 'more'}, False),
+        ('folder', {'white_level': 4095}, True),
+    ],
+)
 def test_keys_that_say_what_is_evaluated_are_named(tmp_path, capsys, name, changed, is_said):
     rows = [{'step': 50, 'eval/accuracy': 0.95, 'eval/loss': 0.1, 'eval/examples': 100}]
     write_run(tmp_path / 'one', rows, dataset={'name': name})  # of before the key was there
@@ -115,9 +177,18 @@ def test_another_number_of_evaluation_examples_is_named(tmp_path, capsys):
     assert said in capsys.readouterr().out.splitlines()
 
 
-@pytest.mark.parametrize('best, shown', [({'best/accuracy': 0.75}, '75.00%'), ({'best/accuracy': None}, '-'), ({'best/loss': 0.1}, '95.00%')])
+@pytest.mark.parametrize(
+    'best, shown',
+    [
+        ({'best/accuracy': 0.75}, '75.00%'),
+        ({'best/accuracy': None}, '-'),
+        ({'best/loss': 0.1}, '95.00%'),
+    ],
+)
 def test_the_best_of_a_finished_run_is_that_of_its_report(tmp_path, capsys, best, shown):
-    write_run(tmp_path / 'one', [{'step': 50, 'eval/accuracy': 0.95}, {'step': 60, 'eval/accuracy': 0.7}])
+    write_run(
+        tmp_path / 'one', [{'step': 50, 'eval/accuracy': 0.95}, {'step': 60, 'eval/accuracy': 0.7}]
+    )
     write_json(str(tmp_path / 'one' / 'summary.json'), best)
     assert compare.main([str(tmp_path / 'one'), f'--output={tmp_path}/both.png']) == 0
     assert capsys.readouterr().out.splitlines()[2].split('|')[9].strip() == shown
@@ -211,7 +282,12 @@ def test_rows_that_are_not_numbers_are_json_and_can_be_read(tmp_path, capsys):
     assert np.isnan(read_metrics(str(tmp_path / 'run'))[1]['eval/loss'])
     assert compare.main([str(tmp_path / 'run'), f'--output={tmp_path}/curves.png']) == 0
     line = capsys.readouterr().out.splitlines()[-2]
-    assert [cell.strip() for cell in line.split('|')][-5:-1] == ['not finite', '90.00%', 'not finite', '7']
+    assert [cell.strip() for cell in line.split('|')][-5:-1] == [
+        'not finite',
+        '90.00%',
+        'not finite',
+        '7',
+    ]
 
 
 def test_rows_are_written_for_tensorboard_as_it_writes_them_itself(tmp_path):

@@ -1,4 +1,5 @@
 """Two runs never train in one folder, and a run that was killed keeps nobody out."""
+
 import contextlib
 import errno
 import fcntl
@@ -63,8 +64,13 @@ while turns < 40:
 @contextlib.contextmanager
 def holder_of(folder, *options):
     """Another process that trains in the folder until its standard input ends; with 'fork' it has a child that outlives it."""
-    with subprocess.Popen([sys.executable, '-c', HOLDS, str(folder), *options], cwd=ROOT, text=True,
-                          stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        [sys.executable, '-c', HOLDS, str(folder), *options],
+        cwd=ROOT,
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as process:
         try:
             word, child = process.stdout.readline().split()
             assert word == 'held'
@@ -75,7 +81,13 @@ def holder_of(folder, *options):
 
 
 def tried_by_another_process(folder):
-    return subprocess.run([sys.executable, '-c', TRIES, str(folder)], cwd=ROOT, text=True, capture_output=True, check=True).stdout.strip()
+    return subprocess.run(
+        [sys.executable, '-c', TRIES, str(folder)],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        check=True,
+    ).stdout.strip()
 
 
 def refusal(folder):
@@ -86,6 +98,7 @@ def refusal(folder):
 
 
 # A folder on a disk.
+
 
 def test_a_second_run_in_the_folder_is_refused_with_who_is_there_and_what_to_do(tmp_path):
     with holder_of(tmp_path / 'run') as process:
@@ -139,25 +152,33 @@ def test_a_lock_that_cannot_be_removed_at_the_end_does_not_spoil_the_run(tmp_pat
     assert tried_by_another_process(tmp_path) == 'held'
 
 
-def test_runs_of_one_process_are_kept_apart_too_by_whatever_name_they_call_the_folder(tmp_path, monkeypatch):
+def test_runs_of_one_process_are_kept_apart_too_by_whatever_name_they_call_the_folder(
+    tmp_path, monkeypatch
+):
     os.symlink(tmp_path, tmp_path / 'other-name')
     monkeypatch.chdir(tmp_path.parent)
     with workdir_lock.hold(tmp_path), workdir_lock.hold(tmp_path / 'another-run'):
         for name in (tmp_path, tmp_path / 'other-name', tmp_path.name):
             assert 'this very process trains there already' in refusal(name)
-        assert f'process {os.getpid()} on' in tried_by_another_process(tmp_path)  # to be asked has not unlocked it
+        assert f'process {os.getpid()} on' in tried_by_another_process(
+            tmp_path
+        )  # to be asked has not unlocked it
     with workdir_lock.hold(tmp_path / 'other-name'):
         pass
 
 
 def test_of_many_processes_one_is_in_the_folder_at_a_time(tmp_path):
     command = [sys.executable, '-c', TAKES_TURNS, str(tmp_path / 'run'), str(tmp_path / 'inside')]
-    processes = [subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    processes = [
+        subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) for _ in range(3)
+    ]
     assert [process.communicate()[1] for process in processes] == [''] * 3
     assert [process.returncode for process in processes] == [0] * 3
 
 
-def test_a_lock_that_its_holder_removes_in_the_moment_it_is_opened_is_not_taken_for_one(tmp_path, monkeypatch):
+def test_a_lock_that_its_holder_removes_in_the_moment_it_is_opened_is_not_taken_for_one(
+    tmp_path, monkeypatch
+):
     lockf, removed = fcntl.lockf, []
 
     def removed_before(file, how):
@@ -187,7 +208,9 @@ def test_a_child_process_that_leaves_the_block_does_not_free_the_folder(tmp_path
 
 def test_the_folder_stays_locked_though_something_else_in_the_process_reads_the_lock(tmp_path):
     with workdir_lock.hold(tmp_path) as held:
-        shutil.copytree(tmp_path, tmp_path.with_name('copy'))  # the kernel lets go of a lock when its process closes the file
+        shutil.copytree(
+            tmp_path, tmp_path.with_name('copy')
+        )  # the kernel lets go of a lock when its process closes the file
         held.require()
         assert 'is in use' in tried_by_another_process(tmp_path)
 
@@ -195,7 +218,12 @@ def test_the_folder_stays_locked_though_something_else_in_the_process_reads_the_
 @pytest.mark.parametrize('what', ['deleted', 'moved', 'replaced', 'its lock removed'])
 def test_a_run_whose_folder_has_vanished_is_told_before_it_writes(tmp_path, what):
     folder = tmp_path / 'run'
-    with pytest.raises(RunError, match='has vanished: the folder of this run was deleted, moved or replaced'), workdir_lock.hold(folder) as held:
+    with (
+        pytest.raises(
+            RunError, match='has vanished: the folder of this run was deleted, moved or replaced'
+        ),
+        workdir_lock.hold(folder) as held,
+    ):
         held.require()
         if what == 'its lock removed':
             os.remove(folder / '.lock')
@@ -210,9 +238,13 @@ def test_a_run_whose_folder_has_vanished_is_told_before_it_writes(tmp_path, what
         pass
 
 
-@pytest.mark.parametrize('number', [errno.EROFS, errno.EACCES, errno.ENOSPC, errno.EDQUOT, errno.EIO])
+@pytest.mark.parametrize(
+    'number', [errno.EROFS, errno.EACCES, errno.ENOSPC, errno.EDQUOT, errno.EIO]
+)
 @pytest.mark.parametrize('function', ['makedirs', 'open', 'write'])
-def test_a_folder_that_cannot_be_written_to_is_said_in_one_line_with_a_way_out(tmp_path, monkeypatch, number, function):
+def test_a_folder_that_cannot_be_written_to_is_said_in_one_line_with_a_way_out(
+    tmp_path, monkeypatch, number, function
+):
     def fails(*_, **__):
         raise OSError(number, os.strerror(number))
 
@@ -227,10 +259,13 @@ def test_a_folder_that_cannot_be_written_to_is_said_in_one_line_with_a_way_out(t
 def test_a_file_in_the_place_of_the_folder_is_said_in_one_line(tmp_path):
     (tmp_path / 'file').write_text('')
     for folder in (tmp_path / 'file', tmp_path / 'file' / 'run'):
-        assert re.search('a file has the name of this folder|a part of this path is a file', refusal(folder))
+        assert re.search(
+            'a file has the name of this folder|a part of this path is a file', refusal(folder)
+        )
 
 
 # A folder in a bucket, or on a disk without locks.
+
 
 @pytest.fixture
 def quick(monkeypatch):
@@ -248,7 +283,15 @@ def bucket(tmp_path, quick):
 
 def leave_behind(bucket, **changes):
     """The lease of a run that was killed on another machine; returns its path."""
-    holder = {'host': 'far-away', 'machine': 'another', 'pid': 4711, 'started': '2020-02-02T02:02:02+00:00', 'token': 'x', 'count': 5, **changes}
+    holder = {
+        'host': 'far-away',
+        'machine': 'another',
+        'pid': 4711,
+        'started': '2020-02-02T02:02:02+00:00',
+        'token': 'x',
+        'count': 5,
+        **changes,
+    }
     tf.io.gfile.makedirs(bucket)
     path = os.path.join(bucket, '.lock')
     with tf.io.gfile.GFile(path, 'w') as file:
@@ -267,10 +310,15 @@ def dead_pid():
     return process.pid
 
 
-def test_a_second_run_in_a_bucket_is_refused_as_soon_as_the_first_gives_a_sign_of_life(bucket, capsys):
+def test_a_second_run_in_a_bucket_is_refused_as_soon_as_the_first_gives_a_sign_of_life(
+    bucket, capsys
+):
     with workdir_lock.hold(bucket) as held:
         message = refusal(bucket)
-        assert f'process {os.getpid()} on {socket.gethostname()} (since ' in message and '--workdir' in message
+        assert (
+            f'process {os.getpid()} on {socket.gethostname()} (since ' in message
+            and '--workdir' in message
+        )
         assert 'waiting   up to 1 s' in capsys.readouterr().out
         held.require()
     assert not tf.io.gfile.exists(os.path.join(bucket, '.lock'))
@@ -278,7 +326,9 @@ def test_a_second_run_in_a_bucket_is_refused_as_soon_as_the_first_gives_a_sign_o
         held.require()
 
 
-def test_what_a_run_killed_elsewhere_left_in_a_bucket_is_taken_over_after_a_silence(bucket, capsys, monkeypatch):
+def test_what_a_run_killed_elsewhere_left_in_a_bucket_is_taken_over_after_a_silence(
+    bucket, capsys, monkeypatch
+):
     monkeypatch.setattr(bucket_lease, 'SILENCE', 0.3)
     leave_behind(bucket, started='2999-01-01T00:00:00+00:00')  # clocks are not asked
     start = time.monotonic()
@@ -287,20 +337,29 @@ def test_what_a_run_killed_elsewhere_left_in_a_bucket_is_taken_over_after_a_sile
         held.require()
         assert lease_in(bucket)['pid'] == os.getpid()
     out = capsys.readouterr().out
-    assert 'up to 0.3 s to see whether process 4711 on far-away (since 2999' in out and 'is taken over' in out
+    assert (
+        'up to 0.3 s to see whether process 4711 on far-away (since 2999' in out
+        and 'is taken over' in out
+    )
 
 
-def test_what_a_run_killed_on_this_machine_left_in_a_bucket_is_taken_over_at_once(bucket, capsys, monkeypatch):
+def test_what_a_run_killed_on_this_machine_left_in_a_bucket_is_taken_over_at_once(
+    bucket, capsys, monkeypatch
+):
     monkeypatch.setattr(bucket_lease, 'SILENCE', 60.0)
     monkeypatch.setattr(lock_holder, '_machine', lambda: 'this start of this container')
-    leave_behind(bucket, host=socket.gethostname(), machine='this start of this container', pid=dead_pid())
+    leave_behind(
+        bucket, host=socket.gethostname(), machine='this start of this container', pid=dead_pid()
+    )
     with workdir_lock.hold(bucket) as held:
         held.require()
     assert 'waiting' not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('machine', ['another container with the same host name', ''])
-def test_a_process_number_of_another_container_says_nothing_about_who_is_dead(bucket, capsys, monkeypatch, machine):
+def test_a_process_number_of_another_container_says_nothing_about_who_is_dead(
+    bucket, capsys, monkeypatch, machine
+):
     monkeypatch.setattr(bucket_lease, 'SILENCE', 0.1)
     monkeypatch.setattr(lock_holder, '_machine', lambda: machine and 'this container')
     leave_behind(bucket, host=socket.gethostname(), machine=machine, pid=dead_pid())
@@ -328,7 +387,9 @@ def test_a_damaged_lease_keeps_nobody_out(bucket, monkeypatch, left):
         held.require()
 
 
-def test_of_two_runs_that_take_a_bucket_at_the_same_moment_the_last_to_write_gets_it(bucket, monkeypatch):
+def test_of_two_runs_that_take_a_bucket_at_the_same_moment_the_last_to_write_gets_it(
+    bucket, monkeypatch
+):
     write = bucket_lease.Lease._write
 
     def and_another_one_writes(lease):
@@ -341,7 +402,10 @@ def test_of_two_runs_that_take_a_bucket_at_the_same_moment_the_last_to_write_get
 
 
 def test_a_run_that_seemed_dead_writes_no_more_and_leaves_the_lease_of_the_next_one_alone(bucket):
-    with pytest.raises(RunError, match='was taken over by process 4711 on far-away'), workdir_lock.hold(bucket) as held:
+    with (
+        pytest.raises(RunError, match='was taken over by process 4711 on far-away'),
+        workdir_lock.hold(bucket) as held,
+    ):
         leave_behind(bucket)
         held._beats.join(2)
         assert not held._beats.is_alive()
@@ -413,11 +477,16 @@ def test_a_lease_works_in_tensorflows_memory_file_system_which_appends(quick):
 
 
 def test_a_file_system_that_tensorflow_cannot_reach_is_said_in_one_line():
-    assert "zz://bucket/run/.lock cannot be written (File system scheme 'zz' not implemented" in refusal('zz://bucket/run')
+    assert (
+        "zz://bucket/run/.lock cannot be written (File system scheme 'zz' not implemented"
+        in refusal('zz://bucket/run')
+    )
 
 
 @pytest.mark.parametrize('number', [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
-def test_on_a_disk_without_locks_a_lease_keeps_the_second_run_out(tmp_path, quick, monkeypatch, number):
+def test_on_a_disk_without_locks_a_lease_keeps_the_second_run_out(
+    tmp_path, quick, monkeypatch, number
+):
     def no_locks(*_):
         raise OSError(number, os.strerror(number))
 
