@@ -8,10 +8,10 @@ import sys
 from typing import NamedTuple
 
 from common import storage
+from common.console import discard_output
 from common.errors import RunError, UserError, one_line
 from common.storage import flatten, read_json
 from configs import default
-from outputs.console import end_unread
 from outputs.metrics_logger import read_metrics
 from outputs.train_progress import changes_evaluation
 
@@ -45,7 +45,7 @@ def main(arguments):
         plot_curves(options.output, {name: run.rows for name, run in runs.items()})
         print(f'curves in {options.output}')
     except BrokenPipeError:
-        return end_unread()
+        return discard_output()
     except UserError as error:
         print(f'error: {error}', file=sys.stderr)
         return error.exit_status

@@ -27,9 +27,9 @@ os.environ['KERAS_BACKEND'] = (
 )
 
 from common import tpu_environment  # noqa: E402
+from common.console import discard_output, import_tensorflow_quietly, tolerate_any_terminal  # noqa: E402
 from common.errors import ConfigError, UserError, did_you_mean, one_line  # noqa: E402
 from configs import default  # noqa: E402
-from outputs.console import end_unread, import_tensorflow_quietly, print_what_can_be_printed  # noqa: E402
 
 FLAGS = flags.FLAGS
 # Not locked: further keys of config.schedule and config.optimizer are arguments. config_schema.check_config finds unknown keys.
@@ -87,7 +87,7 @@ def main(arguments):
             prepare(config)
         return MODES[FLAGS.mode](config, workdir) or 0
     except BrokenPipeError:  # who read the output has gone
-        return end_unread()
+        return discard_output()
     except KeyboardInterrupt as interrupted:
         if FLAGS.is_parsed() and FLAGS.mode in ('check', 'preflight'):
             print('stopped: nothing was changed', file=sys.stderr)
@@ -303,5 +303,5 @@ def known_configs():
 
 
 if __name__ == '__main__':
-    print_what_can_be_printed()
+    tolerate_any_terminal()
     sys.exit(main(sys.argv))

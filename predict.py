@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from common import storage, tpu_environment
+from common.console import discard_output, import_tensorflow_quietly, tolerate_any_terminal
 from common.errors import RunError, UserError, one_line
-from outputs.console import end_unread, import_tensorflow_quietly, print_what_can_be_printed
 
 EXAMPLES = 3  # of the evaluation split
 CLASSES = 5  # the most likely of them are shown
@@ -74,7 +74,7 @@ def main(arguments):
                 len(images) - num_failed,
             )
     except BrokenPipeError:
-        return end_unread()
+        return discard_output()
     except (UserError, OSError) as error:
         print(f'error: {error}', file=sys.stderr)
         return getattr(error, 'exit_status', 1)
@@ -267,5 +267,5 @@ def end_of(title: str) -> str:
 
 
 if __name__ == '__main__':
-    print_what_can_be_printed()
+    tolerate_any_terminal()
     sys.exit(main(sys.argv[1:]))
