@@ -1,9 +1,11 @@
-"""The augmentation of inputs/augment.py beside Keras' own layers: milliseconds for a batch of pictures.
+"""The augmentation of inputs/augment.py beside Keras' own layers: milliseconds for a batch of
+pictures.
 
     python benchmarks/augmentation.py [--rounds=7] [--output=benchmarks/results/augmentation.json]
 
-RandAugment runs where each would run, on the host inside of tf.data, over pictures or over batches; the rest in a compiled
-function, as in the training step. Both take turns, and the ratio is the median of the rounds'.
+RandAugment runs where each would run, on the host inside of tf.data, over pictures or over batches;
+the rest in a compiled function, as in the training step. Both take turns, and the ratio is the
+median of the rounds'.
 """
 
 import argparse
@@ -52,7 +54,8 @@ def main():
             ),
         }
         print(
-            f'{name:15} ours {report[name]["ours_ms"]:8.1f} ms   Keras {report[name]["keras_ms"]:8.1f} ms   '
+            f'{name:15} ours {report[name]["ours_ms"]:8.1f} ms   Keras '
+            f'{report[name]["keras_ms"]:8.1f} ms   '
             f'Keras / ours {report[name]["keras_divided_by_ours"]:.2f}',
             flush=True,
         )
@@ -77,7 +80,9 @@ def seconds(call):
 
 
 def rand_augment(images):
-    """Two operations of magnitude 10 on each picture, as a pass over a tf.data set of four batches."""
+    """Two operations of magnitude 10 on each picture, as a pass over a tf.data set of four
+    batches.
+    """
     policy = default.get_config().augment.policy
     policy.name = 'rand_augment'
     layer = keras.layers.RandAugment(value_range=RANGE, num_ops=2, factor=0.5, seed=0)

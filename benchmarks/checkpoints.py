@@ -1,9 +1,12 @@
-"""What checkpoints cost: training with one every 50 steps beside training with none, and what a checkpoint that training waits for would cost.
+"""What checkpoints cost: training with one every 50 steps beside training with none, and what a
+checkpoint that training waits for would cost.
 
-    python benchmarks/checkpoints.py [--config=digits] [--rounds=5] [--output=benchmarks/results/checkpoints.json]
+    python benchmarks/checkpoints.py [--config=digits] [--rounds=5]
+    [--output=benchmarks/results/checkpoints.json]
 
-One process trains pieces of 50 steps, with and without a checkpoint at their end in turn, so that both see the same machine. The time of a
-piece with one includes what its background thread takes away, since a piece is timed until the next one begins and at the end is waited for.
+One process trains pieces of 50 steps, with and without a checkpoint at their end in turn, so that
+both see the same machine. The time of a piece with one includes what its background thread takes
+away, since a piece is timed until the next one begins and at the end is waited for.
 """
 
 import argparse
@@ -80,14 +83,16 @@ def main():
         'seconds': medians,
         'slower': {
             way: statistics.median(
-                value / base - 1 for value, base in zip(seconds[way], seconds['without'])
+                value / base - 1
+                for value, base in zip(seconds[way], seconds['without'], strict=True)
             )
             for way in WAYS[1:]
         },
     }
     for way, share in result['slower'].items():
         print(
-            f'{way:20} {share:+.2%} of {medians["without"]:.3g} s for {STEPS} steps; a checkpoint is {size / 1e6:.3g} MB'
+            f'{way:20} {share:+.2%} of {medians["without"]:.3g} s for {STEPS} steps; a '
+            f'checkpoint is {size / 1e6:.3g} MB'
         )
     if arguments.output:
         with open(arguments.output, 'w') as file:

@@ -1,10 +1,12 @@
-"""Damages the checkpoints of a run at random and takes them up: never wrong weights, and never an older checkpoint without a word.
+"""Damages the checkpoints of a run at random and takes them up: never wrong weights, and never an
+older checkpoint without a word.
 
     python benchmarks/damage.py [--damages 200] [--seed N] [--output=benchmarks/results/damage.json]
 
-Each damage is done to a fresh copy of a run of the tiny model with four checkpoints, the last three and the best. What is restored has
-to be, to the bit, what was in a checkpoint of that very step; it has to be the newest that is whole; what was passed over has to be
-named, unless it or its manifest is gone; and where none is whole, one line has to say so. Then the run has to be able to go on.
+Each damage is done to a fresh copy of a run of the tiny model with four checkpoints, the last three
+and the best. What is restored has to be, to the bit, what was in a checkpoint of that very step; it
+has to be the newest that is whole; what was passed over has to be named, unless it or its manifest
+is gone; and where none is whole, one line has to say so. Then the run has to be able to go on.
 """
 
 import argparse
@@ -59,12 +61,15 @@ def main():
             )
     if result['failures']:
         sys.exit(
-            f'error: {len(result["failures"])} of {options.damages} damages went wrong, the first: {result["failures"][0]}'
+            f'error: {len(result["failures"])} of {options.damages} damages went wrong, the '
+            f'first: {result["failures"][0]}'
         )
 
 
 def damage_all(pristine, variables, damages, seed):
-    """{'outcomes': {'kind: outcome': how often}, 'failures': lines} of so many damages to copies of a folder of checkpoints."""
+    """{'outcomes': {'kind: outcome': how often}, 'failures': lines} of so many damages to copies of
+    a folder of checkpoints.
+    """
     truth = {
         step: digest(torture.tensors(folder))
         for step, folder in torture.checkpoints(os.path.dirname(pristine))[0].items()
@@ -117,6 +122,7 @@ def any_file(draw, folder):
         names = sorted(os.listdir(os.path.join(folder, f'step-{step}'))) if step is not None else ()
         if names:
             return os.path.join(folder, f'step-{step}', draw.choice(names))
+    return None
 
 
 def changed(change):
@@ -162,9 +168,10 @@ def other_digit(draw, content):
 
 def delete(draw, folder):
     path = any_file(draw, folder)
-    if path:
-        os.remove(path)
-        return os.path.relpath(path, folder)
+    if path is None:
+        return ''
+    os.remove(path)
+    return os.path.relpath(path, folder)
 
 
 def swap(draw, folder):
@@ -246,7 +253,9 @@ def is_whole(pristine, copy, step):
 
 
 def restore_and_judge(copy, which, variables, truth, pristine):
-    """Restores from a damaged folder, and goes on; returns what happened, in words. Raises AssertionError if that must not happen."""
+    """Restores from a damaged folder, and goes on; returns what happened, in words. Raises
+    AssertionError if that must not happen.
+    """
     whole = [step for step in truth if is_whole(pristine, copy, step)]
     best = {
         step: torture.read(pristine, f'step-{step}', 'manifest.json')['manifest']['best_step']
@@ -298,7 +307,9 @@ def restore_and_judge(copy, which, variables, truth, pristine):
 
 
 def go_on(checkpoints, copy, variables, step, best_step):
-    """What a run does next: it saves, for the first time what may be there already in a damaged form."""
+    """What a run does next: it saves, for the first time what may be there already in a damaged
+    form.
+    """
     with contextlib.redirect_stdout(io.StringIO()):
         for later in (step + 10, step + 20):
             for variable in sum(variables.values(), []):
@@ -328,7 +339,9 @@ def digest_of(variables):
 
 
 def variables_of(pristine):
-    """{'model': [...], 'optimizer': [...], ...}: variables of the shapes that the checkpoints in a folder hold."""
+    """{'model': [...], 'optimizer': [...], ...}: variables of the shapes that the checkpoints in a
+    folder hold.
+    """
     variables = collections.defaultdict(list)
     for name, array in torture.tensors(
         next(iter(torture.checkpoints(os.path.dirname(pristine))[0].values()))

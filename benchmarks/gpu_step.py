@@ -685,7 +685,7 @@ class Process:
     """A part while it runs. It answers each line of JSON on its standard input with one."""
 
     def __init__(self, part: Part):
-        self.log = tempfile.TemporaryFile('w+')
+        self.log = tempfile.TemporaryFile('w+')  # noqa: SIM115 - closed by `end`
         command = [part.python, os.path.abspath(__file__), 'part', part.kind]
         self.process = subprocess.Popen(
             command + [json.dumps(part.arguments)],
@@ -803,7 +803,7 @@ class Report:
         own: list[float],
     ) -> None:
         """Adds a measured stream; ratios are of images a second, those of `baseline` by its own."""
-        ratios = [other / ours for other, ours in zip(seconds, own)]
+        ratios = [other / ours for other, ours in zip(seconds, own, strict=True)]
         row = {
             'part': stream[0],
             'stream': stream[1],
@@ -1101,7 +1101,7 @@ def compare_updates(step: Step, compiler_options: dict | None) -> dict:
         losses.append(float(results[RESULTS.index('loss')]))
         norms.append(float(results[RESULTS.index('grad_norm')]))
     changes = {}
-    for path, before, after in zip(compiled.names, compiled.state, state):
+    for path, before, after in zip(compiled.names, compiled.state, state, strict=True):
         if path in reference['changes']:
             changes[path] = float(np.linalg.norm(np.asarray(after) - before))
     of_loss = max(map(relative, losses, reference['losses']))
@@ -1137,7 +1137,7 @@ def ours(folder: str, platform: str, name: str, profiled: bool, output: str, upd
     shape = description['batch_size'], description['size'], description['classes']
     batches = [random_batch(index, *shape) for index in range(BATCHES)]
     if updates > 1:
-        batches = [tuple(np.stack(arrays[:updates]) for arrays in zip(*batches))]
+        batches = [tuple(np.stack(arrays[:updates]) for arrays in zip(*batches, strict=True))]
     batches = itertools.cycle([jax.device_put(batch) for batch in batches])
     holder = {'state': state, 'results': None}
 
@@ -1341,7 +1341,7 @@ def capture(torch, step: Callable, batches: Iterator, wait: Callable) -> Stream:
         results = step(*fixed)
 
     def advance():
-        for place, tensor in zip(fixed, next(batches)):
+        for place, tensor in zip(fixed, next(batches), strict=True):
             place.copy_(tensor)
         graph.replay()
         return results

@@ -120,7 +120,7 @@ def measure(
     streams = {}
     for name, measured in speeds.items():
         counted = measured[1:]  # the first round warms up
-        ratios = [ours / other for ours, other in zip(speeds['ours'][1:], counted)]
+        ratios = [ours / other for ours, other in zip(speeds['ours'][1:], counted, strict=True)]
         speed, ratio = statistics.median(counted), statistics.median(ratios)
         streams[name] = {'pictures_per_second': round(speed), 'ours_divided_by_it': round(ratio, 3)}
         print(f'{name:21} {speed:6,.0f} pictures/s   ours / it {ratio:.2f}', flush=True)

@@ -1,9 +1,12 @@
-"""Host memory of an ImageNet-shaped stream: one epoch of made-up JPEG pictures from TFRecord files, as training reads it.
+"""Host memory of an ImageNet-shaped stream: one epoch of made-up JPEG pictures from TFRecord files,
+as training reads it.
 
-    python benchmarks/memory.py [--pictures=100000] [--memory_gib=1] [--output=benchmarks/results/memory.json]
+    python benchmarks/memory.py [--pictures=100000] [--memory_gib=1]
+    [--output=benchmarks/results/memory.json]
 
-The pictures are those of benchmarks/inputs.py, about 80 KB each, again and again: 8 GB on disk, in a temporary folder. The
-figure is the largest resident memory of the process while it reads, less what it had before its first batch.
+The pictures are those of benchmarks/inputs.py, about 80 KB each, again and again: 8 GB on disk, in
+a temporary folder. The figure is the largest resident memory of the process while it reads, less
+what it had before its first batch.
 """
 
 import argparse
@@ -100,7 +103,9 @@ def write_records(folder, pictures):
 
 
 def read_epoch(folder, memory_gib):
-    """Reads one epoch of training batches of 128 at 224 pixels, and watches the memory of this process."""
+    """Reads one epoch of training batches of 128 at 224 pixels, and watches the memory of this
+    process.
+    """
     import tensorflow as tf
 
     from configs import imagenet

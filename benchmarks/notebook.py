@@ -1,8 +1,10 @@
-"""The notebook from top to bottom, as it is shipped: seconds in all and of each cell, and the accuracy that it reaches.
+"""The notebook from top to bottom, as it is shipped: seconds in all and of each cell, and the
+accuracy that it reaches.
 
     python benchmarks/notebook.py [--output=benchmarks/results/notebook.json]
 
-Its data and run are made in a temporary folder. What the notebook installs has to be there, as after `make test`.
+Its data and run are made in a temporary folder. What the notebook installs has to be there, as
+after `make test`.
 """
 
 import argparse
@@ -17,7 +19,8 @@ import nbclient
 import nbformat
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-NOTEBOOK = os.path.join(ROOT, 'colab', 'train_tpu.ipynb')
+FOLDER = os.path.join(ROOT, 'colab')
+NOTEBOOK = os.path.join(FOLDER, 'train_tpu.ipynb')
 
 
 def main():
@@ -45,10 +48,12 @@ def main():
             json.dump(result, file, indent=1)
 
 
-def execute(settings, environment=None, path=os.path.dirname(NOTEBOOK)):
-    """The notebook with these settings in place of its own, executed in a kernel of its own from a folder `path`.
+def execute(settings, environment=None, path=FOLDER):
+    """The notebook with these settings in place of its own, executed in a kernel of its own from a
+    folder `path`.
 
-    Raises: nbclient.exceptions.CellExecutionError for a cell that fails; those below it were not run.
+    Raises: nbclient.exceptions.CellExecutionError for a cell that fails; those below it were not
+    run.
     """
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     cell = next(cell for cell in notebook.cells if 'parameters' in cell.metadata.get('tags', ()))

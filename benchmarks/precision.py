@@ -1,6 +1,8 @@
-"""How fast one device trains in float32 and in bfloat16: steps of one config, alternating, as a ratio.
+"""How fast one device trains in float32 and in bfloat16: steps of one config, alternating, as a
+ratio.
 
-    python benchmarks/precision.py [--config digits] [--cases 32x64 224x16] [--output=benchmarks/results/precision.json]
+    python benchmarks/precision.py [--config digits] [--cases 32x64 224x16]
+    [--output=benchmarks/results/precision.json]
 
 A case is image size x batch size.
 """

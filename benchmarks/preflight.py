@@ -1,8 +1,10 @@
 """What the TPU compiler estimates for the shipped configs, on four chips of v5e and of v6e.
 
-    python benchmarks/preflight.py [--configs imagenet digits] [--topologies v5e:2x2] [--output=benchmarks/results/preflight.json]
+    python benchmarks/preflight.py [--configs imagenet digits] [--topologies v5e:2x2]
+    [--output=benchmarks/results/preflight.json]
 
-A config takes 2 to 15 minutes for each topology; what was compiled before is not compiled again. configs/folder.py is of data that is not here.
+A config takes 2 to 15 minutes for each topology; what was compiled before is not compiled again.
+configs/folder.py is of data that is not here.
 """
 
 import argparse
@@ -32,7 +34,9 @@ CONFIGS = (
 
 
 def estimate(name, topology):
-    """The figures of a config's last training stage and of its evaluation, and the time of the whole run; or what it needs."""
+    """The figures of a config's last training stage and of its evaluation, and the time of the
+    whole run; or what it needs.
+    """
     config = importlib.import_module(f'configs.{name}').get_config()
     data = preflight.known_data(config)
     plan = planning.make_plan(
@@ -76,13 +80,16 @@ def main():
                 training = result['training']
                 rate = training['images_per_second_per_chip'][training['binds']]
                 print(
-                    f'{name:16} {text}: {training["batch_per_replica"]:,} of {training["image_size"]} px, {training["memory_gib"]:.3g} GiB, {rate:,.0f} pictures/s a chip, '
+                    f'{name:16} {text}: {training["batch_per_replica"]:,} of '
+                    f'{training["image_size"]} px, {training["memory_gib"]:.3g} GiB, '
+                    f'{rate:,.0f} pictures/s a chip, '
                     f'{training["binds"]} binds, {result["chip_hours"]:.3g} chip-hours',
                     flush=True,
                 )
             else:
                 print(
-                    f'{name:16} {text}: does not fit, {result["needed_gib"]:.3g} of {result["available_gib"]:.4g} GiB',
+                    f'{name:16} {text}: does not fit, {result["needed_gib"]:.3g} of '
+                    f'{result["available_gib"]:.4g} GiB',
                     flush=True,
                 )
             if arguments.output:

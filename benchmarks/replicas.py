@@ -1,12 +1,14 @@
-"""The first losses of one run on 1, 2 and 4 virtual CPU devices, with and without XLA: they should be the same.
+"""The first losses of one run on 1, 2 and 4 virtual CPU devices, with and without XLA: they should
+be the same.
 
     python benchmarks/replicas.py [--model=EfficientNetV2B0] [--precision=float64] [--steps=20]
         [--output=benchmarks/results/replicas.json]
 
-The run is configs/digits.py without augmentation, dropout and drop-path, with synchronized batch normalisation, at the
-config's global batch. Each case is a process of its own; the table shows the largest difference from the first case.
-A case is DEVICES JIT_COMPILE, as in --cases '1 false' '2 true'. A third word, `permuted`, is a control: one device
-without XLA again, but the rows of each batch in another order. It changes nothing except the rounding of sums.
+The run is configs/digits.py without augmentation, dropout and drop-path, with synchronized batch
+normalisation, at the config's global batch. Each case is a process of its own; the table shows the
+largest difference from the first case. A case is DEVICES JIT_COMPILE, as in --cases '1 false' '2
+true'. A third word, `permuted`, is a control: one device without XLA again, but the rows of each
+batch in another order. It changes nothing except the rounding of sums.
 """
 
 import argparse
@@ -41,7 +43,8 @@ def main():
     for case in options.cases:
         losses[case] = in_own_process(options, case)
         differences = [
-            abs(loss - first) for loss, first in zip(losses[case], losses[options.cases[0]])
+            abs(loss - first)
+            for loss, first in zip(losses[case], losses[options.cases[0]], strict=True)
         ]
         agreeing = next(
             (step for step, difference in enumerate(differences) if difference > 1e-4),
@@ -49,7 +52,8 @@ def main():
         )
         devices, jit_compile, *order = case.split()
         print(
-            f'{devices:>8} jit_compile={jit_compile:5} {" ".join(order):8}  loss {losses[case][0]:.6f} ... {losses[case][-1]:.6f}  '
+            f'{devices:>8} jit_compile={jit_compile:5} {" ".join(order):8}  loss '
+            f'{losses[case][0]:.6f} ... {losses[case][-1]:.6f}  '
             f'largest difference {max(differences):.1e}, within 1e-4 for {agreeing} steps',
             flush=True,
         )
@@ -63,7 +67,9 @@ def main():
 
 
 def kept_losses(options):
-    """What the output file holds of the same model and precision: cases can be run one at a time, as XLA takes long."""
+    """What the output file holds of the same model and precision: cases can be run one at a time,
+    as XLA takes long.
+    """
     if not options.output or not os.path.exists(options.output):
         return {}
     with open(options.output) as file:
@@ -131,7 +137,7 @@ def first_losses(model, precision, num_steps, devices, jit_compile, order=None):
         ]
         return [
             float(step(tf.gather(images, rows), tf.gather(labels, rows), {})['loss'])
-            for rows, (images, labels, _) in zip(orders, batches)
+            for rows, (images, labels, _) in zip(orders, batches, strict=True)
         ]
     train_loop, batches = loops.make_train_loop(session.strategy, train_step), iter(batches)
     return [float(train_loop(batches, tf.constant(1))['loss']) for _ in range(num_steps)]

@@ -1,11 +1,15 @@
-"""Ten updates of the tiny model: the same on 1, 2 and 4 virtual devices, on 2 workers, in micro-batches, with and without XLA.
+"""Ten updates of the tiny model: the same on 1, 2 and 4 virtual devices, on 2 workers, in
+micro-batches, with and without XLA.
 
-    python benchmarks/same_step.py [--optimizers adamw lion] [--features clip ema] [--output=benchmarks/results/same_step.json]
+    python benchmarks/same_step.py [--optimizers adamw lion] [--features clip ema]
+    [--output=benchmarks/results/same_step.json]
 
-For each optimizer and each of clip, accumulate, ema and bfloat16, and all of them at once, the table shows the largest difference of a loss and of a
-weight (averages and statistics of batch normalisation included) from those of one device without XLA. All but bfloat16 and Muon, which Keras has in float32 alone,
-are computed in float64, where what differs is the meaning and not the rounding. One micro-batch and four are compared on a model without batch normalisation,
-which sees a micro-batch at a time.
+For each optimizer and each of clip, accumulate, ema and bfloat16, and all of them at once, the
+table shows the largest difference of a loss and of a weight (averages and statistics of batch
+normalisation included) from those of one device without XLA. All but bfloat16 and Muon, which Keras
+has in float32 alone, are computed in float64, where what differs is the meaning and not the
+rounding. One micro-batch and four are compared on a model without batch normalisation, which sees a
+micro-batch at a time.
 """
 
 import argparse
@@ -44,7 +48,9 @@ TOLERANCE = {
 
 
 def config_for(optimizer, feature, accumulate_steps=None):
-    """Digits with the tiny model, no augmentation and no dropout, with one feature of the step, or all."""
+    """Digits with the tiny model, no augmentation and no dropout, with one feature of the step, or
+    all.
+    """
     config = digits.get_config()
     config.model.name, config.image_size, config.batch_size, config.model.dropout = (
         'tiny',
@@ -71,7 +77,9 @@ def config_for(optimizer, feature, accumulate_steps=None):
 
 
 def ten_updates(config, strategy, jit_compile, dtype_policy):
-    """(losses, float64 [10]; all variables of model and average as one array, float64) under `strategy`."""
+    """(losses, float64 [10]; all variables of model and average as one array, float64) under
+    `strategy`.
+    """
     keras.config.set_dtype_policy(dtype_policy)
     replicas = strategy.num_replicas_in_sync
     plan = planning.make_plan(config, 1437, 360, 10, replicas)
@@ -130,7 +138,9 @@ def policy_of(name, feature):
 
 
 def as_workers(cases):
-    """{case: (losses, weights)} of two worker processes on this machine, which must agree; a case is (optimizer, feature, jit_compile)."""
+    """{case: (losses, weights)} of two worker processes on this machine, which must agree; a case
+    is (optimizer, feature, jit_compile).
+    """
     servers = [socket.create_server(('localhost', 0)) for _ in range(2)]
     addresses = [f'localhost:{server.getsockname()[1]}' for server in servers]
     for server in servers:
@@ -177,7 +187,9 @@ def work(path, cases):
 
 
 def compare(names, features, places=PLACES, jit=(False, True)):
-    """{(optimizer, feature): {'losses', 'weights', 'micro_batches'}}: the largest differences from one device without XLA."""
+    """{(optimizer, feature): {'losses', 'weights', 'micro_batches'}}: the largest differences from
+    one device without XLA.
+    """
     cases = list(itertools.product(names, features, jit))
     by_workers = as_workers(cases) if 'workers' in places else {}
     report = {}
@@ -206,7 +218,9 @@ def compare(names, features, places=PLACES, jit=(False, True)):
 
 
 def without_batch(name, activation, **_):
-    """What stands in for batch normalisation where statistics must not depend on what else is in a batch."""
+    """What stands in for batch normalisation where statistics must not depend on what else is in a
+    batch.
+    """
     return keras.Sequential(
         [
             keras.layers.LayerNormalization(name='normalization'),
@@ -217,7 +231,9 @@ def without_batch(name, activation, **_):
 
 
 def micro_batches(name, feature):
-    """The largest difference of a weight between one micro-batch and four, without batch normalisation and without bfloat16."""
+    """The largest difference of a weight between one micro-batch and four, without batch
+    normalisation and without bfloat16.
+    """
     usual, models.BatchNormalization = models.BatchNormalization, without_batch
     try:
         (_, one), (_, four) = (
@@ -246,9 +262,10 @@ def main():
     )
     report = compare(options.optimizers, options.features)
     if options.output:
-        known = (
-            json.load(open(options.output))['differences'] if os.path.exists(options.output) else {}
-        )  # of other optimizers
+        known = {}  # of other optimizers
+        if os.path.exists(options.output):
+            with open(options.output) as file:
+                known = json.load(file)['differences']
         known |= {f'{name} {feature}': row for (name, feature), row in report.items()}
         with open(options.output, 'w') as file:
             json.dump(

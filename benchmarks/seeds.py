@@ -1,6 +1,7 @@
 """One config with several seeds, each as a whole run from the command line: accuracy and time.
 
-python benchmarks/seeds.py [--config=configs/digits.py] [--seeds 0 1 2] [--output=benchmarks/results/digits.json]
+python benchmarks/seeds.py [--config=configs/digits.py] [--seeds 0 1 2]
+[--output=benchmarks/results/digits.json]
 """
 
 import argparse
@@ -48,7 +49,8 @@ def main():
             {'seed': seed, 'wall_seconds': wall_seconds, **{key: summary[key] for key in KEPT}}
         )
         print(
-            f'seed {seed}: {summary["eval/accuracy"]:.2%} of {summary["eval/examples"]} in {wall_seconds} s',
+            f'seed {seed}: {summary["eval/accuracy"]:.2%} of {summary["eval/examples"]} in '
+            f'{wall_seconds} s',
             flush=True,
         )
     if options.output:

@@ -1,9 +1,13 @@
-"""Kills a run again and again, and compares what it leaves with what a run leaves that nobody stopped: nothing may differ but times.
+"""Kills a run again and again, and compares what it leaves with what a run leaves that nobody
+stopped: nothing may differ but times.
 
-    python benchmarks/torture.py [--kills 25] [--seed N] [--steps 600] [--output=benchmarks/results/torture.json] [precision=float16 ...]
+    python benchmarks/torture.py [--kills 25] [--seed N] [--steps 600]
+    [--output=benchmarks/results/torture.json] [precision=float16 ...]
 
-Both are the tiny model on digits, with dropout, augmentation and averages, on the processor; KEY=VALUE changes their config. The
-kill is SIGKILL, at random moments: while the run starts, takes up what was left, trains, evaluates, writes a checkpoint, and ends.
+Both are the tiny model on digits, with dropout, augmentation and averages, on the processor;
+KEY=VALUE changes their config. The
+kill is SIGKILL, at random moments: while the run starts, takes up what was left, trains, evaluates,
+writes a checkpoint, and ends.
 """
 
 import argparse
@@ -72,7 +76,8 @@ def main():
         except Difference as difference:
             sys.exit(f'error: {difference}')
     print(
-        f'{len(result["kills"])} kills: {result["fell"]}; weights {result["weights_sha256"][:16]}, all the same as without'
+        f'{len(result["kills"])} kills: {result["fell"]}; weights '
+        f'{result["weights_sha256"][:16]}, all the same as without'
     )
     if options.output:
         with open(options.output, 'w') as file:
@@ -80,7 +85,9 @@ def main():
 
 
 def torture(folder, kills, seed, steps, changes=()):
-    """What was seen of a run in `folder` that was killed so many times. Raises Difference if it is not the run without kills."""
+    """What was seen of a run in `folder` that was killed so many times. Raises Difference if it is
+    not the run without kills.
+    """
     began, draw = time.monotonic(), random.Random(seed)
     left_alone = start(
         os.path.join(folder, 'alone'), steps, changes
@@ -100,9 +107,8 @@ def torture(folder, kills, seed, steps, changes=()):
                 kill(start(workdir, steps, changes), workdir, aim, after, draw, steps, seen)
             )
             print(
-                '{0:3} aimed at {aim:10} fell into {fell:10} after {seconds:5.1f} s, checkpoint {checkpoint}, row {row}'.format(
-                    index + 1, **seen[-1]
-                ),
+                '{0:3} aimed at {aim:10} fell into {fell:10} after {seconds:5.1f} s, checkpoint '
+                '{checkpoint}, row {row}'.format(index + 1, **seen[-1]),
                 flush=True,
             )
         finish(start(workdir, steps, changes), workdir)
@@ -166,16 +172,19 @@ def finish(process, workdir, seconds=900):
         if process.wait(seconds):
             with open(f'{workdir}.txt') as file:
                 raise Difference(
-                    f'{os.path.basename(workdir)} ended with status {process.returncode}: {(file.read().splitlines() or [""])[-1]}'
+                    f'{os.path.basename(workdir)} ended with status {process.returncode}: '
+                    f'{(file.read().splitlines() or [""])[-1]}'
                 )
     finally:
         stop(process)
 
 
 def kill(process, workdir, aim, after, draw, steps, seen, seconds=300):
-    """Kills the run when it does what is aimed at, after step `after` where that has a meaning, and a random moment later.
+    """Kills the run when it does what is aimed at, after step `after` where that has a meaning, and
+    a random moment later.
 
-    Returns: {'aim', 'fell', 'seconds', 'checkpoint', 'row'}: what it was killed at, when, and the newest step in its files.
+    Returns: {'aim', 'fell', 'seconds', 'checkpoint', 'row'}: what it was killed at, when, and the
+    newest step in its files.
     """
     began, wall = time.monotonic(), time.time()
     try:
@@ -318,7 +327,9 @@ def bits(array):
 
 
 def compare(alone, killed):
-    """What differs between the folders of two runs, a list of lines: digest, summary, rows, checkpoints to the bit."""
+    """What differs between the folders of two runs, a list of lines: digest, summary, rows,
+    checkpoints to the bit.
+    """
 
     def differing(what, first, second):
         first, second = (
@@ -337,7 +348,7 @@ def compare(alone, killed):
     steps = [row['step'] for row in rows(killed)]
     differences += [
         f'metrics.jsonl: step {step} is there twice, or too late'
-        for step, following in zip(steps, steps[1:])
+        for step, following in zip(steps, steps[1:], strict=True)
         if following <= step
     ]
     by_step = ({str(row['step']): row for row in rows(workdir)} for workdir in (alone, killed))

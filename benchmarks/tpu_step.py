@@ -1,9 +1,12 @@
-"""Estimated cycles of the EfficientNetV2B0 training step on one v5e chip, ours beside Keras' own: 128 pictures of 224 pixels, one compiler.
+"""Estimated cycles of the EfficientNetV2B0 training step on one v5e chip, ours beside Keras' own:
+128 pictures of 224 pixels, one compiler.
 
     python benchmarks/tpu_step.py [CASE ...] [--output=benchmarks/results/tpu_step.json]
 
-Ours is the step of configs/imagenet.py, whole: flips, drop-path, L2, RMSProp, averaged weights. Keras' are a bare model with a bare optimizer. The cases
-that begin with 'without' undo one thing each, 'with' is what was tried and left out; the pieces are single operations, written in two ways. A step takes two to four minutes to compile.
+Ours is the step of configs/imagenet.py, whole: flips, drop-path, L2, RMSProp, averaged weights.
+Keras' are a bare model with a bare optimizer. The cases that begin with 'without' undo one thing
+each, 'with' is what was tried and left out; the pieces are single operations, written in two ways.
+A step takes two to four minutes to compile.
 """
 
 import argparse
@@ -25,10 +28,7 @@ import tensorflow as tf  # noqa: E402
 
 from configs import imagenet  # noqa: E402
 from devices.lowering import OneOfMany, lower  # noqa: E402
-from diagnostics import (
-    preflight,  # noqa: E402
-    tpu_compiler,  # noqa: E402
-)
+from diagnostics import preflight, tpu_compiler  # noqa: E402
 from experiment import planning  # noqa: E402
 from inputs import augment  # noqa: E402
 from modeling import fused_layers, models, steps  # noqa: E402
@@ -117,7 +117,8 @@ def keras_on_tensorflow(policy, optimizer):
 ON_JAX = f"""
 import jax, keras, sys
 keras.config.set_dtype_policy('mixed_bfloat16')
-model = keras.applications.EfficientNetV2B0(weights=None, classes={CLASSES}, input_shape=({SIZE}, {SIZE}, 3), classifier_activation=None)
+model = keras.applications.EfficientNetV2B0(weights=None, classes={CLASSES},
+    input_shape=({SIZE}, {SIZE}, 3), classifier_activation=None)
 optimizer = keras.optimizers.SGD(0.1, momentum=0.9)
 optimizer.build(model.trainable_variables)
 loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
@@ -129,9 +130,11 @@ def step(trained, others, slots, images, labels):
     (value, others), gradients = jax.value_and_grad(of, has_aux=True)(trained, others)
     return value, *optimizer.stateless_apply(slots, gradients, trained), others
 
-values = [[variable.value for variable in variables] for variables in (model.trainable_variables, model.non_trainable_variables, optimizer.variables)]
-shapes = jax.ShapeDtypeStruct(({BATCH}, {SIZE}, {SIZE}, 3), 'float32'), jax.ShapeDtypeStruct(({BATCH},), 'int32')
-lowered = jax.jit(step, donate_argnums=(0, 1, 2)).lower(*values, *shapes)
+state = model.trainable_variables, model.non_trainable_variables, optimizer.variables
+values = [[variable.value for variable in variables] for variables in state]
+images = jax.ShapeDtypeStruct(({BATCH}, {SIZE}, {SIZE}, 3), 'float32')
+labels = jax.ShapeDtypeStruct(({BATCH},), 'int32')
+lowered = jax.jit(step, donate_argnums=(0, 1, 2)).lower(*values, images, labels)
 open(sys.argv[1], 'wb').write(lowered.compiler_ir('hlo').as_serialized_hlo_module_proto())
 """
 
@@ -270,7 +273,9 @@ def main():
             'compiler': program.compiler,
         }
         print(
-            f'{name:52} {program.cycles / 1e6:8.3f} M cycles {results[name]["images_per_second"]:8,} pictures/s {results[name]["hbm_gb"]:6} GB of HBM traffic',
+            f'{name:52} {program.cycles / 1e6:8.3f} M cycles '
+            f'{results[name]["images_per_second"]:8,} pictures/s {results[name]["hbm_gb"]:6} GB '
+            'of HBM traffic',
             flush=True,
         )
         if arguments.output:

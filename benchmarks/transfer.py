@@ -1,11 +1,13 @@
-"""What fine-tuning and a teacher are worth, on scikit-learn's digits: runs from the command line, each from nothing.
+"""What fine-tuning and a teacher are worth, on scikit-learn's digits: runs from the command line,
+each from nothing.
 
     python benchmarks/transfer.py [--seeds 0 1 2] [--output=benchmarks/results/transfer.json]
 
-Fine-tuning: EfficientNetV2B0 learns the digits 0 to 4, and then 5 to 9 from ten pictures of each: from random weights, from
-its weights, from its weights with a lower rate for earlier blocks, and with nothing but the head trained.
-Distillation: EfficientNetV2B0 learns all 1,437 digits; another one learns 72 of them, with mixtures of two, alone and taught by the
-first on the very same pictures.
+Fine-tuning: EfficientNetV2B0 learns the digits 0 to 4, and then 5 to 9 from ten pictures of each:
+from random weights, from its weights, from its weights with a lower rate for earlier blocks, and
+with nothing but the head trained.
+Distillation: EfficientNetV2B0 learns all 1,437 digits; another one learns 72 of them, with mixtures
+of two, alone and taught by the first on the very same pictures.
 """
 
 import argparse
@@ -42,10 +44,12 @@ FEW = (
 
 
 def write_folders(folder):
-    """folder/old: digits 0 to 4; folder/new: 5 to 9, with few/ and test/. A fifth of each is held out."""
+    """folder/old: digits 0 to 4; folder/new: 5 to 9, with few/ and test/. A fifth of each is held
+    out.
+    """
     digits = load_digits()
     seen = dict.fromkeys(range(10), 0)
-    for image, label in zip(digits.images, digits.target):
+    for image, label in zip(digits.images, digits.target, strict=True):
         seen[label] += 1
         old, held_out = label < 5, seen[label] % 5 == 0
         if not old and not held_out and seen[label] * 4 // 5 >= SHOTS + 1:

@@ -1,4 +1,6 @@
-"""What all tests share: four virtual CPU devices, a data folder of their own, and a tiny digits run."""
+"""What all tests share: four virtual CPU devices, a data folder of their own, and a tiny digits
+run.
+"""
 
 import contextlib
 import os
@@ -31,7 +33,9 @@ from configs import digits  # noqa: E402
 
 @pytest.fixture(autouse=True)
 def no_traces_left():
-    """Each test begins without Keras' global policy of the test before, and hears Ctrl-C, which a shell's background jobs ignore."""
+    """Each test begins without Keras' global policy of the test before, and hears Ctrl-C, which a
+    shell's background jobs ignore.
+    """
     keras.config.set_dtype_policy('float32')
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
@@ -52,7 +56,9 @@ def tiny_config():
 
 @contextlib.contextmanager
 def reading_here():
-    """The exported model is read in this process: one of its own takes longer than a small run. tests/test_train.py does it both ways."""
+    """The exported model is read in this process: one of its own takes longer than a small run.
+    tests/test_train.py does it both ways.
+    """
     keras_module = sys.modules['keras']
     from outputs import read_saved_model
 

@@ -1,4 +1,6 @@
-"""Image files of every kind that training accepts, each with the pixels that a viewer shows of it."""
+"""Image files of every kind that training accepts, each with the pixels that a viewer shows of
+it.
+"""
 
 import io
 import struct
@@ -48,7 +50,9 @@ def encoded(array: np.ndarray, file_format: str, mode: str | None = None, **opti
 
 
 def over_white(rgb: np.ndarray, alpha: np.ndarray) -> np.ndarray:
-    """The closed form of what is seen of a transparent image, float [height, width, 3]; `alpha` in 0..255."""
+    """The closed form of what is seen of a transparent image, float [height, width, 3]; `alpha` in
+    0..255.
+    """
     share = alpha[..., None] / 255
     return rgb * share + 255 * (1 - share)
 
@@ -69,7 +73,9 @@ def chunk(kind: bytes, content: bytes) -> bytes:
 def png(
     values: np.ndarray, depth: int, color_type: int, palette: bytes = b'', transparency: bytes = b''
 ) -> bytes:
-    """A PNG file of samples [height, width, channels], written by hand: libraries write only some of all depths."""
+    """A PNG file of samples [height, width, channels], written by hand: libraries write only some
+    of all depths.
+    """
     height, width, channels = values.shape
     bits = ((values.reshape(height, width * channels, 1) >> np.arange(depth)[::-1]) & 1).reshape(
         height, -1
@@ -205,7 +211,9 @@ def palette_bmp(pixels):
 
 
 def with_junk(junk: bytes, markers: set[int] | None = None, **options) -> Callable:
-    """A JPEG file with bytes before these markers, or before all but the first; see `jpeg_parts`."""
+    """A JPEG file with bytes before these markers, or before all but the first; see
+    `jpeg_parts`.
+    """
 
     def make(pixels):
         file = encoded(pixels, 'JPEG', quality=95, subsampling=0, **options)
@@ -223,7 +231,9 @@ def put_before_markers(file: bytes, junk: bytes, markers: set[int] | None = None
 
 
 def jpeg_parts(file: bytes) -> list[tuple[int, bytes]]:
-    """(marker, bytes) of each segment of a JPEG file that PIL wrote, -1 for what is coded between them."""
+    """(marker, bytes) of each segment of a JPEG file that PIL wrote, -1 for what is coded between
+    them.
+    """
     parts, place = [], 0
     while place < len(file):
         kind, end = file[place + 1], place + 2

@@ -1,4 +1,6 @@
-"""TFDS's own ImageNet builder, fed two small archives of made-up pictures, goes through the ImageNet config."""
+"""TFDS's own ImageNet builder, fed two small archives of made-up pictures, goes through the
+ImageNet config.
+"""
 
 import io
 import os
@@ -57,9 +59,7 @@ def small_config(tmp_path):
 
 
 @pytest.mark.usefixtures('read_here')
-def test_a_small_imagenet_is_prepared_trained_and_evaluated_and_so_is_a_test_set_without_training_split(
-    tmp_path, monkeypatch
-):
+def test_a_small_imagenet_is_prepared_trained_and_evaluated(tmp_path, monkeypatch):
     write_archives(str(tmp_path / 'data' / 'downloads' / 'manual'))
     config = small_config(tmp_path)
     source = datasets.load(config.dataset)

@@ -3,6 +3,7 @@
 import ast
 import glob
 import os
+import re
 import subprocess
 
 import pytest
@@ -92,7 +93,8 @@ def test_a_file_says_what_it_is_for(name):
 
 
 def test_ci_takes_a_run_without_tests_for_a_failure(tmp_path):
-    script = open(os.path.join(ROOT, '.ci', 'run')).read()
+    with open(os.path.join(ROOT, '.ci', 'run')) as file:
+        script = file.read()
     (tmp_path / '.ci').mkdir()
     (tmp_path / '.ci' / 'run').write_text(script)
     targets, passes = ('test', 'test-slow', 'test-tpu'), 'echo "3 passed in 1s"'
@@ -108,3 +110,14 @@ def test_ci_takes_a_run_without_tests_for_a_failure(tmp_path):
     for target in targets:
         for recipe in ('echo "no tests ran in 1s"', 'echo "3 passed"; false', 'echo "0 passed"'):
             assert not succeeds(**{target: recipe}), (target, recipe)
+
+
+def test_names_of_tests_have_at_most_60_letters():
+    names = []
+    for folder, _, files in os.walk(os.path.join(ROOT, 'tests')):
+        for file in files:
+            if file.startswith('test_') and file.endswith('.py'):
+                with open(os.path.join(folder, file)) as source:
+                    names += re.findall(r'^def (test_\w+)', source.read(), re.MULTILINE)
+    assert len(names) > 600
+    assert [name for name in names if len(name) > 60] == []

@@ -1,4 +1,6 @@
-"""The command line: a mistake is one clear line and status 2, a failed run one line and status 1, and no stack trace."""
+"""The command line: a mistake is one clear line and status 2, a failed run one line and status 1,
+and no stack trace.
+"""
 
 import os
 import re
@@ -45,7 +47,8 @@ def one_line(done, status):
         (['--config=configs/digits.py', 'train'], "'train' is no flag"),
         (
             ['--config=configs/digits.py', '--config.batch_size=many'],
-            "config.batch_size='many' cannot be read: write a whole number, as in --config.batch_size=",
+            "config.batch_size='many' cannot be read: write a whole number, as in "
+            '--config.batch_size=',
         ),
         (['--config=configs/digits.py', '--config.augment.flip=maybe'], 'write true or false'),
         (['--config.seed=3', '--config=configs/digits.py'], '--config.seed=3'),
@@ -137,7 +140,7 @@ def test_imagenet_without_imagenet_is_one_line_and_status_1(tmp_path):
 
 
 @pytest.mark.parametrize('name, status', [('SIGINT', 0), ('SIGTERM', 143)])
-def test_a_signal_before_the_training_is_one_line_and_its_usual_status(tmp_path, name, status):
+def test_a_signal_before_training_is_one_line_and_usual_status(tmp_path, name, status):
     (tmp_path / 'mine.py').write_text(f"""
 import os
 import signal
@@ -205,7 +208,7 @@ def test_the_command_line_trains_evaluates_and_exports(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_workdir_that_is_a_file_and_broken_pictures_are_one_line_and_status_1(tmp_path):
+def test_a_file_as_workdir_or_broken_images_exit_with_status_1(tmp_path):
     (tmp_path / 'file').write_text('')
     done = call('--config=configs/debug.py', f'--workdir={tmp_path}/file')
     assert (
@@ -237,7 +240,7 @@ def _failing(function):
     return main.failure(raised.value)[0]
 
 
-def test_what_tensorflow_says_comes_first_and_without_names_of_its_graph():
+def test_tensorflow_messages_come_first_without_graph_names():
     def required(number):
         check = tf.debugging.Assert(number < 1, ['the reason', number, 'what to do'])
         with tf.control_dependencies([check]):
@@ -259,7 +262,8 @@ def test_what_tensorflow_says_comes_first_and_without_names_of_its_graph():
     ):
         line = _failing(function)
         assert re.fullmatch(
-            'TensorFlow stopped with InvalidArgumentError: the reason [123] what to do; --verbosity=1 shows where',
+            'TensorFlow stopped with InvalidArgumentError: the reason [123] what to do; '
+            '--verbosity=1 shows where',
             line,
         )
     files = tf.data.Dataset.from_tensors(b'abc').map(tf.io.decode_jpeg)
@@ -280,15 +284,22 @@ def test_what_tensorflow_says_comes_first_and_without_names_of_its_graph():
         ),
         (
             tf.errors.ResourceExhaustedError,
-            'out of memory: lower config.batch_size, config.eval_batch_size or config.image_size (corrupted record at 7)',
+            'out of memory: lower config.batch_size, config.eval_batch_size or '
+            'config.image_size (corrupted record at 7)',
         ),
         (tf.errors.UnknownError, 'TensorFlow stopped with UnknownError: corrupted record at 7;'),
     ],
 )
 def test_every_error_of_tensorflow_says_its_own_words_first(kind, begins):
-    where = 'Graph execution error:\n\nDetected at node IteratorGetNext defined at (most recent call last):\n'
+    where = (
+        'Graph execution error:\n\nDetected at node IteratorGetNext defined at (most recent '
+        'call last):\n'
+    )
     frames = ''.join(f'  File "/a/long/path/{number}.py", line 1, in f\n\n' for number in range(20))
-    message = f'{where}{frames}corrupted record at 7\n\t [[{{{{node IteratorGetNext}}}}]] [Op:__inference_loop_26]'
+    message = (
+        f'{where}{frames}corrupted record at 7\n\t [[{{{{node IteratorGetNext}}}}]] '
+        '[Op:__inference_loop_26]'
+    )
     error = kind(None, None, message)
     assert main.failure(error)[0].startswith(begins)
     assert one_line_of(error, 100) == 'corrupted record at 7'  # as the other modules quote it

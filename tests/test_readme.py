@@ -1,4 +1,6 @@
-"""Every command in README.md runs here, as a stranger would type it, on small data; or says why it does not."""
+"""Every command in README.md runs here, as a stranger would type it, on small data; or says why it
+does not.
+"""
 
 import os
 import re
@@ -12,11 +14,13 @@ from tests import image_kinds
 from tests.test_layout import ROOT
 
 DIGITS = (
-    '--config.model.name=tiny --config.image_size=16 --config.batch_size=16 --config.eval_batch_size=120 '
+    '--config.model.name=tiny --config.image_size=16 --config.batch_size=16 '
+    '--config.eval_batch_size=120 '
     "--config.train_for='4 steps' --config.checkpoint_every='4 steps'"
 )
 FOLDER = (
-    '--config.model.name=tiny --config.model.drop_path=0.0 --config.image_size=16 --config.batch_size=8 '
+    '--config.model.name=tiny --config.model.drop_path=0.0 --config.image_size=16 '
+    '--config.batch_size=8 '
     "--config.eval_batch_size=8 --config.train_for='4 steps' --config.checkpoint_every='4 steps'"
 )
 PYTHON = '.venv/bin/python'
@@ -45,25 +49,27 @@ class Not(NamedTuple):
 
 
 HOURS = Not(
-    'measures something, for minutes to hours; its parts are tested by the tests that docs/architecture.md names'
+    'measures something, for minutes to hours; its parts are tested by the tests that '
+    'docs/architecture.md names'
 )
 OF_DIGITS = f'{PYTHON} main.py --config=configs/digits.py --workdir=runs/digits'
 COMMANDS = {
     'make train': Not(
-        'takes minutes; both commands of its recipe run here, one as the fixture, one as --mode=check'
+        'takes minutes; both commands of its recipe run here, one as the fixture, one as '
+        '--mode=check'
     ),
     'make test': Not('runs this file'),
     'make test-tpu': Not('installs two builds of TensorFlow; .ci/run runs it'),
     f'{PYTHON} main.py --config=configs/folder.py --config.dataset.data_dir=DIR': Runs(
         FOLDER, says='report in runs/folder/report.md'
     ),
-    f'{PYTHON} main.py --config=configs/finetune.py --config.dataset.name=folder --config.dataset.data_dir=DIR '
+    f'{PYTHON} main.py --config=configs/finetune.py --config.dataset.name=folder '
+    '--config.dataset.data_dir=DIR '
     '--config.dataset.train_split=train --config.dataset.eval_split=test': Runs(
         f"{FOLDER} --config.model.weights=''", says='report in runs/finetune/report.md'
     ),
-    f'{PYTHON} main.py --config=configs/folder.py --config.dataset.data_dir=DIR --mode=preview': Runs(
-        FOLDER, says='preview/batch_0.png'
-    ),
+    f'{PYTHON} main.py --config=configs/folder.py --config.dataset.data_dir=DIR '
+    '--mode=preview': Runs(FOLDER, says='preview/batch_0.png'),
     ".venv/bin/python -m pip install -c requirements/cpu.txt '.[heif]'": Not(
         'installs; tests/inputs/test_file_signatures.py reads HEIC'
     ),
@@ -73,13 +79,15 @@ COMMANDS = {
     f'{PYTHON} main.py --config=configs/imagenet.py': Runs(
         status=1, says='ILSVRC2012_img_train.tar'
     ),
-    f'{PYTHON} main.py --config=configs/imagenet.py --config.progressive.stages=4 --config.progressive.image_size=128': Not(
+    f'{PYTHON} main.py --config=configs/imagenet.py --config.progressive.stages=4 '
+    '--config.progressive.image_size=128': Not(
         'needs ImageNet; tests/test_train.py trains in stages'
     ),
     f'{PYTHON} main.py --config=configs/imagenet_distill.py': Not(
         'needs ImageNet and weights; tests/modeling/test_pretrained.py'
     ),
-    f"{PYTHON} main.py --config=configs/digits.py --workdir=runs/try --config.train_for='10 epochs' --config.schedule.name=trapezoid "
+    f"{PYTHON} main.py --config=configs/digits.py --workdir=runs/try --config.train_for='10 "
+    "epochs' --config.schedule.name=trapezoid "
     '--config.optimizer.name=lion --config.schedule.peak_lr=3e-4': Runs(
         DIGITS, says='report in runs/try/report.md'
     ),
@@ -114,21 +122,24 @@ COMMANDS = {
         'needs two machines; tests/inputs/test_service.py'
     ),
     '--config.virtual_devices=2': Runs(
-        whole=f'{PYTHON} main.py --config=configs/digits.py --workdir=runs/two {DIGITS} --config.virtual_devices=2',
+        whole=f'{PYTHON} main.py --config=configs/digits.py --workdir=runs/two {DIGITS} '
+        '--config.virtual_devices=2',
         says='x 2 replicas',
     ),
-    f'{PYTHON} main.py --config=configs/folder.py --config.dataset.data_dir=DIR --config.model.weights=runs/flowers': Runs(
+    f'{PYTHON} main.py --config=configs/folder.py --config.dataset.data_dir=DIR '
+    '--config.model.weights=runs/flowers': Runs(
         f'{FOLDER} --workdir=runs/transfer', says='from runs/flowers/checkpoints/step-4'
     ),
-    f'{PYTHON} main.py --config=configs/folder.py --config.dataset.data_dir=DIR --workdir=runs/large --config.model.name=EfficientNetV2S': Runs(
+    f'{PYTHON} main.py --config=configs/folder.py --config.dataset.data_dir=DIR '
+    '--workdir=runs/large --config.model.name=EfficientNetV2S': Runs(
         FOLDER, says='report in runs/large/report.md'
     ),
-    f'{PYTHON} main.py --config=configs/folder.py --config.dataset.data_dir=DIR --config.distill.teacher=runs/large': Runs(
+    f'{PYTHON} main.py --config=configs/folder.py --config.dataset.data_dir=DIR '
+    '--config.distill.teacher=runs/large': Runs(
         f'{FOLDER} --workdir=runs/taught', says='teacher   runs/large'
     ),
-    f'{PYTHON} main.py --config=configs/digits.py --workdir=runs/without --config.schedule.warmup=0%': Runs(
-        DIGITS, says='warmup 0'
-    ),
+    f'{PYTHON} main.py --config=configs/digits.py --workdir=runs/without '
+    '--config.schedule.warmup=0%': Runs(DIGITS, says='warmup 0'),
     f'{PYTHON} compare.py runs/digits runs/without': Runs(says='curves in comparison.png'),
     'benchmarks/replicas.py': HOURS,
     'python benchmarks/seeds.py': HOURS,
@@ -153,7 +164,9 @@ def blocks(text):
 
 
 def commands_in(text):
-    """The commands that a reader could type: lines of fenced blocks, and what stands between backticks."""
+    """The commands that a reader could type: lines of fenced blocks, and what stands between
+    backticks.
+    """
     for language, content in blocks(text):
         if language != 'python':
             lines = re.sub(r'\s*\\\n\s*', ' ', content).splitlines()
@@ -198,7 +211,8 @@ def place(tmp_path_factory):
         (place / name).write_bytes(image_kinds.encoded(image_kinds.pixels_of(3), file_format))
     for command in (
         f'{OF_DIGITS} {DIGITS}',
-        f'{PYTHON} main.py --config=configs/folder.py --config.dataset.data_dir=DIR --workdir=runs/flowers {FOLDER}',
+        f'{PYTHON} main.py --config=configs/folder.py --config.dataset.data_dir=DIR '
+        f'--workdir=runs/flowers {FOLDER}',
     ):
         done = run(place, command)
         assert done.returncode == 0, done.stdout

@@ -87,7 +87,7 @@ def test_callback_uses_and_keeps_the_rates_of_the_function():
 
 
 @pytest.mark.parametrize('jit_compile', [False, True])
-def test_training_with_the_callback_and_with_the_schedule_ends_in_the_same_weights(jit_compile):
+def test_callback_and_schedule_end_in_the_same_weights(jit_compile):
     compiled = {'run_eagerly': False, 'jit_compile': jit_compile}
     with_callback, with_schedule = (
         a_model(**compiled),
@@ -95,13 +95,15 @@ def test_training_with_the_callback_and_with_the_schedule_ends_in_the_same_weigh
     )
     fit(with_callback, WarmupCosineDecayCallback(**ARGUMENTS), epochs=3)
     fit(with_schedule, epochs=3)
-    for one, other in zip(with_callback.get_weights(), with_schedule.get_weights()):
+    for one, other in zip(with_callback.get_weights(), with_schedule.get_weights(), strict=True):
         assert not np.allclose(one, 1.0)
         np.testing.assert_allclose(one, other, rtol=1e-5)
 
 
-def test_callback_sets_the_rate_of_its_own_model_and_continues_a_resumed_run(tmp_path):
-    """Published: the callback reads a global `model` instead of its own, and restarts at 0 when a run is resumed."""
+def test_callback_sets_its_own_models_rate_and_resumes(tmp_path):
+    """Published: the callback reads a global `model` instead of its own, and restarts at 0 when a
+    run is resumed.
+    """
     bystander, model = a_model(0.25), a_model()
     fit(bystander, epochs=1)
     fit(model, WarmupCosineDecayCallback(**ARGUMENTS), epochs=1)
@@ -116,7 +118,7 @@ def test_callback_sets_the_rate_of_its_own_model_and_continues_a_resumed_run(tmp
     np.testing.assert_allclose(callback.lrs, PLANNED[4:12], rtol=1e-6)
 
 
-def test_callback_continues_where_a_restored_optimizer_stands_whatever_rate_it_was_compiled_with():
+def test_callback_continues_where_a_restored_optimizer_stands():
     model, callback = a_model(0.77), WarmupCosineDecayCallback(**ARGUMENTS)
     model.optimizer.iterations.assign(5)
     assert 'a learning rate of 0.77, 7.937 times the planned one' in the_warning(
@@ -126,7 +128,9 @@ def test_callback_continues_where_a_restored_optimizer_stands_whatever_rate_it_w
 
 
 def test_what_reduce_lr_on_plateau_did_stays_as_a_factor():
-    """Published: a rate set by the callback each batch silently undoes what `ReduceLROnPlateau` changed."""
+    """Published: a rate set by the callback each batch silently undoes what `ReduceLROnPlateau`
+    changed.
+    """
     model, callback = a_model(), WarmupCosineDecayCallback(**ARGUMENTS)
     # No loss is better than the first by 1e9, so that every epoch but the first reduces the rate.
     plateau = keras.callbacks.ReduceLROnPlateau('loss', factor=0.5, patience=1, min_delta=1e9)
@@ -176,7 +180,7 @@ def test_a_rate_that_was_switched_off_can_be_switched_on_again():
     np.testing.assert_allclose(callback.lrs, PLANNED[:12] * np.repeat([1, 0, 0.5], 4), rtol=1e-5)
 
 
-def test_without_total_steps_it_is_warmup_alone_and_the_rest_is_left_to_other_callbacks(tmp_path):
+def test_without_total_steps_the_callback_only_warms_up(tmp_path):
     arguments = ARGUMENTS | {'total_steps': None, 'end_lr': 0.0}
     model, callback = a_model(), WarmupCosineDecayCallback(**arguments)
     fit(model, callback, SetsRate({1: 0.1, 2: 0.5}), epochs=4)
@@ -328,7 +332,7 @@ def test_two_devices_train_with_the_rates_of_one(two_devices, optimizer, plateau
     assert together.factor == alone.factor == (0.125 if plateau else 1.0)
     np.testing.assert_array_equal(of_replicas, np.stack([alone.lrs, alone.lrs], axis=1))
     # The weights tell which rates were really used.
-    for one, other in zip(model_together.get_weights(), model_alone.get_weights()):
+    for one, other in zip(model_together.get_weights(), model_alone.get_weights(), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
 
 

@@ -1,4 +1,6 @@
-"""What `schedules.py` promises as a function and as a Keras schedule; the callback is in test_schedule_callback.py."""
+"""What `schedules.py` promises as a function and as a Keras schedule; the callback is in
+test_schedule_callback.py.
+"""
 
 import inspect
 import json
@@ -92,7 +94,7 @@ def test_warmup_and_cosine_are_those_of_optax_at_every_step(setting):
     )
 
 
-def test_hold_keeps_the_target_and_moves_the_cosine_of_keras_behind_it():
+def test_hold_keeps_the_target_and_shifts_keras_cosine():
     rates = learning_rate(np.arange(BEGIN, END + 5), **SETTING)
     oracle = keras.optimizers.schedules.CosineDecay(0.1, decay_steps=64, alpha=0.02)
     np.testing.assert_allclose(rates, each(oracle, range(69)), rtol=2e-6)
@@ -128,7 +130,7 @@ def test_linear_and_polynomial_are_those_of_keras_and_optax(curve, arguments, po
     )
 
 
-def test_exponential_is_that_of_keras_and_with_a_floor_that_of_optax():
+def test_exponential_matches_keras_and_with_a_floor_optax():
     oracle = keras.optimizers.schedules.ExponentialDecay(0.1, decay_steps=64, decay_rate=0.003)
     np.testing.assert_allclose(
         decay_of('exponential', decay=0.003, end_lr=0.0), each(oracle, range(64)), rtol=3e-6
@@ -141,7 +143,8 @@ def test_exponential_is_that_of_keras_and_with_a_floor_that_of_optax():
 
 def test_piecewise_is_that_of_keras_and_optax():
     rates = decay_of('piecewise', boundaries=[20, 0.5, 60], factors=[0.5, 0.1, 0.05])
-    # Half of 76 is 38. Keras changes the rate after a boundary, optax at it; optax multiplies with one factor after the other.
+    # Half of 76 is 38. Keras changes the rate after a boundary, optax at it; optax multiplies with
+    # one factor after the other.
     oracle = keras.optimizers.schedules.PiecewiseConstantDecay(
         [19, 37, 59], [0.1, 0.05, 0.01, 0.005]
     )
@@ -211,7 +214,7 @@ def test_cosine_restarts_with_growing_cycles_are_those_of_optax():
     np.testing.assert_allclose(rates, [oracle(step) for step in range(60)], rtol=3e-6)
 
 
-def test_rsqrt_is_that_of_the_transformer_paper_and_squared_the_inverse_time_decay_of_keras():
+def test_rsqrt_matches_the_transformer_paper_and_inverse_time():
     steps = np.arange(1, 1000)
     rates = learning_rate(steps, curve='rsqrt', warmup_steps=100, total_steps=1000, target_lr=0.3)
     paper = np.minimum(steps**-0.5, steps * 100**-1.5)
@@ -226,7 +229,7 @@ def test_rsqrt_is_that_of_the_transformer_paper_and_squared_the_inverse_time_dec
     assert without_warmup == pytest.approx(0.3 / math.sqrt((10_000 + 30_000) / 10_000))
 
 
-def test_trapezoid_is_the_joined_lines_of_optax_or_one_minus_the_square_root():
+def test_trapezoid_matches_optax_lines_or_one_minus_square_root():
     steps = np.arange(END + 5)
     rates = learning_rate(steps, **SETTING, curve='trapezoid', cooldown=16, cooldown_power=1)
     lines = [
@@ -245,7 +248,7 @@ def test_trapezoid_is_the_joined_lines_of_optax_or_one_minus_the_square_root():
 
 
 @pytest.mark.parametrize('curve', schedules.CURVES)
-def test_numpy_tensor_compiled_tensor_and_schedule_agree_at_every_step(curve):
+def test_numpy_tensor_compiled_and_schedule_agree_at_every_step(curve):
     setting = setting_of(curve)
     steps = np.arange(END + 10)
     in_numpy = learning_rate(steps, **setting)
@@ -372,7 +375,7 @@ def test_one_step_gives_a_float_and_an_array_its_shape():
     ).shape == (2, 3)
 
 
-def test_the_step_may_be_the_variable_that_counts_the_updates_of_an_optimizer():
+def test_the_step_may_be_an_optimizers_iterations_variable():
     optimizer = keras.optimizers.SGD(0.1)
     optimizer.iterations.assign(3)
     rates = [
@@ -383,7 +386,7 @@ def test_the_step_may_be_the_variable_that_counts_the_updates_of_an_optimizer():
     np.testing.assert_allclose(rates, 0.05, rtol=1e-6)
 
 
-def test_the_customary_names_and_orders_of_arguments_give_the_same_cosine():
+def test_customary_names_and_orders_give_the_same_cosine():
     steps = np.arange(110)
     rates = learning_rate(
         steps, warmup_steps=5, total_steps=100, hold=10, start_lr=0.01, target_lr=0.2, end_lr=0.003
@@ -417,7 +420,7 @@ def test_every_argument_of_a_curve_is_in_its_documentation():
             assert argument in curve.__doc__, (name, argument)
 
 
-def test_an_optimizer_in_a_compiled_step_moves_by_the_scheduled_rate():
+def test_a_compiled_optimizer_step_moves_by_the_scheduled_rate():
     weight = keras.Variable(0.0)
     optimizer = keras.optimizers.SGD(WarmupCosineDecay(0.01, 0.1, 3, 12, 2, 0.005))
     optimizer.build([weight])
@@ -433,7 +436,8 @@ def test_an_optimizer_in_a_compiled_step_moves_by_the_scheduled_rate():
     )
 
 
-# ---- The bugs of published schedules, one test each; those of callbacks are in test_schedule_callback.py
+# ---- The bugs of published schedules, one test each; those of callbacks are in
+# test_schedule_callback.py
 
 
 @pytest.mark.parametrize('curve', schedules.CURVES)
@@ -523,9 +527,7 @@ SAVED = [
 
 @pytest.mark.parametrize('suffix', ['keras', 'h5'])
 @pytest.mark.parametrize('schedule', SAVED, ids=['cosine', 'piecewise', 'trapezoid'])
-def test_models_load_with_their_schedule_without_custom_objects_and_with_a_dict_of_them(
-    tmp_path, schedule, suffix
-):
+def test_models_load_with_their_schedule_with_or_without_objects(tmp_path, schedule, suffix):
     """Published: `custom_objects` given as a set, and two spellings of the class."""
     path = tmp_path / f'model.{suffix}'
     tiny_model(schedule).save(path)
@@ -545,7 +547,7 @@ def test_models_load_with_their_schedule_without_custom_objects_and_with_a_dict_
     assert spellings == [WarmupDecay, WarmupCosineDecay]
 
 
-def test_config_holds_every_argument_and_makes_the_same_schedule_again():
+def test_config_round_trip_gives_the_same_schedule():
     """Published: no `get_config`, or one that leaves arguments out."""
     for curve, function in schedules.CURVES.items():
         schedule = WarmupDecay(**setting_of(curve), gradient_accumulation_steps=3)
@@ -576,7 +578,9 @@ def test_config_holds_every_argument_and_makes_the_same_schedule_again():
 
 @pytest.mark.parametrize('curve', DECAYING)
 def test_large_step_counts_lose_no_precision(curve):
-    """Published: int64 steps meet float32 arithmetic. At 10**12, float32 tells only every 65536th step from its neighbours."""
+    """Published: int64 steps meet float32 arithmetic. At 10**12, float32 tells only every 65536th
+    step from its neighbours.
+    """
     shift = 10**12
     fitting = {
         'rsqrt': {'timescale': 50},
@@ -605,7 +609,9 @@ def test_large_step_counts_lose_no_precision(curve):
 @pytest.mark.parametrize('curve', schedules.CURVES)
 @pytest.mark.parametrize('hold', [0, 500])
 def test_the_rate_does_not_jump_where_warmup_and_hold_hand_over(curve, hold):
-    """Published: the decay runs during warmup, so that it has come down a good way where warmup ends."""
+    """Published: the decay runs during warmup, so that it has come down a good way where warmup
+    ends.
+    """
     setting = {
         'curve': curve,
         'warmup_steps': 3000,
@@ -652,7 +658,9 @@ def test_the_cosine_comes_to_the_floor_smoothly():
 
 
 def test_schedule_counts_updates_and_not_accumulated_batches():
-    """Published: micro-steps are counted instead of updates, as Keras optimizers call their schedule with those."""
+    """Published: micro-steps are counted instead of updates, as Keras optimizers call their
+    schedule with those.
+    """
     schedule = WarmupCosineDecay(0.01, 0.1, 2, 8, 1, 0.005, gradient_accumulation_steps=3)
     expected = lr_warmup_cosine_decay(np.arange(10), 2, 1, 8, 0.01, 0.1, 0.005)
     np.testing.assert_allclose(schedule(np.arange(30)), np.repeat(expected, 3), rtol=1e-6)
@@ -681,7 +689,7 @@ def test_a_start_lr_above_zero_wastes_no_first_update(curve):
     assert float(weight) == pytest.approx(0.01)
 
 
-def test_a_resumed_model_keeps_its_curve_whatever_the_number_of_epochs(tmp_path):
+def test_a_resumed_model_keeps_its_curve_for_any_epochs(tmp_path):
     """Published: changing the number of epochs on resume silently moves the whole curve."""
     data = np.ones((4, 2)), np.ones((4, 1))
     model = tiny_model(WarmupCosineDecay(0.01, 0.1, 2, 8))
@@ -743,7 +751,9 @@ def settings(draw, curves=tuple(schedules.CURVES), longest=10**12):
 
 
 def steps_of(setting):
-    """Some 200 steps over the whole run, all that are near its corners, and some far past its end."""
+    """Some 200 steps over the whole run, all that are near its corners, and some far past its
+    end.
+    """
     corners = [
         0,
         setting['warmup_steps'],
@@ -813,7 +823,7 @@ def test_after_warmup_the_rate_never_rises(setting):
 
 @hypothesis.given(settings(curves=['cosine']))
 @hypothesis.settings(deadline=None, max_examples=150)
-def test_no_step_of_the_cosine_changes_the_rate_by_more_than_its_steepest_slope(setting):
+def test_no_cosine_step_exceeds_its_steepest_slope(setting):
     corners = [
         setting['warmup_steps'],
         setting['warmup_steps'] + setting['hold'],
@@ -893,7 +903,7 @@ RIGHT = {'warmup_steps': 10, 'hold': 10, 'total_steps': 100, 'target_lr': 0.1}
 
 
 @pytest.mark.parametrize(('mistake', 'answer'), MISTAKES + CURVE_MISTAKES, ids=str)
-def test_an_impossible_argument_of_function_or_schedule_is_answered_in_one_line(mistake, answer):
+def test_an_impossible_argument_is_one_line(mistake, answer):
     for make in (
         WarmupDecay,
         lambda **arguments: learning_rate(0, **arguments),
@@ -905,9 +915,7 @@ def test_an_impossible_argument_of_function_or_schedule_is_answered_in_one_line(
 
 
 @pytest.mark.parametrize(('mistake', 'answer'), MISTAKES, ids=str)
-def test_an_impossible_argument_is_answered_alike_under_the_customary_names_and_by_the_callback(
-    mistake, answer
-):
+def test_aliases_and_callback_refuse_the_same_arguments(mistake, answer):
     arguments = RIGHT | {'start_lr': 0.0} | mistake
     for make in (
         WarmupCosineDecay,
@@ -930,7 +938,7 @@ def test_a_negative_step_in_a_tensor_counts_as_zero():
 
 
 @pytest.mark.parametrize('count', [0, -1, 1.5])
-def test_an_impossible_gradient_accumulation_is_answered_in_one_line(count):
+def test_an_impossible_gradient_accumulation_is_one_line(count):
     with pytest.raises(
         ValueError, match='gradient_accumulation_steps=.*: write a whole number, 1 or more'
     ):
@@ -973,7 +981,7 @@ def scalars(number):
 
 
 def test_scalar_tensors_arrays_and_variables_are_numbers():
-    for ten, one in zip(scalars(10), scalars(1)):
+    for ten, one in zip(scalars(10), scalars(1), strict=True):
         arguments = {
             'warmup_steps': ten,
             'hold': ten,

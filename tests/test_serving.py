@@ -1,4 +1,6 @@
-"""What is asked of an exported model is answered as evaluation answers it, whatever kind of file it is."""
+"""What is asked of an exported model is answered as evaluation answers it, whatever kind of file it
+is.
+"""
 
 import contextlib
 import io
@@ -80,7 +82,9 @@ def trained(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def evaluated(trained):
-    """{path below the data: probabilities} as evaluation computes them: its batches, its weights."""
+    """{path below the data: probabilities} as evaluation computes them: its batches, its
+    weights.
+    """
     config, workdir, _ = trained
     session = sessions.open_session(config, workdir, trains=False)
     session.checkpoints.restore(partly=True)
@@ -120,7 +124,9 @@ def test_predict_answers_as_evaluation_does(trained, evaluated, capsys):
 
 
 def test_the_export_answers_as_evaluation_does(trained, evaluated):
-    """It gets the file itself where its documentation says so, else what `as_decodable` makes of it."""
+    """It gets the file itself where its documentation says so, else what `as_decodable` makes of
+    it.
+    """
     config, workdir, kinds = trained
     model = tf.saved_model.load(os.path.join(workdir, 'export'))
     for path, expected in evaluated.items():
@@ -185,7 +191,9 @@ def test_transparent_is_laid_over_white_as_pillow_does():
 
 
 def bmp_with_masks(pixels):
-    """A BMP file of 32 bits whose masks say that a byte without meaning comes first, written by hand."""
+    """A BMP file of 32 bits whose masks say that a byte without meaning comes first, written by
+    hand.
+    """
     height, width, _ = pixels.shape
     rows = np.dstack([np.zeros([height, width], np.uint8), pixels[..., ::-1]])[::-1].tobytes()
     header = struct.pack('<IiiHHIIiiII', 40, width, height, 1, 32, 3, len(rows), 0, 0, 0, 0)
@@ -303,7 +311,7 @@ def test_stray_bytes_in_a_progressive_file_take_few_decodes(junk_of):
         content = image_kinds.put_before_markers(whole, junk_of(number), {*range(0xD0, 0xD8)})
         decoded = []
 
-        def decode(file):
+        def decode(file, decoded=decoded):
             decoded.append(file)
             return image_validation._decode_aloud(file)
 
@@ -547,7 +555,7 @@ def test_a_white_level_is_nothing_to_files_of_eight_bits():
         )
 
 
-def test_a_white_level_is_no_guess_where_only_the_upper_bits_can_be_read(examine):
+def test_white_level_is_not_guessed_from_upper_bits(examine):
     rgb = struct.pack(
         '<4H', *[16] * 4
     )  # a TIFF file of 2 x 2 pixels, three channels of 16 bits, written by hand
@@ -579,7 +587,7 @@ def test_a_white_level_is_no_guess_where_only_the_upper_bits_can_be_read(examine
 
 
 @pytest.mark.parametrize('turn', [None, 6])
-def test_deep_files_that_are_turned_and_transparent_keep_their_bits(turn):
+def test_rotated_and_transparent_deep_files_keep_their_bits(turn):
     image = np.random.RandomState(0).randint(0, 4096, (6, 9, 4)).astype(np.uint16)
     image[..., 3] = np.random.RandomState(1).randint(0, 2**16, (6, 9))
     content = with_orientation(tf.io.encode_png(image).numpy(), turn)
@@ -626,7 +634,9 @@ def of_twelve_bits(tmp_path_factory):
 
 
 def test_the_export_knows_the_white_level(of_twelve_bits, tmp_path):
-    """Also one that was copied without its config, and for files that only `as_decodable` can read."""
+    """Also one that was copied without its config, and for files that only `as_decodable` can
+    read.
+    """
     config, workdir = of_twelve_bits
     summary = storage.read_json(os.path.join(workdir, 'summary.json'))
     assert summary['export/accuracy'] == summary['export/model_accuracy']
@@ -768,7 +778,8 @@ def test_what_is_no_file_is_named_without_waiting(trained, tmp_path):
     assert err == [
         f'error: {tmp_path}/pipe.png: no regular file',
         'error: /dev/zero: no regular file',
-        f'error: {tmp_path}/empty: a folder without a file that is called like an image, such as x.jpg',
+        f'error: {tmp_path}/empty: a folder without a file that is called like an image, such '
+        'as x.jpg',
         'error: 3 of 4 images could not be read',
     ]
 

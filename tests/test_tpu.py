@@ -1,6 +1,8 @@
-"""The steps of the product become a TPU's graph under a real TPUStrategy that was told of a TPU which is not there.
+"""The steps of the product become a TPU's graph under a real TPUStrategy that was told of a TPU
+which is not there.
 
-Nothing can be computed so, but what Python, Keras or TensorFlow refuse under TPUStrategy they refuse while tracing.
+Nothing can be computed so, but what Python, Keras or TensorFlow refuse under TPUStrategy they
+refuse while tracing.
 """
 
 import collections
@@ -125,7 +127,7 @@ def test_the_training_step_adds_up_over_the_cores(still, strategy):
     assert found['CrossReplicaSum'] >= len(state.model.trainable_variables) + 2 * 2
 
 
-def test_the_evaluation_step_and_the_mean_of_statistics_are_a_graph(still, strategy):
+def test_evaluation_and_mean_of_statistics_are_a_graph(still, strategy):
     still.model.sync_batch_norm = False
     state = build(still, strategy)
     eval_step = steps.make_eval_step(state, num_classes=10)
@@ -164,7 +166,8 @@ def small(config):
     return whole(config)
 
 
-# `make test-tpu` has all of them, with the real model too, which takes half a minute for each trace.
+# `make test-tpu` has all of them, with the real model too, which takes half a minute for each
+# trace.
 ALL = [(replicas, small, name) for replicas in (1, 32) for name in CONFIGS] + [
     (REPLICAS, whole, name) for name in CONFIGS
 ]
@@ -214,7 +217,7 @@ def test_the_loops_of_every_config_are_fit_for_a_tpu(strategy, change, name):
 @pytest.mark.parametrize(
     'name', optimizers.OPTIMIZERS if TRACES_ALL else ('sgd', 'adamw', 'adafactor')
 )
-def test_everything_at_once_is_fit_for_a_tpu_with_every_optimizer(tiny, strategy, name, tmp_path):
+def test_everything_at_once_fits_a_tpu_with_every_optimizer(tiny, strategy, name, tmp_path):
     write_foreign_teacher(str(tmp_path / 'teacher'))
     tiny.distill.teacher, tiny.model.freeze, tiny.model.layer_decay, tiny.accumulate_steps = (
         str(tmp_path / 'teacher'),
@@ -244,7 +247,8 @@ def test_everything_at_once_is_fit_for_a_tpu_with_every_optimizer(tiny, strategy
         teacher=teacher,
     )
     batches = pipeline.training_batches(source, tiny, plan, 0, plan.total_steps, strategy)
-    # Each gradient once, and each micro-batch's statistics of the one normalisation that is not frozen, both ways.
+    # Each gradient once, and each micro-batch's statistics of the one normalisation that is not
+    # frozen, both ways.
     assert (
         checked_sums(loops.make_train_loop, strategy, train_step, batches)
         <= len(state.model.trainable_variables) + 2 * 2
@@ -252,7 +256,9 @@ def test_everything_at_once_is_fit_for_a_tpu_with_every_optimizer(tiny, strategy
 
 
 def checked_sums(make_loop, strategy, step, batches):
-    """Traces a loop of steps over batches, checks what runs on the cores, and counts its sums over them."""
+    """Traces a loop of steps over batches, checks what runs on the cores, and counts its sums over
+    them.
+    """
     bodies = []
 
     def watched(*batch):

@@ -1,10 +1,13 @@
-"""A whole run leaves every file that is promised, stops without loss, and goes on as if it had not stopped."""
+"""A whole run leaves every file that is promised, stops without loss, and goes on as if it had not
+stopped.
+"""
 
 import json
 import os
 import re
 import shutil
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -92,11 +95,11 @@ def test_the_summary_says_what_happened(finished):
         and 0 <= summary['input_wait_fraction'] <= 1
     )
     assert re.fullmatch('[0-9a-f]{64}', summary['weights_sha256'])
-    report = open(os.path.join(workdir, 'report.md')).read()
+    report = Path(workdir, 'report.md').read_text()
     assert f'{summary["eval/accuracy"]:.2%}' in report and summary['weights_sha256'] in report
 
 
-def test_metrics_have_a_row_at_each_interval_with_the_rate_that_was_planned(finished):
+def test_metrics_have_a_row_per_interval_with_the_planned_rate(finished):
     from experiment import planning
 
     config, workdir = finished
@@ -163,14 +166,12 @@ def test_the_exported_model_gives_the_accuracy_of_the_run(finished):
     assert summary['export/max_difference'] < 1e-3
 
 
-def test_the_exported_model_takes_any_size_and_type_and_says_the_label(finished):
+def test_the_export_takes_any_size_and_dtype_and_gives_labels(finished):
     directory = os.path.join(finished[1], 'export')
     model = tf.saved_model.load(directory)
-    assert (
-        [name.decode() for name in model.label_names().numpy()]
-        == list('0123456789')
-        == open(os.path.join(directory, 'labels.txt')).read().split()
-    )
+    names = [name.decode() for name in model.label_names().numpy()]
+    assert names == list('0123456789')
+    assert names == Path(directory, 'labels.txt').read_text().split()
     pictures = np.random.RandomState(0).randint(0, 256, (3, 37, 53, 3)).astype(np.uint8)
     answers = model.signatures['serving_default'](images=tf.constant(pictures))
     same = model.signatures['classify_float'](images=tf.constant(pictures, tf.float32))
@@ -186,7 +187,7 @@ def test_the_exported_model_takes_any_size_and_type_and_says_the_label(finished)
     ]
 
 
-def test_an_export_that_answers_otherwise_is_an_error_and_the_old_one_stays(finished, monkeypatch):
+def test_an_export_that_disagrees_fails_and_keeps_the_old_one(finished, monkeypatch):
     config, workdir = finished
     before = os.path.getmtime(os.path.join(workdir, 'export', 'saved_model.pb'))
     expected = export._expected_logits
@@ -204,7 +205,8 @@ def test_weights_that_are_not_finite_are_not_exported(finished, tmp_path):
     first.assign(tf.fill(first.shape, float('nan')))
     with pytest.raises(
         RunError,
-        match='the weights are not finite, .*kernel for one: the model has diverged.*--checkpoint=best',
+        match='the weights are not finite, .*kernel for one: the model has '
+        'diverged.*--checkpoint=best',
     ):
         export.write(session, str(tmp_path / 'export'))
     assert not os.listdir(tmp_path)
@@ -220,10 +222,11 @@ def diverged(tiny, workdir):
 
 
 @pytest.mark.usefixtures('read_here')
-def test_finite_weights_with_answers_that_are_not_are_said_to_have_diverged(tiny, tmp_path, capsys):
+def test_finite_weights_with_nonfinite_outputs_have_diverged(tiny, tmp_path, capsys):
     said = diverged(tiny, str(tmp_path / 'run'))
     assert re.match(
-        'the answers of the model to [0-9]+ of 360 evaluation examples are not finite: the model has diverged',
+        'the answers of the model to [0-9]+ of 360 evaluation examples are not finite: the '
+        'model has diverged',
         said,
     )
     assert 'lower config.schedule.peak_lr' in said and '\n' not in said
@@ -271,7 +274,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(
 
 
 @pytest.mark.parametrize('virtual_devices', [0, 2])
-def test_the_host_calls_once_for_each_loop_and_nothing_is_traced_again(
+def test_the_host_calls_once_per_loop_without_retracing(
     tiny, tmp_path, monkeypatch, virtual_devices
 ):
     tiny.virtual_devices, tiny.steps_per_loop, tiny.log_every, tiny.eval_every = (
@@ -282,8 +285,9 @@ def test_the_host_calls_once_for_each_loop_and_nothing_is_traced_again(
     )
     made = {'make_train_loop': [], 'make_eval_loop': []}
     for name in made:
+        original = getattr(train.loops, name)
 
-        def make(*arguments, name=name, original=getattr(train.loops, name)):
+        def make(*arguments, name=name, original=original):
             loop, calls = original(*arguments), []
             made[name].append((loop, calls))
             return lambda iterator, num_steps: (
@@ -312,9 +316,7 @@ def test_the_host_calls_once_for_each_loop_and_nothing_is_traced_again(
 
 @pytest.mark.slow
 @pytest.mark.usefixtures('read_here')
-def test_a_progressive_run_is_traced_once_for_each_size_and_goes_on_after_a_stop(
-    tiny, tmp_path, monkeypatch
-):
+def test_a_progressive_run_traces_once_per_size_and_resumes(tiny, tmp_path, monkeypatch):
     tiny.image_size, tiny.progressive.stages, tiny.progressive.image_size, tiny.augment.mixup = (
         96,
         3,
@@ -348,7 +350,9 @@ def test_a_progressive_run_is_traced_once_for_each_size_and_goes_on_after_a_stop
 
 @pytest.fixture
 def grey_pictures(tmp_path):
-    """A folder of dark and light pictures, and a config that trains on it for 60 steps of 8 examples."""
+    """A folder of dark and light pictures, and a config that trains on it for 60 steps of 8
+    examples.
+    """
     for split, count in (('train', 20), ('test', 5)):
         for label, name in enumerate(('dark', 'light')):
             os.makedirs(tmp_path / 'data' / split / name)
@@ -384,7 +388,7 @@ def test_a_folder_of_ones_own_pictures_is_trained_on_to_the_end(grey_pictures, t
 
 
 @pytest.mark.slow
-def test_pictures_that_go_under_a_stopped_run_are_noted_and_the_schedule_stays(
+def test_images_lost_during_a_stop_are_noted_and_schedule_stays(
     grey_pictures, tmp_path, monkeypatch, capsys
 ):
     data, config = grey_pictures
@@ -456,7 +460,7 @@ def test_a_changed_config_is_refused_with_the_difference(finished):
         config.label_smoothing = smoothing
 
 
-def test_evaluating_with_another_config_is_refused_but_another_split_is_not(finished):
+def test_evaluating_another_config_is_refused_another_split_not(finished):
     config, workdir = finished
     config.dataset.eval_split = 'train[:50]'
     assert evaluate.run(config, workdir)['eval/examples'] == 50
@@ -470,7 +474,7 @@ def test_evaluating_with_another_config_is_refused_but_another_split_is_not(fini
 
 
 @pytest.mark.usefixtures('read_here')
-def test_two_runs_of_one_seed_are_the_same_run_and_another_seed_is_not(finished, tmp_path):
+def test_runs_of_one_seed_are_the_same_and_another_seed_differs(finished, tmp_path):
     config, workdir = finished
     digests = [read_json(os.path.join(workdir, 'summary.json'))['weights_sha256']]
     for seed in (0, 1):
@@ -488,7 +492,8 @@ def test_a_loss_that_is_not_a_number_ends_the_run_with_advice(tiny, tmp_path):
     tiny.max_skipped_updates = 5
     with pytest.raises(
         RunError,
-        match='not finite in updates 1 to 8, which were skipped: look at the first batch with --mode=preview; lower config.schedule.peak_lr',
+        match='not finite in updates 1 to 8, which were skipped: look at the first batch with '
+        '--mode=preview; lower config.schedule.peak_lr',
     ):
         train.run(tiny, str(tmp_path / 'run'))
     assert os.listdir(tmp_path / 'run' / 'checkpoints') == []

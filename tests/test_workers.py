@@ -1,4 +1,6 @@
-"""Several processes on this machine train as one: the same weights, one set of files, and they stop and fail together."""
+"""Several processes on this machine train as one: the same weights, one set of files, and they stop
+and fail together.
+"""
 
 import json
 import os
@@ -43,7 +45,9 @@ def free_ports(count):
 
 
 def start(arguments, workers=2):
-    """Starts the same command in several processes, each with its TF_CONFIG, as a launcher on several machines would."""
+    """Starts the same command in several processes, each with its TF_CONFIG, as a launcher on
+    several machines would.
+    """
     addresses = [f'localhost:{port}' for port in free_ports(workers)]
     processes = []
     for index in range(workers):
@@ -68,7 +72,7 @@ def finish(processes, timeout=300):
     """[(exit status, standard output, standard error)] of all; kills what is left."""
     try:
         ended = [process.communicate(timeout=timeout) for process in processes]
-        return [(process.returncode, *said) for process, said in zip(processes, ended)]
+        return [(process.returncode, *said) for process, said in zip(processes, ended, strict=True)]
     finally:
         for process in processes:
             process.kill()
@@ -76,7 +80,9 @@ def finish(processes, timeout=300):
 
 @pytest.fixture(scope='module')
 def finished(tmp_path_factory):
-    """A run of two workers with a frozen block and a teacher: (its arguments, its folder, how it ended)."""
+    """A run of two workers with a frozen block and a teacher: (its arguments, its folder, how it
+    ended).
+    """
     folder = tmp_path_factory.mktemp('workers')
     write_foreign_teacher(str(folder / 'teacher'))
     workdir = str(folder / 'run')
@@ -159,7 +165,7 @@ def training(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_signal_to_any_worker_stops_all_and_the_same_command_goes_on(tmp_path):
+def test_a_signal_to_any_worker_stops_all_resumably(tmp_path):
     processes, workdir = training(tmp_path)
     processes[1].send_signal(signal.SIGTERM)
     ended = finish(processes)
@@ -170,7 +176,7 @@ def test_a_signal_to_any_worker_stops_all_and_the_same_command_goes_on(tmp_path)
     assert os.path.exists(os.path.join(workdir, 'checkpoints', f'step-{stopped}', 'manifest.json'))
 
 
-def test_a_worker_that_waits_for_another_says_so_and_ends_by_ctrl_c(tmp_path):
+def test_a_waiting_worker_says_so_and_ends_by_ctrl_c(tmp_path):
     process, absent = start([*ARGUMENTS, f'--workdir={tmp_path}/run'])
     absent.kill()
     assert (
@@ -184,7 +190,7 @@ def test_a_worker_that_waits_for_another_says_so_and_ends_by_ctrl_c(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_worker_that_is_killed_ends_the_others_with_its_name_and_a_restart_of_all_continues(
+def test_a_killed_worker_ends_the_others_and_a_restart_continues(
     tmp_path,
 ):
     processes, workdir = training(tmp_path)
@@ -231,11 +237,13 @@ def test_the_evaluation_of_several_workers_is_that_of_one(finished):
 @pytest.mark.parametrize(
     'said',
     [
-        'Collective ops is aborted by: connection refused. Additional GRPC error information from remote target /job:worker/replica:0/task:1 while calling',
-        'The following tasks are unhealthy (stopped sending heartbeats):\n/job:worker/replica:0/task:1\nThe tasks have crashed.',
+        'Collective ops is aborted by: connection refused. Additional GRPC error information '
+        'from remote target /job:worker/replica:0/task:1 while calling',
+        'The following tasks are unhealthy (stopped sending heartbeats):\n'
+        '/job:worker/replica:0/task:1\nThe tasks have crashed.',
     ],
 )
-def test_both_ways_in_which_tensorflow_says_that_a_worker_has_gone_are_understood(said):
+def test_both_tensorflow_errors_of_a_lost_worker_are_recognized(said):
     import tensorflow as tf  # here: the workers of this file are processes of their own
 
     line, status = main.failure(

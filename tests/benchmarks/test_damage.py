@@ -1,4 +1,6 @@
-"""Checkpoints with random damages give the right weights or say why they do not: benchmarks/damage.py on a few small tensors."""
+"""Checkpoints with random damages give the right weights or say why they do not:
+benchmarks/damage.py on a few small tensors.
+"""
 
 import numpy as np
 import tensorflow as tf

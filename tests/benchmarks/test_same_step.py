@@ -1,4 +1,6 @@
-"""Every optimizer means the same wherever it runs: a part of the table of benchmarks/same_step.py."""
+"""Every optimizer means the same wherever it runs: a part of the table of
+benchmarks/same_step.py.
+"""
 
 import pytest
 
@@ -7,7 +9,7 @@ from modeling import optimizers
 
 
 @pytest.mark.slow
-def test_ten_updates_are_the_same_on_devices_and_workers_and_in_micro_batches_for_every_optimizer():
+def test_ten_updates_match_everywhere_for_every_optimizer():
     names = sorted(optimizers.OPTIMIZERS)
     report = same_step.compare(names, ['clip'], places=('1', '2'), jit=(False,))
     assert not same_step.beyond_tolerance(report) and list(report) == [
@@ -16,7 +18,7 @@ def test_ten_updates_are_the_same_on_devices_and_workers_and_in_micro_batches_fo
 
 
 @pytest.mark.slow
-def test_ten_updates_are_the_same_with_every_feature_of_the_step_and_xla():
+def test_ten_updates_match_with_every_feature_and_xla():
     report = same_step.compare(['adamw'], ['all'], places=('1', '2', 'workers'))
     assert not same_step.beyond_tolerance(report) and all(
         row['weights'] > 0 for row in report.values()

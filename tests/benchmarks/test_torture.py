@@ -1,4 +1,6 @@
-"""A run that is killed again and again is, to the bit, the run that was left alone: benchmarks/torture.py in small."""
+"""A run that is killed again and again is, to the bit, the run that was left alone:
+benchmarks/torture.py in small.
+"""
 
 import os
 import shutil

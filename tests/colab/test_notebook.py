@@ -1,4 +1,6 @@
-"""The notebook runs from top to bottom, with what is installed and no more, and shows what it promises."""
+"""The notebook runs from top to bottom, with what is installed and no more, and shows what it
+promises.
+"""
 
 import base64
 import glob
@@ -20,8 +22,10 @@ from common.errors import ConfigError
 from diagnostics import installation
 
 TINY = (
-    '--config.model.name=tiny --config.image_size=16 --config.batch_size=32 --config.eval_batch_size=128 --config.steps_per_loop=4 '
-    '--config.eval_every="10 steps" --config.log_every="5 steps" --config.checkpoint_every="10 steps"'
+    '--config.model.name=tiny --config.image_size=16 --config.batch_size=32 '
+    '--config.eval_batch_size=128 --config.steps_per_loop=4 '
+    '--config.eval_every="10 steps" --config.log_every="5 steps" --config.checkpoint_every="10 '
+    'steps"'
 )
 
 
@@ -90,9 +94,7 @@ def own_environment(monkeypatch):
         monkeypatch.setenv(name, os.environ.get(name, '0'))
 
 
-def test_a_picture_of_ones_own_is_classified_as_the_exported_model_does(
-    executed, tmp_path, capsys, own_environment
-):
+def test_an_own_image_is_classified_as_the_export_does(executed, tmp_path, capsys, own_environment):
     (run,) = glob.glob(os.path.join(executed[1], 'runs', '*'))
     picture = np.random.default_rng(0).integers(0, 256, [30, 40, 3], np.uint8)
     (tmp_path / 'mine.png').write_bytes(tf.io.encode_png(picture).numpy())
@@ -150,7 +152,8 @@ def test_the_notebook_is_kept_without_outputs_and_opens_on_a_tpu():
 def test_the_badge_opens_the_notebook():
     with open(os.path.join(notebook.ROOT, 'README.md')) as file:
         badge = re.search(
-            r'\[!\[Open in Colab\]\(\S+\)\]\(https://colab\.research\.google\.com/github/OWNER/REPOSITORY/blob/main/(\S+)\)',
+            r'\[!\[Open in '
+            r'Colab\]\(\S+\)\]\(https://colab\.research\.google\.com/github/OWNER/REPOSITORY/blob/main/(\S+)\)',
             file.read(),
         )
     assert os.path.samefile(os.path.join(notebook.ROOT, badge[1]), notebook.NOTEBOOK)
@@ -190,7 +193,9 @@ def test_the_set_of_pins_fits_hardware_and_python(tmp_path, monkeypatch, python,
 
 
 def environment_with(folder, packages):
-    """The site-packages of an environment of Python 3.12 in which these are installed, as far as their metadata say so."""
+    """The site-packages of an environment of Python 3.12 in which these are installed, as far as
+    their metadata say so.
+    """
     site = folder / 'lib' / 'python3.12' / 'site-packages'
     site.mkdir(parents=True)
     for name, version in packages.items():
@@ -217,7 +222,7 @@ def test_another_build_is_taken_away_first(tmp_path):
     ]
 
 
-def test_an_older_pin_is_renewed_and_an_environment_is_made_where_there_is_none(tmp_path):
+def test_older_pins_are_renewed_and_environments_created(tmp_path):
     environment_with(tmp_path / 'older', installation.pins('cpu', '3.12.0') | {'keras': '3.13.0'})
     assert [
         command[command.index('--python') + 2]
@@ -238,7 +243,8 @@ def this_runtime():
     'program, line',
     [
         (
-            "print('ok   a  b'); print('FAIL  TPU   is held'); print('            -> kill 7'); print('1 FAIL'); raise SystemExit(1)",
+            "print('ok   a  b'); print('FAIL  TPU   is held'); print('            -> kill 7'); "
+            "print('1 FAIL'); raise SystemExit(1)",
             'FAIL TPU is held -> kill 7',
         ),
         ("print('error: too large'); print('bye'); raise SystemExit(1)", 'error: too large'),
@@ -257,7 +263,8 @@ def test_a_failure_stops_the_notebook_with_its_line(this_runtime, program, line)
 
 def test_an_interrupted_cell_lets_the_run_save(this_runtime, capsys):
     program = (
-        "import os, signal, time; print('begun')\ntry:\n    os.kill(os.getppid(), signal.SIGINT); time.sleep(60)\n"
+        "import os, signal, time; print('begun')\ntry:\n    os.kill(os.getppid(), "
+        'signal.SIGINT); time.sleep(60)\n'
         "except KeyboardInterrupt:\n    time.sleep(0.5); print('saved')"
     )
     with pytest.raises(KeyboardInterrupt):
@@ -296,6 +303,8 @@ def test_with_a_bucket_data_and_the_run_are_there(monkeypatch):
     monkeypatch.setattr(run, 'run', lambda *command: commands.append(command))
     run.main('--mode=check')
     assert ' '.join(commands[0]) == (
-        'main.py --config=configs/imagenette.py --workdir=gs://bucket/warmstart/runs/imagenette-second --config.seed=1 '
-        '--config.dataset.data_dir=gs://bucket/warmstart/tensorflow_datasets --config.train_for=5 epochs --mode=check'
+        'main.py --config=configs/imagenette.py '
+        '--workdir=gs://bucket/warmstart/runs/imagenette-second --config.seed=1 '
+        '--config.dataset.data_dir=gs://bucket/warmstart/tensorflow_datasets '
+        '--config.train_for=5 epochs --mode=check'
     )

@@ -1,4 +1,6 @@
-"""A run that is told to stop says so at once, has time to save, and ends at once when it is told again."""
+"""A run that is told to stop says so at once, has time to save, and ends at once when it is told
+again.
+"""
 
 import contextlib
 import http.server
@@ -20,8 +22,8 @@ LINE = {
     'SIGTERM': 'SIGTERM: finishing the loop, then saving',
 }
 
-# Within one call of C that releases the interpreter, as TensorFlow does while it computes, but that no signal interrupts: it waits for a lock
-# of its own, until a line comes on the standard input.
+# Within one call of C that releases the interpreter, as TensorFlow does while it computes, but that
+# no signal interrupts: it waits for a lock of its own, until a line comes on the standard input.
 COMPUTING = """
 import ctypes, os, signal, sys, threading, time
 from devices import preemption
@@ -85,9 +87,7 @@ def threads():
 
 
 @pytest.mark.parametrize('name, status', [('SIGINT', 0), ('SIGTERM', 143)])
-def test_a_signal_is_answered_while_tensorflow_computes_and_the_run_goes_on_until_it_has_saved(
-    name, status
-):
+def test_a_signal_during_compute_is_answered_and_the_run_saves(name, status):
     with computing() as process:
         send(process, name)
         assert told(process) == LINE[name]
@@ -99,7 +99,7 @@ def test_a_signal_is_answered_while_tensorflow_computes_and_the_run_goes_on_unti
 
 
 @pytest.mark.parametrize('first', ['SIGINT', 'SIGTERM'])
-def test_the_second_ctrl_c_stops_at_once_also_while_tensorflow_computes(first):
+def test_the_second_ctrl_c_stops_at_once_during_compute(first):
     with computing() as process:
         send(process, first)
         assert told(process) == LINE[first]
@@ -129,7 +129,9 @@ def test_further_sigterm_change_nothing(first):
 
 
 def test_ctrl_c_twice_stops_a_run_whose_output_nobody_takes():
-    """As in `python main.py | less`: the main thread waits for the pipe, and the thread that would say something for the main thread."""
+    """As in `python main.py | less`: the main thread waits for the pipe, and the thread that would
+    say something for the main thread.
+    """
     code = COMPUTING.replace(
         'libc.pthread_mutex_lock(lock)\n    print',
         "while True:\n        sys.stdout.write('progress ' * 1000)\n    print",
@@ -169,7 +171,7 @@ def test_afterwards_all_is_as_before(capsys):
     assert capsys.readouterr().out == ''
 
 
-def test_ctrl_c_that_the_shell_keeps_from_a_background_job_does_not_stop_it():
+def test_ctrl_c_ignored_by_the_shell_does_not_stop_a_job():
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with preemption.watch(on_google_cloud=False) as stop:
         os.kill(os.getpid(), signal.SIGINT)
@@ -234,7 +236,9 @@ def test_in_another_thread_signals_stay_as_they_are():
 
 @pytest.fixture
 def google(monkeypatch):
-    """What the metadata server of this machine says, a dict of text, or of the status of an error; and what it was asked."""
+    """What the metadata server of this machine says, a dict of text, or of the status of an error;
+    and what it was asked.
+    """
     values, asked = {'preempted': 'FALSE', 'maintenance-event': 'NONE'}, []
 
     class Metadata(http.server.BaseHTTPRequestHandler):
@@ -316,9 +320,7 @@ def test_a_machine_that_moves_while_it_runs_is_not_stopped(google):
 
 
 @pytest.mark.parametrize('trouble', ['nothing is there', '403', 'no host'])
-def test_a_metadata_server_that_does_not_answer_is_asked_less_and_less_and_ends_nothing(
-    google, monkeypatch, capfd, trouble
-):
+def test_a_silent_metadata_server_is_polled_less_and_less(google, monkeypatch, capfd, trouble):
     google[0].update(preempted=403, **{'maintenance-event': 403})
     if trouble != '403':
         monkeypatch.setenv(

@@ -1,4 +1,6 @@
-"""The strategy fits the hardware, and one that was asked for and is not there is an error that says what was found."""
+"""The strategy fits the hardware, and one that was asked for and is not there is an error that says
+what was found.
+"""
 
 import json
 
@@ -57,7 +59,7 @@ def test_a_forced_strategy_that_is_not_there_says_what_was_found(config, forced,
     assert 'CPU' in str(raised.value) and '\n' not in str(raised.value)
 
 
-def test_a_named_tpu_that_does_not_start_is_never_a_silent_cpu_run(config, monkeypatch):
+def test_a_named_tpu_never_falls_back_to_the_cpu(config, monkeypatch):
     monkeypatch.setenv('TPU_NAME', 'local')
     with pytest.raises(RunError, match='does not start'):
         devices.make_strategy(config)
@@ -85,7 +87,7 @@ def test_a_cluster_in_which_this_worker_has_no_place_is_one_line(
     assert '\n' not in str(raised.value)
 
 
-def test_a_tpu_that_the_config_names_is_expected_whatever_the_environment_says(config, monkeypatch):
+def test_a_tpu_named_by_the_config_is_always_expected(config, monkeypatch):
     config.tpu = 'mine'
     monkeypatch.setenv('TPU_NAME', 'other')
     with pytest.raises(RunError, match="the TPU 'mine' does not start"):

@@ -1,4 +1,6 @@
-"""The doctor: what is broken is named, with the command that mends it; what is well is left alone."""
+"""The doctor: what is broken is named, with the command that mends it; what is well is left
+alone.
+"""
 
 import contextlib
 import fcntl
@@ -38,7 +40,9 @@ def assert_mended(finding, status, found, mend):
 
 
 def installed(folder, **versions):
-    """A folder of installed packages that have metadata and nothing else, to look for distributions in."""
+    """A folder of installed packages that have metadata and nothing else, to look for distributions
+    in.
+    """
     for name, version in versions.items():
         info = folder / f'{name}-{version}.dist-info'
         info.mkdir(parents=True)
@@ -53,7 +57,7 @@ def fake_machine(folder, **devices):
     for name, values in devices.items():
         place = folder / 'sys' / 'bus' / 'pci' / 'devices' / name
         place.mkdir(parents=True)
-        for file, value in zip(('vendor', 'device', 'class'), values):
+        for file, value in zip(('vendor', 'device', 'class'), values, strict=False):
             (place / file).write_text(f'{value}\n')
     return str(folder)
 
@@ -97,7 +101,7 @@ def test_a_python_that_is_too_old_or_too_new_is_named():
     )
 
 
-def test_two_builds_in_one_folder_are_named_and_both_are_taken_out(tmp_path):
+def test_two_builds_in_one_folder_are_named_and_removed(tmp_path):
     finding, name, _ = packages.tensorflow_finding(
         'cpu', installed(tmp_path, tensorflow='2.21.0', tensorflow_cpu='2.20.0')
     )
@@ -200,7 +204,7 @@ def test_missing_packages_are_named(tmp_path):
     )
 
 
-def test_a_libtpu_that_lacks_a_function_is_named_with_the_version_that_has_it(tmp_path):
+def test_an_unfit_libtpu_is_named_with_a_version_that_fits(tmp_path):
     stand_in = (
         numpy._core._multiarray_umath.__file__
     )  # a library of other functions, for one of which the functions have gone
@@ -246,7 +250,8 @@ def test_a_missing_libtpu_is_named(monkeypatch):
             'ImportError: libcudart.so.12: cannot open',
         ),
         (
-            'import os, sys\nsys.stderr.write("F0000 tpu_library.cc:1] Check failed: TpuExecutor_Init not found\\n*** stack trace: ***\\n@ 0x1\\n")\n'
+            'import os, sys\nsys.stderr.write("F0000 tpu_library.cc:1] Check failed: '
+            'TpuExecutor_Init not found\\n*** stack trace: ***\\n@ 0x1\\n")\n'
             'sys.stderr.flush()\nos.abort()',
             'ended by SIGABRT: F0000 tpu_library.cc:1] Check failed: TpuExecutor_Init not found',
         ),
@@ -254,9 +259,7 @@ def test_a_missing_libtpu_is_named(monkeypatch):
         ('import os\nos._exit(0)', 'ended without a word'),
     ],
 )
-def test_a_tensorflow_that_raises_dies_or_hangs_at_import_is_survived_and_named(
-    tmp_path, monkeypatch, text, found
-):
+def test_an_import_that_raises_dies_or_hangs_is_survived(tmp_path, monkeypatch, text, found):
     monkeypatch.setattr(check, 'SECONDS', 1.0 if 'sleep' in text else 30.0)
     rows = list(
         check.findings(
@@ -293,7 +296,7 @@ def test_what_is_broken_behind_tensorflow_is_named(tmp_path):
     )
 
 
-def test_a_broken_environment_ends_with_status_1_and_no_stack_trace(tmp_path):
+def test_a_broken_environment_is_status_1_without_stack_trace(tmp_path):
     environ = fake_tensorflow(tmp_path, "raise ImportError('broken for the test')")
     done = call(
         '--config=configs/digits.py',
@@ -311,7 +314,10 @@ def test_a_broken_environment_ends_with_status_1_and_no_stack_trace(tmp_path):
 
 
 def test_the_doctor_itself_imports_no_tensorflow():
-    look = 'import sys; from diagnostics import check; print(sorted({"tensorflow", "keras", "numpy", "tensorflow_datasets", "psutil"} & set(sys.modules)))'
+    look = (
+        'import sys; from diagnostics import check; print(sorted({"tensorflow", "keras", '
+        '"numpy", "tensorflow_datasets", "psutil"} & set(sys.modules)))'
+    )
     assert (
         subprocess.run(
             [sys.executable, '-c', look], cwd=ROOT, capture_output=True, text=True
@@ -326,7 +332,10 @@ def test_the_doctor_itself_imports_no_tensorflow():
 @contextlib.contextmanager
 def holding(lock):
     """A process that holds the lock as TensorFlow does."""
-    script = f'import fcntl, time; file = open({str(lock)!r}, "w"); fcntl.lockf(file, fcntl.LOCK_EX); print("held", flush=True); time.sleep(60)'
+    script = (
+        f'import fcntl, time; file = open({str(lock)!r}, "w"); fcntl.lockf(file, '
+        'fcntl.LOCK_EX); print("held", flush=True); time.sleep(60)'
+    )
     with subprocess.Popen([sys.executable, '-c', script], stdout=subprocess.PIPE) as process:
         try:
             process.stdout.readline()
@@ -335,7 +344,7 @@ def holding(lock):
             process.kill()
 
 
-def test_the_process_that_holds_the_tpu_is_named_with_how_to_end_it(tmp_path):
+def test_the_holder_of_the_tpu_is_named_with_how_to_end_it(tmp_path):
     with holding(tmp_path / 'lock') as process:
         finding = tpu_lock.lock_finding(str(tmp_path / 'lock'))
         assert_mended(
@@ -354,7 +363,7 @@ def test_the_process_that_holds_the_tpu_is_named_with_how_to_end_it(tmp_path):
     )
 
 
-def test_a_notebook_with_jax_that_has_the_tpus_device_open_is_named(tmp_path):
+def test_a_jax_notebook_that_holds_the_tpu_is_named(tmp_path):
     (tmp_path / 'proc' / '4711' / 'fd').mkdir(parents=True)
     os.symlink('/dev/accel0', tmp_path / 'proc' / '4711' / 'fd' / '9')
     (tmp_path / 'proc' / '4711' / 'cmdline').write_bytes(b'python\0-m\0ipykernel_launcher\0')
@@ -375,7 +384,7 @@ def test_a_notebook_with_jax_that_has_the_tpus_device_open_is_named(tmp_path):
     )
 
 
-def test_a_lock_of_which_the_process_cannot_be_seen_or_that_may_not_be_opened_is_named(tmp_path):
+def test_a_lock_of_an_invisible_process_is_named(tmp_path):
     lock = tmp_path / 'lock'
     with open(lock, 'w') as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # by this process, which is left out
@@ -402,7 +411,7 @@ def test_jax_in_this_process_is_named():
     assert tpu_lock.jax_finding({}).status == 'ok'
 
 
-def test_a_tpu_that_this_process_has_taken_is_named_and_not_let_go(tmp_path):
+def test_a_tpu_held_by_this_process_is_named_and_kept(tmp_path):
     with open(tmp_path / 'lock', 'w') as file:
         fcntl.lockf(file, fcntl.LOCK_EX)
         assert_mended(
@@ -421,7 +430,8 @@ def test_a_tpu_that_this_process_has_taken_is_named_and_not_let_go(tmp_path):
         assert done.stdout == 'True\n', done.stderr
 
 
-# A TensorFlow with a TPU of 4 cores, of which one step can be made to fail. What it computes are plain numbers.
+# A TensorFlow with a TPU of 4 cores, of which one step can be made to fail. What it computes are
+# plain numbers.
 TPU = """
     import os, time
     {at_import}
@@ -437,14 +447,17 @@ TPU = """
     class Context:
         def all_reduce(self, operation, value): return {total}
     class distribute:
-        cluster_resolver, TPUStrategy, ReduceOp = cluster_resolver, Strategy, type('ReduceOp', (), {{'SUM': 0}})
+        cluster_resolver, TPUStrategy = cluster_resolver, Strategy
+        ReduceOp = type('ReduceOp', (), {{'SUM': 0}})
         get_replica_context = Context
     class config: experimental_connect_to_cluster = staticmethod(lambda resolver: None)
     def initialize(resolver):
         {initialise}
-    class tpu: experimental = type('experimental', (), {{'initialize_tpu_system': staticmethod(initialize)}})
+    class tpu:
+        class experimental: initialize_tpu_system = staticmethod(initialize)
     class linalg: matmul = staticmethod(lambda a, b: a * b * 128)
-    ones, reduce_max, function = (lambda shape: 1.0), (lambda value: value), (lambda function, autograph: function)
+    ones, reduce_max = (lambda shape: 1.0), (lambda value: value)
+    function = lambda function, autograph: function
 """
 
 
@@ -480,7 +493,7 @@ def test_a_tpu_that_fails_or_hangs_is_named_with_the_step(tmp_path, broken, step
     assert time.monotonic() - began < 20
 
 
-def test_a_tpu_that_works_is_ok_and_a_lock_that_a_stopped_probe_leaves_is_removed(tmp_path):
+def test_a_working_tpu_is_ok_and_a_stale_probe_lock_removed(tmp_path):
     way, lock = tpu_probe.Way('any', {}), tmp_path / 'lock'
     assert tpu_probe.probe(
         way, seconds=20, environ=tpu(tmp_path / 'well'), lock=str(lock)
@@ -511,7 +524,7 @@ def tpu_rows(folder, version, environ, config=None):
             ], end.value  # which these tests have loaded, or not
 
 
-def test_a_tpu_that_starts_in_no_way_is_a_failure_with_the_other_build_as_remedy(tmp_path):
+def test_a_tpu_that_never_starts_fails_naming_the_other_build(tmp_path):
     (row,), cores = tpu_rows(
         tmp_path, '2.19.1', tpu(tmp_path, initialise='raise RuntimeError("no device")')
     )
@@ -519,7 +532,8 @@ def test_a_tpu_that_starts_in_no_way_is_a_failure_with_the_other_build_as_remedy
     assert_mended(
         row,
         'FAIL',
-        'through PJRT it fails to initialise: RuntimeError: no device; through StreamExecutor it fails to initialise',
+        'through PJRT it fails to initialise: RuntimeError: no device; through StreamExecutor '
+        'it fails to initialise',
         'tpu220',
     )
     assert 'pip uninstall -y tensorflow-tpu libtpu' in check.other_build(
@@ -531,12 +545,13 @@ def test_a_tpu_that_starts_in_no_way_is_a_failure_with_the_other_build_as_remedy
     assert 'PYTHON=python3.12 ACCELERATOR=tpu220 ' in check.other_build('2.19.1', (3, 10))
 
 
-def test_a_tpu_that_starts_in_the_second_way_alone_is_a_failure_with_the_variable_that_chooses_it(
+def test_a_tpu_that_needs_a_variable_fails_naming_it(
     tmp_path,
 ):
     environ = tpu(
         tmp_path,
-        initialise='assert os.environ["NEXT_PLUGGABLE_DEVICE_USE_C_API"] == "false", "PJRT is broken"',
+        initialise='assert os.environ["NEXT_PLUGGABLE_DEVICE_USE_C_API"] == "false", "PJRT is '
+        'broken"',
     )
     (row,), cores = tpu_rows(tmp_path, '2.19.1', environ)
     assert cores == 4
@@ -548,15 +563,16 @@ def test_a_tpu_that_starts_in_the_second_way_alone_is_a_failure_with_the_variabl
     )
 
 
-def test_a_tpu_that_starts_is_ok_with_the_variables_that_main_sets(tmp_path):
+def test_a_tpu_that_starts_with_mains_variables_is_ok(tmp_path):
     environ = tpu(
         tmp_path,
-        initialise='assert os.environ["PJRT_DEVICE"] == "TPU" and os.environ["TF_PLUGGABLE_DEVICE_LIBRARY_PATH"]',
+        initialise='assert os.environ["PJRT_DEVICE"] == "TPU" and '
+        'os.environ["TF_PLUGGABLE_DEVICE_LIBRARY_PATH"]',
     )
     assert tpu_rows(tmp_path, '2.19.1', environ) == ([], 4)
 
 
-def test_what_keeps_the_tpu_from_starting_is_named_before_it_is_tried(tmp_path):
+def test_obstacles_to_the_tpu_are_named_before_trying(tmp_path):
     (row,), _ = tpu_rows(tmp_path / 'library', '2.20.0', {'TPU_LOAD_LIBRARY': '0'})
     assert_mended(row, 'FAIL', 'TPU_LOAD_LIBRARY=0', 'unset TPU_LOAD_LIBRARY')
     os.makedirs(tmp_path / 'held' / 'host')
@@ -598,9 +614,7 @@ def test_a_tpu_host_with_a_build_for_processors_is_never_ok(tmp_path):
         (None, '0x0063', False),
     ],
 )
-def test_the_variables_of_pjrt_are_set_for_the_build_and_the_chips_that_use_them(
-    tmp_path, version, device, sets
-):
+def test_pjrt_variables_are_set_for_matching_builds_and_chips(tmp_path, version, device, sets):
     root = fake_machine(tmp_path, chip=('0x1ae0', device))
     wanted = {
         'PJRT_DEVICE': 'TPU',
@@ -616,7 +630,7 @@ def test_the_variables_of_pjrt_are_set_for_the_build_and_the_chips_that_use_them
     )  # the user has decided
 
 
-def test_main_sets_them_before_tensorflow_is_imported_on_such_a_host_only(monkeypatch, tmp_path):
+def test_main_sets_them_before_import_on_such_a_host_only(monkeypatch, tmp_path):
     config = default.get_config()
     monkeypatch.setattr(tpu_environment, 'build_version', lambda: '2.19.1')
     monkeypatch.setenv('TPU_LIBRARY_PATH', __file__)
@@ -681,7 +695,7 @@ def test_a_google_machine_is_told(tmp_path):
 SEES = {'gpus': ['/physical_device:GPU:0'], 'cuda': '12.5.1', 'cudnn': '9'}
 
 
-def test_gpus_are_listed_and_one_that_tensorflow_does_not_see_is_a_failure(tmp_path, monkeypatch):
+def test_gpus_are_listed_and_an_unseen_one_is_a_failure(tmp_path, monkeypatch):
     program(
         tmp_path,
         monkeypatch,
@@ -737,7 +751,9 @@ def test_a_gpu_without_a_driver_that_works_is_named(tmp_path, monkeypatch):
 
 
 def memory(folder, available, version=2, limit=None, used=0, inactive=0):
-    """A machine with so many GiB available, and a control group of version 1 or 2 with a limit above this process."""
+    """A machine with so many GiB available, and a control group of version 1 or 2 with a limit
+    above this process.
+    """
     (folder / 'proc' / 'self').mkdir(parents=True)
     (folder / 'proc' / 'meminfo').write_text(
         f'MemTotal: 99999999 kB\nMemAvailable: {available * 2**20:.0f} kB\n'
@@ -796,7 +812,7 @@ def test_memory_is_what_the_container_leaves(tmp_path, version):
     )
 
 
-def test_memory_that_leaves_little_for_the_model_is_a_warning_and_small_data_need_little(tmp_path):
+def test_little_memory_for_the_model_is_a_warning(tmp_path):
     root = memory(tmp_path, 5)
     assert_mended(
         tensorflow_checks.memory_finding(default.get_config(), data(), root),
@@ -810,7 +826,7 @@ def test_memory_that_leaves_little_for_the_model_is_a_warning_and_small_data_nee
     )
 
 
-def test_batches_that_memory_cannot_hold_are_named_with_one_that_it_can(tmp_path):
+def test_batches_beyond_memory_are_named_with_one_that_fits(tmp_path):
     root, config = memory(tmp_path, 5), default.get_config()
     config.batch_size, config.image_size = 4096, 1024
     found = tensorflow_checks.memory_finding(config, data(num_bytes=2**20), root)
@@ -821,7 +837,7 @@ def test_batches_that_memory_cannot_hold_are_named_with_one_that_it_can(tmp_path
     assert tensorflow_checks.memory_finding(config, data(num_bytes=2**20), root).status != 'FAIL'
 
 
-def test_cores_are_those_of_the_container_and_few_beside_accelerators_are_a_warning(tmp_path):
+def test_cores_are_the_containers_and_too_few_are_a_warning(tmp_path):
     (tmp_path / 'proc' / 'self').mkdir(parents=True)
     (tmp_path / 'proc' / 'self' / 'cgroup').write_text('0::/\n')
     (tmp_path / 'sys' / 'fs' / 'cgroup').mkdir(parents=True)
@@ -833,9 +849,12 @@ def test_cores_are_those_of_the_container_and_few_beside_accelerators_are_a_warn
 
 def test_a_disk_that_is_too_small_is_named(tmp_path, monkeypatch):
     config = default.get_config()
-    space = lambda free: monkeypatch.setattr(
-        machine.shutil, 'disk_usage', lambda path: type('Usage', (), {'free': free})
-    )  # noqa: E731
+
+    def space(free):
+        return monkeypatch.setattr(
+            machine.shutil, 'disk_usage', lambda path: type('Usage', (), {'free': free})
+        )  # noqa: E731
+
     space(3 * 2**30)
     finding = tensorflow_checks.disk_finding(config, str(tmp_path / 'run'), data(), 2**30)
     assert_mended(
@@ -943,7 +962,7 @@ def test_a_workdir_with_a_run_of_another_config_is_named(tmp_path, tiny):
     )
 
 
-def test_digits_that_are_not_prepared_are_ok_with_the_numbers_that_they_will_have(tmp_path, tiny):
+def test_unprepared_digits_are_ok_with_their_numbers(tmp_path, tiny):
     tiny.dataset.data_dir = str(tmp_path / 'data')
     found = dataset_status.look(tiny.dataset)
     assert (found.state, found.num_classes, found.num_train, found.num_eval) == (
@@ -987,7 +1006,7 @@ def test_imagenet_that_is_missing_is_named_with_how_to_get_it(tmp_path):
     )
 
 
-def test_a_data_set_that_is_downloaded_at_the_first_start_is_a_warning(tmp_path):
+def test_a_data_set_to_download_is_a_warning(tmp_path):
     config = default.get_config()
     config.dataset.name, config.dataset.data_dir = 'cifar10', str(tmp_path)
     assert_mended(
@@ -1099,7 +1118,7 @@ def test_a_config_that_cannot_work_here_is_named(tmp_path, tiny, key, value, row
     assert_mended(rows_of(tiny, tmp_path)[row], 'FAIL', found, mend)
 
 
-def test_folders_without_classes_are_named_and_classes_are_counted(tmp_path, tiny):
+def test_folders_without_classes_are_named_classes_are_counted(tmp_path, tiny):
     tiny.dataset.name, tiny.dataset.data_dir = 'folder', str(tmp_path / 'missing')
     assert_mended(rows_of(tiny, tmp_path)['data set'], 'FAIL', 'is no folder', 'it should hold')
     for name in ('cat', 'dog'):
@@ -1194,12 +1213,12 @@ def test_a_checkpoint_is_as_large_as_the_table_says(tmp_path, tiny):
     )  # the names of its parts come to it
 
 
-def test_the_multiply_adds_of_efficientnetv2b0_are_the_published_ones():
+def test_multiply_adds_of_efficientnetv2b0_are_as_published():
     model = keras.applications.EfficientNetV2B0(weights=None)
     assert tensorflow_checks.forward_multiply_adds(model, 224) == pytest.approx(0.72e9, rel=0.02)
 
 
-def test_the_multiply_adds_of_convolutions_are_those_of_the_closed_form():
+def test_multiply_adds_of_convolutions_match_the_closed_form():
     images = keras.Input((16, 16, 3))
     wide = keras.layers.Conv2D(8, 3, padding='same', use_bias=False)(images)
     deep = keras.layers.DepthwiseConv2D(5, strides=2, padding='same', use_bias=False)(wide)
@@ -1208,7 +1227,7 @@ def test_the_multiply_adds_of_convolutions_are_those_of_the_closed_form():
     assert tensorflow_checks.forward_multiply_adds(model, 16) == exact
 
 
-def test_an_error_that_nobody_foresaw_is_a_row_and_not_a_stack_trace(tmp_path, monkeypatch, tiny):
+def test_an_unforeseen_error_is_a_row_not_a_stack_trace(tmp_path, monkeypatch, tiny):
     def broken(*arguments):
         raise KeyError('nobody\nforesaw')
         yield
@@ -1245,7 +1264,7 @@ def die_after_the_check(say, hear):
 # The command.
 
 
-def test_a_machine_that_is_well_is_ready_and_nothing_is_left_behind(tmp_path):
+def test_a_healthy_machine_is_ready_and_nothing_is_left(tmp_path):
     done = call(
         '--config=configs/debug.py',
         f'--workdir={tmp_path}/run',
@@ -1275,7 +1294,7 @@ def test_a_machine_that_is_well_is_ready_and_nothing_is_left_behind(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def test_a_wrong_config_is_one_line_and_status_2_as_for_every_mode():
+def test_a_wrong_config_is_one_line_and_status_2_in_every_mode():
     done = call('--config=configs/debug.py', '--config.train_for=20')
     assert done.returncode == 2 and done.stdout == ''
     assert (
@@ -1300,7 +1319,8 @@ def test_a_failure_is_status_1_and_a_warning_is_not(monkeypatch, capsys):
     assert check.run(None, '') == 0
     assert (
         capsys.readouterr().out
-        == 'ok    cores         2\nwarn  disk          little\n                    -> df -h .\n\nready to train; 1 warn\n'
+        == 'ok    cores         2\nwarn  disk          little\n                    -> df -h .\n'
+        '\nready to train; 1 warn\n'
     )
     rows.append(check.fail('data set', 'gone', 'tfds build it'))
     assert check.run(None, '') == 1

@@ -1,4 +1,6 @@
-"""The libtpu beside a TPU build of TensorFlow has every function that it looks up. `make test-tpu` runs this with both builds."""
+"""The libtpu beside a TPU build of TensorFlow has every function that it looks up. `make test-tpu`
+runs this with both builds.
+"""
 
 import ctypes
 import importlib.metadata
@@ -21,7 +23,7 @@ TENSORFLOW = os.path.dirname(importlib.util.find_spec('tensorflow').origin)
 LIBTPU = importlib.util.find_spec('libtpu')
 
 
-def test_nothing_is_missing_beside_a_tpu_build_and_other_builds_need_nothing():
+def test_a_tpu_build_lacks_nothing_and_others_need_nothing():
     needed = libtpu.functions_needed(TENSORFLOW)
     exported = (
         libtpu.functions_exported(os.path.join(os.path.dirname(LIBTPU.origin), 'libtpu.so'))
@@ -32,7 +34,7 @@ def test_nothing_is_missing_beside_a_tpu_build_and_other_builds_need_nothing():
     assert not needed - exported
 
 
-def test_the_functions_of_a_library_are_those_that_the_loader_finds_in_it():
+def test_library_functions_are_those_the_loader_finds():
     library = os.path.join(TENSORFLOW, 'libtensorflow_framework.so.2')
     exported = libtpu.functions_exported(library)
     functions = sorted(name for name in exported if name.startswith('TF_'))
@@ -78,7 +80,9 @@ if (
 
 
 def missing_functions(change):
-    """What the installed TPU build needs and the libtpu lacks to which its extra resolves today in a clean environment, when pyproject.toml is changed so."""
+    """What the installed TPU build needs and the libtpu lacks to which its extra resolves today in
+    a clean environment, when pyproject.toml is changed so.
+    """
     with tempfile.TemporaryDirectory() as folder:
         for name in ('README.md', 'LICENSE'):
             shutil.copy(os.path.join(ROOT, name), folder)

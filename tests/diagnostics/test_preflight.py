@@ -1,4 +1,6 @@
-"""Preflight compiles the step that trains with the real TPU compiler, and says what that says. The compiler is installed on the first use."""
+"""Preflight compiles the step that trains with the real TPU compiler, and says what that says. The
+compiler is installed on the first use.
+"""
 
 import concurrent.futures
 import gzip
@@ -29,7 +31,7 @@ ENTRY %main (a: bf16[8,128], b: f32[128]) -> f32[128] {
   %all-reduce.3 = f32[128]{0:T(128)} all-reduce(%convolution.5), replica_groups={{0,1,2,3}}
   ROOT %loss.2 = (f32[128]{0:T(128)}, s32[]{:T(128)}) fusion(%all-reduce.3, %convolution.5), kind=kLoop, metadata={op_name="mul_2"}, backend_config={"estimated_cycles":"42"}
 }
-"""
+"""  # noqa: E501 - a line of HLO is as long as it is
 
 
 def test_what_a_program_says_is_read():
@@ -48,7 +50,8 @@ def test_what_a_program_says_is_read():
     )
     assert second == hlo_cost.Instruction(42, '', 'mul', False, 'f32[128]')
     assert program.all_reduce_bytes == (512,)
-    # The copy's 512 bytes once; the convolution reads a and its copy is not in HBM; the sum writes what the last one reads, which writes 512 + 4 more.
+    # The copy's 512 bytes once; the convolution reads a and its copy is not in HBM; the sum writes
+    # what the last one reads, which writes 512 + 4 more.
     assert program.hbm_traffic == 512 + 2048 + 512 + (512 + 512 + 4)
 
 
@@ -95,9 +98,7 @@ def test_what_is_no_topology_is_one_line(text):
 
 
 @pytest.mark.parametrize('text, sums', [('v5e:2x2', True), ('v6e', False)])
-def test_a_config_is_compiled_with_its_sums_over_replicas_and_only_once(
-    tiny, text, sums, capsys, monkeypatch
-):
+def test_a_config_is_compiled_once_with_its_all_reduces(tiny, text, sums, capsys, monkeypatch):
     tiny.model.sync_batch_norm = False  # what is left to sum are the gradients
     preflight.run(tiny, '', text)
     said = capsys.readouterr().out
@@ -116,7 +117,8 @@ def test_a_config_is_compiled_with_its_sums_over_replicas_and_only_once(
         sum(training.program.all_reduce_bytes) == (weights if sums else 0)
         and not evaluation.program.all_reduce_bytes
     )
-    # Two convolutions of 3 x 3, with stride 2, from 16 px; forward, and backward to both inputs but the pictures.
+    # Two convolutions of 3 x 3, with stride 2, from 16 px; forward, and backward to both inputs but
+    # the pictures.
     forward = 2 * 9 * (8 * 8 * 3 * 16 + 4 * 4 * 16 * 32) * evaluation.batch
     assert (
         evaluation.program.flops == pytest.approx(forward, rel=0.5)
@@ -131,7 +133,7 @@ def test_a_config_is_compiled_with_its_sums_over_replicas_and_only_once(
     )
 
 
-def test_a_batch_that_does_not_fit_is_an_error_that_says_which_would(tiny):
+def test_a_batch_too_large_is_an_error_with_one_that_fits(tiny):
     tiny.batch_size, tiny.dataset.train_split = 2**22, 'train'
     with pytest.raises(RunError) as error:
         preflight.run(tiny, '', 'v5e')
@@ -144,18 +146,21 @@ def test_a_batch_that_does_not_fit_is_an_error_that_says_which_would(tiny):
     assert 2**19 < suggested < 2**22
 
 
-def test_an_evaluation_that_does_not_fit_is_an_error_that_names_its_own_batch(tiny):
+def test_an_evaluation_too_large_names_eval_batch_size(tiny):
     tiny.eval_batch_size = 2**22
     with pytest.raises(
         RunError,
-        match=r'^4,194,304 pictures in a batch of the evaluation do not fit into v5e:1x1: .* --config.eval_batch_size=\d+ does, with',
+        match=r'^4,194,304 pictures in a batch of the evaluation do not fit into v5e:1x1: .* '
+        r'--config.eval_batch_size=\d+ does, with',
     ):
         preflight.run(tiny, '', 'v5e')
 
 
 @pytest.fixture
 def memory_for(monkeypatch):
-    """A compiler for which a replica has memory for so many pictures in a batch; it keeps what was tried."""
+    """A compiler for which a replica has memory for so many pictures in a batch; it keeps what was
+    tried.
+    """
 
     def of(limit):
         def compile_training(config, plan, topology):
@@ -189,9 +194,7 @@ def test_a_batch_that_fits_keeps_the_shares_of_a_replica(tiny, memory_for, limit
     ) and (tried[-1] == fits or not fits)
 
 
-def test_the_search_for_the_largest_batch_keeps_the_shares_of_a_replica_and_ends_with_the_data(
-    tiny, memory_for, capsys
-):
+def test_the_largest_batch_keeps_multiples_and_ends_with_data(tiny, memory_for, capsys):
     tiny.batch_size, tiny.augment.repeats, tiny.train_for = 48, 3, '1 epochs'
     tried = memory_for(10**6)
     flight = preflight.Flight(

@@ -24,7 +24,7 @@ def test_a_key_is_explained_in_a_sentence(key):
     assert doc[0].isupper() or doc[0] in '`(' or doc.startswith('alpha')
 
 
-def test_only_numbers_have_bounds_and_only_texts_choices_or_units():
+def test_only_numbers_have_bounds_only_strings_choices_or_units():
     for key, value in flatten(default.get_config()).items():
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         assert is_number == (KEYS[key].low is not None)

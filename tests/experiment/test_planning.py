@@ -1,4 +1,6 @@
-"""Durations become the steps one would count by hand, and an impossible config is one clear line."""
+"""Durations become the steps one would count by hand, and an impossible config is one clear
+line.
+"""
 
 import glob
 import importlib
@@ -126,7 +128,7 @@ def at_batch(batch_size, train_for='27 epochs'):
     return config, planning.make_plan(config, 1437, 360, 10, 1)
 
 
-def test_a_run_that_goes_on_with_half_the_batch_has_as_many_epochs_left():
+def test_half_the_batch_leaves_as_many_epochs():
     before, _ = at_batch(64)
     config, numbers = at_batch(32)
     assert numbers.total_steps == 1212
@@ -157,7 +159,7 @@ def test_a_run_counted_in_updates_goes_on_at_the_same_update():
     assert moved.epochs == (448 + 64) / 1437
 
 
-def test_stages_and_curve_begin_later_where_batches_have_become_larger():
+def test_stages_and_curve_start_later_after_larger_batches():
     config, _ = at_batch(64)
     config.progressive.stages = 2
     numbers = planning.make_plan(config, 1437, 360, 10, 1)
@@ -176,9 +178,7 @@ def test_stages_and_curve_begin_later_where_batches_have_become_larger():
     more=st.integers(0, 50),
     unit=st.sampled_from(['27 epochs', '9000 steps', '40_000 examples']),
 )
-def test_a_position_follows_from_what_was_seen_whenever_it_is_asked_for(
-    parts, batch_size, more, unit
-):
+def test_the_position_follows_from_the_examples_seen(parts, batch_size, more, unit):
     config, numbers = at_batch(batch_size, unit)
     step, seen = sum(count for _, count in parts), sum(size * count for size, count in parts)
     moved = planning.continued(numbers, config, step, seen, seen)
@@ -280,14 +280,14 @@ def test_a_run_without_a_step_is_refused():
         planning.make_plan(config, 1_000, 10, 10, 1)
 
 
-def test_a_batch_that_replicas_cannot_share_is_refused_with_one_that_they_can():
+def test_an_unsplittable_batch_is_refused_with_one_that_splits():
     config = default.get_config()
     config.batch_size = 100
     with pytest.raises(ConfigError, match='--config.batch_size=96'):
         planning.make_plan(config, 1_000, 10, 10, num_replicas=8)
 
 
-def test_a_batch_that_cannot_be_mixed_in_pairs_is_refused_with_one_that_can():
+def test_an_odd_batch_for_mixing_is_refused_with_an_even_one():
     config = default.get_config()
     config.batch_size, config.augment.mixup = 36, 0.2
     with pytest.raises(ConfigError, match='--config.batch_size=40'):
@@ -313,7 +313,7 @@ def test_a_progressive_run_grows_in_equal_stages_to_the_config():
         0.25,
     )
     numbers = planning.make_plan(config, 10_000, 10, 10, 1)
-    ends, stages = zip(*planning.stages(config, numbers))
+    ends, stages = zip(*planning.stages(config, numbers), strict=True)
     assert ends == (250, 500, 750, 1000)
     assert [stage.image_size for stage in stages] == [128, 160, 192, 224]
     np.testing.assert_allclose([stage.augment.mixup for stage in stages], [0.1, 0.2, 0.3, 0.4])

@@ -1,4 +1,6 @@
-"""A run goes on as if nothing had happened, or says in one line why not; nothing that was saved is lost."""
+"""A run goes on as if nothing had happened, or says in one line why not; nothing that was saved is
+lost.
+"""
 
 import contextlib
 import errno
@@ -75,9 +77,7 @@ def assert_same_run(workdir, reference):
 
 
 @pytest.mark.slow
-def test_a_run_that_is_stopped_within_a_window_has_the_same_metrics(
-    tiny, workdir, reference, monkeypatch
-):
+def test_a_run_stopped_within_a_window_has_the_same_metrics(tiny, workdir, reference, monkeypatch):
     stopped_at(tiny, workdir, 14, monkeypatch)  # rows are of steps 10 and 15
     assert train.run(tiny, workdir) == 0
     assert read_json(os.path.join(workdir, 'summary.json'))['resumed_from'] == [14]
@@ -85,9 +85,7 @@ def test_a_run_that_is_stopped_within_a_window_has_the_same_metrics(
 
 
 @pytest.mark.slow
-def test_a_signal_during_evaluation_does_not_wait_for_its_end_and_it_is_made_up_for(
-    tiny, workdir, reference, monkeypatch
-):
+def test_a_signal_interrupts_evaluation_which_is_made_up_for(tiny, workdir, reference, monkeypatch):
     tiny.eval_batch_size, tiny.steps_per_loop = 12, 4  # 30 batches, in 8 calls
     original, calls = train.evaluate.loops.make_eval_loop, []
 
@@ -116,7 +114,7 @@ def test_a_signal_during_evaluation_does_not_wait_for_its_end_and_it_is_made_up_
     )
 
 
-def test_the_last_evaluation_may_be_the_best_although_it_was_broken_off(tiny, workdir, monkeypatch):
+def test_an_interrupted_last_evaluation_may_be_the_best(tiny, workdir, monkeypatch):
     tiny.eval_every, tiny.checkpoint_every, tiny.steps_per_loop, tiny.eval_batch_size = (
         '30 steps',
         '30 steps',
@@ -155,15 +153,15 @@ def test_it_goes_on_with_another_number_of_devices(still, workdir, tmp_path, mon
         )  # the same pictures, added up in another order
 
 
-def test_a_changed_config_goes_on_only_on_purpose_and_says_what_becomes_of_the_rate(
-    tiny, workdir, monkeypatch, capsys
-):
+def test_a_changed_config_continues_only_on_purpose(tiny, workdir, monkeypatch, capsys):
     stopped_at(tiny, workdir, 14, monkeypatch)
     tiny.schedule.peak_lr, tiny.keep_checkpoints = 2e-2, 1
     with pytest.raises(
         ConfigError,
-        match=r'holds a run of another config \(schedule.peak_lr was 0.01, is 0.02\): use that config, or give this one its own '
-        '--workdir. On purpose, --resume=changed trains on with the new config, and --resume=never moves that run aside',
+        match=r'holds a run of another config \(schedule.peak_lr was 0.01, is 0.02\): use that '
+        r'config, or give this one its own '
+        '--workdir. On purpose, --resume=changed trains on with the new config, and '
+        '--resume=never moves that run aside',
     ):
         train.run(tiny, workdir)
     capsys.readouterr()
@@ -171,7 +169,10 @@ def test_a_changed_config_goes_on_only_on_purpose_and_says_what_becomes_of_the_r
     rate = float(
         train.planning.learning_rate_of(tiny, train.planning.make_plan(tiny, 1437, 360, 10, 1))(14)
     )
-    said = f'changed at step 14: schedule.peak_lr was 0.01, is 0.02; the learning rate goes on from {rate / 2:.4g} to {rate:.4g}'
+    said = (
+        'changed at step 14: schedule.peak_lr was 0.01, is 0.02; the learning rate goes on '
+        f'from {rate / 2:.4g} to {rate:.4g}'
+    )
     assert (
         f'note      {said}' in capsys.readouterr().out
         and said in storage.read(os.path.join(workdir, 'report.md')).decode()
@@ -180,12 +181,13 @@ def test_a_changed_config_goes_on_only_on_purpose_and_says_what_becomes_of_the_r
     assert train.run(tiny, workdir) == 0 and 'is finished' in capsys.readouterr().out
 
 
-def test_a_finished_run_can_be_made_longer_on_purpose_but_not_shorter(tiny, workdir, reference):
+def test_a_finished_run_can_be_extended_but_not_shortened(tiny, workdir, reference):
     shutil.copytree(reference, workdir)
     tiny.train_for = '20 steps'
     with pytest.raises(
         ConfigError,
-        match='the run is at step 30, after the end of this config at step 20: raise config.train_for',
+        match='the run is at step 30, after the end of this config at step 20: raise '
+        'config.train_for',
     ):
         train.run(tiny, workdir, 'changed')
     tiny.train_for = '40 steps'
@@ -238,7 +240,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_built(
     assert os.path.exists(os.path.join(reference, 'summary.json'))
 
 
-def test_another_model_is_refused_and_its_weights_are_not_offered(tiny, reference):
+def test_another_model_is_refused_without_offering_weights(tiny, reference):
     tiny.model.name = 'MobileNetV2'
     with pytest.raises(
         ConfigError,
@@ -260,7 +262,7 @@ def test_a_new_run_with_its_weights_begins_as_good_as_it_was(tiny, workdir, refe
     assert ours > theirs - 0.02 and theirs > 0.25
 
 
-def test_averages_of_another_meaning_are_refused_also_in_the_same_shape(tiny, workdir):
+def test_averages_of_another_meaning_are_refused_in_any_shape(tiny, workdir):
     def changes(before, after):
         return [resume.ConfigChange('optimizer.name', before, after)]
 
@@ -338,7 +340,7 @@ def spoil_updates(monkeypatch, first, last):
     monkeypatch.setattr(train.steps, 'make_train_step', make_train_step)
 
 
-def test_an_update_that_is_not_a_number_is_skipped_and_the_run_goes_on(tiny, workdir, monkeypatch):
+def test_a_nonfinite_update_is_skipped_and_the_run_continues(tiny, workdir, monkeypatch):
     spoil_updates(monkeypatch, 12, 13)
     assert train.run(tiny, workdir) == 0
     summary = read_json(os.path.join(workdir, 'summary.json'))
@@ -355,7 +357,7 @@ def test_an_update_that_is_not_a_number_is_skipped_and_the_run_goes_on(tiny, wor
     )
 
 
-def test_too_many_in_a_row_end_the_run_and_leave_the_last_good_checkpoint_and_the_batch(
+def test_too_many_skips_end_the_run_and_keep_a_good_checkpoint(
     tiny, workdir, reference, monkeypatch, capsys
 ):
     tiny.max_skipped_updates, tiny.checkpoint_every = 6, '1 steps'
@@ -363,8 +365,10 @@ def test_too_many_in_a_row_end_the_run_and_leave_the_last_good_checkpoint_and_th
         spoil_updates(patch, 17, 29)
         with pytest.raises(
             RunError,
-            match='not finite in updates 17 to 22, which were skipped: look at the first batch with --mode=preview; lower '
-            'config.schedule.peak_lr, .* and go on from step 17, which is saved, with --resume=changed',
+            match='not finite in updates 17 to 22, which were skipped: look at the first batch '
+            'with --mode=preview; lower '
+            'config.schedule.peak_lr, .* and go on from step 17, which is saved, with '
+            '--resume=changed',
         ) as error:
             train.run(tiny, workdir)
     assert '\n' not in str(error.value) and steps_in(os.path.join(workdir, 'checkpoints'))[-2:] == [
@@ -384,9 +388,7 @@ def test_too_many_in_a_row_end_the_run_and_leave_the_last_good_checkpoint_and_th
 
 
 @pytest.mark.slow
-def test_a_run_out_of_patience_ends_and_remembers_what_was_best_over_a_stop(
-    tiny, workdir, monkeypatch, capsys
-):
+def test_a_run_out_of_patience_ends_and_remembers_its_best(tiny, workdir, monkeypatch, capsys):
     tiny.train_for, tiny.eval_every, tiny.patience, tiny.best_metric = (
         '60 steps',
         '5 steps',
@@ -466,7 +468,8 @@ def test_a_run_out_of_patience_ends_and_remembers_what_was_best_over_a_stop(
         done = export.run(tiny, workdir, which)
         line = capsys.readouterr().out.splitlines()[0]
         assert line.startswith(
-            f'exports   the weights after update {step}, the {"best by eval/loss" if step == 10 else "last"}'
+            f'exports   the weights after update {step}, the '
+            f'{"best by eval/loss" if step == 10 else "last"}'
         )
         summary = {**summary, **read_json(os.path.join(workdir, 'summary.json'))}
         assert (done['export/step'], done['export/checkpoint']) == (
@@ -484,8 +487,8 @@ def test_a_run_out_of_patience_ends_and_remembers_what_was_best_over_a_stop(
         title, empty, note, rest = with_note.split('\n', 3)
         assert f'{title}\n{rest}' == report
         assert (
-            note
-            == f'*Exported again since this report was written: {line[10:]}. summary.json has the numbers of this export.*'
+            note == f'*Exported again since this report was written: {line[10:]}. summary.json has '
+            'the numbers of this export.*'
         )
     tiny.patience = ''
     with monkeypatch.context() as patch:
@@ -495,9 +498,7 @@ def test_a_run_out_of_patience_ends_and_remembers_what_was_best_over_a_stop(
     assert read_json(os.path.join(workdir, 'summary.json'))['steps'] == 60
 
 
-def test_the_last_weights_are_exported_where_the_best_are_damaged(
-    tiny, workdir, monkeypatch, capsys
-):
+def test_the_last_weights_are_exported_if_the_best_are_damaged(tiny, workdir, monkeypatch, capsys):
     tiny.patience, tiny.best_metric = '90%', 'eval/loss'
     losses = iter([1.0, 2.0, 3.0, 3.0])
     make = train.evaluate.make_evaluation
@@ -552,9 +553,7 @@ def test_a_diverged_model_is_never_right_and_never_the_best(tiny, workdir, monke
 
 
 @pytest.mark.slow
-def test_what_does_not_hold_any_more_is_forgotten_when_the_config_changes(
-    tiny, workdir, monkeypatch
-):
+def test_progress_that_a_config_change_invalidates_is_reset(tiny, workdir, monkeypatch):
     stopped_at(tiny, workdir, 14, monkeypatch)
     tiny.best_metric, tiny.batch_size = 'eval/loss', 4
     assert train.run(tiny, workdir, 'changed') == 0
@@ -574,7 +573,8 @@ def test_without_config_json_nobody_knows_which_config_it_was(tiny, workdir, mon
     os.remove(os.path.join(workdir, 'config.json'))
     with pytest.raises(
         ConfigError,
-        match='checkpoints but no config.json, so nobody knows .*: bring it back from a copy.*--resume=changed trains on',
+        match='checkpoints but no config.json, so nobody knows .*: bring it back from a '
+        'copy.*--resume=changed trains on',
     ):
         train.run(tiny, workdir)
     tiny.best_metric = 'eval/loss'
@@ -730,9 +730,7 @@ def test_another_evaluation_of_a_finished_run_is_made_at_its_end(
 
 
 @pytest.mark.slow
-def test_a_run_is_compared_by_what_it_was_evaluated_with_since_the_change(
-    tiny, workdir, monkeypatch
-):
+def test_runs_are_compared_by_evaluations_since_the_change(tiny, workdir, monkeypatch):
     stopped_at(tiny, workdir, 14, monkeypatch)
     tiny.eval_crop = 0.5
     with monkeypatch.context() as patch:
@@ -851,9 +849,7 @@ def strict_json(workdir):
             if name.endswith(('.json', '.jsonl')):
                 text = storage.read(os.path.join(folder, name)).decode()
                 for part in text.splitlines() if name.endswith('l') else [text]:
-                    json.loads(
-                        part, parse_constant=lambda constant: pytest.fail(f'{constant} in {name}')
-                    )
+                    json.loads(part, parse_constant=pytest.fail)
                 names.add(name)
     return names
 
@@ -1085,7 +1081,8 @@ def test_files_that_are_not_what_was_written_are_one_line(tiny, workdir, referen
     storage.write(os.path.join(workdir, name), content)
     with pytest.raises(
         RunError,
-        match=f'{name} is damaged .*: bring it back from a copy, or begin anew with --resume=never, which moves the run aside',
+        match=f'{name} is damaged .*: bring it back from a copy, or begin anew with '
+        '--resume=never, which moves the run aside',
     ):
         train.run(tiny, workdir)
 
@@ -1124,9 +1121,7 @@ def test_a_folder_that_vanishes_ends_the_run_with_one_line(tiny, workdir, monkey
     assert '\n' not in str(error.value)
 
 
-def test_a_folder_that_vanishes_while_a_checkpoint_is_read_back_is_what_the_line_speaks_of(
-    tiny, workdir, monkeypatch
-):
+def test_a_folder_that_vanishes_during_read_back_is_named(tiny, workdir, monkeypatch):
     original = storage.parts
 
     def parts(path):
@@ -1140,9 +1135,7 @@ def test_a_folder_that_vanishes_while_a_checkpoint_is_read_back_is_what_the_line
 
 
 @pytest.mark.slow
-def test_a_full_disk_ends_the_run_with_one_line_and_it_goes_on_when_there_is_room(
-    tiny, workdir, reference, monkeypatch
-):
+def test_a_full_disk_is_one_line_and_the_run_resumes(tiny, workdir, reference, monkeypatch):
     original = storage.write
 
     def write(path, content):
@@ -1166,7 +1159,7 @@ def test_a_full_disk_ends_the_run_with_one_line_and_it_goes_on_when_there_is_roo
     assert_same_run(workdir, reference)
 
 
-def test_a_folder_that_can_only_be_read_is_named_before_anything_is_trained(tiny):
+def test_a_read_only_folder_is_named_before_training(tiny):
     with pytest.raises(RunError, match='/proc/run') as error:
         train.run(tiny, '/proc/run')
     assert '\n' not in str(error.value)
@@ -1229,14 +1222,13 @@ def test_a_run_behind_tensorflows_file_system_is_the_same_run(
     )
 
 
-def test_loops_that_are_longer_than_a_notice_are_pointed_out_once(
-    tiny, workdir, monkeypatch, capsys
-):
+def test_loops_longer_than_a_preemption_notice_are_noted_once(tiny, workdir, monkeypatch, capsys):
     monkeypatch.setattr(train, 'LONG_LOOP', 0.0)
     assert train.run(tiny, workdir) == 0
     assert (
         capsys.readouterr().out.count(
-            'a loop takes 0 s, and a machine that is taken back gives about 30: lower config.steps_per_loop'
+            'a loop takes 0 s, and a machine that is taken back gives about 30: lower '
+            'config.steps_per_loop'
         )
         == 1
     )

@@ -1,4 +1,6 @@
-"""Augmentations do what the reference does: PIL for operations on one picture, the formula for what mixes a batch."""
+"""Augmentations do what the reference does: PIL for operations on one picture, the formula for what
+mixes a batch.
+"""
 
 import io
 
@@ -52,9 +54,7 @@ def test_an_operation_is_that_of_pil(name, amount, reference):
         ('rotate', 90.0, lambda c: (0, -1, 2 * c, 1, 0, 0)),
     ],
 )
-def test_a_geometric_operation_takes_each_pixel_from_where_its_matrix_says(
-    name, amount, coefficients
-):
+def test_geometric_operations_sample_where_their_matrix_says(name, amount, coefficients):
     ours = (
         augment.apply_operation(name, tf.constant(PICTURE), amount, UPRIGHT).numpy().astype(float)
     )
@@ -133,11 +133,13 @@ def settings():
 def test_a_flip_mirrors_half_of_the_pictures(settings):
     settings.flip = True
     images, _, _, changed, _ = batch_of(settings)
-    mirrored = [(after == before[:, ::-1]).all() for before, after in zip(images, changed)]
+    mirrored = [
+        (after == before[:, ::-1]).all() for before, after in zip(images, changed, strict=True)
+    ]
     assert 18 <= sum(mirrored) <= 46
     assert all(
         (after == before).all()
-        for before, after, is_mirrored in zip(images, changed, mirrored)
+        for before, after, is_mirrored in zip(images, changed, mirrored, strict=True)
         if not is_mirrored
     )
 
@@ -147,7 +149,7 @@ def test_erasing_fills_one_rectangle_with_one_colour(settings):
     images, _, _, changed, _ = batch_of(settings)
     differ = (images != changed).any(-1)
     assert 16 <= differ.any((1, 2)).sum() <= 48
-    for different, after in zip(differ, changed):
+    for different, after in zip(differ, changed, strict=True):
         if different.any():
             rows, columns = different.any(1), different.any(0)
             inside = after[rows][:, columns]
@@ -361,7 +363,7 @@ def test_what_is_too_fine_for_a_crop_becomes_grey(random_crops, encode_as, size,
 
 
 @pytest.mark.parametrize('encode_as', [jpeg, encode])
-def test_stripes_above_half_the_sampling_rate_vanish_and_others_stay(random_crops, encode_as):
+def test_stripes_above_the_nyquist_rate_vanish_and_others_stay(random_crops, encode_as):
     def contrast(period):
         stripes = pattern(lambda y, x: np.sin(2 * np.pi * x / period), 640, 640)
         crops = random_crops(encode_as(stripes), 32, (0.9, 1.0), number=5)
@@ -380,7 +382,7 @@ def test_a_random_crop_looks_as_pil_would_resize_its_window(random_crops, encode
     encoded = encode_as(photograph())
     image = Image.fromarray(decode(encoded).numpy())
     crops = random_crops(encoded, size, (0.5, 1.0), number=6)
-    for crop, seed in zip(crops, seeds(6)):
+    for crop, seed in zip(crops, seeds(6), strict=True):
         begin, extent, _ = tf.image.stateless_sample_distorted_bounding_box(
             (427, 640, 3),
             [[[0.0, 0.0, 1.0, 1.0]]],
@@ -410,7 +412,11 @@ def test_a_window_of_a_shrunk_jpeg_is_in_its_place(ratio, begin, subsampling):
     for axis in (0, 1):
         pixel = extent[axis] / size
         period = 8 * pixel
-        waves = pattern(lambda *place: np.sin(2 * np.pi * (place[axis] + 0.5) / period), 509, 515)
+
+        def wave(*place, axis=axis, period=period):
+            return np.sin(2 * np.pi * (place[axis] + 0.5) / period)
+
+        waves = pattern(wave, 509, 515)
         encoded = jpeg(waves, subsampling=subsampling)
         window = augment.decode_jpeg_window(encoded, tf.constant(begin), tf.constant(extent), size)
         assert size <= min(window.shape[:2]) and max(window.shape[:2]) <= 515 / ratio + 1
@@ -423,7 +429,7 @@ def test_a_window_of_a_shrunk_jpeg_is_in_its_place(ratio, begin, subsampling):
             assert abs(moved_by) < (0.51 if ratio > 1 else 0.05)
 
 
-def test_a_jpeg_is_shrunk_only_where_both_sides_stay_large_enough():
+def test_a_jpeg_shrinks_only_while_both_sides_stay_large():
     encoded = jpeg(photograph())
     cases = [
         ((200, 400), 100, (100, 200)),

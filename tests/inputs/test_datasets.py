@@ -1,4 +1,6 @@
-"""Digits, TFDS names and folders of pictures go through one door, and what is not there is named."""
+"""Digits, TFDS names and folders of pictures go through one door, and what is not there is
+named.
+"""
 
 import os
 import re
@@ -115,14 +117,15 @@ def test_what_is_not_there_is_one_line(values, error, says):
     assert says in str(raised.value) and '\n' not in str(raised.value)
 
 
-def test_a_budget_that_the_machine_has_not_is_refused_with_one_that_it_has(monkeypatch):
+def test_a_memory_budget_too_large_is_refused_with_one_that_fits(monkeypatch):
     source = datasets.load(dataset_config(name='digits', memory_gib=1e-4))
     monkeypatch.setattr(
         datasets.psutil, 'virtual_memory', lambda: types.SimpleNamespace(available=50_000)
     )
     with pytest.raises(
         RunError,
-        match='memory_gib=0.0001, but only 4.66e-05 GiB of memory are free: write --config.dataset.memory_gib=2.3e-05',
+        match='memory_gib=0.0001, but only 4.66e-05 GiB of memory are free: write '
+        '--config.dataset.memory_gib=2.3e-05',
     ):
         source.split('train')
 
@@ -182,7 +185,7 @@ def test_hosts_read_even_shares_of_a_folder_that_are_all_of_it(pictures, hosts):
     assert read == list(source.examples('train').as_numpy_iterator())
 
 
-def test_imagenet_that_is_missing_says_where_it_was_sought_and_how_to_get_it(tmp_path):
+def test_missing_imagenet_says_where_and_how_to_get_it(tmp_path):
     with pytest.raises(RunError) as raised:
         datasets.load(
             dataset_config(name='imagenet2012', data_dir=str(tmp_path), eval_split='validation')
@@ -201,16 +204,15 @@ def test_imagenet_that_is_missing_says_where_it_was_sought_and_how_to_get_it(tmp
     [
         (
             requests.ConnectionError(
-                "HTTPSConnectionPool(host='somewhere', port=443): Max retries exceeded (Failed to resolve 'somewhere')"
+                "HTTPSConnectionPool(host='somewhere', port=443): Max retries exceeded (Failed "
+                "to resolve 'somewhere')"
             ),
             'this machine has to be online for it, or --config.dataset.data_dir=',
         ),
         (OSError(28, 'No space left on device'), 'No space left on device)'),
     ],
 )
-def test_data_that_cannot_be_prepared_are_one_line_with_the_cause(
-    tmp_path, monkeypatch, error, says
-):
+def test_data_that_cannot_be_prepared_is_one_line_with_cause(tmp_path, monkeypatch, error, says):
     def fail(*arguments, **options):
         raise error
 

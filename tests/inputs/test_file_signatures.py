@@ -1,4 +1,6 @@
-"""A file that is no picture is called what it is, with what to do about it; HEIC is read where pillow-heif is there."""
+"""A file that is no picture is called what it is, with what to do about it; HEIC is read where
+pillow-heif is there.
+"""
 
 import bz2
 import gzip
@@ -64,7 +66,10 @@ def hdf5(buffer):
         file['picture'] = PICTURE
 
 
-LFS = b'version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\nsize 12345\n'
+LFS = (
+    b'version https://git-lfs.github.com/spec/v1\noid '
+    b'sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\nsize 12345\n'
+)
 HEIC_SIGNS = {
     'HEIC': (brands('heic', 'mif1', 'heic'), 'an HEIC picture'),
     'HEIC of an iPhone': (
@@ -248,13 +253,16 @@ def test_a_file_is_called_what_it_is_whatever_its_ending(tmp_path, kind, ending)
 def test_what_begins_with_no_sign_is_shown(content):
     assert (
         file_signatures.reason(content)
-        == f'no picture that can be read: it begins with {content[:16]!r}; get it again, or take it away'
+        == f'no picture that can be read: it begins with {content[:16]!r}; get it again, or '
+        'take it away'
     )
 
 
 @pytest.mark.parametrize('name', [name for name, *_ in READ.values()])
 def test_no_picture_that_is_read_is_taken_for_something_else(name):
-    """Every format that is read has a name of its own here, for when it is damaged, and no other."""
+    """Every format that is read has a name of its own here, for when it is damaged, and no
+    other.
+    """
     content = next(content for other, content, *_ in READ.values() if other == name)
     what, advice = file_signatures._name(content)
     assert what and advice == file_signatures.UNREAD
@@ -296,7 +304,9 @@ RAW = {
 
 
 def tiff(tags, mark=b''):
-    """A TIFF file with these tags. With a mark behind the eight bytes of its header, its directory is at its end."""
+    """A TIFF file with these tags. With a mark behind the eight bytes of its header, its directory
+    is at its end.
+    """
     content = encoded(PICTURE, 'TIFF', tiffinfo=tags)
     if not mark:
         return content
@@ -338,13 +348,14 @@ def test_other_tiff_files_with_such_tags_are_read(tmp_path, tags):
     np.testing.assert_array_equal(pixels, PICTURE)
 
 
-def test_files_of_cameras_beside_their_jpeg_files_are_noted_and_no_broken_files(tmp_path):
+def test_raw_camera_files_beside_jpegs_are_noted_not_broken(tmp_path):
     fill(tmp_path)
     for name in ('cat/1.CR2', 'cat/2.cr2', 'dog/1.NEF', 'dog/x.psd', 'dog/notes.txt'):
         write(tmp_path / name, b'II*\0')
     found = image_folder.find(dataset_config(tmp_path))
     assert found.broken == () and found.notes[:2] == (
-        'not used, pictures in formats that are not read: 2 .cr2, 1 .nef, 1 .psd; convert them to JPEG or PNG',
+        'not used, pictures in formats that are not read: 2 .cr2, 1 .nef, 1 .psd; convert them '
+        'to JPEG or PNG',
         "not used, as their names do not end like a picture's: 1 .txt",
     )
 
@@ -354,7 +365,8 @@ def test_a_class_of_such_files_alone_says_what_to_do(tmp_path):
     write(tmp_path / 'owl' / '1.CR2', b'II*\0')
     with pytest.raises(
         image_folder.RunError,
-        match=r'without pictures: owl \(1 .cr2\); convert .cr2 to JPEG or PNG, fill them, or take them away',
+        match=r'without pictures: owl \(1 .cr2\); convert .cr2 to JPEG or PNG, fill them, or '
+        r'take them away',
     ):
         image_folder.find(dataset_config(tmp_path))
 
@@ -390,7 +402,10 @@ def test_heic_is_named_with_what_reads_it(tmp_path, kind):
 
 def test_verdicts_are_those_of_what_was_installed():
     """With pillow-heif installed or taken away, files are examined again."""
-    show = 'import sys; {}; from inputs import image_validation; print(image_validation.RULES, "HEIF" in image_validation.FORMATS)'
+    show = (
+        'import sys; {}; from inputs import image_validation; print(image_validation.RULES, '
+        '"HEIF" in image_validation.FORMATS)'
+    )
     without = subprocess.run(
         [sys.executable, '-c', show.format('sys.modules["pillow_heif"] = None')],
         cwd=ROOT,
@@ -427,7 +442,9 @@ def made_of_two():
 
 
 def heic_turned(orientation):
-    """As a phone writes it: the file itself says how it is to be turned (irot, imir), and EXIF says it once more."""
+    """As a phone writes it: the file itself says how it is to be turned (irot, imir), and EXIF says
+    it once more.
+    """
     exif = Image.Exif()
     exif[0x0112] = orientation
     return heic(PICTURE, exif=exif.tobytes())

@@ -1,4 +1,6 @@
-"""A folder of pictures: what can be read is read right, what cannot is named, and nothing hangs or trains on garbage."""
+"""A folder of pictures: what can be read is read right, what cannot is named, and nothing hangs or
+trains on garbage.
+"""
 
 import collections
 import cProfile
@@ -13,6 +15,7 @@ import subprocess
 import sys
 import threading
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -126,7 +129,8 @@ CLEAR = np.where(
     (MARKED[0, 0] == MARKED).all(-1, keepdims=True), np.uint8(255), MARKED
 )  # where that colour is transparent
 BLACK_AND_WHITE = np.where(MARKED[..., 0] > 100, 255, 0).astype(np.uint8)
-# What a viewer shows of PICTURE, stored with each EXIF orientation (EXIF 2.32, tag 0x0112): where row 0 and column 0 belong.
+# What a viewer shows of PICTURE, stored with each EXIF orientation (EXIF 2.32, tag 0x0112): where
+# row 0 and column 0 belong.
 ORIENTED = {
     1: PICTURE,
     2: PICTURE[:, ::-1],
@@ -497,7 +501,7 @@ def test_what_is_no_file_is_skipped_and_named_without_waiting(tmp_path, kind, ca
     assert_skipped(tmp_path, 'cat/x.jpg', says, capfd)
 
 
-def test_a_file_that_may_not_be_read_is_skipped_and_asked_for_again(tmp_path, monkeypatch, capfd):
+def test_an_unreadable_file_is_skipped_and_tried_again(tmp_path, monkeypatch, capfd):
     fill(tmp_path)
     write(tmp_path / 'cat' / 'x.png', flat(99))
     read = image_validation.read
@@ -551,7 +555,7 @@ def test_a_damaged_jpeg_is_hardly_ever_taken_for_whole(tmp_path):
 # Folders.
 
 
-def test_a_file_says_what_it_is_itself_and_other_files_are_left_alone(tmp_path):
+def test_content_decides_the_type_and_other_files_are_left_alone(tmp_path):
     fill(tmp_path / 'data')
     for name in (
         'notes.txt',
@@ -728,7 +732,9 @@ def one_each(root):
 
 
 def mvtec(root):
-    """Two data sets side by side, as MVTec AD comes: each has good parts to train on, and other ones to test."""
+    """Two data sets side by side, as MVTec AD comes: each has good parts to train on, and other
+    ones to test.
+    """
     for name in ('bottle', 'cable'):
         fill(root, ('good',), split=f'{name}/train')
         fill(root, ('good', 'broken_large', 'contamination'), split=f'{name}/test')
@@ -882,7 +888,8 @@ IMPOSSIBLE = {
         then(make('cat', 'dog', split='train'), file_in('test/0.png', b'')),
         {},
         RunError,
-        'test has no class folders: sort its pictures into them, or write --config.dataset.eval_split=held_out',
+        'test has no class folders: sort its pictures into them, or write '
+        '--config.dataset.eval_split=held_out',
     ),
     'one level too high': (
         make('cat', 'dog', split='mine/train'),
@@ -900,7 +907,8 @@ IMPOSSIBLE = {
         then(make('good', split='train'), make('good', 'broken', split='test')),
         {},
         RunError,
-        'test has more: write --config.dataset.train_split=test --config.dataset.eval_split=held_out',
+        'test has more: write --config.dataset.train_split=test '
+        '--config.dataset.eval_split=held_out',
     ),
     'data set beside something else': (
         then(
@@ -928,7 +936,8 @@ IMPOSSIBLE = {
         then(make('train', 'test', split='cat/images'), make('dog')),
         {},
         RunError,
-        '/cat/images holds test and train, which would be mixed in one class: if cat is a class, sort its pictures into',
+        '/cat/images holds test and train, which would be mixed in one class: if cat is a '
+        'class, sort its pictures into',
     ),
     'parts of classes below splits': (
         then(make('a', 'b', split='cat/train'), make('a', 'b', split='cat/test'), make('dog')),
@@ -946,7 +955,8 @@ IMPOSSIBLE = {
         then(make('cat', 'dog', split='train/train'), make('cat', 'dog', split='train/val')),
         {},
         RunError,
-        '/train has no class folders, but train, val, which are called as splits are: write --config.dataset.data_dir=',
+        '/train has no class folders, but train, val, which are called as splits are: write '
+        '--config.dataset.data_dir=',
     ),
     'splits that differ in case': (
         then(make('cat', 'dog', split='train'), make('cat', 'dog', split='Train')),
@@ -964,7 +974,8 @@ IMPOSSIBLE = {
         then(make('Train', 'Val', split='cat'), make('Train', 'Val', split='dog')),
         {},
         RunError,
-        'CLASS has no train with pictures, but Train, Val: write --config.dataset.train_split=Train '
+        'CLASS has no train with pictures, but Train, Val: write '
+        '--config.dataset.train_split=Train '
         '--config.dataset.eval_split=Val',
     ),
     'another name to evaluate in classes': (
@@ -977,7 +988,8 @@ IMPOSSIBLE = {
         then(make('cat', 'dog', split='train/images'), make('cat', 'dog', split='test/images')),
         {},
         RunError,
-        'train has one class folder, images; a classifier needs at least two: if cat, dog in it are the classes, '
+        'train has one class folder, images; a classifier needs at least two: if cat, dog in it '
+        'are the classes, '
         'move them up into',
     ),
     'one picture in each class': (one_each, {}, RunError, 'has no picture to evaluate'),
@@ -1024,12 +1036,10 @@ def test_too_many_broken_files_are_named_counted_and_listed(tmp_path):
         and 'broken09' in text
         and 'broken10' not in text
     )
-    listed = open(image_validation.list_of_broken(str(tmp_path))).read().splitlines()
-    assert (
-        image_validation.list_of_broken(str(tmp_path)) in text
-        and len(listed) == 12
-        and listed[-1].startswith('cat/broken11.jpg: no picture')
-    )
+    path = Path(image_validation.list_of_broken(str(tmp_path)))
+    listed = path.read_text().splitlines()
+    assert str(path) in text and len(listed) == 12
+    assert listed[-1].startswith('cat/broken11.jpg: no picture')
     assert len(image_folder.find(dataset_config(tmp_path, max_broken=0.55)).broken) == 12
 
 
@@ -1254,7 +1264,7 @@ def test_a_single_split_in_each_class_is_a_folder_like_any_other(tmp_path):
     } == {'train': 8, 'test': 2}
 
 
-def test_pictures_to_evaluate_in_each_class_are_enough_where_nothing_is_trained(tmp_path):
+def test_evaluation_images_per_class_suffice_without_training(tmp_path):
     for name in ('cat', 'dog'):
         fill(tmp_path, ('test',), split=name)
     source = datasets.load(dataset_config(tmp_path), needs_training=False)
@@ -1272,7 +1282,7 @@ def test_a_part_can_be_held_out_beside_other_splits(tmp_path):
     assert found.notes[0] == f'not used: test, val in {tmp_path}'
 
 
-def test_data_for_finding_what_is_unlike_the_rest_are_classified_as_it_is_advised(tmp_path):
+def test_anomaly_data_is_classified_as_advised(tmp_path):
     mvtec(tmp_path)
     found = image_folder.find(
         dataset_config(tmp_path / 'bottle', train_split='test', eval_split='held_out')
@@ -1306,7 +1316,9 @@ def test_each_folder_is_listed_once(tmp_path, monkeypatch, do, split):
 
 
 def test_no_list_is_searched_for_each_file(tmp_path):
-    """A search goes through a list, so that one for each file takes a time that grows with files times classes."""
+    """A search goes through a list, so that one for each file takes a time that grows with files
+    times classes.
+    """
     fill(tmp_path, [f'class{number}' for number in range(30)], count=4)
     profile = cProfile.Profile()
     profile.runcall(image_folder.find, dataset_config(tmp_path))
@@ -1327,7 +1339,7 @@ def test_a_class_may_be_called_as_a_split_is(tmp_path):
     assert image_folder.find(dataset_config(tmp_path)).class_names == ('car', 'plane', 'train')
 
 
-def test_the_same_picture_twice_is_never_on_both_sides_of_a_held_out_part(tmp_path):
+def test_duplicates_are_never_on_both_sides_of_a_holdout(tmp_path):
     for name in ('cat', 'dog'):
         for number in range(30):
             write(tmp_path / name / f'{number}.png', flat(number // 3) + name.encode())
@@ -1337,7 +1349,7 @@ def test_the_same_picture_twice_is_never_on_both_sides_of_a_held_out_part(tmp_pa
     )
 
 
-def test_pictures_that_are_in_both_splits_or_in_two_classes_are_counted(tmp_path):
+def test_images_in_both_splits_or_two_classes_are_counted(tmp_path):
     fill(tmp_path, split='train')
     fill(tmp_path, split='test')
     write(tmp_path / 'test' / 'cat' / 'again.png', flat(1))
@@ -1349,7 +1361,8 @@ def test_pictures_that_are_in_both_splits_or_in_two_classes_are_counted(tmp_path
     )
     assert (
         notes[1]
-        == '1 pictures are in more than one class, byte for byte, such as test/dog/other.png, train/cat/2.png'
+        == '1 pictures are in more than one class, byte for byte, such as test/dog/other.png, '
+        'train/cat/2.png'
     )
 
 
@@ -1361,7 +1374,7 @@ def test_a_part_of_a_split_has_all_classes(tmp_path):
     assert min(labels[: len(labels) // 2].count(label) for label in range(4)) >= 10
 
 
-def test_pictures_to_evaluate_are_enough_where_nothing_is_trained(tmp_path):
+def test_evaluation_images_suffice_without_training(tmp_path):
     fill(tmp_path, split='test')
     source = datasets.load(dataset_config(tmp_path), needs_training=False)
     assert (source.num_train, source.num_eval, source.class_names) == (0, 10, ('cat', 'dog'))
@@ -1433,7 +1446,7 @@ def test_what_is_kept_may_be_damaged(tmp_path, examined, content):
     manifest = os.path.join(
         os.path.dirname(image_validation.list_of_broken(str(tmp_path))), 'manifest.json'
     )
-    whole = open(manifest, 'rb').read()
+    whole = Path(manifest).read_bytes()
     write(manifest, whole.replace(b'""', b'5, 6, 7', 1) if content is None else content)
     examined.clear()
     assert image_folder.find(dataset_config(tmp_path)) == first and len(examined) == 10
@@ -1500,7 +1513,7 @@ def call(tmp_path, *arguments):
 
 
 @pytest.mark.slow
-def test_a_run_goes_to_its_end_beside_a_broken_file_and_its_report_names_it(tmp_path):
+def test_a_run_finishes_despite_a_broken_file_and_reports_it(tmp_path):
     fill(tmp_path / 'data')
     write(tmp_path / 'data' / 'cat' / 'x.gif', with_frames('GIF'))
     write(tmp_path / 'data' / 'dog' / 'page.jpg', b'<html>')
@@ -1510,14 +1523,15 @@ def test_a_run_goes_to_its_end_beside_a_broken_file_and_its_report_names_it(tmp_
     assert '\n          dog/page.jpg: no picture that can be read' in done.stdout
     report = (tmp_path / 'run' / 'report.md').read_text()
     assert (
-        "dog/page.jpg: no picture that can be read: a web page (HTML), which begins with b'<html>'; "
+        'dog/page.jpg: no picture that can be read: a web page (HTML), which begins with '
+        "b'<html>'; "
         in report
         and '1 of 12 files are broken' in report
     )
     assert (tmp_path / 'run' / 'export' / 'labels.txt').read_text().split() == ['cat', 'dog']
 
 
-def test_a_run_with_too_many_broken_files_is_one_line_and_status_1(tmp_path):
+def test_too_many_broken_files_is_one_line_and_status_1(tmp_path):
     fill(tmp_path / 'data')
     for number in range(3):
         write(tmp_path / 'data' / 'dog' / f'page{number}.jpg', LARGE[:MIDDLE])

@@ -1,4 +1,6 @@
-"""Every example once per epoch, the same batches again after a resume, and every evaluation example exactly once."""
+"""Every example once per epoch, the same batches again after a resume, and every evaluation example
+exactly once.
+"""
 
 import collections
 import hashlib
@@ -30,7 +32,9 @@ def source():
 
 @pytest.fixture(params=['memory', 'records', 'long records'])
 def split(request, source, monkeypatch):
-    """The training split of the digits: each example a piece in memory or in a file, or runs of 7 in a file."""
+    """The training split of the digits: each example a piece in memory or in a file, or runs of 7
+    in a file.
+    """
     monkeypatch.setattr(
         record_index, 'PIECES', 1437 // 7 if request.param == 'long records' else 2000
     )
@@ -93,7 +97,9 @@ def test_every_example_is_seen_exactly_once_in_each_epoch(split):
 
 
 def test_an_epoch_is_well_mixed(split):
-    """Neighbours in an epoch come from all over the split: on average nearly a third of it lies between them."""
+    """Neighbours in an epoch come from all over the split: on average nearly a third of it lies
+    between them.
+    """
     order = np.array([number for _, number in ids(split, 0, 0, 1437)])
     assert np.abs(np.diff(order)).mean() > 0.75 * 1437 / 3
 
@@ -106,7 +112,7 @@ def test_a_resumed_stream_goes_on_at_any_position(split):
 
 
 @pytest.mark.slow
-def test_a_resumed_stream_reads_at_most_two_percent_of_an_epoch_again(split):
+def test_a_resumed_stream_rereads_at_most_two_percent(split):
     whole = ids(split, 0, 0, 3 * 1437)
     read = []
 
@@ -156,7 +162,7 @@ def test_a_resumed_run_gets_the_batch_that_would_have_come(tiny, source):
         )
 
 
-def test_repeated_examples_differ_within_their_batch_and_all_come_equally_often(tiny, source):
+def test_repeated_examples_differ_and_come_equally_often(tiny, source):
     tiny.augment.repeats, tiny.batch_size, tiny.train_for = (
         3,
         48,
@@ -185,9 +191,7 @@ def test_repeated_examples_differ_within_their_batch_and_all_come_equally_often(
 
 
 @pytest.mark.parametrize('batch_size', [32, 30, 31])
-def test_batches_do_not_depend_on_the_groups_that_they_are_made_of(
-    tiny, source, batch_size, monkeypatch
-):
+def test_batches_do_not_depend_on_group_size(tiny, source, batch_size, monkeypatch):
     tiny.train_for, tiny.batch_size, tiny.augment.flip, tiny.augment.random_erasing = (
         '6 steps',
         batch_size,
@@ -214,8 +218,8 @@ def test_replicas_share_the_global_batch_of_one_device(tiny, source, devices):
     strategy = mirrored(devices)
     shared = list(global_batches(training_batches(tiny, source, strategy), strategy))
     assert len(alone) == len(shared) == 4
-    for values, values_shared in zip(alone, shared):
-        for value, value_shared in zip(values, values_shared):
+    for values, values_shared in zip(alone, shared, strict=True):
+        for value, value_shared in zip(values, values_shared, strict=True):
             np.testing.assert_array_equal(value, value_shared)
 
 
@@ -285,7 +289,7 @@ def test_evaluation_reads_every_example_exactly_once(still, source, devices, eva
     dataset, num_steps = pipeline.evaluation_batches(source, still, plan, strategy)
     batches = list(global_batches(dataset, strategy))
     assert len(batches) == num_steps
-    images, labels, mask = (np.concatenate(parts) for parts in zip(*batches))
+    images, labels, mask = (np.concatenate(parts) for parts in zip(*batches, strict=True))
     expected = collections.Counter(
         (digest(resize_picture(decode(encoded), 16)), int(label))
         for encoded, label in source.examples('test')
@@ -293,7 +297,7 @@ def test_evaluation_reads_every_example_exactly_once(still, source, devices, eva
     assert (
         collections.Counter(
             (digest(image), int(label))
-            for image, label, is_example in zip(images, labels, mask)
+            for image, label, is_example in zip(images, labels, mask, strict=True)
             if is_example
         )
         == expected
@@ -301,7 +305,7 @@ def test_evaluation_reads_every_example_exactly_once(still, source, devices, eva
     assert set(mask) <= {0.0, 1.0} and mask.sum() == 360
 
 
-def test_without_augmentation_the_training_picture_is_the_evaluation_picture(still, source):
+def test_without_augmentation_training_and_evaluation_match(still, source):
     still.train_for = '2 steps'
     images, labels, draws = next(iter(training_batches(still, source)))
     split = source.split('train')
@@ -361,7 +365,9 @@ def test_what_training_can_see_evaluation_sees_too(textures):
 
     def seen(dataset):
         """(brightness and contrast of each picture, its class), without padding."""
-        images, labels, *more = map(np.concatenate, zip(*global_batches(dataset, ONE_DEVICE)))
+        images, labels, *more = map(
+            np.concatenate, zip(*global_batches(dataset, ONE_DEVICE), strict=True)
+        )
         if dataset is evaluation:
             images, labels = images[more[0] > 0], labels[more[0] > 0]
         grey = images.astype(float).mean(-1)
@@ -379,7 +385,7 @@ def test_what_training_can_see_evaluation_sees_too(textures):
     assert model.score(shown, right) > 0.9
 
 
-def test_random_crops_are_the_same_after_a_resume_and_on_any_number_of_devices(textures):
+def test_random_crops_match_after_resume_and_on_any_devices(textures):
     config, source = textures
 
     def batches(strategy, begin=0):

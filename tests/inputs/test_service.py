@@ -19,7 +19,9 @@ from inputs import datasets, pipeline, record_index, service
 
 @pytest.fixture
 def start():
-    """Starts a server in a process of its own, as a user would; returns what it says when it is ready."""
+    """Starts a server in a process of its own, as a user would; returns what it says when it is
+    ready.
+    """
     running = []
 
     def start(*arguments):
@@ -39,7 +41,8 @@ def start():
         process.wait()
 
 
-def batches_of(config, begin=0, strategy=tf.distribute.OneDeviceStrategy('CPU:0')):
+def batches_of(config, begin=0, strategy=None):
+    strategy = strategy or tf.distribute.OneDeviceStrategy('CPU:0')
     source = datasets.load(config.dataset)
     plan = planning.make_plan(
         config, source.num_train, source.num_eval, 10, strategy.num_replicas_in_sync
@@ -57,14 +60,14 @@ def batches_of(config, begin=0, strategy=tf.distribute.OneDeviceStrategy('CPU:0'
 
 def assert_equal(batches, expected):
     assert len(batches) == len(expected)
-    for batch, expected_batch in zip(batches, expected):
+    for batch, expected_batch in zip(batches, expected, strict=True):
         for part, expected_part in zip(batch, expected_batch, strict=True):
             np.testing.assert_array_equal(part, expected_part)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('dispatchers, workers', [(1, 2), (2, 1)])
-def test_two_workers_give_what_the_local_pipeline_gives_also_after_a_resume(
+def test_two_workers_match_the_local_pipeline_after_a_resume(
     tiny, start, monkeypatch, dispatchers, workers
 ):
     tiny.train_for, tiny.augment.flip, tiny.augment.mixup, tiny.augment.policy.name = (
@@ -110,7 +113,10 @@ def test_an_address_where_nothing_answers_is_one_line(tiny, address):
 def test_a_service_that_dies_ends_the_run_with_its_name(tmp_path, start):
     address = start().split()[2]
     environment = {**os.environ, 'PYTHONPATH': ROOT}
-    script = 'import sys, main; from inputs import service; service.PATIENCE = 3; sys.exit(main.main(sys.argv))'
+    script = (
+        'import sys, main; from inputs import service; service.PATIENCE = 3; '
+        'sys.exit(main.main(sys.argv))'
+    )
     run = subprocess.Popen(
         [
             sys.executable,

@@ -1,4 +1,6 @@
-"""A data set of TFDS whose labels or images a run could not use is refused before the run begins."""
+"""A data set of TFDS whose labels or images a run could not use is refused before the run
+begins.
+"""
 
 import os
 import re
@@ -108,9 +110,7 @@ def test_of_a_large_split_a_sample_is_looked_at(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('gib', [4.0, 1e-6], ids=['in memory', 'from files'])
 @pytest.mark.parametrize('bad', ['train', 'test'])
-def test_a_label_that_the_sample_misses_ends_the_run_with_one_line(
-    tmp_path, monkeypatch, tiny, bad, gib
-):
+def test_a_label_that_the_sample_missed_is_one_line(tmp_path, monkeypatch, tiny, bad, gib):
     labels = {'train': [0] * 600, 'test': [1] * 600}
     labels[bad][236] = -1
     tiny.dataset = labeled(tmp_path, 600, **labels)
@@ -120,7 +120,8 @@ def test_a_label_that_the_sample_misses_ends_the_run_with_one_line(
         train.run(tiny, str(tmp_path / 'run'))
     line, status = main.failure(raised.value)
     assert status == 1 and line == (
-        'an example has a label that is none of the 2 classes, as TFDS writes where it is not known; '
+        'an example has a label that is none of the 2 classes, as TFDS writes where it is not '
+        'known; '
         f'name another split: mine, split {bad}, example 236 has -1'
     )
 
@@ -204,7 +205,8 @@ def test_images_that_predict_shows_otherwise_are_noted(tmp_path, capsys, odd):
     notes = datasets.load(config).notes
     assert len(notes) == 2  # of two splits
     assert notes[0].startswith(
-        'mine, split train: 2 of 3 images that were looked at are turned by their EXIF data, or transparent'
+        'mine, split train: 2 of 3 images that were looked at are turned by their EXIF data, or '
+        'transparent'
     )
     assert capsys.readouterr().out.count('note      mine, split') == 2
 
@@ -293,7 +295,8 @@ def test_a_folder_has_no_features_to_name(key):
     config.dataset.name, config.dataset[key] = 'folder', 'image'
     with pytest.raises(
         ConfigError,
-        match=f"^config.dataset.{key}='image' names a feature of a TFDS data set, .*: leave it out$",
+        match=f"^config.dataset.{key}='image' names a feature of a TFDS data set, .*: leave it "
+        'out$',
     ):
         config_schema.check_config(config)
 

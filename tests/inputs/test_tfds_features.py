@@ -21,7 +21,9 @@ LABEL = F.ClassLabel(names=['cat', 'dog'])
 
 
 def make(folder, features, examples, supervised_keys=None):
-    """The data set `mine`, {split: examples}, each split in two files; returns `config.dataset` for it."""
+    """The data set `mine`, {split: examples}, each split in two files; returns `config.dataset` for
+    it.
+    """
     directory, splits = folder / 'mine' / '1.0.0', []
     directory.mkdir(parents=True)
     features = F.FeaturesDict(features)
@@ -264,13 +266,15 @@ NOT_FOUND = {
         FLAT | {'objects': F.Sequence({'label': LABEL})},
         None,
         {'label_key': 'objects/label'},
-        "label_key='objects/label' is in a sequence of any length, and a classifier needs one class label: mine has label",
+        "label_key='objects/label' is in a sequence of any length, and a classifier needs one "
+        'class label: mine has label',
     ),
     'a video by name': (
         FLAT | {'video': F.Video(shape=(None, 24, 32, 3))},
         None,
         {'image_key': 'video'},
-        "image_key='video' is in a sequence of any length, and a classifier needs one image: mine has image",
+        "image_key='video' is in a sequence of any length, and a classifier needs one image: "
+        'mine has image',
     ),
     'floats by name': (
         FLAT | {'depth': F.Image(shape=(24, 32, 1), dtype=np.float32)},
@@ -405,13 +409,14 @@ def unlabeled(tmp_path, test=(0, 1), train=(0, 1), count=8):
         (
             'test',
             (-1,),
-            "eval_split='test' of mine has 8 examples, and 8 have a label that is none of the 2 classes: -1, which TFDS writes",
+            "eval_split='test' of mine has 8 examples, and 8 have a label that is none of the 2 "
+            'classes: -1, which TFDS writes',
         ),
         ('train', (-1,), "train_split='train' of mine has 8 examples, and 8 have"),
         ('test', (0, 1, 1, -1), 'has 8 examples, and 2 have'),
     ],
 )
-def test_labels_that_are_not_known_are_refused_before_anything_else(tmp_path, split, labels, says):
+def test_unknown_labels_are_refused_first(tmp_path, split, labels, says):
     config = unlabeled(tmp_path, **{split: labels})
     for find in (lambda: datasets.load(config), lambda: dataset_status.look(config)):
         with pytest.raises(RunError) as raised:
@@ -441,9 +446,7 @@ def test_a_split_that_is_not_used_may_have_them(tmp_path):
     assert datasets.load(config).num_train == 4
 
 
-def test_only_a_part_of_a_large_split_is_looked_at_and_the_rest_when_it_is_read(
-    tmp_path, monkeypatch
-):
+def test_a_large_split_is_sampled_and_checked_fully_when_read(tmp_path, monkeypatch):
     labels = [0] * 38 + [-1, 0]  # the sample has the first and the last
     config = unlabeled(tmp_path, test=labels, count=40)
     monkeypatch.setattr(tfds_checks, 'READ_WHOLE', 0)

@@ -1,4 +1,6 @@
-"""The layers that stand in for Keras' compute what Keras' do: outputs, gradients and moving statistics, to the rounding."""
+"""The layers that stand in for Keras' compute what Keras' do: outputs, gradients and moving
+statistics, to the rounding.
+"""
 
 import keras
 import numpy as np
@@ -13,7 +15,9 @@ SIZE = 32
 
 
 def pair(name, policy, **settings):
-    """(our model without dropout, the backbone of keras.applications with the same weights, its preprocessing)."""
+    """(our model without dropout, the backbone of keras.applications with the same weights, its
+    preprocessing).
+    """
     keras.config.set_dtype_policy(policy)
     model = models.build_model(config_for(name, SIZE, dropout=0.0, **settings), 3)
     constructor, preprocess = models.application(name)
@@ -22,7 +26,7 @@ def pair(name, policy, **settings):
         if isinstance(layer, keras.layers.Dropout):
             layer.rate = 0.0
     random = np.random.RandomState(0)
-    for ours, theirs in zip(models.weights(model), models.weights(plain)):
+    for ours, theirs in zip(models.weights(model), models.weights(plain), strict=True):
         value = (
             random.rand(*ours.shape) + 0.5
             if 'variance' in ours.path or 'gamma' in ours.path
@@ -34,7 +38,9 @@ def pair(name, policy, **settings):
 
 
 def trained_once(model, plain, preprocess):
-    """(outputs, gradients, weights with the moving statistics), of ours and of Keras', each a float64 array."""
+    """(outputs, gradients, weights with the moving statistics), of ours and of Keras', each a
+    float64 array.
+    """
     images = np.random.RandomState(1).randint(0, 256, (8, SIZE, SIZE, 3)).astype('float32')
     head = [tf.cast(variable.value, plain.compute_dtype) for variable in models.weights(model)[-2:]]
     results = []
@@ -86,7 +92,7 @@ def test_a_fused_model_trains_as_the_one_of_keras_applications(name, gates):
 
 
 @pytest.mark.slow
-def test_in_bfloat16_a_fused_model_is_no_further_from_the_exact_one_than_keras_own():
+def test_a_fused_bfloat16_model_is_as_exact_as_keras():
     exact = trained_once(*pair('EfficientNetV2B0', 'float64'))[1]
     ours, theirs = trained_once(*pair('EfficientNetV2B0', 'mixed_bfloat16'))
 
@@ -126,7 +132,7 @@ def test_statistics_are_right_where_the_mean_is_far_from_zero(activation, theirs
 
 
 @pytest.mark.slow
-def test_a_trained_backbone_can_be_given_back_to_keras_applications(tmp_path):
+def test_a_trained_backbone_fits_keras_applications(tmp_path):
     model, plain, _ = pair('EfficientNetV2B0', 'float32')
     path = str(tmp_path / 'backbone.weights.h5')
     pretrained.save_backbone(model, config_for('EfficientNetV2B0', SIZE), path)
@@ -138,12 +144,12 @@ def test_a_trained_backbone_can_be_given_back_to_keras_applications(tmp_path):
     config = config_for('EfficientNetV2B0', SIZE, weights=path)
     new = models.build_model(config, 3)
     pretrained.load_weights(new, config, [], None)
-    for variable, saved in zip(models.weights(new), models.weights(plain)):
+    for variable, saved in zip(models.weights(new), models.weights(plain), strict=True):
         np.testing.assert_array_equal(variable, saved)
 
 
 @pytest.mark.parametrize('policy', ['mixed_bfloat16', 'mixed_float16', 'float32', 'float64'])
-def test_what_comes_out_has_the_dtype_of_the_policy_whatever_goes_in(policy):
+def test_outputs_have_the_policys_dtype_for_any_input(policy):
     keras.config.set_dtype_policy(policy)
     layer = SqueezeExcite(
         BatchNormalization(activation='silu'),

@@ -1,4 +1,6 @@
-"""labels.txt gives every class name back, whatever is in it; an exported model and what reads it agree on each."""
+"""labels.txt gives every class name back, whatever is in it; an exported model and what reads it
+agree on each.
+"""
 
 import copy
 import os
@@ -123,7 +125,9 @@ NAMES = [*ODD_NAMES, '"quoted"', 'back\\slash', 'a b', 'k\u00e4tzchen', 'plain']
 
 
 class OddlyNamed(tfds.core.GeneratorBasedBuilder):
-    """Grey pictures of the usual names, which come after the odd ones: a reader that sees more lines gives them others."""
+    """Grey pictures of the usual names, which come after the odd ones: a reader that sees more
+    lines gives them others.
+    """
 
     VERSION = tfds.core.Version('1.0.0')
 
@@ -150,7 +154,9 @@ class OddlyNamed(tfds.core.GeneratorBasedBuilder):
 
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
-    """(the config, the folder) of a run that has learned at least that no picture is of the first classes."""
+    """(the config, the folder) of a run that has learned at least that no picture is of the first
+    classes.
+    """
     config = tiny_config()
     config.dataset.name, config.ema_decay = 'oddly_named', 0.0
     config.train_for = config.eval_every = config.checkpoint_every = '40 steps'
@@ -189,7 +195,7 @@ def test_the_label_that_is_printed_is_the_models(run, tmp_path, capsys, monkeypa
     assert f'x.png: {label.decode()} ' in capsys.readouterr().out
 
 
-def test_weights_and_teachers_with_such_classes_are_known_by_them(run):
+def test_weights_and_teachers_with_odd_classes_are_recognized(run):
     config, workdir = run
     config = copy.deepcopy(config)
     config.model.weights = os.path.join(workdir, 'export')

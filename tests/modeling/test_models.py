@@ -1,4 +1,6 @@
-"""The network is keras.applications' own, with drop-path, dropout and batch normalisation as the config asks."""
+"""The network is keras.applications' own, with drop-path, dropout and batch normalisation as the
+config asks.
+"""
 
 import keras
 import numpy as np
@@ -105,7 +107,7 @@ def test_preprocessing_is_inside_the_model(name, module):
     np.testing.assert_allclose(model(images, training=False), outside, rtol=1e-4, atol=1e-5)
 
 
-def test_dropout_masks_differ_between_layers_updates_and_replicas_and_come_back():
+def test_dropout_masks_differ_by_layer_update_and_replica():
     model = keras.Sequential(
         [keras.Input((50,)), keras.layers.Dropout(0.5), keras.layers.Dropout(0.5)]
     )
@@ -158,7 +160,8 @@ def test_dropout_masks_differ_between_layers_updates_and_replicas_and_come_back(
         (
             config_for('tiny', freeze='block3'),
             ConfigError,
-            "'block3' is no layer of this model: write 'backbone', or up to where, one of stem, block1, block2",
+            "'block3' is no layer of this model: write 'backbone', or up to where, one of stem, "
+            'block1, block2',
         ),
     ],
 )
@@ -168,7 +171,7 @@ def test_a_model_that_cannot_be_had_is_one_line(config, error, says):
     assert says in str(raised.value) and '\n' not in str(raised.value)
 
 
-def test_drop_path_leaves_out_whole_examples_at_the_rate_of_each_layer_and_keeps_the_mean():
+def test_drop_path_drops_examples_at_layer_rates():
     model = keras.Sequential(
         [keras.Input((3, 2)), models.DropPath(0.25), models.DropPath(0.5), models.DropPath(0.0)]
     )
@@ -187,7 +190,7 @@ def test_drop_path_leaves_out_whole_examples_at_the_rate_of_each_layer_and_keeps
     np.testing.assert_array_equal(tf.function(half)(ones, training=True)[:, 0, 0] > 0, kept[1])
 
 
-def test_the_branches_of_a_model_have_the_rates_of_keras_applications_and_each_a_row_of_one_draw():
+def test_branches_have_the_drop_rates_of_keras_applications():
     model = models.build_model(config_for('EfficientNetV2B0', drop_path=0.2), 10)
     models.derive_dropout_seeds(model, 7, tf.Variable(3))
     branches = [layer for layer in model._flatten_layers() if isinstance(layer, models.DropPath)]

@@ -1,4 +1,6 @@
-"""What a model begins with and whom it learns from: weights, frozen layers, rates by layer, a teacher."""
+"""What a model begins with and whom it learns from: weights, frozen layers, rates by layer, a
+teacher.
+"""
 
 import os
 import shutil
@@ -12,7 +14,7 @@ from scipy import special
 import train
 from benchmarks.same_step import without_batch
 from common.errors import ConfigError, RunError
-from common.storage import read_json
+from common.storage import read, read_json
 from diagnostics import tensorflow_checks
 from experiment import planning
 from experiment import session as sessions
@@ -41,7 +43,9 @@ def devices(count):
 
 
 def updates(config, number=3, count=1, jit_compile=False, dtype_policy='float64'):
-    """(evaluated weights before, and after, losses) of some updates on one batch, on `count` devices."""
+    """(evaluated weights before, and after, losses) of some updates on one batch, on `count`
+    devices.
+    """
     keras.config.set_dtype_policy(dtype_policy)
     strategy = devices(count)
     with strategy.scope():
@@ -75,7 +79,9 @@ def updates(config, number=3, count=1, jit_compile=False, dtype_policy='float64'
     def evaluated():
         return {
             variable.path: value.numpy()
-            for variable, value in zip(models.weights(state.model), steps.evaluated_weights(state))
+            for variable, value in zip(
+                models.weights(state.model), steps.evaluated_weights(state), strict=True
+            )
         }
 
     before, losses = (
@@ -95,7 +101,9 @@ def digits_run(tmp_path_factory):
 
 
 def averages_in(workdir):
-    """What evaluation of a run uses, in the order of the model, read by TensorFlow's own listing of a checkpoint."""
+    """What evaluation of a run uses, in the order of the model, read by TensorFlow's own listing of
+    a checkpoint.
+    """
     path = os.path.join(workdir, 'checkpoints', 'step-30', 'variables')
     names = [name for name, _ in tf.train.list_variables(path) if name.startswith('average/')]
     return [
@@ -108,9 +116,7 @@ def averages_in(workdir):
     'part',
     ['', 'checkpoints', 'checkpoints/step-30', 'checkpoints/step-30/variables.index', 'export'],
 )
-def test_a_run_its_checkpoint_and_its_saved_model_give_the_weights_that_it_is_evaluated_with(
-    digits_run, tiny, part
-):
+def test_run_checkpoint_and_saved_model_give_evaluated_weights(digits_run, tiny, part):
     tiny.model.weights = os.path.join(digits_run, part)
     model = models.build_model(tiny, 10)
     said = pretrained.load_weights(model, tiny, NAMES, find)
@@ -147,7 +153,7 @@ def test_a_head_of_other_classes_is_new(digits_run, tiny, part, names):
     model = models.build_model(tiny, len(names))
     fresh = model.get_layer('predictions').kernel.numpy()
     said = pretrained.load_weights(model, tiny, names, find)
-    for ours, theirs in zip(models.weights(model)[:-2], averages_in(digits_run)):
+    for ours, theirs in zip(models.weights(model)[:-2], averages_in(digits_run), strict=False):
         np.testing.assert_array_equal(ours, theirs)
     np.testing.assert_array_equal(model.get_layer('predictions').kernel, fresh)
     assert (
@@ -157,7 +163,7 @@ def test_a_head_of_other_classes_is_new(digits_run, tiny, part, names):
     )
 
 
-def test_the_weights_of_keras_applications_are_taken_without_their_head(tmp_path, tiny):
+def test_keras_applications_weights_are_taken_without_the_head(tmp_path, tiny):
     theirs = keras.applications.MobileNetV2(
         include_top=False, weights=None, input_shape=(32, 32, 3), pooling='avg'
     )
@@ -172,7 +178,7 @@ def test_the_weights_of_keras_applications_are_taken_without_their_head(tmp_path
         'the head is new, 1,280 features to 7 classes: it comes without one'
         in pretrained.load_weights(model, tiny, NAMES[:7], find)
     )
-    for ours, original in zip(models.weights(model), models.weights(theirs)):
+    for ours, original in zip(models.weights(model), models.weights(theirs), strict=False):
         np.testing.assert_array_equal(ours, original)
 
 
@@ -199,12 +205,14 @@ def damaged(workdir, tmp_path):
         (
             '{run}/nothing',
             'tiny',
-            "nothing' is not there: write 'imagenet', a file that ends in .weights.h5, or the folder of a run",
+            "nothing' is not there: write 'imagenet', a file that ends in .weights.h5, or the "
+            'folder of a run',
         ),
         (
             '{run}',
             'MobileNetV2',
-            "is of another network than config.model.name='MobileNetV2': it has 12 variables, and this one 262",
+            "is of another network than config.model.name='MobileNetV2': it has 12 variables, "
+            'and this one 262',
         ),
         ('{tmp}', 'tiny', "holds no weights: write 'imagenet'"),
         ('Imagenet', 'tiny', 'did you mean imagenet?'),
@@ -231,16 +239,17 @@ def test_weights_that_cannot_be_taken_are_one_line(digits_run, tiny, tmp_path, w
     assert says in str(raised.value) and '\n' not in str(raised.value)
 
 
-def test_a_run_from_other_weights_says_so_and_goes_on_without_them(
-    digits_run, tiny, tmp_path, capsys
-):
+def test_a_run_from_other_weights_says_so_and_resumes_without(digits_run, tiny, tmp_path, capsys):
     begun_with = str(tmp_path / 'begun_with')
     shutil.copytree(digits_run, begun_with)
     tiny.model.weights, tiny.train_for, tiny.schedule.peak_lr = begun_with, '6 steps', 1e-6
     tiny.ema_decay = 0.0
     workdir = str(tmp_path / 'run')
     assert train.run(tiny, workdir) == 0
-    expected = f'weights   12 of 12 variables (5,562 numbers) from {begun_with}/checkpoints/step-30; the head too'
+    expected = (
+        'weights   12 of 12 variables (5,562 numbers) from '
+        f'{begun_with}/checkpoints/step-30; the head too'
+    )
     assert expected in capsys.readouterr().out
     # Hardly trained, so it must be about as good as what it began with.
     assert (
@@ -250,7 +259,7 @@ def test_a_run_from_other_weights_says_so_and_goes_on_without_them(
         )
         < 0.15
     )
-    assert expected in open(os.path.join(workdir, 'report.md')).read()
+    assert expected in read(os.path.join(workdir, 'report.md')).decode()
     shutil.rmtree(begun_with)
     assert expected in sessions.open_session(tiny, workdir).describe()
 
@@ -356,7 +365,9 @@ def test_blocks_are_those_that_the_layers_are_named_after(still, name, blocks):
     'name', sorted(set(optimizers.OPTIMIZERS) - {'adafactor'})
 )  # whose rate is the smaller one of the schedule's and another
 def test_the_rate_of_a_block_is_that_of_a_run_with_this_rate(still, name):
-    """Every block of a run with layer-wise decay moves as in a run whose whole rate is multiplied by its factor."""
+    """Every block of a run with layer-wise decay moves as in a run whose whole rate is multiplied
+    by its factor.
+    """
     (
         still.optimizer,
         still.weight_decay,
@@ -380,9 +391,7 @@ def test_the_rate_of_a_block_is_that_of_a_run_with_this_rate(still, name):
 
 
 @pytest.mark.parametrize('count, jit_compile', [(2, False), (4, False), (2, True)])
-def test_frozen_layers_and_rates_by_layer_are_the_same_on_several_devices(
-    still, count, jit_compile
-):
+def test_frozen_layers_and_layer_rates_match_on_several_devices(still, count, jit_compile):
     still.model.freeze, still.model.layer_decay, still.grad_clip_norm = 'block1_conv', 0.5, 0.5
     _, one, losses = updates(still)
     _, several, their_losses = updates(still, count=count, jit_compile=jit_compile)
@@ -428,9 +437,7 @@ def test_the_loss_of_a_taught_model_is_that_of_hinton(
 
 
 @pytest.mark.slow
-def test_a_teacher_is_the_same_on_several_devices_and_in_micro_batches(
-    digits_run, still, monkeypatch
-):
+def test_a_teacher_matches_on_devices_and_in_micro_batches(digits_run, still, monkeypatch):
     monkeypatch.setattr(models, 'BatchNormalization', without_batch)
     still.distill.teacher, still.distill.alpha = digits_run, 0.7
     _, one, losses = updates(still)
@@ -478,13 +485,13 @@ def test_a_saved_model_of_somebody_else_can_teach(still, tmp_path):
 
 @pytest.mark.parametrize('jit_compile', [False, True])
 @pytest.mark.parametrize('size', [(8, 8), (11, 5), (16, 7), (7, 20), (16, 16), (30, 40)])
-def test_a_teacher_of_a_fixed_size_sees_pictures_resized_as_the_inputs_are(size, jit_compile):
+def test_a_fixed_size_teacher_sees_images_resized_as_inputs_are(size, jit_compile):
     images = np.random.RandomState(0).uniform(0, 255, (2, 16, 16, 3)).astype(np.float32)
     resized = tf.function(distillation.resize, jit_compile=jit_compile)(images, size)
     np.testing.assert_allclose(resized, image_ops.resize(images, size), atol=1e-3)
 
 
-def test_a_teacher_of_a_smaller_size_sees_no_pattern_that_is_not_there(still, tmp_path):
+def test_a_smaller_teacher_sees_no_aliasing(still, tmp_path):
     """Dots too fine for it, at 24 pixels: sampled at 8, every third, they would be all there is."""
     module = write_foreign_teacher(str(tmp_path / 'foreign'))
     still.distill.teacher = str(tmp_path / 'foreign')
@@ -538,7 +545,8 @@ def write_odd_teacher(path, inputs):
             'ResNet5',
             'imagenet',
             NAMES,
-            "config.distill.teacher='ResNet5' is no model of keras.applications; did you mean ResNet50",
+            "config.distill.teacher='ResNet5' is no model of keras.applications; did you mean "
+            'ResNet50',
         ),
         ('ResNet50', 'image', NAMES, "config.distill.weights='image' is no source of weights"),
         ('ResNet50', '/no/such/file.h5', NAMES, '/no/such/file.h5'),
@@ -558,7 +566,8 @@ def write_odd_teacher(path, inputs):
             '{tmp}/foreign',
             'imagenet',
             NAMES[:3],
-            'and give (None, 3), but it takes pictures uint8 (None, 8, 8, 3) and gives probabilities float32 (None, 10)',
+            'and give (None, 3), but it takes pictures uint8 (None, 8, 8, 3) and gives '
+            'probabilities float32 (None, 10)',
         ),
         ('{tmp}/one', 'imagenet', NAMES, 'but it takes tensors_0 float32 (1, 16, 16, 3) and gives'),
         (

@@ -1,4 +1,6 @@
-"""The training step means what plain Keras means, on any number of replicas, with and without XLA."""
+"""The training step means what plain Keras means, on any number of replicas, with and without
+XLA.
+"""
 
 import keras
 import numpy as np
@@ -72,7 +74,9 @@ def run(config, num_steps, devices=1, jit_compile=False, dtype_policy='float32',
 
 
 def by_hand(config, num_steps):
-    """The same updates with plain Keras: a GradientTape, Keras' loss, metrics and optimizer. Returns (losses, model)."""
+    """The same updates with plain Keras: a GradientTape, Keras' loss, metrics and optimizer.
+    Returns (losses, model).
+    """
     _, state, plan = build(config)
     model, optimizer = state.model, state.optimizer
     loss_of = keras.losses.CategoricalCrossentropy(
@@ -95,7 +99,7 @@ def test_a_step_is_what_plain_keras_computes(still, jit_compile):
     results, state = run(still, 5, jit_compile=jit_compile)
     losses, model = by_hand(still, 5)
     np.testing.assert_allclose([result['loss'] for result in results], losses, rtol=1e-5)
-    for ours, theirs in zip(models.weights(state.model), models.weights(model)):
+    for ours, theirs in zip(models.weights(state.model), models.weights(model), strict=True):
         np.testing.assert_allclose(ours.numpy(), theirs.numpy(), rtol=1e-3, atol=1e-4)
 
 
@@ -105,7 +109,7 @@ def test_a_step_is_what_plain_keras_computes(still, jit_compile):
     [{}, {'grad_clip_norm': 0.1}, {'l2_regularization': 0.01}],
     ids=['plain', 'clipped', 'l2'],
 )
-def test_the_first_losses_are_the_same_on_1_2_and_4_devices_with_and_without_xla(still, changes):
+def test_first_losses_match_on_1_2_and_4_devices_and_with_xla(still, changes):
     still.update(changes)
     cases = (
         [(devices, jit) for devices in (1, 2, 4) for jit in (False, True)]
@@ -128,7 +132,9 @@ def test_the_first_losses_are_the_same_on_1_2_and_4_devices_with_and_without_xla
             rtol=0,
             atol=1e-4,
         )
-        for ours, theirs in zip(models.weights(state.model), models.weights(first.model)):
+        for ours, theirs in zip(
+            models.weights(state.model), models.weights(first.model), strict=True
+        ):
             np.testing.assert_allclose(ours.numpy(), theirs.numpy(), rtol=1e-3, atol=2e-4)
     assert expected[0]['loss'] > expected[-1]['loss']
 
@@ -169,7 +175,9 @@ def test_the_gradient_is_that_of_plain_keras_in_float64(still, devices, jit_comp
 
 @pytest.fixture
 def without_batch_norm(monkeypatch):
-    """The tiny model with statistics of each example, which do not depend on what else is in a batch."""
+    """The tiny model with statistics of each example, which do not depend on what else is in a
+    batch.
+    """
     monkeypatch.setattr(models, 'BatchNormalization', without_batch)
 
 
@@ -200,18 +208,20 @@ def test_an_update_from_micro_batches_is_that_of_the_whole_batch(
 
 @pytest.mark.slow
 @pytest.mark.parametrize('devices', [2, 4])
-def test_micro_batches_have_the_same_statistics_on_any_number_of_devices(still, devices):
+def test_micro_batch_statistics_match_on_any_number_of_devices(still, devices):
     still.accumulate_steps = 4
     (expected, alone), (results, shared) = run(still, 8), run(still, 8, devices)
     np.testing.assert_allclose(
         [result['loss'] for result in results], [result['loss'] for result in expected], rtol=1e-4
     )
-    for ours, theirs in zip(models.weights(shared.model), models.weights(alone.model)):
+    for ours, theirs in zip(models.weights(shared.model), models.weights(alone.model), strict=True):
         np.testing.assert_allclose(ours.numpy(), theirs.numpy(), rtol=1e-3, atol=2e-4)
 
 
 def test_micro_batches_drop_differently(still, monkeypatch):
-    """All examples are the same: only the masks of dropout can make the losses of two micro-batches differ."""
+    """All examples are the same: only the masks of dropout can make the losses of two micro-batches
+    differ.
+    """
     still.model.dropout, still.accumulate_steps = 0.5, 2
     seen, original = [], tf.nn.softmax_cross_entropy_with_logits
 
@@ -224,7 +234,7 @@ def test_micro_batches_drop_differently(still, monkeypatch):
     assert len(seen) == 4 and len({logits.tobytes() for logits in seen}) == 4
 
 
-def test_xla_gets_forward_and_backward_of_each_replica_and_nothing_of_the_optimizer(still):
+def test_xla_compiles_forward_and_backward_without_optimizer(still):
     strategy, state, _ = build(still, 2)
     loop = loops.make_train_loop(
         strategy,
@@ -271,7 +281,7 @@ def test_the_gradient_is_clipped_after_it_is_summed(still):
         moved = np.sqrt(
             sum(
                 np.sum((after.numpy() - before) ** 2)
-                for after, before in zip(state.model.trainable_variables, initial)
+                for after, before in zip(state.model.trainable_variables, initial, strict=True)
             )
         )
         assert moved == pytest.approx(
@@ -298,7 +308,7 @@ def test_weight_decay_leaves_biases_and_normalisation_alone(still, name, weight_
         np.testing.assert_allclose(variable.numpy(), initial[variable.path] * factor, rtol=1e-6)
 
 
-def test_the_average_follows_its_formula_and_is_what_evaluation_uses(still):
+def test_the_average_follows_its_formula_and_is_evaluated(still):
     still.ema_decay = 0.9
     strategy, state, _ = build(still)
     expected = [variable.numpy() for variable in models.weights(state.model)]
@@ -314,9 +324,9 @@ def test_the_average_follows_its_formula_and_is_what_evaluation_uses(still):
         decay = min(0.9, (1 + update) / (10 + update))
         expected = [
             average * decay + variable.numpy() * (1 - decay)
-            for average, variable in zip(expected, models.weights(state.model))
+            for average, variable in zip(expected, models.weights(state.model), strict=True)
         ]
-    for average, value in zip(state.average, expected):
+    for average, value in zip(state.average, expected, strict=True):
         np.testing.assert_allclose(average.numpy(), value, rtol=1e-5, atol=1e-7)
     logits = steps.make_predict(state)(IMAGES)
     assert not np.allclose(logits, state.model(IMAGES.astype('float32'), training=False), atol=1e-3)
@@ -340,7 +350,7 @@ def everything(state):
 
 
 @pytest.mark.parametrize('devices', [1, 2])
-def test_float16_skips_an_update_that_is_not_finite_and_halves_its_scale(still, devices):
+def test_float16_skips_a_nonfinite_update_and_halves_its_scale(still, devices):
     still.schedule.peak_lr = 1e-3
     results, state = run(still, 3, devices, dtype_policy='mixed_float16')
     assert (
@@ -370,7 +380,9 @@ def test_float16_skips_an_update_that_is_not_finite_and_halves_its_scale(still, 
 
 
 def spoiling(bad):
-    """A loss that is not a number, on the first replica alone, in batches whose first label is in `bad`."""
+    """A loss that is not a number, on the first replica alone, in batches whose first label is in
+    `bad`.
+    """
     change = augment.on_device(default.get_config().augment, 10)
 
     def spoiled(images, labels, draws):
@@ -389,9 +401,7 @@ def spoiling(bad):
     'name, devices',
     [('adamw', 2), *((name, 1) for name in sorted(optimizers.OPTIMIZERS) if name != 'muon')],
 )
-def test_an_update_with_a_loss_that_is_not_a_number_changes_nothing_and_is_counted(
-    still, name, devices
-):
+def test_a_nan_loss_changes_nothing_and_is_counted(still, name, devices):
     still.optimizer, still.ema_decay, still.grad_clip_norm, still.model.layer_decay = (
         {'name': name},
         0.9,
@@ -429,7 +439,7 @@ def test_an_update_with_a_loss_that_is_not_a_number_changes_nothing_and_is_count
         and float(results['loss']) > 0
     )
     assert state.skipped_updates.numpy() == 3 and not all(
-        np.array_equal(*pair) for pair in zip(everything(state), before)
+        np.array_equal(*pair) for pair in zip(everything(state), before, strict=True)
     )
 
 
@@ -460,7 +470,9 @@ def test_several_steps_in_one_call_are_the_same_steps(still):
         sum(result['loss'] for result in one_by_one[:4]), rel=1e-6
     )
     assert float(together[1]['learning_rate']) == pytest.approx(one_by_one[-1]['learning_rate'])
-    for ours, theirs in zip(models.weights(state.model), models.weights(expected.model)):
+    for ours, theirs in zip(
+        models.weights(state.model), models.weights(expected.model), strict=True
+    ):
         np.testing.assert_array_equal(ours.numpy(), theirs.numpy())
 
 
@@ -520,7 +532,7 @@ def test_evaluation_counts_what_top_k_counts(still, devices):
     assert sums == pytest.approx(expected, rel=1e-5)
 
 
-def test_the_rank_of_a_label_is_its_place_in_top_k_and_nan_is_never_right():
+def test_label_rank_matches_top_k_and_nan_is_never_correct():
     logits = np.random.RandomState(1).randint(0, 4, (200, 7)).astype('float32')  # many ties
     labels = np.random.RandomState(2).randint(0, 7, 200)
     order = tf.math.top_k(logits, 7).indices.numpy()
@@ -531,7 +543,7 @@ def test_the_rank_of_a_label_is_its_place_in_top_k_and_nan_is_never_right():
     ):  # a graph is simplified, by rules that hold for numbers
         np.testing.assert_array_equal(
             rank(tf.constant(logits), tf.constant(labels)),
-            [list(row).index(label) for row, label in zip(order, labels)],
+            [list(row).index(label) for row, label in zip(order, labels, strict=True)],
         )
         assert (rank(broken, tf.constant([0, 3, 6])).numpy() >= 5).all()
         assert (rank(tf.constant([[1.0, np.nan]]), tf.constant([0])).numpy() > 0).all()
@@ -570,7 +582,7 @@ def test_an_impossible_optimizer_is_one_line(still, optimizer, says):
     'muon' not in optimizers.OPTIMIZERS,
     reason='Keras 3.12, all that Python 3.10 gets, has no Muon that runs',
 )
-def test_muon_takes_its_list_of_layers_and_refuses_float64_in_one_line(still):
+def test_muon_takes_its_layers_and_refuses_float64(still):
     still.optimizer = {'name': 'muon', 'exclude_layers': ('block1',)}
     _, state, _ = build(still)
     assert state.optimizer.exclude_layers == ('block1',)
@@ -579,7 +591,9 @@ def test_muon_takes_its_list_of_layers_and_refuses_float64_in_one_line(still):
 
 
 def test_keras_fit_still_cannot_compile_under_two_replicas(still):
-    """What our loop is for: when this fails because `fit` works, docs/architecture.md should say so."""
+    """What our loop is for: when this fails because `fit` works, docs/architecture.md should say
+    so.
+    """
     strategy = strategy_for(2)
     with strategy.scope():
         model = keras.Sequential(
@@ -599,7 +613,7 @@ def test_keras_fit_still_cannot_compile_under_two_replicas(still):
 
 
 @pytest.mark.parametrize('finite', [True, False])
-def test_what_is_chosen_together_for_a_tpu_is_what_is_chosen_one_by_one(finite):
+def test_joint_selects_for_a_tpu_match_single_ones(finite):
     shapes = [(5,)] * steps.SHARED + [(3,)] * (steps.SHARED - 1) + [(5, 3), (5, 5), ()]
     random = np.random.RandomState(0)
     old, new = (

@@ -1,4 +1,6 @@
-"""What a checkpoint says is there is there: whole, verified, the last few and the best, on a disk and in a bucket."""
+"""What a checkpoint says is there is there: whole, verified, the last few and the best, on a disk
+and in a bucket.
+"""
 
 import errno
 import os
@@ -22,10 +24,12 @@ def variables(value=0.0):
 
 
 def saved(directory, steps=(10, 20, 30, 40), best=(10, 20, 20, 40), keep=2):
-    """Checkpoints after these steps, whose first variable is the step, and the best as it was known then."""
+    """Checkpoints after these steps, whose first variable is the step, and the best as it was known
+    then.
+    """
     ours = variables()
     checkpoints = Checkpoints(str(directory), ours, keep)
-    for step, best_step in zip(steps, best):
+    for step, best_step in zip(steps, best, strict=True):
         ours['model'][0].assign(step)
         checkpoints.save(step, {'step': step}, best_step)
     checkpoints.wait()
@@ -57,7 +61,7 @@ def test_the_last_few_stay_and_the_best_that_they_name(tmp_path, place):
     assert restored(directory) == (60, 60) and restored(directory, 'best') == (50, 50)
 
 
-def test_what_is_saved_is_what_was_there_although_training_goes_on(tmp_path, monkeypatch):
+def test_a_save_is_a_snapshot_although_training_continues(tmp_path, monkeypatch):
     ours, may_write = variables(1.0), threading.Event()
     checkpoints = Checkpoints(str(tmp_path), ours, keep=1)
     original = checkpoints._write
@@ -83,7 +87,8 @@ def test_what_is_saved_is_what_was_there_although_training_goes_on(tmp_path, mon
     'content',
     [
         '[]',
-        '{"sha256": "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a", "manifest": {}}',
+        '{"sha256": "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a", '
+        '"manifest": {}}',
     ],
 )
 def test_a_manifest_of_another_kind_is_damaged(tmp_path, content):
@@ -95,7 +100,7 @@ def test_a_manifest_of_another_kind_is_damaged(tmp_path, content):
 @pytest.mark.parametrize(
     'name', ['variables.index', 'variables.data-00000-of-00001', 'manifest.json']
 )
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, capsys, name):
+def test_a_damaged_checkpoint_is_named_and_an_older_one_used(tmp_path, capsys, name):
     saved(tmp_path)
     spoil(tmp_path / 'step-40' / name)
     assert restored(tmp_path) == (30, 30)
@@ -107,7 +112,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, caps
         find(str(tmp_path))
 
 
-def test_a_damaged_checkpoint_is_deleted_only_when_a_newer_one_is_good(tmp_path):
+def test_damaged_checkpoints_are_deleted_after_a_newer_good_one(tmp_path):
     saved(tmp_path, keep=1)
     assert steps_in(str(tmp_path)) == [40]
     checkpoints = saved(tmp_path, steps=(50,), best=(50,), keep=2)
@@ -119,7 +124,7 @@ def test_a_damaged_checkpoint_is_deleted_only_when_a_newer_one_is_good(tmp_path)
     assert steps_in(str(tmp_path)) == [40, 45] and restored(tmp_path) == (45, 45 * 0 + 40)
 
 
-def test_a_damaged_checkpoint_is_written_anew_when_the_run_comes_there_again(tmp_path):
+def test_a_damaged_checkpoint_is_rewritten_at_its_step(tmp_path):
     saved(tmp_path)
     spoil(tmp_path / 'step-40' / 'variables.index')
     ours = variables()
@@ -150,7 +155,8 @@ def test_without_a_good_one_nothing_is_restored(tmp_path):
         os.remove(tmp_path / f'step-{step}' / 'variables.index')
     with pytest.raises(
         RunError,
-        match='none of the 2 checkpoints in .*step-20/variables.index is missing.: bring one back from a copy, or begin anew with --resume=never',
+        match='none of the 2 checkpoints in .*step-20/variables.index is missing.: bring one '
+        'back from a copy, or begin anew with --resume=never',
     ):
         restored(tmp_path)
 
@@ -160,7 +166,8 @@ def test_a_best_one_that_is_damaged_is_named(tmp_path):
     spoil(tmp_path / 'step-10' / 'variables.index')
     with pytest.raises(
         RunError,
-        match='the best checkpoint cannot be used .*step-10/variables.index is damaged.*: --checkpoint=last takes the last one',
+        match='the best checkpoint cannot be used .*step-10/variables.index is damaged.*: '
+        '--checkpoint=last takes the last one',
     ):
         restored(tmp_path, 'best')
     assert restored(tmp_path) == (20, 20)
@@ -193,7 +200,7 @@ def test_a_checkpoint_of_other_variables_does_not_fit(tmp_path, partly):
             Checkpoints(str(tmp_path), fewer, 2).restore()
 
 
-def test_numbers_that_are_not_finite_never_take_the_place_of_good_ones(tmp_path):
+def test_nonfinite_values_never_replace_good_ones(tmp_path):
     ours = variables()
     checkpoints = Checkpoints(str(tmp_path), ours, keep=1)
     checkpoints.save(1, {'step': 1})
@@ -201,7 +208,8 @@ def test_numbers_that_are_not_finite_never_take_the_place_of_good_ones(tmp_path)
     checkpoints.save(2, {'step': 2})
     with pytest.raises(
         RunError,
-        match=r'after step 2 there are numbers that are not finite in 1 of 3 variables \(model/0001\), which are not saved',
+        match=r'after step 2 there are numbers that are not finite in 1 of 3 variables '
+        r'\(model/0001\), which are not saved',
     ):
         checkpoints.wait()
     assert steps_in(str(tmp_path)) == [1]
@@ -238,7 +246,7 @@ def tensorflow_is_full(*arguments, **named):
         ('fsync', fail_with(errno.EIO), 'the disk does not answer as it should'),
     ],
 )
-def test_what_cannot_be_written_is_one_line_and_what_was_there_stays(
+def test_a_failed_write_is_one_line_and_keeps_the_old_files(
     tmp_path, monkeypatch, where, failure, says
 ):
     checkpoints = saved(tmp_path, keep=1)

@@ -1,4 +1,6 @@
-"""What is written down: rows without doubles, pictures that can be opened, and runs side by side."""
+"""What is written down: rows without doubles, pictures that can be opened, and runs side by
+side.
+"""
 
 import json
 import os
@@ -173,7 +175,10 @@ def test_another_number_of_evaluation_examples_is_named(tmp_path, capsys):
         write_run(tmp_path / name, [{'step': 50, 'eval/loss': 0.1, 'eval/examples': number}])
     runs = [str(tmp_path / name) for name in ('one', 'two', 'three')]
     assert compare.main([*runs, f'--output={tmp_path}/both.png']) == 0
-    said = 'not evaluated alike: the number of evaluation examples is 100 in one, 101 in two, 100 in three'
+    said = (
+        'not evaluated alike: the number of evaluation examples is 100 in one, 101 in two, '
+        '100 in three'
+    )
     assert said in capsys.readouterr().out.splitlines()
 
 
@@ -210,7 +215,7 @@ def test_runs_are_compared_from_any_folder_without_output(tmp_path, capsys, monk
     assert sorted(os.listdir()) == ['comparison.png', 'new', 'one', 'other.png', 'two']
 
 
-def test_a_file_name_without_a_folder_is_one_of_the_current_folder(tmp_path, monkeypatch):
+def test_a_bare_file_name_is_in_the_current_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     storage.make_folder('')
     storage.make_folder('run')
@@ -290,7 +295,7 @@ def test_rows_that_are_not_numbers_are_json_and_can_be_read(tmp_path, capsys):
     ]
 
 
-def test_rows_are_written_for_tensorboard_as_it_writes_them_itself(tmp_path):
+def test_rows_match_what_tensorboard_writes_itself(tmp_path):
     def events(folder):
         found = []
         for name in sorted(os.listdir(folder)):
