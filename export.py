@@ -142,7 +142,7 @@ def write(session, directory):
 
 def _require_finite(session):
     """Raises RunError if a weight that evaluation uses is no number: the model has diverged."""
-    variables = models.weights(session.state.model)
+    variables = models.float_variables(session.state.model)
     for variable, value in zip(variables, steps.evaluated_weights(session.state), strict=True):
         if not np.isfinite(value.numpy()).all():
             raise RunError(
@@ -165,7 +165,9 @@ def _write_saved_model(session, directory):
     size, share, white_level = config.image_size, config.eval_crop, config.dataset.white_level
     names = tf.constant(session.source.class_names)
     model = models.build_model(session.config, session.plan.num_classes)
-    for variable, value in zip(models.weights(model), steps.evaluated_weights(session.state)):
+    for variable, value in zip(
+        models.float_variables(model), steps.evaluated_weights(session.state)
+    ):
         variable.assign(value.numpy())
     if session.config.model.name != 'tiny':
         pretrained.save_backbone(

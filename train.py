@@ -307,7 +307,7 @@ def next_multiple(step, every):
 def weights_digest(session) -> str:
     """Returns the SHA-256 of the weights as they are, in hexadecimal digits."""
     digest = hashlib.sha256()
-    for variable in models.weights(session.state.model):
+    for variable in models.float_variables(session.state.model):
         digest.update(variable.numpy().tobytes())
     return digest.hexdigest()
 

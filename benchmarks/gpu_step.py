@@ -259,7 +259,7 @@ def build(program: Program, size: int, classes: int) -> Built:
     with strategy.scope():
         with layers_of(program.layers):
             model = models.build_model(config, classes)
-        seeds = draw_weights(models.weights(model))
+        seeds = draw_weights(models.float_variables(model))
         state = session.build_state(model, config, plan, program.policy)
     step = steps.make_train_step(
         state,
@@ -271,7 +271,7 @@ def build(program: Program, size: int, classes: int) -> Built:
         on_tpu=program.for_tpu,
     )
     variables = []
-    paths = [variable.path for variable in models.weights(model)]
+    paths = [variable.path for variable in models.float_variables(model)]
     for part, values in state.variables().items():
         if part == 'model':
             part_names = paths

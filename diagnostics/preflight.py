@@ -220,7 +220,7 @@ def pictures(batch, size):
 
 def batch_that_fits(config, data, topology, error, key):
     """A sentence with a `key`, batch_size or eval_batch_size, that does fit: what the compiler's figure lets one expect, compiled to be sure."""
-    least = shares(config) if key == 'batch_size' else 1
+    least = batch_multiple(config) if key == 'batch_size' else 1
     per_replica = config[key] // topology.num_replicas
     while per_replica > least:
         expected = int(0.95 * per_replica * error.available / error.needed)
@@ -241,7 +241,7 @@ def batch_that_fits(config, data, topology, error, key):
 
 def search_largest(config, data, topology, flight):
     """(pictures on a replica, Program) of the largest training batch that fits, by bisection to within CLOSE, from a flight that does."""
-    unit = math.lcm(MULTIPLE, shares(config))
+    unit = math.lcm(MULTIPLE, batch_multiple(config))
     fits, program, too_many = flight.batch, flight.program, None
     while too_many is None or too_many - fits > max(unit, CLOSE * too_many):
         growth = (
@@ -263,7 +263,7 @@ def search_largest(config, data, topology, flight):
     return fits, program
 
 
-def shares(config):
+def batch_multiple(config):
     """Of what the examples of a replica have to be a multiple."""
     return math.lcm(
         config.accumulate_steps,

@@ -73,7 +73,7 @@ class Session:
         if config.model.freeze:
             trained, all_weights = (
                 sum(math.prod(variable.shape) for variable in variables)
-                for variables in (model.trainable_variables, models.weights(model))
+                for variables in (model.trainable_variables, models.float_variables(model))
             )
             frozen = (
                 'the backbone'
@@ -82,7 +82,7 @@ class Session:
             )
             yield f'frozen    {frozen}: {trained:,} of {all_weights:,} numbers are trained'
         if config.model.layer_decay < 1:
-            yield f'rates     x 1 at the head, down to x {min(models.rate_factors(model, config.model.layer_decay)):.3g} at the first layers that are trained'
+            yield f'rates     x 1 at the head, down to x {min(models.layer_lr_multipliers(model, config.model.layer_decay)):.3g} at the first layers that are trained'
         if self.teacher:
             yield f'teacher   {self.teacher_name}; {config.distill.alpha:.0%} of the loss, temperature {config.distill.temperature:g}'
 

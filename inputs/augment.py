@@ -53,7 +53,7 @@ def on_host(settings, size, white_level=WHITE_LEVEL):
         else:
             image = resize_picture(decode(encoded, white_level), size, central_share)
         if moves:
-            image = _moved(image, seed + (0, 1), settings)
+            image = random_affine(image, seed + (0, 1), settings)
         if settings.policy.name:
             image = apply_policy(image, seed + (0, 2), settings.policy)
         return tf.ensure_shape(image, [size, size, 3])
@@ -335,7 +335,7 @@ def mix(images, labels, drawn, mixup, cutmix):
     return mixed, share * labels + (1 - share) * other_labels
 
 
-def _moved(image, seed, settings):
+def random_affine(image, seed, settings):
     """Random translation, rotation and zoom, each at most its share both ways."""
     by = tf.random.stateless_uniform([5], seed, -1.0, 1.0)
     height, width = tf.unstack(tf.cast(tf.shape(image)[:2], tf.float32))

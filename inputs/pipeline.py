@@ -14,7 +14,7 @@ from inputs import augment, service
 from inputs.image_ops import decode, resize_picture
 
 AUTOTUNE = tf.data.AUTOTUNE
-MOST_READ_AGAIN = 0.02  # of an epoch, after a resume: what is shuffled at a time
+SHUFFLE_WINDOW = 0.02  # of an epoch, after a resume: what is shuffled at a time
 
 
 def training_batches(source, config, plan, begin_step, end_step, strategy):
@@ -114,7 +114,7 @@ def ordered_entries(split, seed, window_bytes, begin):
         int(split.counts.max()),
     )
     window_examples = min(
-        MOST_READ_AGAIN * num_examples, window_bytes * num_examples / max(1, split.num_bytes)
+        SHUFFLE_WINDOW * num_examples, window_bytes * num_examples / max(1, split.num_bytes)
     )
     pieces_per_window = num_pieces if longest == 1 else max(1, int(window_examples // longest))
     num_windows = math.ceil(num_pieces / pieces_per_window)

@@ -65,23 +65,27 @@ class BatchNormalization(keras.layers.BatchNormalization):
         def normalize(inputs, gamma, beta):
             moments = Moments(self, inputs, gamma, beta, shift)
 
-            def gradient(of_output, *_):
+            def gradient(grad_output, *_):
                 with tf.name_scope(
                     f'gradient_tape/{self.name}'
                 ):  # where TensorFlow's own gradients are
-                    of_z = (
-                        tf.cast(of_output, gamma.dtype)
+                    grad_z = (
+                        tf.cast(grad_output, gamma.dtype)
                         * ACTIVATIONS[self.activation](moments.normalized(inputs))[1]
                     )
-                    of_z = tf.cast(
-                        tf.cast(of_z, inputs.dtype), gamma.dtype
+                    grad_z = tf.cast(
+                        tf.cast(grad_z, inputs.dtype), gamma.dtype
                     )  # it is kept between two passes, no wider than the input
-                    of_beta = tf.reduce_sum(of_z, self._reduction_axes)
-                    of_gamma = (
-                        tf.reduce_sum(of_z * moments.centered(inputs), self._reduction_axes)
+                    grad_beta = tf.reduce_sum(grad_z, self._reduction_axes)
+                    grad_gamma = (
+                        tf.reduce_sum(grad_z * moments.centered(inputs), self._reduction_axes)
                         * moments.inverse
                     )
-                    return moments.gradient(inputs, of_z, of_gamma, of_beta), of_gamma, of_beta
+                    return (
+                        moments.gradient(inputs, grad_z, grad_gamma, grad_beta),
+                        grad_gamma,
+                        grad_beta,
+                    )
 
             return (
                 tf.cast(
@@ -152,19 +156,19 @@ class Moments:
         """gamma (x - mean) / sqrt(variance + epsilon) + beta."""
         return tf.cast(inputs, self.mean.dtype) * self.scale + self.offset
 
-    def gradient(self, inputs, of_z, of_gamma, of_beta):
+    def gradient(self, inputs, grad_z, grad_gamma, grad_beta):
         """scale (dz - mean(dz) - x^ mean(dz x^)) for the gradient dz of the normalised inputs (Ioffe and Szegedy, 2015); x^ has mean 0 and variance 1.
 
-        `of_gamma` and `of_beta` are the sums of dz x^ and of dz over this replica's share.
+        `grad_gamma` and `grad_beta` are the sums of dz x^ and of dz over this replica's share.
         """
-        share = 1 / tf.cast(tf.size(inputs[..., 0]), of_z.dtype)
-        mean_zx, mean_z = self.layer.mean_over_replicas(of_gamma * share, of_beta * share)
+        share = 1 / tf.cast(tf.size(inputs[..., 0]), grad_z.dtype)
+        mean_zx, mean_z = self.layer.mean_over_replicas(grad_gamma * share, grad_beta * share)
         slope = (
             -self.scale * self.inverse * mean_zx
         )  # as a line in x it takes the fewest operations for each element
         of_inputs = (
-            of_z * self.scale
-            + tf.cast(inputs, of_z.dtype) * slope
+            grad_z * self.scale
+            + tf.cast(inputs, grad_z.dtype) * slope
             - (self.scale * mean_z + self.mean * slope)
         )
         return tf.cast(of_inputs, inputs.dtype)
@@ -236,46 +240,47 @@ class SqueezeExcite(keras.layers.Layer):
             hidden, of_squeezed = _silu(squeezed)
             gate = tf.sigmoid(hidden @ expand + expand_bias)  # [batch, channels]
 
-            def gradient(of_output, *_):
+            def gradient(grad_output, *_):
                 with tf.name_scope(
                     f'gradient_tape/{self.name}'
                 ):  # where TensorFlow's own gradients are
-                    return of_all(tf.cast(of_output, gamma.dtype))
+                    return of_all(tf.cast(grad_output, gamma.dtype))
 
-            def of_all(of_output):
+            def of_all(grad_output):
                 features, derivative = _silu(moments.normalized(inputs))
                 centered = moments.centered(inputs)
 
                 def over_pixels(tensor):
                     return tf.reduce_sum(tensor, (1, 2))  # [batch, channels]
 
-                of_gate = over_pixels(of_output * features) * gate * (1 - gate)
-                of_hidden = (of_gate @ tf.transpose(expand)) * of_squeezed
-                of_mean = (
-                    of_hidden @ tf.transpose(reduce) / pixels
+                grad_gate = over_pixels(grad_output * features) * gate * (1 - gate)
+                grad_hidden = (grad_gate @ tf.transpose(expand)) * of_squeezed
+                grad_mean = (
+                    grad_hidden @ tf.transpose(reduce) / pixels
                 )  # of the gradient of h, the part that is the same for each pixel
-                of_beta = tf.reduce_sum(
-                    gate * over_pixels(of_output * derivative) + of_mean * over_pixels(derivative),
+                grad_beta = tf.reduce_sum(
+                    gate * over_pixels(grad_output * derivative)
+                    + grad_mean * over_pixels(derivative),
                     0,
                 )
-                of_gamma = (
+                grad_gamma = (
                     tf.reduce_sum(
-                        gate * over_pixels(of_output * derivative * centered)
-                        + of_mean * over_pixels(derivative * centered),
+                        gate * over_pixels(grad_output * derivative * centered)
+                        + grad_mean * over_pixels(derivative * centered),
                         0,
                     )
                     * moments.inverse
                 )
-                of_z = (of_output * gate[:, None, None] + of_mean[:, None, None]) * derivative
-                of_reduce = tf.transpose(over_pixels(features)) @ of_hidden / pixels
+                grad_z = (grad_output * gate[:, None, None] + grad_mean[:, None, None]) * derivative
+                grad_reduce = tf.transpose(over_pixels(features)) @ grad_hidden / pixels
                 return (
-                    moments.gradient(inputs, of_z, of_gamma, of_beta),
-                    of_gamma,
-                    of_beta,
-                    of_reduce,
-                    tf.reduce_sum(of_hidden, 0),
-                    tf.transpose(hidden) @ of_gate,
-                    tf.reduce_sum(of_gate, 0),
+                    moments.gradient(inputs, grad_z, grad_gamma, grad_beta),
+                    grad_gamma,
+                    grad_beta,
+                    grad_reduce,
+                    tf.reduce_sum(grad_hidden, 0),
+                    tf.transpose(hidden) @ grad_gate,
+                    tf.reduce_sum(grad_gate, 0),
                 )
 
             return (

@@ -2,7 +2,7 @@
 
 import tensorflow as tf
 
-from modeling.models import weights
+from modeling.models import float_variables
 
 SUMS, LAST = (
     ('correct', 'grad_norm', 'loss', 'skipped'),
@@ -66,7 +66,7 @@ def make_average_statistics(strategy, state):
     """
     trained = {id(variable) for variable in state.model.trainable_variables}
     statistics = [
-        variable.value for variable in weights(state.model) if id(variable) not in trained
+        variable.value for variable in float_variables(state.model) if id(variable) not in trained
     ] + list(state.average)
 
     def average():

@@ -133,7 +133,7 @@ def micro_batch(index, count):
         _traced.micro_batch = 0, 1
 
 
-def weights(model):
+def float_variables(model):
     """The variables of a model without the states of its random generators, which nothing here reads."""
     return [
         variable
@@ -142,7 +142,7 @@ def weights(model):
     ]
 
 
-def rate_factors(model, decay):
+def layer_lr_multipliers(model, decay):
     """What the rate of each trained variable is multiplied by: layer-wise decay (Clark et al., ELECTRA, 2020; Bao et al., BEiT, 2021).
 
     The head has 1, and each block `decay` times what the block after it has. Blocks are what the names of the layers say,

@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from common.errors import ConfigError, RunError, did_you_mean, one_line
 from modeling import labels_file
-from modeling.models import application, input_shape, weights
+from modeling.models import application, float_variables, input_shape
 
 KERAS_FILES = ('.h5', '.keras')  # of the weights of a model of keras.applications without its head
 IMAGENET_CLASSES = 1000
@@ -30,7 +30,7 @@ def load_weights(model, config, class_names, find_checkpoint):
 
     Raises: RunError for weights that are not there or of another model.
     """
-    source, wanted = config.model.weights, weights(model)
+    source, wanted = config.model.weights, float_variables(model)
     if source == 'imagenet' or source.endswith(KERAS_FILES):
         path, loaded, reason = source, _of_keras(config), 'it comes without one'
     else:
@@ -59,7 +59,7 @@ def load_weights(model, config, class_names, find_checkpoint):
 def save_backbone(model, config, path):
     """Writes all but the head of a model of keras.applications as a file of Keras weights that its constructor reads, with include_top=False."""
     plain = _plain(config, weights=None)
-    for variable, of_ours in zip(weights(plain), weights(model)):
+    for variable, of_ours in zip(float_variables(plain), float_variables(model)):
         variable.assign(of_ours)
     plain.save_weights(path)
 
@@ -84,7 +84,7 @@ def _of_keras(config):
         raise RunError(
             f'config.model.weights={config.model.weights!r} could not be loaded into {config.model.name}: {one_line(error)}'
         ) from error
-    return [variable.numpy() for variable in weights(plain)]
+    return [variable.numpy() for variable in float_variables(plain)]
 
 
 def _checkpoint_in(source, find_checkpoint):
@@ -108,7 +108,7 @@ def _checkpoint_in(source, find_checkpoint):
 
 
 def _numbered_weights(path, source):
-    """Arrays in the order of `weights(model)`. Checkpoints and SavedModels of ours both number them, so no names of Keras' matter."""
+    """Arrays in the order of `float_variables(model)`. Checkpoints and SavedModels of ours both number them, so no names of Keras' matter."""
     try:
         reader = tf.train.load_checkpoint(path)
         kinds = reader.get_variable_to_dtype_map()

@@ -10,7 +10,7 @@ import keras
 import tensorflow as tf
 from tensorflow.compiler.tf2xla.python import xla
 
-from modeling.models import micro_batch, rate_factors, weights
+from modeling.models import float_variables, layer_lr_multipliers, micro_batch
 from modeling.optimizers import decays
 
 LOSS_SCALE_START = 2.0**15  # float16's largest number is 65,504
@@ -25,7 +25,7 @@ class TrainState:
     Attributes:
         model: keras.Model, pictures -> logits.
         optimizer: Keras optimizer, built; None where nothing is trained.
-        average: float variables, one for each of `weights(model)`, or empty without EMA.
+        average: float variables, one for each of `float_variables(model)`, or empty without EMA.
         skipped_updates: int64 [], updates left out so far because a loss or gradient was not finite; of these
         skipped_in_a_row: int64 [] came last, one after the other. None where nothing is trained.
         loss_scale: float32 [] and finite_updates: int64 [], or None: dynamic loss scaling of float16.
@@ -49,7 +49,7 @@ class TrainState:
         average = (
             [
                 tf.Variable(variable.value, trainable=False, dtype=variable.value.dtype)
-                for variable in weights(model)
+                for variable in float_variables(model)
             ]
             if ema_decay
             else []
@@ -62,7 +62,7 @@ class TrainState:
     def variables(self):
         """All of it, by name, in an order that depends on the config only: what a checkpoint holds."""
         parts = {
-            'model': [variable.value for variable in weights(self.model)],
+            'model': [variable.value for variable in float_variables(self.model)],
             'average': list(self.average),
         }
         if self.optimizer is not None:
@@ -74,11 +74,11 @@ class TrainState:
 
 
 def evaluated_weights(state):
-    """What is evaluated and exported: the averages where there are any, else the weights; ordered as `weights(model)`.
+    """What is evaluated and exported: the averages where there are any, else the weights; ordered as `float_variables(model)`.
 
     EMA averages the statistics of batch normalisation together with the weights.
     """
-    return state.average or [variable.value for variable in weights(state.model)]
+    return state.average or [variable.value for variable in float_variables(state.model)]
 
 
 def make_train_step(
@@ -118,12 +118,12 @@ def make_train_step(
     synchronizes = any(getattr(layer, 'synchronized', False) for layer in model._flatten_layers())
     statistics = [
         variable.value
-        for variable in weights(model)
+        for variable in float_variables(model)
         if not any(variable is other for other in trained)
     ]  # of batch normalisation
-    slowed = [
+    layer_decayed = [
         (variable.value, factor)
-        for variable, factor in zip(trained, rate_factors(model, config.model.layer_decay))
+        for variable, factor in zip(trained, layer_lr_multipliers(model, config.model.layer_decay))
         if factor != 1
     ]
 
@@ -149,7 +149,9 @@ def make_train_step(
             smoothed = targets * (1 - config.label_smoothing) + config.label_smoothing / num_classes
             losses = tf.nn.softmax_cross_entropy_with_logits(smoothed, logits)  # [batch]
             if teacher:
-                losses = (1 - config.distill.alpha) * losses + config.distill.alpha * _distance(
+                losses = (
+                    1 - config.distill.alpha
+                ) * losses + config.distill.alpha * distillation_loss(
                     tf.cast(taught, logits.dtype), logits, config.distill.temperature
                 )
             loss = tf.reduce_sum(losses) / config.batch_size
@@ -167,10 +169,13 @@ def make_train_step(
             loss_and_gradients, jit_compile, synchronizes and num_replicas > 1
         )(images, labels, draws)
         if guarded:
-            spoiled = tf.where(
+            nan_if_invalid = tf.where(
                 tf.math.is_finite(loss), 0.0, float('nan')
             )  # so that the sum of the gradients tells it to all replicas
-            gradients = [*gradients[:-1], gradients[-1] + tf.cast(spoiled, gradients[-1].dtype)]
+            gradients = [
+                *gradients[:-1],
+                gradients[-1] + tf.cast(nan_if_invalid, gradients[-1].dtype),
+            ]
         if num_replicas > 1:
             gradients = tf.distribute.get_replica_context().all_reduce(
                 tf.distribute.ReduceOp.SUM, gradients
@@ -192,28 +197,28 @@ def make_train_step(
             optimizer.learning_rate, tf.float32
         )  # before the update counts itself
 
-        keep = _selection(finite, on_tpu) if guarded else lambda new, old: new
+        select = make_select(finite, on_tpu) if guarded else lambda new, old: new
         changed = [
             variable.value
             for variable in (*trained, *optimizer.variables)
             if variable is not optimizer.iterations
         ] * guarded
-        before, slowed_before = (
+        before, layer_decayed_before = (
             [tf.identity(variable) for variable in variables]
-            for variables in (changed, [variable for variable, _ in slowed])
+            for variables in (changed, [variable for variable, _ in layer_decayed])
         )
         optimizer.apply(gradients, trained)
         _assign(
-            [variable for variable, _ in slowed],
+            [variable for variable, _ in layer_decayed],
             [
                 old + factor * (variable - old)
-                for (variable, factor), old in zip(slowed, slowed_before)
+                for (variable, factor), old in zip(layer_decayed, layer_decayed_before)
             ],
         )
         if guarded:  # takes back what the optimizer and the forward pass have changed; a conditional could not hold the merging of replicas
             changed, before = changed + statistics, before + statistics_before
-            _assign(changed, keep(changed, before))
-        _update_average(state, config.ema_decay, keep)
+            _assign(changed, select(changed, before))
+        _update_average(state, config.ema_decay, select)
         _count(finite, state)
         results = {'loss': loss, 'correct': correct, 'grad_norm': norm / num_replicas}
         results = {
@@ -257,7 +262,8 @@ def make_predict(state):
     """Returns: a function from images uint8 [batch, size, size, 3] to float32 logits, with the evaluated weights."""
     model = state.model
     evaluated = {
-        variable.path: value for variable, value in zip(weights(model), evaluated_weights(state))
+        variable.path: value
+        for variable, value in zip(float_variables(model), evaluated_weights(state))
     }
 
     def current(variables):
@@ -318,7 +324,7 @@ def _global_norm(gradients):
     return tf.linalg.global_norm([*others, tf.concat(vectors, 0)] if vectors else others)
 
 
-def _selection(finite, on_tpu):
+def make_select(finite, on_tpu):
     """A function of new and old tensors, lists of the same length, that returns the new ones where `finite`, bool [], is true, else the old ones.
 
     For a TPU vectors of one length are chosen by a vector that the compiler may not take apart: it then joins the small operations that
@@ -359,7 +365,7 @@ def _count(finite, state):
     state.finite_updates.assign(tf.where(grows, tf.constant(0, tf.int64), streak))
 
 
-def _distance(taught, logits, temperature):
+def distillation_loss(taught, logits, temperature):
     """T^2 x KL(softmax(taught / T), softmax(logits / T)), [batch]. T^2 keeps the gradient as large as that of the labels."""
     wanted = tf.nn.softmax(taught / temperature)
     missing = tf.nn.softmax_cross_entropy_with_logits(wanted, logits / temperature)
@@ -379,10 +385,10 @@ def _assign(variables, values):
         tf.distribute.get_replica_context().merge_call(in_each, args=(values,))
 
 
-def _update_average(state, decay, keep):
+def _update_average(state, decay, select):
     """EMA with a decay that starts low, min(decay, (1 + n) / (10 + n)) after n updates (tf.train.ExponentialMovingAverage).
 
-    `keep` chooses between the new and the old averages.
+    `select` chooses between the new and the old averages.
     """
     if not state.average:
         return
@@ -397,7 +403,7 @@ def _update_average(state, decay, keep):
     # The average of a constant would drift by its rounding.
     pairs = [
         (average, variable.value)
-        for average, variable in zip(state.average, weights(state.model))
+        for average, variable in zip(state.average, float_variables(state.model))
         if variable.path not in frozen
     ]
     old = [tf.identity(average) for average, _ in pairs]
@@ -405,5 +411,5 @@ def _update_average(state, decay, keep):
         average * tf.cast(decay, average.dtype) + variable * (1 - tf.cast(decay, average.dtype))
         for average, (_, variable) in zip(old, pairs)
     ]
-    for (average, _), value in zip(pairs, keep(new, old)):
+    for (average, _), value in zip(pairs, select(new, old)):
         average.assign(value)

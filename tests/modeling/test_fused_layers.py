@@ -26,7 +26,9 @@ def pair(name, policy, **settings):
         if isinstance(layer, keras.layers.Dropout):
             layer.rate = 0.0
     random = np.random.RandomState(0)
-    for ours, theirs in zip(models.weights(model), models.weights(plain), strict=True):
+    for ours, theirs in zip(
+        models.float_variables(model), models.float_variables(plain), strict=True
+    ):
         value = (
             random.rand(*ours.shape) + 0.5
             if 'variance' in ours.path or 'gamma' in ours.path
@@ -42,7 +44,10 @@ def trained_once(model, plain, preprocess):
     float64 array.
     """
     images = np.random.RandomState(1).randint(0, 256, (8, SIZE, SIZE, 3)).astype('float32')
-    head = [tf.cast(variable.value, plain.compute_dtype) for variable in models.weights(model)[-2:]]
+    head = [
+        tf.cast(variable.value, plain.compute_dtype)
+        for variable in models.float_variables(model)[-2:]
+    ]
     results = []
     for network, forward in (
         (model, lambda: model(images, training=True)),
@@ -63,7 +68,7 @@ def trained_once(model, plain, preprocess):
         ]
         statistics = [
             variable.numpy().astype('float64')
-            for variable in models.weights(network)[: len(models.weights(plain))]
+            for variable in models.float_variables(network)[: len(models.float_variables(plain))]
         ]
         results.append((outputs.numpy(), gradients, statistics))
     return results
@@ -139,12 +144,16 @@ def test_a_trained_backbone_fits_keras_applications(tmp_path):
     again = keras.applications.EfficientNetV2B0(
         include_top=False, weights=path, input_shape=(SIZE, SIZE, 3), pooling='avg'
     )
-    for variable, saved in zip(models.weights(again), models.weights(plain), strict=True):
+    for variable, saved in zip(
+        models.float_variables(again), models.float_variables(plain), strict=True
+    ):
         np.testing.assert_array_equal(variable, saved)
     config = config_for('EfficientNetV2B0', SIZE, weights=path)
     new = models.build_model(config, 3)
     pretrained.load_weights(new, config, [], None)
-    for variable, saved in zip(models.weights(new), models.weights(plain), strict=True):
+    for variable, saved in zip(
+        models.float_variables(new), models.float_variables(plain), strict=True
+    ):
         np.testing.assert_array_equal(variable, saved)
 
 

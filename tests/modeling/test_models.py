@@ -41,10 +41,10 @@ def test_efficientnetv2b0_answers_as_keras_own_does():
         random.rand(*variable.shape)
         if 'variance' in variable.path
         else random.randn(*variable.shape) * 0.05
-        for variable in models.weights(theirs)
+        for variable in models.float_variables(theirs)
     ]
     for network in (theirs, model):
-        for variable, value in zip(models.weights(network), values, strict=True):
+        for variable, value in zip(models.float_variables(network), values, strict=True):
             variable.assign(value)
     images = random.randint(0, 256, (4, 32, 32, 3)).astype('float32')
     np.testing.assert_allclose(
@@ -65,7 +65,9 @@ def test_a_progressive_model_is_the_same_network_at_any_size():
         models.build_model(any_size, 10),
         models.build_model(config_for('EfficientNetV2B0', image_size=32), 10),
     )
-    for ours, theirs in zip(models.weights(progressive), models.weights(fixed), strict=True):
+    for ours, theirs in zip(
+        models.float_variables(progressive), models.float_variables(fixed), strict=True
+    ):
         ours.assign(theirs)
     images = np.random.RandomState(0).randint(0, 256, (2, 32, 32, 3)).astype('float32')
     np.testing.assert_array_equal(

@@ -80,7 +80,7 @@ def updates(config, number=3, count=1, jit_compile=False, dtype_policy='float64'
         return {
             variable.path: value.numpy()
             for variable, value in zip(
-                models.weights(state.model), steps.evaluated_weights(state), strict=True
+                models.float_variables(state.model), steps.evaluated_weights(state), strict=True
             )
         }
 
@@ -120,7 +120,7 @@ def test_run_checkpoint_and_saved_model_give_evaluated_weights(digits_run, tiny,
     tiny.model.weights = os.path.join(digits_run, part)
     model = models.build_model(tiny, 10)
     said = pretrained.load_weights(model, tiny, NAMES, find)
-    for ours, theirs in zip(models.weights(model), averages_in(digits_run), strict=True):
+    for ours, theirs in zip(models.float_variables(model), averages_in(digits_run), strict=True):
         np.testing.assert_array_equal(ours, theirs)
     assert said.startswith('12 of 12 variables (5,562 numbers) from ') and said.endswith(
         '; the head too'
@@ -153,7 +153,9 @@ def test_a_head_of_other_classes_is_new(digits_run, tiny, part, names):
     model = models.build_model(tiny, len(names))
     fresh = model.get_layer('predictions').kernel.numpy()
     said = pretrained.load_weights(model, tiny, names, find)
-    for ours, theirs in zip(models.weights(model)[:-2], averages_in(digits_run), strict=False):
+    for ours, theirs in zip(
+        models.float_variables(model)[:-2], averages_in(digits_run), strict=False
+    ):
         np.testing.assert_array_equal(ours, theirs)
     np.testing.assert_array_equal(model.get_layer('predictions').kernel, fresh)
     assert (
@@ -178,7 +180,9 @@ def test_keras_applications_weights_are_taken_without_the_head(tmp_path, tiny):
         'the head is new, 1,280 features to 7 classes: it comes without one'
         in pretrained.load_weights(model, tiny, NAMES[:7], find)
     )
-    for ours, original in zip(models.weights(model), models.weights(theirs), strict=False):
+    for ours, original in zip(
+        models.float_variables(model), models.float_variables(theirs), strict=False
+    ):
         np.testing.assert_array_equal(ours, original)
 
 
@@ -355,7 +359,7 @@ def test_blocks_are_those_that_the_layers_are_named_after(still, name, blocks):
     model = models.build_model(still, 10)
     if blocks:
         assert list(dict.fromkeys(models._blocks(models._backbone(model)))) == blocks
-    factors = models.rate_factors(model, 0.5)
+    factors = models.layer_lr_multipliers(model, 0.5)
     assert factors[-2:] == [1.0, 1.0] and factors[-3] == 0.5 and factors[0] == min(factors)
     if name == 'EfficientNetV2B0':  # 21 blocks, the stem and the top
         assert factors[0] == 0.5**23

@@ -489,7 +489,9 @@ def test_a_keras_file_gives_weights_and_runs_no_layer(tmp_path, tiny, monkeypatc
     target.unlink()
     model = models.build_model(tiny, 10)
     pretrained.load_weights(model, tiny, NAMES, checkpoints.find)
-    for ours, original in zip(models.weights(model), models.weights(theirs), strict=False):
+    for ours, original in zip(
+        models.float_variables(model), models.float_variables(theirs), strict=False
+    ):
         np.testing.assert_array_equal(ours, original)
     assert not target.exists()
     keras.saving.load_model(tiny.model.weights, safe_mode=False)  # what must not happen

@@ -99,7 +99,9 @@ def test_a_step_is_what_plain_keras_computes(still, jit_compile):
     results, state = run(still, 5, jit_compile=jit_compile)
     losses, model = by_hand(still, 5)
     np.testing.assert_allclose([result['loss'] for result in results], losses, rtol=1e-5)
-    for ours, theirs in zip(models.weights(state.model), models.weights(model), strict=True):
+    for ours, theirs in zip(
+        models.float_variables(state.model), models.float_variables(model), strict=True
+    ):
         np.testing.assert_allclose(ours.numpy(), theirs.numpy(), rtol=1e-3, atol=1e-4)
 
 
@@ -133,7 +135,7 @@ def test_first_losses_match_on_1_2_and_4_devices_and_with_xla(still, changes):
             atol=1e-4,
         )
         for ours, theirs in zip(
-            models.weights(state.model), models.weights(first.model), strict=True
+            models.float_variables(state.model), models.float_variables(first.model), strict=True
         ):
             np.testing.assert_allclose(ours.numpy(), theirs.numpy(), rtol=1e-3, atol=2e-4)
     assert expected[0]['loss'] > expected[-1]['loss']
@@ -214,7 +216,9 @@ def test_micro_batch_statistics_match_on_any_number_of_devices(still, devices):
     np.testing.assert_allclose(
         [result['loss'] for result in results], [result['loss'] for result in expected], rtol=1e-4
     )
-    for ours, theirs in zip(models.weights(shared.model), models.weights(alone.model), strict=True):
+    for ours, theirs in zip(
+        models.float_variables(shared.model), models.float_variables(alone.model), strict=True
+    ):
         np.testing.assert_allclose(ours.numpy(), theirs.numpy(), rtol=1e-3, atol=2e-4)
 
 
@@ -311,7 +315,7 @@ def test_weight_decay_leaves_biases_and_normalisation_alone(still, name, weight_
 def test_the_average_follows_its_formula_and_is_evaluated(still):
     still.ema_decay = 0.9
     strategy, state, _ = build(still)
-    expected = [variable.numpy() for variable in models.weights(state.model)]
+    expected = [variable.numpy() for variable in models.float_variables(state.model)]
     loop = loops.make_train_loop(
         strategy,
         steps.make_train_step(
@@ -324,7 +328,7 @@ def test_the_average_follows_its_formula_and_is_evaluated(still):
         decay = min(0.9, (1 + update) / (10 + update))
         expected = [
             average * decay + variable.numpy() * (1 - decay)
-            for average, variable in zip(expected, models.weights(state.model), strict=True)
+            for average, variable in zip(expected, models.float_variables(state.model), strict=True)
         ]
     for average, value in zip(state.average, expected, strict=True):
         np.testing.assert_allclose(average.numpy(), value, rtol=1e-5, atol=1e-7)
@@ -471,7 +475,7 @@ def test_several_steps_in_one_call_are_the_same_steps(still):
     )
     assert float(together[1]['learning_rate']) == pytest.approx(one_by_one[-1]['learning_rate'])
     for ours, theirs in zip(
-        models.weights(state.model), models.weights(expected.model), strict=True
+        models.float_variables(state.model), models.float_variables(expected.model), strict=True
     ):
         np.testing.assert_array_equal(ours.numpy(), theirs.numpy())
 
@@ -624,7 +628,7 @@ def test_joint_selects_for_a_tpu_match_single_ones(finite):
 
     def chosen(on_tpu):
         function = tf.function(
-            lambda finite, new, old: steps._selection(finite, on_tpu)(new, old), jit_compile=True
+            lambda finite, new, old: steps.make_select(finite, on_tpu)(new, old), jit_compile=True
         )
         program = function.experimental_get_compiler_ir(tf.constant(finite), new, old)('hlo')
         return function(tf.constant(finite), new, old), program.count(' opt-barrier(')
