@@ -266,7 +266,7 @@ def model_findings(config, workdir, data, plan):
             )
             if config.model.weights and not resume.begun(workdir):  # a run that goes on has its own
                 yield weights_finding(config, model)
-            teacher, teacher_name = distillation.make_teacher(
+            teacher, teacher_source = distillation.make_teacher(
                 config, data.class_names, pretrained=False
             )  # nothing is downloaded here
             teacher_cost = forward_multiply_adds(teacher, config.image_size) if teacher else 0
@@ -296,9 +296,9 @@ def model_findings(config, workdir, data, plan):
     )
     if teacher:
         yield (
-            pretrained_finding('teacher', teacher_name)
-            if teacher_name.endswith('(imagenet)')
-            else ok('teacher', teacher_name)
+            pretrained_finding('teacher', teacher_source.name)
+            if teacher_source.is_pretrained
+            else ok('teacher', teacher_source.name)
         )
     return checkpoint_bytes
 

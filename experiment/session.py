@@ -121,9 +121,10 @@ def open_session(config, workdir, trains=True):
         model = models.build_model(config, plan.num_classes)
         loaded = load_weights(model, config, workdir, source.class_names) if trains else ''
         state = build_state(model, config, plan, dtype_policy)
-        teacher, teacher_name = (
-            distillation.make_teacher(config, source.class_names) if trains else (None, '')
-        )
+        teacher, teacher_name = None, ''
+        if trains:
+            teacher, origin = distillation.make_teacher(config, source.class_names)
+            teacher_name = origin.name
     checkpoints = Checkpoints(
         os.path.join(workdir, 'checkpoints'),
         state.variables(),

@@ -2,6 +2,7 @@
 
 import inspect
 import os
+from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -14,11 +15,18 @@ from modeling.pretrained import KERAS_FILES, read_labels
 IMAGENET_CLASSES = 1000
 
 
+class TeacherSource(NamedTuple):
+    """Where a teacher comes from: its name for the user, and whether keras.applications downloads it."""
+
+    name: str
+    is_pretrained: bool
+
+
 def make_teacher(config, class_names, pretrained=True):
     """The teacher of `config.distill`. Call it in the strategy's scope. Not `pretrained`, one of keras.applications has random weights.
 
     Returns: (a function from images float32 [batch, size, size, 3] in 0..255 to logits float32 [batch, classes], for the inside
-        of a step, and who that is in words); (None, '') when the config names none.
+        of a step, and its TeacherSource); the former is None when the config names none.
 
     Raises:
         ConfigError: no such model, or it knows another number of classes.
@@ -26,9 +34,9 @@ def make_teacher(config, class_names, pretrained=True):
     """
     name = config.distill.teacher
     if not name:
-        return None, ''
+        return None, TeacherSource('', is_pretrained=False)
     is_folder = os.sep in name or tf.io.gfile.isdir(name)
-    predict, size, words = (
+    predict, size, origin = (
         _saved_teacher(name, class_names)
         if is_folder
         else _application_teacher(config.distill, len(class_names), pretrained)
@@ -46,7 +54,7 @@ def make_teacher(config, class_names, pretrained=True):
             tf.where(are_probabilities, tf.math.log(tf.maximum(answers, 1e-20)), answers)
         )
 
-    return teacher, words
+    return teacher, origin
 
 
 def resize(images: tf.Tensor, size: tuple[int, int]) -> tf.Tensor:
@@ -101,7 +109,7 @@ def _application_teacher(distill, num_classes, pretrained):
     return (
         lambda images: model(preprocess(images), training=False),
         model.input_shape[1:3],
-        f'{distill.teacher} ({distill.weights})',
+        TeacherSource(f'{distill.teacher} ({distill.weights})', distill.weights == 'imagenet'),
     )
 
 
@@ -150,10 +158,11 @@ def _saved_teacher(source, class_names):
             }
         )[answer]
 
+    name = path if has_labels else f'{path}, whose classes are taken to be these, in this order'
     return (
         predict,
         tuple(wanted.shape[1:3]),
-        path if has_labels else f'{path}, whose classes are taken to be these, in this order',
+        TeacherSource(name, is_pretrained=False),
     )
 
 

@@ -477,8 +477,8 @@ def write_foreign_teacher(path):
 def test_a_saved_model_of_somebody_else_can_teach(still, tmp_path):
     module = write_foreign_teacher(str(tmp_path / 'foreign'))
     still.distill.teacher = str(tmp_path / 'foreign')
-    teacher, name = distillation.make_teacher(still, NAMES)
-    assert name.endswith('whose classes are taken to be these, in this order')
+    teacher, source = distillation.make_teacher(still, NAMES)
+    assert source.name.endswith('whose classes are taken to be these, in this order')
     resized = tf.cast(tf.round(tf.image.resize(IMAGES.astype('float32'), (8, 8))), tf.uint8)
     np.testing.assert_allclose(
         tf.nn.softmax(teacher(tf.cast(IMAGES, tf.float32))),
