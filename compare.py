@@ -1,13 +1,17 @@
-"""Several runs side by side: python compare.py RUN [RUN ...] [--output=comparison.png]"""
+"""Compares several runs.
+
+python compare.py RUN [RUN ...] [--output=comparison.png]
+"""
 
 import argparse
 import json
 import math
 import os
 import sys
+from collections.abc import Sequence
 from typing import NamedTuple
 
-from common import storage
+from common import console, storage
 from common.console import discard_output
 from common.errors import RunError, UserError, one_line
 from common.storage import flatten, read_json
@@ -29,7 +33,7 @@ COLUMNS = {  # title: (what it is of, key, format)
 }
 
 
-def main(arguments):
+def main(arguments: Sequence[str] | None) -> int:
     """Prints the table and draws the curves; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('runs', nargs='+', metavar='RUN', help='folder of a run, finished or not')
@@ -37,20 +41,21 @@ def main(arguments):
     options = parser.parse_args(arguments)
     try:
         runs = {
-            name: read_run(path) for name, path in zip(_short_names(options.runs), options.runs)
+            name: read_run(path)
+            for name, path in zip(_short_names(options.runs), options.runs, strict=True)
         }
-        print('\n'.join([table(runs), *differences(runs)]), flush=True)
+        console.line('\n'.join([table(runs), *differences(runs)]))
         from outputs.plots import plot_curves
 
         plot_curves(options.output, {name: run.rows for name, run in runs.items()})
-        print(f'curves in {options.output}')
+        console.line(f'curves in {options.output}')
     except BrokenPipeError:
         return discard_output()
     except UserError as error:
-        print(f'error: {error}', file=sys.stderr)
+        console.error(error.problem, error.fix)
         return error.exit_status
     except (OSError, ValueError) as error:  # of drawing
-        print(f'error: --output={options.output}: {one_line(error)}', file=sys.stderr)
+        console.error(f'--output={options.output}: {one_line(error)}')
         return 2
     return 0
 
@@ -81,7 +86,7 @@ def read_run(path: str) -> Run:
     """Reads a run. Raises RunError if `path` is none."""
     config = os.path.join(path, 'config.json')
     if not storage.exists(config):
-        raise RunError(f'{path} is no run: it has no config.json')
+        raise RunError(f'{path} is not a run', 'it has no config.json')
     defaults = json.loads(default.get_config().to_json())
     evaluation_from = _read(path, 'environment.json').get('evaluation_from', 0)
     summary = _read(path, 'summary.json')
@@ -103,10 +108,8 @@ def table(runs: dict[str, Run]) -> str:
         lines.append([name] + [_cell(run, *column) for column in COLUMNS.values()])
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     lines.insert(1, ['-' * width for width in widths])
-    return '\n'.join(
-        '| ' + ' | '.join(cell.ljust(width) for cell, width in zip(line, widths)) + ' |'
-        for line in lines
-    )
+    rows = [map(str.ljust, line, widths) for line in lines]
+    return '\n'.join(f'| {" | ".join(row)} |' for row in rows)
 
 
 def differences(runs: dict[str, Run]) -> list[str]:
@@ -117,12 +120,13 @@ def differences(runs: dict[str, Run]) -> list[str]:
         for key in keys
         if len(set(values := [run.config.get(key) for run in runs.values()])) > 1
     }
-    numbers = [(run.values('eval/examples') or [None])[-1] for run in runs.values()]
+    numbers = [_last(run.values('eval/examples')) for run in runs.values()]
     if not differing and len(set(numbers) - {None}) > 1:
-        differing['the number of evaluation examples'] = numbers
+        differing = {'the number of evaluation examples': numbers}
     lines = []
     for key, values in differing.items():
-        each = ', '.join(f'{value!r} in {name}' for name, value in zip(runs, values))
+        pairs = zip(runs, values, strict=True)
+        each = ', '.join(f'{value!r} in {name}' for name, value in pairs)
         lines.append(f'not evaluated alike: {key} is {each}')
     for name, run in runs.items():
         if any('eval/loss' in row and row['step'] < run.evaluation_from for row in run.rows):
@@ -131,6 +135,10 @@ def differences(runs: dict[str, Run]) -> list[str]:
                 'the curves show it, the table does not'
             )
     return lines
+
+
+def _last(values: Sequence[float]) -> float | None:
+    return values[-1] if values else None
 
 
 def _says_what_is_evaluated(key: str, runs: dict[str, Run]) -> bool:
@@ -164,7 +172,7 @@ def _cell(run: Run, source: str, key: str, style: str) -> str:
     return style.format(max(numbers) if source == 'best' else sorted(numbers)[len(numbers) // 2])
 
 
-def _short_names(paths):
+def _short_names(paths: Sequence[str]) -> list[str]:
     names = [os.path.basename(os.path.normpath(path)) for path in paths]
     return names if len(set(names)) == len(names) else [os.path.normpath(path) for path in paths]
 

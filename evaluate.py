@@ -3,13 +3,17 @@
 import collections
 import math
 import os
+from collections.abc import Callable
 
 import tensorflow as tf
+from ml_collections import ConfigDict
 
+from common import console
 from common.errors import RunError
 from common.storage import as_json, write_json
-from experiment.resume import FREE_KEYS, require_same_config
-from experiment.session import open_session
+from experiment.config_diff import FREE_KEYS
+from experiment.resume import require_same_config
+from experiment.session import Session, open_session
 from inputs import pipeline
 from modeling import loops, steps
 
@@ -23,8 +27,8 @@ ANY_DATA = (  # another test set, such as imagenet_v2
 )
 
 
-def run(config, workdir, which=None):
-    """Evaluates the last or the best checkpoint in `workdir`; prints the numbers and writes evaluation.json.
+def run(config: ConfigDict, workdir: str, which: str | None = None) -> dict[str, float]:
+    """Evaluates a checkpoint of `workdir`; prints the metrics and writes evaluation.json.
 
     Args:
         which: 'last', which None means too, or 'best'.
@@ -34,37 +38,37 @@ def run(config, workdir, which=None):
     session = open_session(config, workdir, trains=False)
     step, _ = session.checkpoints.restore(which, partly=True)
     metrics = make_evaluation(session)()
+    assert metrics is not None  # nothing stops it
     if session.is_chief:
         found = {'checkpoint': which, 'step': step, **metrics}
         write_json(os.path.join(workdir, 'evaluation.json'), found)
         if not math.isfinite(metrics['eval/loss']):
-            better = (
-                '; --checkpoint=best evaluates the best'
-                if which == 'last' and session.checkpoints.has_best()
-                else ''
-            )
-            print(f'note      the loss is not finite: the model has diverged{better}', flush=True)
-        print(as_json(found))
+            has_better = which == 'last' and session.checkpoints.has_best()
+            better = '; --checkpoint=best evaluates the best' if has_better else ''
+            console.note(f'the loss is not finite: the model has diverged{better}')
+        console.line(as_json(found))
     return metrics
 
 
-def make_evaluation(session):
-    """Returns: a function that evaluates the state as it is, {'eval/loss', 'eval/accuracy', 'eval/top5', 'eval/examples'}.
+def make_evaluation(session: Session) -> Callable[..., dict[str, float] | None]:
+    """Returns a function that evaluates the current state.
 
-    Before each loop of `config.steps_per_loop` batches it asks its argument `should_stop`, and returns None when told to.
-    It raises RunError when the number of examples seen is not the size of the split.
+    Before each loop of `config.steps_per_loop` batches it calls its argument `should_stop`, and
+    returns None if that is true; else {'eval/loss', 'eval/accuracy', 'eval/top5', 'eval/examples'}.
+    It raises RunError if the number of examples seen is not the size of the split.
     """
     plan = session.plan
     eval_loop = loops.make_eval_loop(
         session.strategy, steps.make_eval_step(session.state, num_classes=plan.num_classes)
     )
 
-    def evaluation(should_stop=lambda: False):
+    def evaluation(should_stop: Callable[[], bool] = lambda: False) -> dict[str, float] | None:
         session.synchronize()
         batches, num_steps = pipeline.evaluation_batches(
             session.source, session.config, plan, session.strategy
         )
-        iterator, sums = iter(batches), collections.Counter()
+        iterator = iter(batches)
+        sums: collections.Counter = collections.Counter()
         for first in range(0, num_steps, session.config.steps_per_loop):
             if should_stop():
                 return None
@@ -74,7 +78,9 @@ def make_evaluation(session):
             sums.update({key: float(value) for key, value in results.items()})
         if sums['examples'] != plan.eval_examples:
             raise RunError(
-                f'evaluated {sums["examples"]:.0f} examples, but {session.source.eval_split!r} has {plan.eval_examples}: prepare the data set again'
+                f'evaluated {sums["examples"]:.0f} examples, but '
+                f'{session.source.eval_split!r} has {plan.eval_examples}',
+                'prepare the data set again',
             )
         return {
             'eval/loss': sums['loss'] / plan.eval_examples,

@@ -1,26 +1,32 @@
-"""The SavedModel: pictures in, classes out, preprocessing inside; checked in a fresh process that has TensorFlow alone."""
+"""Exports a SavedModel: images in, classes out, preprocessing inside.
+
+It is verified in a fresh process that has TensorFlow alone.
+"""
 
 import os
 import subprocess
 import sys
 import tempfile
+from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
+from ml_collections import ConfigDict
 
-from common import storage
+from common import console, storage
 from common.errors import RunError, counted, one_line
 from experiment.resume import SUMMARY, is_finished, require_same_config
-from experiment.session import open_session
+from experiment.session import Session, open_session
 from inputs import image_validation
-from inputs.image_ops import decode, resize_picture
+from inputs.image_ops import decode, resize_image
 from modeling import labels_file, models, pretrained, steps
 from outputs import report
 
 MAX_CHECKED = 1000  # evaluation examples that the exported model is compared on
 MAX_DECODED = 8  # of them that are also given decoded, one at a time, because their sizes differ
-# Largest difference of a logit, as share of the largest logit: a few roundings of the type that the model computes in.
+# Largest difference of a logit, as share of the largest logit: a few roundings of the type that the
+# model computes in.
 TOLERANCE = {'float64': 1e-6, 'float32': 1e-4, 'mixed_bfloat16': 5e-2, 'mixed_float16': 1e-2}
 TOLERANCE_TF32 = (
     1e-2  # of float32 on a GPU: TensorFlow multiplies with 10 bits there, as many as float16 has
@@ -28,8 +34,8 @@ TOLERANCE_TF32 = (
 READER = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'outputs', 'read_saved_model.py')
 
 
-def run(config, workdir, which=None):
-    """Exports a checkpoint of `workdir` into `workdir`/export, and checks it.
+def run(config: ConfigDict, workdir: str, which: str | None = None) -> dict[str, Any] | None:
+    """Exports a checkpoint of `workdir` into `workdir`/export, and verifies it.
 
     Args:
         which: 'last', 'best', or None for the one that training exports.
@@ -40,25 +46,25 @@ def run(config, workdir, which=None):
     if not session.is_chief:
         return None
     weights = describe(config, step, session.checkpoints.latest_step())
-    print(f'exports   {weights}', flush=True)
+    console.row('exports', weights)
     exported = {'export/step': step, **write(session, os.path.join(workdir, 'export'))}
     if is_finished(workdir):
         _correct_summary(workdir, {**exported, **evaluation(progress, step)})
         report.note_export(workdir, weights)
     exported = {'export/checkpoint': which, **exported}
-    print(storage.as_json(exported))
+    console.line(storage.as_json(exported))
     return exported
 
 
-def exports_best(config) -> bool:
+def exports_best(config: ConfigDict) -> bool:
     """Returns whether training exports the best checkpoint, and not the last."""
     return bool(config.patience)
 
 
-def restore(session, which=None) -> tuple[int, dict, str]:
-    """Gives the session the weights to export, which `run` names.
+def restore(session: Session, which: str | None = None) -> tuple[int, dict, str]:
+    """Restores the weights to export.
 
-    Where training exports the best and it is not there, these are the last.
+    If training exports the best and it is missing, these are the last.
 
     Returns: (after which update they were, the `progress` saved with them, 'last' or 'best').
     """
@@ -67,15 +73,12 @@ def restore(session, which=None) -> tuple[int, dict, str]:
             return *session.checkpoints.restore('best', partly=True), 'best'
         except (RunError, tf.errors.OpError) as error:
             if session.is_chief:
-                print(
-                    f'note      {one_line(error)}; the weights of the last update are exported',
-                    flush=True,
-                )
+                console.note(f'{one_line(error)}; the weights of the last update are exported')
     which = which or 'last'
     return *session.checkpoints.restore(which, partly=True), which
 
 
-def describe(config, step: int, last_step: int) -> str:
+def describe(config: ConfigDict, step: int, last_step: int | None) -> str:
     """Returns in words which weights are exported, and how to get others."""
     weights = f'the weights after update {step:,}'
     if step == last_step:
@@ -85,7 +88,7 @@ def describe(config, step: int, last_step: int) -> str:
         return weights
     return (
         f'{weights}: config.patience is set; --mode=export --checkpoint=last takes those '
-        f'after update {last_step:,}'
+        f'after update {last_step or 0:,}'
     )
 
 
@@ -104,34 +107,38 @@ def evaluation(progress: dict, step: int) -> dict:
     }
 
 
-def _correct_summary(workdir, exported: dict):
-    """Puts what is exported now into summary.json, in place of what was."""
+def _correct_summary(workdir: str, exported: dict) -> None:
+    """Replaces what summary.json says of the export."""
     path = os.path.join(workdir, SUMMARY)
     storage.write_json(path, {**storage.read_json(path), **exported})
 
 
-def write(session, directory):
-    """Writes the SavedModel and compares it with the model on evaluation examples.
+def write(session: Session, directory: str) -> dict[str, Any]:
+    """Writes the SavedModel and verifies it against the model on evaluation examples.
 
-    Its signatures take pictures of any size, which are cropped and resized as in evaluation:
-    `classify` (and serving_default) uint8 [batch, height, width, 3]; `classify_float` float32 in 0..255, the same shape;
-    `classify_encoded` JPEG or PNG files, string [batch]. Of 16 bits, `config.dataset.white_level` of the run is white.
-    A graph can lay a transparent PNG over white, and does, but it cannot turn
-    a picture as its EXIF data say, nor read other formats: `inputs.image_validation.as_decodable` makes of any file that training
-    accepts one that this signature reads as evaluation does. Each returns `logits` and `probabilities`, float32
-    [batch, classes], `class_index`, int64 [batch], and `label`, string [batch]. `label_names` returns all labels, and
-    `logits` is the bare model, float32 [batch, image_size, image_size, 3] in 0..255 -> [batch, classes], which can teach another.
-    Of a model of keras.applications, backbone.weights.h5 beside it has all weights but the head's, as that library reads them.
+    Its signatures take images of any size, which are cropped and resized as in evaluation:
+    `classify` (and serving_default) uint8 [batch, height, width, 3]; `classify_float` float32 in
+    0..255, the same shape; `classify_encoded` JPEG or PNG files, string [batch]. Of 16 bits,
+    `config.dataset.white_level` of the run is white. A graph can lay a transparent PNG over white,
+    and does, but it cannot turn an image as its EXIF data say, nor read other formats:
+    `inputs.image_validation.as_decodable` converts any file that training accepts into one that
+    this signature reads as evaluation does. Each returns `logits` and `probabilities`, float32
+    [batch, classes], `class_index`, int64 [batch], and `label`, string [batch]. `label_names`
+    returns all labels, and `logits` is the bare model, float32 [batch, image_size, image_size, 3]
+    in 0..255 -> [batch, classes], which can teach another. For a model of keras.applications,
+    backbone.weights.h5 beside it has all weights but the head's, as that library reads them.
 
-    Returns: a dict: 'export/examples' that were compared, taken evenly from the split; 'export/accuracy' of the exported model on
-        them and 'export/model_accuracy' of the model itself; 'export/max_difference' of a logit; 'export/converted_examples', how
-        many of the user's files went through `as_decodable` first.
+    Returns:
+        'export/examples': compared, taken evenly from the split;
+        'export/accuracy' of the exported model on them, 'export/model_accuracy' of the model
+        itself; 'export/max_difference' of a logit; 'export/converted_examples': user's files that
+        went through `as_decodable` first.
 
-    Raises: RunError if its answers differ from the model's, or if these or its weights are not
+    Raises: RunError if its outputs differ from the model's, or if these or its weights are not
         finite; what was at `directory` before stays then.
     """
     _require_finite(session)
-    with storage.written_beside(directory) as partial:
+    with storage.atomic_directory(directory) as partial:
         with storage.explained(partial):
             _write_saved_model(session, partial)
         storage.write(
@@ -140,41 +147,44 @@ def write(session, directory):
         return _compare(session, partial)
 
 
-def _require_finite(session):
-    """Raises RunError if a weight that evaluation uses is no number: the model has diverged."""
+def _require_finite(session: Session) -> None:
+    """Raises RunError if a weight that evaluation uses is not finite: the model has diverged."""
     variables = models.float_variables(session.state.model)
     for variable, value in zip(variables, steps.evaluated_weights(session.state), strict=True):
         if not np.isfinite(value.numpy()).all():
             raise RunError(
-                f'the weights are not finite, {variable.path} for one: {_diverged(session)}'
+                f'the weights are not finite, {variable.path} for one', _diverged(session)
             )
 
 
-def _diverged(session):
+def _diverged(session: Session) -> str:
     best = (
         'export the weights of its best evaluation with --mode=export --checkpoint=best, or '
         if session.checkpoints.has_best()
         else ''
     )
-    return f'the model has diverged: {best}train anew with a lower config.schedule.peak_lr or with config.grad_clip_norm'
+    return (
+        f'the model has diverged: {best}train anew with a lower config.schedule.peak_lr or '
+        'with config.grad_clip_norm'
+    )
 
 
-def _write_saved_model(session, directory):
-    """Builds the model once more without a strategy, gives it the weights that evaluation uses, and writes it."""
+def _write_saved_model(session: Session, directory: str) -> None:
+    """Builds the model again without a strategy, with the evaluated weights, and writes it."""
     config = session.config
     size, share, white_level = config.image_size, config.eval_crop, config.dataset.white_level
     names = tf.constant(session.source.class_names)
     model = models.build_model(session.config, session.plan.num_classes)
     for variable, value in zip(
-        models.float_variables(model), steps.evaluated_weights(session.state)
+        models.float_variables(model), steps.evaluated_weights(session.state), strict=True
     ):
         variable.assign(value.numpy())
-    if session.config.model.name != 'tiny':
+    if session.config.model.name not in models.NETWORKS:
         pretrained.save_backbone(
             model, session.config, os.path.join(directory, 'backbone.weights.h5')
         )
 
-    def answer(pictures):
+    def answer(pictures: tf.Tensor) -> dict[str, tf.Tensor]:
         logits = model(tf.cast(pictures, tf.float32), training=False)  # [batch, classes]
         best = tf.argmax(logits, -1)
         return {
@@ -184,12 +194,12 @@ def _write_saved_model(session, directory):
             'label': tf.gather(names, best),
         }
 
-    def classify(images):
-        return answer(resize_picture(images, size, share))
+    def classify(images: tf.Tensor) -> dict[str, tf.Tensor]:
+        return answer(resize_image(images, size, share))
 
-    def classify_encoded(encoded):
-        def picture(file):
-            return resize_picture(decode(file, white_level), size, share)
+    def classify_encoded(encoded: tf.Tensor) -> dict[str, tf.Tensor]:
+        def picture(file: tf.Tensor) -> tf.Tensor:
+            return resize_image(decode(file, white_level), size, share)
 
         shape = tf.TensorSpec([size, size, 3], tf.uint8)
         return answer(tf.map_fn(picture, encoded, fn_output_signature=shape))
@@ -216,10 +226,10 @@ def _write_saved_model(session, directory):
     archive.write_out(directory, verbose=False)
 
 
-def _compare(session, directory):
-    """Runs evaluation examples through the SavedModel in another process, and through the model here.
+def _compare(session: Session, directory: str) -> dict[str, Any]:
+    """Runs evaluation examples through the SavedModel in another process, and the model here.
 
-    The SavedModel gets the user's own files, as README says to give them to it.
+    The SavedModel gets the user's own files, as the documentation says to give them to it.
     """
     with tempfile.TemporaryDirectory() as folder:
         served, evaluated, decoded, answers = (
@@ -227,7 +237,8 @@ def _compare(session, directory):
             for name in ('served.tfrecord', 'evaluated.tfrecord', 'decoded.tfrecord', 'answers.npz')
         )
         labels, num_converted = _write_examples(session, served, evaluated, decoded)
-        # Without accelerators: they are this process's. Without the caller's paths: the model must need TensorFlow alone.
+        # Without accelerators: they are this process's. Without the caller's paths: the model must
+        # need TensorFlow alone.
         environment = {
             **os.environ,
             'CUDA_VISIBLE_DEVICES': '-1',
@@ -256,9 +267,7 @@ def _compare(session, directory):
         examples = (
             f'{len(expected) - num_answered:,} of {counted(len(expected), "evaluation example")}'
         )
-        raise RunError(
-            f'the answers of the model to {examples} are not finite: {_diverged(session)}'
-        )
+        raise RunError(f'the answers of the model to {examples} are not finite', _diverged(session))
 
     tolerance = (
         TOLERANCE_TF32
@@ -271,7 +280,8 @@ def _compare(session, directory):
         difference = float(np.abs(logits - expected[: len(logits)]).max())
         if not difference <= allowed:  # also when it is not a number
             raise RunError(
-                f'the exported model answers otherwise than the model: {name} differs by {difference:.3g} in a logit '
+                f'the exported model disagrees with the model: {name} differs by '
+                f'{difference:.3g} in a logit '
                 f'(allowed {allowed:.3g}); it was left in {directory}'
             )
         largest = max(largest, difference)
@@ -284,17 +294,22 @@ def _compare(session, directory):
     }
 
 
-def _write_examples(session, served, evaluated, decoded):
+def _write_examples(
+    session: Session, served: str, evaluated: str, decoded: str
+) -> tuple[np.ndarray, int]:
     """Writes TFRecord files of evaluation examples.
 
     Args:
-        served: path of what the exported model is asked; of a folder these are the user's own files.
+        served: path of what the exported model gets; of a folder these are the user's own files.
         evaluated: path of what evaluation reads of the same examples.
-        decoded: path of the first of them as PNG files without alpha, whose pixels are what evaluation sees.
+        decoded: path of the first of them as PNG files without alpha, whose pixels are what
+            evaluation sees.
 
-    Returns: labels, int64 [examples]; and how many of the user's files had to be converted by `as_decodable`.
+    Returns: labels, int64 [examples]; and how many of the user's files `as_decodable` had to
+        convert.
     """
-    labels, num_converted = [], 0
+    labels: list[int] = []
+    num_converted = 0
     white_level = session.config.dataset.white_level
     with (
         tf.io.TFRecordWriter(served) as questions,
@@ -304,8 +319,8 @@ def _write_examples(session, served, evaluated, decoded):
         for encoded, original, label in session.source.sample(
             session.source.eval_split, MAX_CHECKED
         ):
-            question = encoded if original is None else original
-            if question != encoded:  # evaluation reads a copy
+            question = encoded
+            if original is not None and original != encoded:  # evaluation reads a copy
                 question = image_validation.as_decodable(original)
                 num_converted += 1
             questions.write(question)
@@ -316,13 +331,13 @@ def _write_examples(session, served, evaluated, decoded):
     return np.array(labels), num_converted
 
 
-def _expected_logits(session, evaluated):
-    """Computes what evaluation does for the files in a TFRecord file, float32 [files, classes]."""
+def _expected_logits(session: Session, evaluated: str) -> np.ndarray:
+    """Computes the logits of evaluation for a TFRecord file of images, float32 [files, classes]."""
     config, predict = session.config, steps.make_predict(session.state)
 
-    def picture(file):
+    def picture(file: tf.Tensor) -> tf.Tensor:
         image = decode(file, config.dataset.white_level)
-        return resize_picture(image, config.image_size, config.eval_crop)
+        return resize_image(image, config.image_size, config.eval_crop)
 
     images = tf.data.TFRecordDataset(evaluated).map(picture, tf.data.AUTOTUNE)
     return np.concatenate([predict(batch).numpy() for batch in images.batch(100)])

@@ -1,7 +1,10 @@
-"""Tries the exported model of a run on images: python predict.py RUN [IMAGE ...] [--output=FILE.png]
+"""Tries the exported model of a run on images.
 
-An IMAGE is a file or a folder of files, of any format that training accepts; it is read as evaluation reads it. Without
-one the first examples of the evaluation split are taken. Computes on the processor: an accelerator may be in use.
+    python predict.py RUN [IMAGE ...] [--output=FILE.png]
+
+An IMAGE is a file or a folder of files, of any format that training accepts; it is read as
+evaluation reads it. Without one the first examples of the evaluation split are taken. It computes
+on the CPU: an accelerator may be in use.
 """
 
 import argparse
@@ -9,10 +12,10 @@ import functools
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, NoReturn
 
-from common import storage, tpu_environment
+from common import console, storage, tpu_environment
 from common.console import discard_output, import_tensorflow_quietly, tolerate_any_terminal
 from common.errors import RunError, UserError, one_line
 
@@ -24,21 +27,26 @@ DRAWN_SIZE = 500  # pixels of the longer side of a drawn image, about
 
 
 class Image(NamedTuple):
-    """An image to try: how it is called, and a function that returns it as a JPEG or PNG file, and what may be damaged, or ''."""
+    """An image to try.
+
+    Attributes:
+        title: its name.
+        read: returns it as a JPEG or PNG file, and what may be damaged, or ''.
+    """
 
     title: str
     read: Callable[[], tuple[bytes, str]]
 
 
 class Answer(NamedTuple):
-    """What the model says of an image: the most likely classes first, [(label, probability)]."""
+    """A prediction: (label, probability) of the most likely classes, the likeliest first."""
 
     title: str
-    classes: list
-    pixels: object  # uint8 [height, width, 3]
+    classes: list[tuple[str, float]]
+    pixels: Any  # uint8 [height, width, 3]
 
 
-def main(arguments):
+def main(arguments: Sequence[str] | None) -> int:
     """Prints the most likely classes of each image and draws them; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
@@ -76,19 +84,23 @@ def main(arguments):
     except BrokenPipeError:
         return discard_output()
     except (UserError, OSError) as error:
-        print(f'error: {error}', file=sys.stderr)
+        console.error(str(error))
         return getattr(error, 'exit_status', 1)
     if num_failed and len(images) > 1:
-        print(f'error: {num_failed:,} of {len(images):,} images could not be read', file=sys.stderr)
+        console.error(f'{num_failed:,} of {len(images):,} images could not be read')
     return 1 if num_failed else 0
 
 
-def load(run):
-    """(the SavedModel of a run, its labels). Raises RunError if there is none, it is damaged, or it can do more than compute."""
+def load(run: str) -> tuple[Any, list[str]]:
+    """Returns the SavedModel of a run, and its labels.
+
+    Raises: RunError if there is none, it is damaged, or it can do more than compute.
+    """
     directory = os.path.join(run, 'export')
     if not storage.exists(os.path.join(directory, 'saved_model.pb')):
         raise RunError(
-            f'{run} has no export: train it to its end, or python main.py --config=... --workdir={run} --mode=export'
+            f'{run} has no export',
+            f'train it to its end, or python main.py --config=... --workdir={run} --mode=export',
         )
     from modeling import labels_file, saved_model_safety
 
@@ -100,12 +112,16 @@ def load(run):
         raise
     except Exception as error:  # of many kinds, by where it is damaged
         raise RunError(
-            f'{directory} is damaged ({type(error).__name__}: {one_line(error, 200)}): export it again'
+            f'{directory} is damaged ({type(error).__name__}: {one_line(error, 200)})',
+            'export it again',
         ) from error
 
 
 def white_level_of(run: str) -> int:
-    """Returns `config.dataset.white_level` of a run, for drawings; the default where an export was copied without its config."""
+    """Returns `config.dataset.white_level` of a run, for drawings.
+
+    The default, if an export was copied without its config.
+    """
     from inputs import image_ops
 
     has_config = storage.exists(os.path.join(run, 'config.json'))
@@ -122,12 +138,14 @@ def dataset_of(run: str) -> dict:
     path = os.path.join(run, 'config.json')
     dataset = storage.read_json(path).get('dataset')
     if not isinstance(dataset, dict):
-        raise RunError(f'{path} has no section dataset: copy it from the run again')
+        raise RunError(f'{path} has no section dataset', 'copy it from the run again')
     defaults = default.get_config().dataset.to_dict()
     for key, value in defaults.items():
         kinds = (int, float) if isinstance(value, float) else type(value)
         if not isinstance(dataset.get(key, value), kinds):
-            raise RunError(f'{path} has dataset.{key}={dataset[key]!r}: copy it from the run again')
+            raise RunError(
+                f'{path} has dataset.{key}={dataset[key]!r}', 'copy it from the run again'
+            )
     return defaults | dataset
 
 
@@ -135,10 +153,10 @@ def files_to_try(paths: list[str]) -> Iterator[Image]:
     """Yields the files, and those below the folders that are called like images."""
     from inputs import image_folder, image_validation
 
-    def refuse_empty():
+    def refuse_empty() -> NoReturn:
         raise RunError('a folder without a file that is called like an image, such as x.jpg')
 
-    def read(path):
+    def read(path: str) -> tuple[bytes, str]:
         found = image_validation.decodable(image_validation.read(path))
         return found.content, found.doubt
 
@@ -156,35 +174,40 @@ def files_to_try(paths: list[str]) -> Iterator[Image]:
             )
 
 
-def evaluation_examples(run, labels):
+def evaluation_examples(run: str, labels: Sequence[str]) -> list[Image]:
     """Returns the first examples of the run's evaluation split, as `Image`.
 
-    Raises: RunError if TFDS would have to run code for them that is not its own: a run can be somebody else's.
+    Raises: RunError if TFDS would have to run code for them that is not its own: a run can be
+    somebody else's.
     """
     from ml_collections import ConfigDict
 
     from inputs import datasets, image_folder
 
     dataset = ConfigDict(dataset_of(run))
-    if re.match(
-        r'[\w-]+:[a-zA-Z]', dataset.name
-    ):  # a namespace of TFDS; a version begins with a digit
+    has_namespace = re.match(r'[\w-]+:[a-zA-Z]', dataset.name)  # a version begins with a digit
+    if has_namespace:
         raise RunError(
-            f'{run} was evaluated on {dataset.name}, for which TFDS downloads code and runs it: give the pictures to try'
+            f'{run} was evaluated on {dataset.name}, for which TFDS downloads code and runs it',
+            'give the images to try',
         )
     source = datasets.load(dataset, needs_training=False)
     examples = source.examples(source.eval_split).take(EXAMPLES).as_numpy_iterator()
     return [
         Image(
             f'evaluation example {number}, which is {image_folder.shown(labels[label])}',
-            lambda encoded=encoded: (encoded, ''),
+            functools.partial(_as_it_is, encoded),
         )
         for number, (encoded, label) in enumerate(examples)
     ]
 
 
+def _as_it_is(encoded: bytes) -> tuple[bytes, str]:
+    return encoded, ''
+
+
 def answer_all(
-    model, labels: list[str], images: list[Image], white_level: int
+    model: Any, labels: list[str], images: list[Image], white_level: int
 ) -> tuple[list[Answer], int]:
     """Prints the answer for each image, and a line for each that cannot be read.
 
@@ -192,25 +215,24 @@ def answer_all(
     """
     from inputs import image_folder, image_validation
 
-    drawn, num_failed = [], 0
+    drawn: list[Answer] = []
+    num_failed = 0
     for image in images:
         try:
             encoded, doubt = image.read()
             answer = classify(model, labels, image.title, encoded, white_level)
         except (UserError, image_validation.Broken, OSError) as error:
             num_failed += 1
-            print(f'error: {image.title}: {reason(error)}', file=sys.stderr)
+            console.error(f'{image.title}: {reason(error)}')
             continue
         if doubt:
-            print(
-                f'note: {image.title} may be damaged ({doubt}): look at it, and copy it again if a part is grey',
-                file=sys.stderr,
-            )
+            advice = 'look at it, and copy it again if a part is grey'
+            console.warning(f'note: {image.title} may be damaged ({doubt}): {advice}')
         likely = ', '.join(
             f'{image_folder.shown(label)} {probability:.1%}'
             for label, probability in answer.classes
         )
-        print(f'{image.title}: {likely}', flush=True)
+        console.line(f'{image.title}: {likely}')
         if len(drawn) < MOST_DRAWN:
             drawn.append(answer)
     return drawn, num_failed
@@ -222,7 +244,7 @@ def reason(error: Exception) -> str:
 
 
 def classify(
-    model, labels: list[str], title: str, encoded: bytes, white_level: int = 2**16 - 1
+    model: Any, labels: list[str], title: str, encoded: bytes, white_level: int = 2**16 - 1
 ) -> Answer:
     """Asks the model about a JPEG or PNG file.
 
@@ -239,7 +261,7 @@ def classify(
         answer = model.signatures['classify_encoded'](encoded=tf.constant([encoded]))
         pixels = image_ops.decode(encoded, white_level).numpy()
     except tf.errors.OpError as error:
-        raise RunError('no picture that the model can decode') from error
+        raise RunError('no image that the model can decode') from error
     probabilities = answer['probabilities'][0].numpy()  # [classes]
     likely = [
         (labels[index], float(probabilities[index]))
@@ -258,7 +280,7 @@ def draw(path: str, answers: list[Answer], num_answers: int) -> None:
         path, [answer.pixels for answer in answers], titles, [answer.classes for answer in answers]
     )
     part = f'the first {len(answers)} of {num_answers:,} are ' if len(answers) < num_answers else ''
-    print(f'{part}drawn in {path}')
+    console.line(f'{part}drawn in {path}')
 
 
 def end_of(title: str) -> str:

@@ -4,19 +4,24 @@ Let `W = warmup_steps`, `H = hold`, `T = total_steps`, and `t` the 0-based index
 
     t < W              start_lr + (target_lr - start_lr) * t / W
     W <= t <= W + H    target_lr
-    W + H < t < T      the curve; the cosine is end_lr + (target_lr - end_lr) * (1 + cos(pi * (t - W - H) / (T - W - H))) / 2
-    t >= T             end_lr; but target_lr if nothing decays, at t = T = W + H and always on the constant curve
+    W + H < t < T      the curve; the cosine is
+                       end_lr + (target_lr - end_lr) * (1 + cos(pi * (t - W - H) / (T - W - H))) / 2
+    t >= T             end_lr; but target_lr if nothing decays, at t = T = W + H and always on the
+                       constant curve
 
-`CURVES` names the curves, and the functions in it document their formulas and arguments. Every formula is written once,
-over `xp`, which is `numpy` (float64) or `keras.ops` (float32 whatever `keras.config.floatx()` says,
-also inside a compiled step). It comes in three forms: `learning_rate`, a function; `WarmupDecay`,
-for an optimizer; and `WarmupCosineDecayCallback`, for `model.fit`.
+`CURVES` names the curves, and the functions in it document their formulas and arguments. Every
+formula is written once, over `xp`, which is `numpy` (float64) or `keras.ops` (float32 whatever
+`keras.config.floatx()` says, also inside a compiled step). It comes in three forms:
+`learning_rate`, a function; `WarmupDecay`, for an optimizer; and `WarmupCosineDecayCallback`, for
+`model.fit`.
 """
 
 import difflib
+import itertools
 import math
 import reprlib
 import warnings
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import keras
@@ -24,33 +29,37 @@ import numpy as np
 
 
 def learning_rate(
-    step,
+    step: Any,
     *,
-    curve='cosine',
-    warmup_steps,
-    total_steps,
-    hold=0,
-    start_lr=0.0,
-    target_lr,
-    end_lr=0.0,
-    **curve_arguments,
-):
-    """The learning rate of update `step`.
+    curve: str = 'cosine',
+    warmup_steps: Any,
+    total_steps: Any,
+    hold: Any = 0,
+    start_lr: Any = 0.0,
+    target_lr: Any,
+    end_lr: Any = 0.0,
+    **curve_arguments: Any,
+) -> Any:
+    """Returns the learning rate of update `step`.
 
     Args:
-        step: 0-based index of the update: a whole number, or an array or list of them of any shape; or an integer
-            tensor or variable of any shape, also inside a `tf.function` with `jit_compile=True`.
-        curve: what follows warmup and hold, a name in `CURVES`; `curve_arguments` are that curve's own arguments.
+        step: 0-based index of the update: a whole number, or an array or list of them of any shape;
+            or an integer tensor or variable of any shape, also inside a `tf.function` with
+            `jit_compile=True`.
+        curve: what follows warmup and hold, a name in `CURVES`; `curve_arguments` are that curve's
+            own arguments.
         warmup_steps, hold, total_steps: in updates; `total_steps` includes warmup and hold. These
             and all other numbers may also be a scalar array, tensor or variable, such as
             `ds.cardinality()`. Its value is read once.
-        start_lr, target_lr, end_lr: the rate of update 0, the peak, and the rate past the last update.
+        start_lr, target_lr, end_lr: the rate of update 0, the peak, and the rate past the last
+            update.
 
-    Returns: a float for a number, a float64 array for an array, a float32 tensor for a tensor; the shape is step's.
+    Returns: a float for a number, a float64 array for an array, a float32 tensor for a tensor; the
+        shape is step's.
 
     Raises:
-        ValueError: an argument or a step is impossible. The values of a tensor cannot be checked: there a negative
-            step counts as 0, and a fraction is cut off.
+        ValueError: an argument or a step is impossible. The values of a tensor cannot be checked:
+            there a negative step counts as 0, and a fraction is cut off.
     """
     arguments = _checked(
         curve, warmup_steps, total_steps, hold, start_lr, target_lr, end_lr, curve_arguments
@@ -62,9 +71,18 @@ def learning_rate(
 
 
 def lr_warmup_cosine_decay(
-    global_step, warmup_steps, hold, total_steps, start_lr=0.0, target_lr=1e-3, end_lr=0.0
-):
-    """Linear warmup, hold and cosine decay: `learning_rate` with its arguments in the customary order."""
+    global_step: Any,
+    warmup_steps: Any,
+    hold: Any,
+    total_steps: Any,
+    start_lr: Any = 0.0,
+    target_lr: Any = 1e-3,
+    end_lr: Any = 0.0,
+) -> Any:
+    """Returns the rate of linear warmup, hold and cosine decay.
+
+    It is `learning_rate` with its arguments in the customary order.
+    """
     return learning_rate(
         global_step,
         warmup_steps=warmup_steps,
@@ -78,17 +96,21 @@ def lr_warmup_cosine_decay(
 
 @keras.saving.register_keras_serializable(package='warmstart')
 class WarmupDecay(keras.optimizers.schedules.LearningRateSchedule):
-    """`learning_rate` for an optimizer, as in `keras.optimizers.SGD(WarmupDecay(...))`, with the same arguments.
+    """`learning_rate` for an optimizer, as in `keras.optimizers.SGD(WarmupDecay(...))`.
 
-    `gradient_accumulation_steps` is the optimizer's argument of that name. Such an optimizer calls its schedule with the
-    number of batches seen; the schedule divides by it, so that all steps here are updates.
+    It has the same arguments.
 
-    A saved model holds the schedule with all its arguments. Loading the model brings back that very curve, whatever the
-    length of the run that continues it; for another curve, compile the model with a new schedule.
+    `gradient_accumulation_steps` is the optimizer's argument of that name. Such an optimizer calls
+    its schedule with the number of batches seen; the schedule divides by it, so that all steps here
+    are updates.
+
+    A saved model holds the schedule with all its arguments. Loading the model brings back that very
+    curve, whatever the length of the run that continues it; for another curve, compile the model
+    with a new schedule.
 
     The optimizer's count is all that a schedule knows. When weights are restored beside a new
-    optimizer, warmup starts over, and past `total_steps` the rate is `end_lr`. The callback warns of
-    both; a schedule cannot.
+    optimizer, warmup starts over, and past `total_steps` the rate is `end_lr`. The callback warns
+    of both; a schedule cannot.
 
     The rate is float32, and an optimizer casts it to the dtype of each variable. For float16
     variables, which `keras.config.set_floatx('float16')` makes, rates below 3e-8 become 0. The
@@ -98,15 +120,15 @@ class WarmupDecay(keras.optimizers.schedules.LearningRateSchedule):
     def __init__(
         self,
         *,
-        curve='cosine',
-        warmup_steps,
-        total_steps,
-        hold=0,
-        start_lr=0.0,
-        target_lr,
-        end_lr=0.0,
-        gradient_accumulation_steps=1,
-        **curve_arguments,
+        curve: str = 'cosine',
+        warmup_steps: Any,
+        total_steps: Any,
+        hold: Any = 0,
+        start_lr: Any = 0.0,
+        target_lr: Any,
+        end_lr: Any = 0.0,
+        gradient_accumulation_steps: Any = 1,
+        **curve_arguments: Any,
     ):
         super().__init__()
         self.arguments = _checked(
@@ -116,15 +138,15 @@ class WarmupDecay(keras.optimizers.schedules.LearningRateSchedule):
         batches = 1 if gradient_accumulation_steps is None else gradient_accumulation_steps
         self.gradient_accumulation_steps = _whole('gradient_accumulation_steps', batches, low=1)
 
-    def __call__(self, step):
-        """The rate at `step`, an integer tensor, variable or number, as a float32 tensor."""
+    def __call__(self, step: Any) -> Any:
+        """Returns the rate at `step`, an integer tensor, variable or number, in float32."""
         return _rate(
             keras.ops,
             keras.ops.cast(step, 'int64') // self.gradient_accumulation_steps,
             self.arguments,
         )
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         config = self.arguments._asdict()
         curve_arguments = config.pop('curve_arguments')
         return {
@@ -140,13 +162,13 @@ class WarmupCosineDecay(WarmupDecay):
 
     def __init__(
         self,
-        start_lr,
-        target_lr,
-        warmup_steps,
-        total_steps,
-        hold=0,
-        end_lr=0.0,
-        gradient_accumulation_steps=1,
+        start_lr: Any,
+        target_lr: Any,
+        warmup_steps: Any,
+        total_steps: Any,
+        hold: Any = 0,
+        end_lr: Any = 0.0,
+        gradient_accumulation_steps: Any = 1,
     ):
         super().__init__(
             start_lr=start_lr,
@@ -158,7 +180,7 @@ class WarmupCosineDecay(WarmupDecay):
             gradient_accumulation_steps=gradient_accumulation_steps,
         )
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         config = super().get_config()
         del config['curve']
         return config
@@ -167,27 +189,28 @@ class WarmupCosineDecay(WarmupDecay):
 class WarmupCosineDecayCallback(keras.callbacks.Callback):
     """Sets the optimizer's rate before each batch of `model.fit`: warmup, hold and cosine decay.
 
-    The arguments are those of `WarmupCosineDecay`. With `total_steps=None` nothing decays: once warmup and hold are over
-    the rate is left alone. The step is the optimizer's count of updates: a run that goes on with a restored optimizer
-    goes on along the curve, and batches whose gradients are accumulated into one update share a step.
+    The arguments are those of `WarmupCosineDecay`. With `total_steps=None` nothing decays: once
+    warmup and hold are over the rate is left alone. The step is the optimizer's count of updates: a
+    run that goes on with a restored optimizer goes on along the curve, and batches whose gradients
+    are accumulated into one update share a step.
 
     Attributes:
-        lrs: the rates used, one for each time `fit` called before a batch. With `steps_per_execution=n` that is every n
-            batches, and the rate changes only as often.
-        factor: what other callbacks, such as `ReduceLROnPlateau`, made of the planned rate. They change the rate as
-            always, and their change stays, as a factor on the rest of the curve; where the planned rate is 0 no factor
-            can be told, and a change is not kept. It begins at 1.0. It can be read at any time, and
-            includes every change made until then. Neither a saved model nor
-            `keras.callbacks.BackupAndRestore` contains it. To go on in a new process, carry it
-            over: save it at the end of each epoch, after the callbacks that change the rate, and
-            set it before `fit`.
+        lrs: the rates used, one for each time `fit` called before a batch. With
+            `steps_per_execution=n` that is every n batches, and the rate changes only as often.
+        factor: what other callbacks, such as `ReduceLROnPlateau`, made of the planned rate. They
+            change the rate as always, and their change stays, as a factor on the rest of the curve;
+            where the planned rate is 0 no factor can be told, and a change is not kept. It begins
+            at 1.0. It can be read at any time, and includes every change made until then. Neither a
+            saved model nor `keras.callbacks.BackupAndRestore` contains it. To go on in a new
+            process, carry it over: save it at the end of each epoch, after the callbacks that
+            change the rate, and set it before `fit`.
 
     A `fit` whose first batch finds the optimizer without any update begins a new run, with empty
     `lrs` and a factor of 1.0. By then every callback has restored what it restores, in whatever
     order they are given.
 
-    Raises ValueError as `learning_rate` does, and when training begins with an optimizer whose learning rate is a
-    schedule.
+    Raises ValueError as `learning_rate` does, and when training begins with an optimizer whose
+    learning rate is a schedule.
 
     Warns once in a `fit`, and says what to do, when
         - it begins in a later epoch and the optimizer has made no update: the schedule starts over;
@@ -197,7 +220,15 @@ class WarmupCosineDecayCallback(keras.callbacks.Callback):
         - the optimizer's rate is a float16 variable, which cannot hold the planned rate.
     """
 
-    def __init__(self, start_lr, target_lr, warmup_steps, total_steps=None, hold=0, end_lr=0.0):
+    def __init__(
+        self,
+        start_lr: Any,
+        target_lr: Any,
+        warmup_steps: Any,
+        total_steps: Any = None,
+        hold: Any = 0,
+        end_lr: Any = 0.0,
+    ):
         super().__init__()
         self._decays = total_steps is not None
         if not self._decays:
@@ -211,11 +242,15 @@ class WarmupCosineDecayCallback(keras.callbacks.Callback):
             target_lr,
             end_lr,
         )
-        self.lrs, self._factor = [], 1.0
+        self.lrs: list[float] = []
+        self._factor = 1.0
         # What was planned and set last, and of which optimizer.
-        self._planned = self._set = self._optimizer = None
-        self._first_epoch, self._at_first_batch = 0, True
-        self._warned = set()
+        self._planned: float | None = None
+        self._set: float | None = None
+        self._optimizer: keras.optimizers.Optimizer | None = None
+        self._first_epoch: int | None = 0
+        self._at_first_batch = True
+        self._warned: set[str] = set()
 
     @property
     def factor(self) -> float:
@@ -227,23 +262,23 @@ class WarmupCosineDecayCallback(keras.callbacks.Callback):
         self._keep_change()
         self._factor = factor
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: dict | None = None) -> None:
         # A rate that can be set is a variable; a schedule gives a tensor.
         if not isinstance(self.model.optimizer.learning_rate, keras.Variable):
             raise ValueError(
-                "the optimizer's learning rate is a schedule, which this callback cannot set: compile with a "
-                'number, as in learning_rate=0.1, or leave the callback out'
+                "the optimizer's learning rate is a schedule, which this callback cannot set: "
+                'compile with a number, as in learning_rate=0.1, or leave the callback out'
             )
         # What happened to the rate between two runs is no callback's doing.
         self._planned = self._set = None
         self._first_epoch, self._at_first_batch = None, True
         self._warned = set()
 
-    def on_epoch_begin(self, epoch, logs=None):
+    def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
         if self._first_epoch is None:
             self._first_epoch = epoch
 
-    def on_train_batch_begin(self, batch, logs=None):
+    def on_train_batch_begin(self, batch: int, logs: dict | None = None) -> None:
         self._keep_change()
         self._optimizer = optimizer = self.model.optimizer
         step = int(_value(optimizer.iterations))
@@ -261,7 +296,7 @@ class WarmupCosineDecayCallback(keras.callbacks.Callback):
         self._warn_of_end(step)
         self._at_first_batch = False
 
-    def on_train_end(self, logs=None):
+    def on_train_end(self, logs: dict | None = None) -> None:
         # Other callbacks may have changed the rate at the end of the last epoch.
         self._keep_change()
         self._planned = None
@@ -281,10 +316,8 @@ class WarmupCosineDecayCallback(keras.callbacks.Callback):
             remedy += ', or before fit set model.optimizer.iterations.assign(UPDATES)'
         self._warn(
             'start',
-            (
-                f'training begins with initial_epoch={self._first_epoch}, but the optimizer has made '
-                f'no update, so the schedule starts over at update 0: {remedy}'
-            ),
+            f'training begins with initial_epoch={self._first_epoch}, but the optimizer has made '
+            f'no update, so the schedule starts over at update 0: {remedy}',
         )
 
     def _warn_of_lost_factor(self, optimizer: keras.optimizers.Optimizer, step: int) -> None:
@@ -302,25 +335,21 @@ class WarmupCosineDecayCallback(keras.callbacks.Callback):
         factor = rate / planned[-2]
         self._warn(
             'factor',
-            (
-                f'before update {step} the optimizer has a learning rate of {rate:.4g}, {factor:.4g} '
-                'times the planned one, and it is not kept: if another callback changed it, set '
-                f'factor = {factor:.4g} on WarmupCosineDecayCallback before fit'
-            ),
+            f'before update {step} the optimizer has a learning rate of {rate:.4g}, {factor:.4g} '
+            'times the planned one, and it is not kept: if another callback changed it, set '
+            f'factor = {factor:.4g} on WarmupCosineDecayCallback before fit',
         )
 
     def _warn_of_rounding(self, optimizer: keras.optimizers.Optimizer) -> None:
         wanted = None if self._planned is None else self._planned * self._factor
-        if wanted is None or math.isclose(self._set, wanted, rel_tol=0.01):
+        if wanted is None or self._set is None or math.isclose(self._set, wanted, rel_tol=0.01):
             return
         dtype = keras.backend.standardize_dtype(optimizer.learning_rate.dtype)
         self._warn(
             'rounding',
-            (
-                f'the optimizer keeps its learning rate in {dtype}, which turns {wanted:.4g} into '
-                f"{self._set:.4g}: create the optimizer with keras.config.floatx() at 'float32'; for "
-                "computing in float16 there is keras.config.set_dtype_policy('mixed_float16')"
-            ),
+            f'the optimizer keeps its learning rate in {dtype}, which turns {wanted:.4g} into '
+            f"{self._set:.4g}: create the optimizer with keras.config.floatx() at 'float32'; for "
+            "computing in float16 there is keras.config.set_dtype_policy('mixed_float16')",
         )
 
     def _warn_of_end(self, step: int) -> None:
@@ -329,10 +358,8 @@ class WarmupCosineDecayCallback(keras.callbacks.Callback):
         if is_past and (self._at_first_batch or a.end_lr == 0.0):
             self._warn(
                 'end',
-                (
-                    f'{step} updates are done and total_steps={a.total_steps}, so the learning rate '
-                    f'stays at end_lr={a.end_lr:g}: write a larger total_steps, or train no further'
-                ),
+                f'{step} updates are done and total_steps={a.total_steps}, so the learning rate '
+                f'stays at end_lr={a.end_lr:g}: write a larger total_steps, or train no further',
             )
 
     def _warn(self, subject: str, message: str) -> None:
@@ -341,7 +368,7 @@ class WarmupCosineDecayCallback(keras.callbacks.Callback):
             self._warned.add(subject)
             warnings.warn(message, stacklevel=2)
 
-    def _keep_change(self):
+    def _keep_change(self) -> None:
         if not self._planned or self.model.optimizer is not self._optimizer:
             return
         rate = float(_value(self._optimizer.learning_rate))
@@ -367,16 +394,16 @@ class _Arguments(NamedTuple):
     curve_arguments: dict
 
     @property
-    def decay_begins(self):
+    def decay_begins(self) -> int:
         return self.warmup_steps + self.hold
 
     @property
-    def decay_steps(self):
+    def decay_steps(self) -> int:
         return self.total_steps - self.decay_begins
 
 
-def _rate(xp, step, a):
-    """The whole schedule, for an int64 `step` and `_Arguments` `a`; `xp` is `numpy` or `keras.ops`."""
+def _rate(xp: Any, step: Any, a: _Arguments) -> Any:
+    """Returns the rate of an int64 `step`; `xp` is `numpy` or `keras.ops`."""
     step = xp.maximum(step, 0)
     warming = a.start_lr + (a.target_lr - a.start_lr) * _ratio(xp, step, a.warmup_steps)
     target_lr, end_lr = _float(xp, a.target_lr), _float(xp, a.end_lr)
@@ -390,84 +417,109 @@ def _rate(xp, step, a):
     return xp.where(step < a.warmup_steps, warming, after_warmup)
 
 
-def _float(xp, values):
-    """`values` as floats. `keras.ops` would make two Python floats `keras.config.floatx()`."""
+def _float(xp: Any, values: Any) -> Any:
+    """Returns floats. `keras.ops` would make two Python floats `keras.config.floatx()`."""
     return xp.array(values, dtype='float64' if xp is np else 'float32')
 
 
-def _ratio(xp, steps, of):
-    """`steps / of` as a float. Differences of steps are taken before, between integers, where they lose nothing."""
+def _ratio(xp: Any, steps: Any, of: int) -> Any:
+    """Returns `steps / of` as a float.
+
+    Differences of steps are taken before, between integers, where they lose nothing.
+    """
     return _float(xp, steps) / float(max(of, 1))
 
 
-def _between(a, share):
-    """A share of 1 is target_lr, 0 is end_lr."""
+def _between(a: _Arguments, share: Any) -> Any:
+    """Returns the rate of a share between the two: a share of 1 is target_lr, 0 is end_lr."""
     return a.end_lr + (a.target_lr - a.end_lr) * share
 
 
-# The curves. `s` counts the steps since warmup and hold, up to n = a.decay_steps, from where on the rate is end_lr.
-# between(x) stands for end_lr + (target_lr - end_lr) * x. What is below 1 where steps are meant is a fraction of total_steps.
+# The curves. `s` counts the steps since warmup and hold, up to n = a.decay_steps, from where on the
+# rate is end_lr. between(x) stands for end_lr + (target_lr - end_lr) * x. What is below 1 where
+# steps are meant is a fraction of total_steps.
 
 
-def _cosine(xp, s, a):
-    """between((1 + cos(pi * s / n)) / 2). Loshchilov and Hutter, SGDR, arXiv:1608.03983, one cycle."""
+def _cosine(xp: Any, s: Any, a: _Arguments) -> Any:
+    """between((1 + cos(pi * s / n)) / 2), one cycle.
+
+    Loshchilov and Hutter, SGDR, arXiv:1608.03983.
+    """
     return _between(a, 0.5 * (1.0 + xp.cos(math.pi * _ratio(xp, s, a.decay_steps))))
 
 
-def _constant(xp, s, a):
+def _constant(xp: Any, s: Any, a: _Arguments) -> Any:
     """target_lr, also past the last step."""
     return _float(xp, a.target_lr)
 
 
-def _linear(xp, s, a):
+def _linear(xp: Any, s: Any, a: _Arguments) -> Any:
     """between((n - s) / n)."""
     return _between(a, _ratio(xp, a.decay_steps - s, a.decay_steps))
 
 
-def _polynomial(xp, s, a, *, power=2.0):
-    """between(((n - s) / n) ** power). The default is that of LARS, You et al., arXiv:1708.03888."""
+def _polynomial(xp: Any, s: Any, a: _Arguments, *, power: float = 2.0) -> Any:
+    """between(((n - s) / n) ** power). The default is of LARS, You et al., arXiv:1708.03888."""
     return _between(
         a, xp.power(_ratio(xp, a.decay_steps - s, a.decay_steps), _number('power', power))
     )
 
 
-def _exponential(xp, s, a, *, decay=0.01):
-    """max(end_lr, target_lr * decay ** (s / n)): `decay` is the share of target_lr left where the curve ends.
+def _exponential(xp: Any, s: Any, a: _Arguments, *, decay: float = 0.01) -> Any:
+    """max(end_lr, target_lr * decay ** (s / n)): `decay` is what is left at the end.
 
-    With end_lr = 0 the same as Keras' ExponentialDecay(target_lr, decay_steps=n, decay_rate=decay).
+    It is a share of target_lr. With end_lr = 0 the same as Keras' ExponentialDecay(target_lr,
+    decay_steps=n, decay_rate=decay).
     """
     decay = _number('decay', decay, high=1.0)
     return xp.maximum(a.target_lr * xp.power(decay, _ratio(xp, s, a.decay_steps)), a.end_lr)
 
 
-def _piecewise(xp, s, a, *, boundaries=(1 / 3, 2 / 3, 8 / 9), factors=(0.1, 0.01, 0.001)):
-    """max(end_lr, target_lr * factors[i]) from step boundaries[i] of the run on; target_lr before the first.
+def _piecewise(
+    xp: Any,
+    s: Any,
+    a: _Arguments,
+    *,
+    boundaries: Any = (1 / 3, 2 / 3, 8 / 9),
+    factors: Any = (0.1, 0.01, 0.001),
+) -> Any:
+    """max(end_lr, target_lr * factors[i]) from step boundaries[i] of the run on.
 
-    The defaults are the epochs 30, 60 and 80 of 90 of Goyal et al., arXiv:1706.02677.
+    Before the first it is target_lr. The defaults are the epochs 30, 60 and 80 of 90 of Goyal et
+    al., arXiv:1706.02677.
     """
     boundaries, factors = np.atleast_1d(boundaries).tolist(), np.atleast_1d(factors).tolist()
     steps = [_steps('boundaries', boundary, a.total_steps) for boundary in boundaries]
     if len(boundaries) != len(factors):
         raise ValueError(
-            f'{len(boundaries)} boundaries and {len(factors)} factors: write one factor for each boundary'
+            f'{len(boundaries)} boundaries and {len(factors)} factors: write one factor for each '
+            'boundary'
         )
     if sorted(steps) != steps or not all(a.decay_begins < step <= a.total_steps for step in steps):
         raise ValueError(
-            f'boundaries={boundaries} are the steps {steps}: write them in increasing order, after warmup and '
-            f'hold ({a.decay_begins}) and up to total_steps ({a.total_steps})'
+            f'boundaries={boundaries} are the steps {steps}: write them in increasing order, '
+            f'after warmup and hold ({a.decay_begins}) and up to total_steps ({a.total_steps})'
         )
     rate = _float(xp, a.target_lr)
-    for step, factor in zip(steps, factors):
+    for step, factor in zip(steps, factors, strict=True):
         lowered = max(a.end_lr, a.target_lr * _number('factors', factor, high=1.0))
         rate = xp.where(s >= step - a.decay_begins, _float(xp, lowered), rate)
     return rate
 
 
-def _triangular(xp, s, a, *, cycles=4, cycle_decay=1.0):
-    """between(cycle_decay ** k * |1 - x mod 2|), where x = (2 * cycles - 1) * s / n and k = floor((x + 1) / 2).
+def _triangular(
+    xp: Any,
+    s: Any,
+    a: _Arguments,
+    *,
+    cycles: int = 4,
+    cycle_decay: float = 1.0,
+) -> Any:
+    """between(cycle_decay ** k * |1 - x mod 2|), where x = (2 * cycles - 1) * s / n.
 
-    Warmup climbs to the first of `cycles` peaks; straight lines go down to end_lr and up to the next, k = 1, 2, ...; the
-    last ends in end_lr. Smith, arXiv:1506.01186, whose "triangular2" halves the peaks: cycle_decay = 0.5.
+    k = floor((x + 1) / 2). Warmup climbs to the first of `cycles` peaks; straight lines go down to
+    end_lr and up to the next, k = 1, 2, ...; the last ends in end_lr. Smith, arXiv:1506.01186,
+    whose "triangular2" halves the peaks: cycle_decay = 0.5.
     """
     n = a.decay_steps
     travelled = s * (2 * _whole('cycles', cycles, low=1) - 1)
@@ -477,24 +529,33 @@ def _triangular(xp, s, a, *, cycles=4, cycle_decay=1.0):
     return _between(a, peak * height)
 
 
-def _cosine_restarts(xp, s, a, *, cycles=4, cycle_mul=1.0, cycle_decay=1.0):
-    """between(cycle_decay ** k * (1 + cos(pi * (s - b[k]) / (b[k + 1] - b[k]))) / 2) for b[k] <= s < b[k + 1].
+def _cosine_restarts(
+    xp: Any,
+    s: Any,
+    a: _Arguments,
+    *,
+    cycles: int = 4,
+    cycle_mul: float = 1.0,
+    cycle_decay: float = 1.0,
+) -> Any:
+    """between(cycle_decay ** k * (1 + cos(pi * (s - b[k]) / (b[k + 1] - b[k]))) / 2).
 
-    Each of the `cycles` is `cycle_mul` times as long as the one before, rounded to whole steps; together they are n steps.
-    Loshchilov and Hutter, SGDR, arXiv:1608.03983.
+    That is for b[k] <= s < b[k + 1]. Each of the `cycles` is `cycle_mul` times as long as the one
+    before, rounded to whole steps; together they are n steps. Loshchilov and Hutter, SGDR,
+    arXiv:1608.03983.
     """
     cycles, cycle_mul = _whole('cycles', cycles, low=1), _number('cycle_mul', cycle_mul)
     cycle_decay = _number('cycle_decay', cycle_decay, high=1.0)
     with np.errstate(over='ignore', invalid='ignore'):
         ends = np.cumsum(cycle_mul ** np.arange(cycles))
         b = [0, *np.rint(a.decay_steps * (ends / ends[-1])).astype(np.int64).tolist()]
-    if not all(begin < end for begin, end in zip(b, b[1:])):
+    if not all(begin < end for begin, end in itertools.pairwise(b)):
         raise ValueError(
-            f'cycles={cycles} with cycle_mul={cycle_mul:g} leaves a cycle without a step, as there are '
-            f'{a.decay_steps} after warmup and hold: write fewer cycles'
+            f'cycles={cycles} with cycle_mul={cycle_mul:g} leaves a cycle without a step, as '
+            f'there are {a.decay_steps} after warmup and hold: write fewer cycles'
         )
     share = 0.0
-    for k, (begin, end) in enumerate(zip(b, b[1:])):
+    for k, (begin, end) in enumerate(itertools.pairwise(b)):
         cosine = 0.5 * (
             1.0 + xp.cos(math.pi * _ratio(xp, xp.clip(s - begin, 0, end - begin), end - begin))
         )
@@ -502,11 +563,12 @@ def _cosine_restarts(xp, s, a, *, cycles=4, cycle_mul=1.0, cycle_decay=1.0):
     return _between(a, share)
 
 
-def _rsqrt(xp, s, a, *, timescale=None):
+def _rsqrt(xp: Any, s: Any, a: _Arguments, *, timescale: int | None = None) -> Any:
     """max(end_lr, target_lr * sqrt(timescale / (timescale + s))), `timescale` in steps.
 
-    It defaults to warmup_steps, which without hold makes it target_lr * sqrt(W / t) as in Vaswani et al.,
-    arXiv:1706.03762; and without warmup to the 10_000 of T5, Raffel et al., arXiv:1910.10683.
+    It defaults to warmup_steps, which without hold makes it target_lr * sqrt(W / t) as in Vaswani
+    et al., arXiv:1706.03762; and without warmup to the 10_000 of T5, Raffel et al.,
+    arXiv:1910.10683.
     """
     timescale = _whole(
         'timescale', a.warmup_steps or 10_000 if timescale is None else timescale, low=1
@@ -514,23 +576,31 @@ def _rsqrt(xp, s, a, *, timescale=None):
     return xp.maximum(a.target_lr / xp.sqrt(_ratio(xp, timescale + s, timescale)), a.end_lr)
 
 
-def _trapezoid(xp, s, a, *, cooldown=0.2, cooldown_power=0.5):
-    """target_lr, and in the last `cooldown` steps between(1 - (c / cooldown) ** cooldown_power), `c` counting them.
+def _trapezoid(
+    xp: Any,
+    s: Any,
+    a: _Arguments,
+    *,
+    cooldown: float = 0.2,
+    cooldown_power: float = 0.5,
+) -> Any:
+    """target_lr, and in the last `cooldown` steps between(1 - (c / cooldown) ** cooldown_power).
 
-    Also called warmup-stable-decay. Power 1 is the linear cooldown of Zhai et al., arXiv:2106.04560; the defaults, 20 % of
-    the run and "1 - sqrt", are those of Hägele et al., arXiv:2405.18392.
+    `c` counts these steps. Also called warmup-stable-decay. Power 1 is the linear cooldown of Zhai
+    et al., arXiv:2106.04560; the defaults, 20 % of the run and "1 - sqrt", are those of Hägele et
+    al., arXiv:2405.18392.
     """
     length = _steps('cooldown', cooldown, a.total_steps, low=0)
     if length > a.decay_steps:
         raise ValueError(
-            f'cooldown={cooldown} is {length} steps, but {a.decay_steps} are left after warmup and hold: write '
-            'a smaller one'
+            f'cooldown={cooldown} is {length} steps, but {a.decay_steps} are left after warmup and '
+            'hold: write a smaller one'
         )
     done = _ratio(xp, xp.clip(s - (a.decay_steps - length), 0, length), length)
     return _between(a, 1.0 - xp.power(done, _number('cooldown_power', cooldown_power)))
 
 
-CURVES = {
+CURVES: dict[str, Callable[..., Any]] = {
     'cosine': _cosine,
     'constant': _constant,
     'linear': _linear,
@@ -545,9 +615,19 @@ CURVES = {
 
 
 def _checked(
-    curve, warmup_steps, total_steps, hold, start_lr, target_lr, end_lr, curve_arguments=()
-):
-    """`_Arguments`, or a ValueError of one line that says what is wrong and what to write."""
+    curve: str,
+    warmup_steps: Any,
+    total_steps: Any,
+    hold: Any,
+    start_lr: Any,
+    target_lr: Any,
+    end_lr: Any,
+    curve_arguments: Any = (),
+) -> _Arguments:
+    """Returns the checked arguments.
+
+    Raises: ValueError of one line that says what is wrong and what to write.
+    """
     if curve not in CURVES:
         raise _unknown('there is no curve', curve, CURVES)
     defaults = CURVES[curve].__kwdefaults__ or {}
@@ -571,8 +651,8 @@ def _checked(
     )
     if a.decay_steps < 0:
         raise ValueError(
-            f'warmup_steps={a.warmup_steps} and hold={a.hold} are more than total_steps={a.total_steps}: write '
-            'smaller ones, or a larger total_steps'
+            f'warmup_steps={a.warmup_steps} and hold={a.hold} are more than '
+            f'total_steps={a.total_steps}: write smaller ones, or a larger total_steps'
         )
     if a.end_lr > a.target_lr:
         raise ValueError(
@@ -581,16 +661,16 @@ def _checked(
     if curve == 'constant':
         if a.end_lr not in (0.0, a.target_lr):
             raise ValueError(
-                f'end_lr={a.end_lr} would never be used, because without a decay the rate stays at target_lr: '
-                'leave it out, or write a curve that decays'
+                f'end_lr={a.end_lr} would never be used, because without a decay the rate stays at '
+                'target_lr: leave it out, or write a curve that decays'
             )
         a = a._replace(end_lr=a.target_lr)
     _rate(np, np.int64(0), a)  # the curves check their own arguments
     return a
 
 
-def _checked_steps(step):
-    """`step` as an int64 array."""
+def _checked_steps(step: Any) -> np.ndarray:
+    """Returns `step` as an int64 array."""
     steps = np.asarray(step)
     if steps.dtype.kind not in 'iuf' or not np.all(
         (steps >= 0) & (steps == np.floor(steps)) & (steps < 2**63)
@@ -636,7 +716,7 @@ def _plain(name: str, value: Any) -> Any:
     return array.tolist()
 
 
-def _whole(name, value, low=0):
+def _whole(name: str, value: Any, low: int = 0) -> int:
     number = _plain(name, value)
     is_number = isinstance(number, (int, float)) and not isinstance(number, bool)
     if not is_number or number % 1 or number < low:
@@ -657,7 +737,7 @@ def _cardinality_hint(name: str, number: float) -> str:
     )
 
 
-def _number(name, value, high=math.inf):
+def _number(name: str, value: Any, high: float = math.inf) -> float:
     plain = _plain(name, value)
     try:
         number = math.nan if isinstance(plain, (str, bytes, bool)) else float(plain)
@@ -671,14 +751,14 @@ def _number(name, value, high=math.inf):
     return number
 
 
-def _steps(name, value, total_steps, low=1):
-    """A whole number of steps from a fraction of `total_steps`, which is any value below 1, or from itself."""
+def _steps(name: str, value: Any, total_steps: int, low: int = 1) -> int:
+    """Returns a whole number of steps: `value`, or where that is below 1 its share of the total."""
     if 0.0 < _number(name, value) < 1.0:
         return max(low, round(value * total_steps))
     return _whole(name, value, low)
 
 
-def _unknown(complaint, name, known):
+def _unknown(complaint: str, name: Any, known: Iterable[str]) -> ValueError:
     nearest = difflib.get_close_matches(str(name), known, n=1)
     hint = f'did you mean {nearest[0]!r}?' if nearest else 'write one of ' + ', '.join(known)
     return ValueError(f'{complaint} {name!r}: {hint}')

@@ -10,116 +10,298 @@ import signal
 import statistics
 import tempfile
 import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import tensorflow as tf
+from ml_collections import ConfigDict
 
 import evaluate
 import export
-from common import storage
+from common import console, storage
 from common.errors import RunError
 from devices import preemption
 from devices.strategy import runs_as_chief
 from experiment import planning, resume
-from experiment.session import open_session
+from experiment.config_diff import ConfigChange
+from experiment.session import Session, open_session
 from inputs import augment, pipeline, service
 from modeling import loops, models, steps
 from outputs import plots, report, workdir_lock
-from outputs.metrics_logger import Logbook, read_metrics
+from outputs.metrics_logger import MetricsLogger, read_metrics
 from outputs.train_progress import Progress
 
-LONG_LOOP = 15.0  # seconds: half of the 30 that a cloud gives between its notice and the end; the checkpoint takes its time too
+# Seconds: half of the 30 that a cloud gives between its notice and the end; the checkpoint takes
+# its time too.
+LONG_LOOP = 15.0
 
 
-def run(config, workdir, continues='same'):
-    """Trains, evaluates, exports and reports; continues what `workdir` holds.
+def run(config: ConfigDict, workdir: str, continues: str = 'same') -> int:
+    """Trains, evaluates, exports and reports; continues the run in `workdir`.
 
     Args:
-        continues: 'same' goes on with a run of the same config, 'changed' also with one of another; 'never' moves it aside.
+        continues: 'same' continues a run of the same config, 'changed' also one of another config;
+            'never' moves it aside.
 
     Returns: the exit status: 0, or 143 after SIGTERM.
     """
     is_chief = runs_as_chief(config)
     with workdir_lock.hold(workdir) if is_chief else contextlib.nullcontext() as held:
-        changes = []
+        changes: list[ConfigChange] = []
         if continues != 'never':
             changes = resume.unknown_config(workdir) or resume.config_changes(config, workdir)
             if changes and continues == 'same':
                 raise resume.refusal(workdir, config, changes)
             resume.require_fit(workdir, config, changes)
             if not changes and resume.is_finished(workdir):
-                print(f'{workdir} is finished: see {os.path.join(workdir, "report.md")}')
+                console.line(f'{workdir} is finished: see {os.path.join(workdir, "report.md")}')
                 return 0
         elif is_chief:
-            resume.set_aside(workdir)
+            resume.archive_run(workdir)
         session = open_session(config, workdir)
-        if is_chief:
-            return lead(session, workdir, changes, held)
-    with (
-        tempfile.TemporaryDirectory() as scratch,
-        contextlib.redirect_stdout(io.StringIO()),
-    ):  # one worker writes and speaks for all
-        return follow(session, scratch, changes)
+        if held:
+            return run_chief(session, workdir, changes, held)
+    # One worker writes and speaks for all.
+    with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(io.StringIO()):
+        return run_worker(session, scratch, changes)
 
 
-def lead(session, workdir, changes, held):
-    """The run as the only process, or as the one of several workers that writes; returns the exit status."""
+def run_chief(
+    session: Session,
+    workdir: str,
+    changes: Sequence[ConfigChange],
+    held: workdir_lock.Held,
+) -> int:
+    """Runs the only process, or the one of several workers that writes; returns the exit status."""
 
-    def before_commit():  # what a checkpoint will be continued with must be there, and the folder this run's
-        held.require()
-        storage.force(os.path.join(workdir, 'metrics.jsonl'))
+    def before_commit() -> None:
+        """Makes sure that a run can continue with a checkpoint, and that the folder is its own."""
+        held.check_ownership()
+        storage.fsync(os.path.join(workdir, 'metrics.jsonl'))
 
     session.checkpoints.before_commit = before_commit
     with preemption.watch() as stop:
         progress = resume.restore(session, workdir, changes)
-        print(session.describe(), flush=True)
+        session.print_description()
         resumed_from, notes = resume.record_start(session, workdir, progress, changes)
         stop_signal = train_until_stopped(session, workdir, progress, stop)
     if stop_signal is not None:
-        saved = session.checkpoints.latest_step()
-        print(
-            f'{signal.Signals(stop_signal).name}: stopped at step {progress.step:,}; '
-            + (
-                f'the same command continues at step {saved:,}, which is saved'
-                if saved
-                else 'nothing is saved yet'
-            ),
-            flush=True,
-        )
+        console.line(describe_stop(session, stop_signal, progress.step))
         return preemption.exit_status(stop_signal)
 
     if progress.step < session.plan.total_steps:
-        notes.append(why_it_ended(session, progress))
-        print(f'patience  {notes[-1]}', flush=True)
+        notes.append(describe_end(session, progress))
+        console.row('patience', notes[-1])
     last_weights = weights_digest(session)
     of_exported = load_exported(session, progress)
     if of_exported['export/step'] != progress.step:
         weights = export.describe(session.config, of_exported['export/step'], progress.step)
-        print(f'exports   {weights}', flush=True)
+        console.row('exports', weights)
     exported = {**of_exported, **export.write(session, os.path.join(workdir, 'export'))}
     rows = read_metrics(workdir)
-    plots.plot_learning_rate(
-        os.path.join(workdir, 'plots', 'learning_rate.png'),
-        *planning.planned_rates(session.config, session.plan),
-        rows,
-        session.plan.warmup_steps,
-        session.plan.hold_steps,
-        begin=-session.plan.ahead.updates,
-    )
-    plots.plot_curves(
-        os.path.join(workdir, 'plots', 'curves.png'), {os.path.basename(workdir): rows}
-    )
+    plot(session, workdir, rows)
     summary = summarize(session, progress, rows, exported, resumed_from, last_weights)
     data_notes = (*session.source.notes, *session.data_changes)
     report.write_report(workdir, summary, session.describe(), data_notes, notes)
-    storage.write_json(
-        os.path.join(workdir, resume.SUMMARY), summary
-    )  # the last file: it says that all is done
-    print(f'{report.headline(summary)}; report in {os.path.join(workdir, "report.md")}')
-    session.agree([1])  # the others may go
+    # The last file: it says that all is done.
+    storage.write_json(os.path.join(workdir, resume.SUMMARY), summary)
+    console.line(f'{report.headline(summary)}; report in {os.path.join(workdir, "report.md")}')
+    session.wait_for_all()  # the others may go
     return 0
 
 
-def why_it_ended(session, progress: Progress) -> str:
+def run_worker(session: Session, scratch: str, changes: Sequence[ConfigChange]) -> int:
+    """Runs a worker that writes into a folder of its own only; returns the exit status."""
+    with preemption.watch() as stop:
+        progress = resume.restore(session, scratch, changes)
+        stop_signal = train_until_stopped(session, scratch, progress, stop)
+    if stop_signal is not None:
+        return preemption.exit_status(stop_signal)
+    load_exported(session, progress)
+    session.wait_for_all()  # for the report: a worker that leaves takes the connection with it
+    return 0
+
+
+def train_until_stopped(
+    session: Session, workdir: str, progress: Progress, stop: preemption.Stop
+) -> int | None:
+    """Trains with a log in `workdir`; returns None, or the signal that stopped it."""
+    logger = MetricsLogger(workdir, progress.step, session.plan.total_steps)
+    with service.watch(session.config.dataset.service), contextlib.closing(logger):
+        try:
+            return train(session, logger, progress, stop)
+        except tf.errors.OpError as error:
+            missing = session.source.find_missing_files()
+            if not missing:
+                raise
+            fix = 'the same command leaves them out and continues at the last checkpoint'
+            raise RunError(f'images cannot be read any more: {missing}', fix) from error
+        finally:
+            session.checkpoints.wait()  # also after an error: what was saved shall count
+
+
+def train(
+    session: Session, logger: MetricsLogger, progress: Progress, stop: preemption.Stop
+) -> int | None:
+    """Runs updates from `progress.step` to the last; logs, evaluates and saves at their intervals.
+
+    Returns: None, or the signal that stopped it before the end; `progress` says how far it came.
+    """
+    config, plan, checkpoints = session.config, session.plan, session.checkpoints
+    evaluation = evaluate.make_evaluation(session)
+    stages = [stage for stage in planning.stages(config, plan) if stage[0] > progress.step]
+    stage_end, saved_at, has_warned = progress.step, time.monotonic(), False
+    while True:
+        step, is_best = progress.step, False
+        at_end = step == plan.total_steps
+        is_evaluation_due = at_end or (step and step % plan.eval_every == 0)
+        if is_evaluation_due and progress.evaluated_at != step:
+            metrics = evaluation(lambda: agreed_stop_signal(session, stop) is not None)
+            if metrics:
+                logger.write(step, metrics)
+                is_best = progress.evaluated(metrics, config.best_metric)
+        is_last = at_end or progress.out_of_patience(plan.patience)
+        finished = is_last and progress.evaluated_at == step
+        # Collectives: every worker must reach these two calls in the same order. Nothing stops a
+        # run that has finished, because what is left to do is short.
+        stop_signal = None if finished else agreed_stop_signal(session, stop)
+        checkpoint_due = is_checkpoint_due(session, step, saved_at)
+        is_healthy = not progress.skipped_in_a_row  # else it would save over something better
+        should_save = finished or (is_healthy and (checkpoint_due or is_best or stop_signal))
+        if step and should_save:
+            session.synchronize()
+            checkpoints.save(step, dataclasses.asdict(progress), progress.best_step)
+            saved_at = time.monotonic()
+        if finished or stop_signal:
+            return stop_signal
+        if step == stage_end:
+            stage_begin, (stage_end, stage_config) = step, stages.pop(0)
+            train_loop, iterator = begin_stage(session, stage_config, step, stage_end)
+        next_due = [next_multiple(step, every) for every in plan.intervals]
+        until = min(stage_end, step + config.steps_per_loop, *next_due)
+        began = time.monotonic()
+        tensors = train_loop(iterator, tf.constant(until - step))
+        results = {key: float(value) for key, value in tensors.items()}  # waits for the devices
+        seconds = time.monotonic() - began
+        progress.add(until, results, seconds, plan.batch_size, config.augment.repeats)
+        logger.advance(until)
+        is_compiled = step > stage_begin  # the first loop of a stage is traced and compiled as well
+        if seconds > LONG_LOOP and is_compiled and not has_warned:
+            logger.note(
+                f'a loop takes {seconds:.0f} s, and a machine that is preempted gives about 30: '
+                'lower config.steps_per_loop to stop in time'
+            )
+            has_warned = True
+        check_finite(session, progress, os.path.dirname(logger.path))
+        if until % plan.log_every == 0 or until == plan.total_steps:
+            logger.write(until, progress.close_window(plan.batch_size))
+
+
+def begin_stage(
+    session: Session, config: ConfigDict, first_step: int, end_step: int
+) -> tuple[Callable[..., dict[str, tf.Tensor]], Iterator]:
+    """Returns the training loop, not traced yet, and the batches of a stage."""
+    plan = session.plan
+    models.set_dropout(session.state.model, config.model.dropout)
+    train_step = steps.make_train_step(
+        session.state,
+        config,
+        augment.on_device(config.augment, plan.num_classes),
+        num_classes=plan.num_classes,
+        num_replicas=plan.num_replicas,
+        jit_compile=session.jit_compile,
+        on_tpu=session.kind == 'TPU',
+        teacher=session.teacher.predict if session.teacher else None,
+    )
+    batches = pipeline.training_batches(
+        session.source, config, plan, first_step, end_step, session.strategy
+    )
+    return loops.make_train_loop(session.strategy, train_step), iter(batches)
+
+
+def check_finite(session: Session, progress: Progress, workdir: str) -> None:
+    """Raises RunError when the last `config.max_skipped_updates` updates were all skipped.
+
+    It leaves skipped.json for `preview`.
+    """
+    most = session.config.max_skipped_updates
+    if most:
+        is_diverging = progress.skipped_in_a_row >= most
+        first = progress.step - progress.skipped_in_a_row
+    else:  # nothing is skipped, and the loss is that of the whole window
+        is_diverging = not math.isfinite(progress.window['loss'])
+        first = progress.window_start
+    if not is_diverging:
+        return
+    session.checkpoints.wait()
+    last = progress.step - 1
+    skipped = {'first_update': first, 'last_update': last, 'ahead': session.plan.ahead}
+    storage.write_json(os.path.join(workdir, resume.SKIPPED), skipped)
+    raise diverged(session, first, last, were_skipped=bool(most))
+
+
+def diverged(session: Session, first: int, last: int, were_skipped: bool) -> RunError:
+    """Returns the error of a run whose updates `first` to `last` were not finite."""
+    updates = f'update {first:,}' if first == last else f'updates {first:,} to {last:,}'
+    if were_skipped:
+        updates += ', which was skipped' if first == last else ', which were skipped'
+    elif first < last:
+        updates = f'one of the {updates}'
+    ways = [
+        'look at the first batch with --mode=preview',
+        'lower config.schedule.peak_lr, lengthen config.schedule.warmup '
+        'or set config.grad_clip_norm',
+    ]
+    if session.teacher:
+        ways.insert(0, f'see whether the outputs of the teacher {session.teacher.name} are finite')
+    saved = session.checkpoints.latest_step()
+    if saved:
+        ways[-1] += f', and continue at step {saved:,}, which is saved, with --resume=changed'
+    else:
+        ways[-1] += ', and start again; no step is saved yet'
+    return RunError(f'the loss or its gradient was not finite in {updates}', '; '.join(ways))
+
+
+def is_checkpoint_due(session: Session, step: int, saved_at: float) -> bool:
+    """Returns whether a checkpoint is due: by steps, or by time together with a row of metrics.
+
+    By time it is a collective.
+    """
+    plan = session.plan
+    if plan.checkpoint_every:
+        return step % plan.checkpoint_every == 0
+    is_late = time.monotonic() - saved_at > (plan.checkpoint_seconds or 0.0)
+    by_clock = step % plan.log_every == 0 and is_late
+    return session.sum_over_workers([by_clock])[0] > 0  # clocks differ
+
+
+def agreed_stop_signal(session: Session, stop: preemption.Stop) -> int | None:
+    """Returns the signal that some worker got, or None.
+
+    A collective: all workers must call it at the same point. A signal that comes later is
+    reported the next time.
+    """
+    signals = (signal.SIGINT, signal.SIGTERM)
+    votes = session.sum_over_workers([stop.asked == number for number in signals])
+    for number, count in zip(signals, votes, strict=True):
+        if count:
+            return number
+    return None
+
+
+def next_multiple(step: int, every: int) -> int:
+    return (step // every + 1) * every
+
+
+def describe_stop(session: Session, stop_signal: int, step: int) -> str:
+    """Returns a line about a run that a signal has stopped."""
+    saved = session.checkpoints.latest_step()
+    resumes = f'the same command continues at step {saved:,}, which is saved'
+    name = signal.Signals(stop_signal).name
+    return f'{name}: stopped at step {step:,}; {resumes if saved else "nothing is saved yet"}'
+
+
+def describe_end(session: Session, progress: Progress) -> str:
     """Returns a line about a run that is out of patience."""
     config = session.config
     than, since = '', f'since step {progress.patience_from:,}, '
@@ -133,190 +315,57 @@ def why_it_ended(session, progress: Progress) -> str:
     )
 
 
-def load_exported(session, progress: Progress) -> dict:
-    """Gives the session the weights that are to be exported: with `config.patience` the best.
+def load_exported(session: Session, progress: Progress) -> dict[str, Any]:
+    """Loads the weights to be exported: with `config.patience` the best, else the last.
 
-    Otherwise they are the last. All workers call it together.
+    All workers call it together.
 
-    Returns: {'export/step', 'export/eval_accuracy', 'export/eval_loss', 'export/eval_top5'}: after
-        which update that was, and what its evaluation gave over the whole split.
+    Returns: {'export/step', 'export/eval_accuracy', 'export/eval_loss', 'export/eval_top5'}: the
+        update of these weights, and their metrics over the whole split.
     """
     step, restored = progress.step, dataclasses.asdict(progress)
     if export.exports_best(session.config) and progress.best_step not in (None, step):
-        session.agree([1])  # the last checkpoint, which names the best, is written
+        session.wait_for_all()  # the last checkpoint, which names the best, is written
         step, restored, _ = export.restore(session)
     return {'export/step': step, **export.evaluation(restored, step)}
 
 
-def follow(session, scratch, changes):
-    """The run as one of several workers that does not write, except into a folder of its own; returns the exit status."""
-    with preemption.watch() as stop:
-        progress = resume.restore(session, scratch, changes)
-        stop_signal = train_until_stopped(session, scratch, progress, stop)
-    if stop_signal is not None:
-        return preemption.exit_status(stop_signal)
-    load_exported(session, progress)
-    session.agree([1])  # waits for the report: a worker that leaves takes the connection with it
-    return 0
-
-
-def train_until_stopped(session, workdir, progress, stop):
-    """`train` with a logbook in `workdir`; returns None, or the signal that stopped it before the end."""
-    logbook = Logbook(workdir, progress.step, session.plan.total_steps)
-    with service.watch(session.config.dataset.service), contextlib.closing(logbook):
-        try:
-            return train(session, logbook, progress, stop)
-        except tf.errors.OpError as error:
-            damage = session.source.damage()
-            if damage:
-                raise RunError(
-                    f'pictures cannot be read any more: {damage}. The same command leaves them out and continues at the last checkpoint'
-                ) from error
-            raise
-        finally:
-            session.checkpoints.wait()  # also when something else went wrong: what was saved shall count
-
-
-def train(session, logbook, progress, stop):
-    """Runs updates from `progress.step` to the last, with logging, evaluation and checkpoints at their intervals.
-
-    Returns: None, or the signal that stopped it before the end; `progress` says how far it came.
-    """
-    config, plan, checkpoints = session.config, session.plan, session.checkpoints
-    evaluation = evaluate.make_evaluation(session)
-    stages = [stage for stage in planning.stages(config, plan) if stage[0] > progress.step]
-    stage_end, saved_at, warned = progress.step, time.monotonic(), False
-    while True:
-        step, best = progress.step, False
-        at_end = step == plan.total_steps
-        if (at_end or (step and step % plan.eval_every == 0)) and progress.evaluated_at != step:
-            metrics = evaluation(lambda: asked(session, stop) is not None)
-            if metrics:
-                logbook.write(step, metrics)
-                best = progress.evaluated(metrics, config.best_metric)
-        done = progress.evaluated_at == step and (at_end or progress.out_of_patience(plan.patience))
-        stop_signal = None if done else asked(session, stop)  # what is left at the end is short
-        is_due = due(session, step, saved_at)
-        if step and (
-            done or ((is_due or best or stop_signal) and not progress.skipped_in_a_row)
-        ):  # a diverging run would save over something better
-            session.synchronize()
-            checkpoints.save(step, dataclasses.asdict(progress), progress.best_step)
-            saved_at = time.monotonic()
-        if done or stop_signal:
-            return stop_signal
-        if step == stage_end:
-            stage_begin, (stage_end, stage_config) = step, stages.pop(0)
-            train_loop, iterator = begin_stage(session, stage_config, step, stage_end)
-        until = min(
-            stage_end,
-            step + config.steps_per_loop,
-            *(next_multiple(step, every) for every in plan.intervals),
-        )
-        began = time.monotonic()
-        results = {
-            key: float(value)
-            for key, value in train_loop(iterator, tf.constant(until - step)).items()
-        }  # waits for the devices
-        seconds = time.monotonic() - began
-        progress.add(until, results, seconds, plan.batch_size, config.augment.repeats)
-        logbook.advance(until)
-        if (
-            seconds > LONG_LOOP and step > stage_begin and not warned
-        ):  # the first one of a stage is traced and compiled as well
-            logbook.say(
-                f'note      a loop takes {seconds:.0f} s, and a machine that is taken back gives about 30: lower config.steps_per_loop to stop in time'
-            )
-            warned = True
-        require_numbers(session, progress, os.path.dirname(logbook.path))
-        if until % plan.log_every == 0 or until == plan.total_steps:
-            logbook.write(until, progress.close_window(plan.batch_size))
-
-
-def begin_stage(session, config, first_step, end_step):
-    """The training loop, not traced yet, and the batches of steps `first_step` to `end_step` under the config of a stage."""
+def plot(session: Session, workdir: str, rows: list[dict[str, Any]]) -> None:
+    """Draws the learning rate and the curves of the run."""
     plan = session.plan
-    models.set_dropout(session.state.model, config.model.dropout)
-    train_step = steps.make_train_step(
-        session.state,
-        config,
-        augment.on_device(config.augment, plan.num_classes),
-        num_classes=plan.num_classes,
-        num_replicas=plan.num_replicas,
-        jit_compile=session.jit_compile,
-        on_tpu=session.kind == 'TPU',
-        teacher=session.teacher,
+    folder = os.path.join(workdir, 'plots')
+    plots.plot_learning_rate(
+        os.path.join(folder, 'learning_rate.png'),
+        *planning.planned_rates(session.config, plan),
+        rows,
+        plan.warmup_steps,
+        plan.hold_steps,
+        begin=-plan.ahead.updates,
     )
-    batches = pipeline.training_batches(
-        session.source, config, plan, first_step, end_step, session.strategy
-    )
-    return loops.make_train_loop(session.strategy, train_step), iter(batches)
+    plots.plot_curves(os.path.join(folder, 'curves.png'), {os.path.basename(workdir): rows})
 
 
-def require_numbers(session, progress, workdir):
-    """Raises RunError when the last `config.max_skipped_updates` updates were skipped, one after the other; leaves skipped.json for `preview`."""
-    most = session.config.max_skipped_updates
-    if (progress.skipped_in_a_row < most) if most else math.isfinite(progress.window['loss']):
-        return
-    session.checkpoints.wait()
-    saved = session.checkpoints.latest_step()
-    first, last = (
-        progress.step - progress.skipped_in_a_row if most else progress.window_start,
-        progress.step - 1,
-    )
-    teacher = (
-        f'see whether the answers of the teacher {session.teacher_name} are numbers, '
-        if session.teacher
-        else ''
-    )
-    skipped = {'first_update': first, 'last_update': last, 'ahead': session.plan.ahead}
-    storage.write_json(os.path.join(workdir, resume.SKIPPED), skipped)
-    updates = f'updates {first:,} to {last:,}' if first < last else f'update {first:,}'
-    were_skipped = f', which {"were" if first < last else "was"} skipped' if most else ''
-    raise RunError(
-        f'the loss or its gradient was not finite {"in" if most or first == last else "somewhere in"} {updates}{were_skipped}: {teacher}'
-        'look at the first batch with --mode=preview; lower config.schedule.peak_lr, lengthen config.schedule.warmup or set config.grad_clip_norm, '
-        + (
-            f'and go on from step {saved:,}, which is saved, with --resume=changed'
-            if saved
-            else 'and start again; no step is saved yet'
-        )
-    )
-
-
-def due(session, step, saved_at):
-    """Whether a checkpoint is due: by steps, or by time, and then together with a row of metrics.jsonl."""
-    plan = session.plan
-    if plan.checkpoint_every:
-        return step % plan.checkpoint_every == 0
-    by_clock = step % plan.log_every == 0 and time.monotonic() - saved_at > plan.checkpoint_seconds
-    return session.agree([by_clock])[0] > 0  # clocks differ
-
-
-def asked(session, stop):
-    """The signal that some worker got, or None. All workers must ask at the same place; what comes meanwhile is told the next time."""
-    signals = (signal.SIGINT, signal.SIGTERM)
-    votes = session.agree([stop.asked == number for number in signals])
-    return next((number for number, count in zip(signals, votes) if count), None)
-
-
-def next_multiple(step, every):
-    return (step // every + 1) * every
-
-
-def weights_digest(session) -> str:
-    """Returns the SHA-256 of the weights as they are, in hexadecimal digits."""
+def weights_digest(session: Session) -> str:
+    """Returns the SHA-256 of the current weights, in hexadecimal digits."""
     digest = hashlib.sha256()
     for variable in models.float_variables(session.state.model):
         digest.update(variable.numpy().tobytes())
     return digest.hexdigest()
 
 
-def summarize(session, progress, rows, exported, resumed_from, last_weights):
-    """The content of summary.json: of the last update, except for best/... and export/..."""
+def summarize(
+    session: Session,
+    progress: Progress,
+    rows: list[dict[str, Any]],
+    exported: dict[str, Any],
+    resumed_from: list[int],
+    last_weights: str,
+) -> dict[str, Any]:
+    """Returns summary.json: of the last update, except for best/... and export/..."""
     speeds = [
         row['train/examples_per_second'] for row in rows if 'train/examples_per_second' in row
     ]
+    waiting = progress.input_seconds / progress.train_seconds if progress.train_seconds else 0.0
     return {
         'steps': progress.step,
         'examples_seen': progress.examples_seen,
@@ -324,13 +373,11 @@ def summarize(session, progress, rows, exported, resumed_from, last_weights):
         **progress.metrics,
         'best/step': progress.best_step,
         session.config.best_metric.replace('eval/', 'best/'): progress.best,
-        'train_seconds': progress.train_seconds,  # in the training loop: without evaluation, checkpoints and set-up
-        'examples_per_second': statistics.median(speeds)
-        if speeds
-        else 0.0,  # nothing where metrics.jsonl was lost
-        'input_wait_fraction': min(1.0, progress.input_seconds / progress.train_seconds)
-        if progress.train_seconds
-        else 0.0,
+        # In the training loop: without evaluation, checkpoints and set-up.
+        'train_seconds': progress.train_seconds,
+        # Nothing if metrics.jsonl was lost.
+        'examples_per_second': statistics.median(speeds) if speeds else 0.0,
+        'input_wait_fraction': min(1.0, waiting),
         'resumed_from': resumed_from,
         'weights_sha256': last_weights,
         **exported,

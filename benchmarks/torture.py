@@ -13,6 +13,7 @@ writes a checkpoint, and ends.
 import argparse
 import collections
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -348,7 +349,7 @@ def compare(alone, killed):
     steps = [row['step'] for row in rows(killed)]
     differences += [
         f'metrics.jsonl: step {step} is there twice, or too late'
-        for step, following in zip(steps, steps[1:], strict=True)
+        for step, following in itertools.pairwise(steps)
         if following <= step
     ]
     by_step = ({str(row['step']): row for row in rows(workdir)} for workdir in (alone, killed))

@@ -11,7 +11,7 @@ import shutil
 import sys
 import tempfile
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import TextIO
 
 NAME_WIDTH = 10
@@ -63,9 +63,9 @@ def format_row(name: str, text: str, width: int, colors: bool = False) -> str:
     return body.replace(name, paint(name, BOLD, colors), 1) if name else body
 
 
-def format_rows(rows: Mapping[str, str]) -> str:
-    """Returns the rows {name: text} as they stand in a file, a line each."""
-    return '\n'.join(format_row(name, text, UNLIMITED) for name, text in rows.items())
+def format_rows(rows: Iterable[tuple[str, str]]) -> str:
+    """Returns rows of (name, text) as they stand in a file, a line each."""
+    return '\n'.join(format_row(name, text, UNLIMITED) for name, text in rows)
 
 
 def format_check_row(

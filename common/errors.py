@@ -2,6 +2,7 @@
 
 import difflib
 import re
+from collections.abc import Iterable
 
 
 class UserError(Exception):
@@ -16,7 +17,7 @@ class UserError(Exception):
 
     exit_status = 1
 
-    def __init__(self, problem: str, fix: str = '', key: str | None = None):
+    def __init__(self, problem: str, fix: str = '', key: str | None = None) -> None:
         super().__init__(f'{problem}: {fix}' if fix else problem)
         self.problem = problem
         self.fix = fix
@@ -33,22 +34,30 @@ class RunError(UserError):
     """The run failed: no data, no such hardware, a checkpoint of another model."""
 
 
-def one_line(text, limit=300):
-    """Returns text, or what an exception says, on one line of at most `limit` characters."""
-    if type(text).__module__ == 'tensorflow.python.framework.errors_impl':
-        text = _own_words(str(text))
+def one_line(text: object, limit: int = 300) -> str:
+    """Returns text, or the message of an exception, on one line of at most `limit` characters."""
+    is_of_tensorflow = type(text).__module__ == 'tensorflow.python.framework.errors_impl'
+    if is_of_tensorflow and isinstance(text, Exception):
+        text = assertion_in(text) or _without_graph(str(text))
     return ' '.join(str(text).split())[:limit]
 
 
-def counted(number, noun, nouns=None):
-    """Returns '1 file', '2 files' or '1,000 files'; `nouns` is a plural that is not made with s."""
+def counted(number: int, noun: str, nouns: str | None = None) -> str:
+    """Returns '1 file', '2 files' or '1,000 files'; `nouns` is an irregular plural."""
     if number == 1:
         return f'1 {noun}'
     return f'{number:,} {nouns or noun + "s"}'
 
 
-def _own_words(message):
-    """Returns what an error of TensorFlow says itself, without where in its graph it was."""
+def assertion_in(error: Exception) -> str | None:
+    """Returns the message of an assertion that failed in a TensorFlow graph, or None."""
+    words = _without_graph(str(error))
+    asserted = re.search(r'assertion failed: \[(.*)\]', words, re.DOTALL)  # each word in brackets
+    return ' '.join(asserted[1].replace('] [', ' ').split()) if asserted else None
+
+
+def _without_graph(message: str) -> str:
+    """Returns the message of a TensorFlow error without the graph nodes and traces around it."""
     unwanted = (
         # [[{{node cond/Assert}}]] and [[IteratorGetNext]]
         r'\s*\[\[(\{\{.*?\}\}|[A-Za-z_][\w/]*)\]\]',
@@ -62,13 +71,16 @@ def _own_words(message):
     for pattern in unwanted:
         message = re.sub(pattern, '', message, flags=re.DOTALL)
     several = r'[0-9]+ root error\(s\) found\.\s+\(0\) \w+: (.*?)\s+\(1\) .*'
-    message = re.sub(several, r'\1', message, flags=re.DOTALL)  # the first of them
-    asserted = re.search(r'assertion failed: \[(.*)\]', message, re.DOTALL)  # each word in brackets
-    return asserted[1].replace('] [', ' ') if asserted else message
+    return re.sub(several, r'\1', message, flags=re.DOTALL)  # the first of them
 
 
-def did_you_mean(word, words, cutoff=0.6):
+def nearest(word: object, words: Iterable[object], cutoff: float = 0.6) -> str | None:
+    """Returns the one of `words` that is most like `word`, or None."""
+    close = difflib.get_close_matches(str(word), list(map(str, words)), n=1, cutoff=cutoff)
+    return close[0] if close else None
+
+
+def did_you_mean(word: object, words: Iterable[object], cutoff: float = 0.6) -> str:
     """Returns '; did you mean X?' with the nearest of `words`, or ''."""
-    known = [str(other) for other in words]
-    close = difflib.get_close_matches(str(word), known, n=1, cutoff=cutoff)
-    return f'; did you mean {close[0]}?' if close else ''
+    other = nearest(word, words, cutoff)
+    return f'; did you mean {other}?' if other else ''

@@ -1,4 +1,6 @@
-"""What this machine is and has, read from /proc, /sys and the environment: platform, processors, memory, GPUs. Imports no TensorFlow.
+"""What this machine is and has: platform, processors, memory, GPUs.
+
+It reads /proc, /sys and the environment, and imports no TensorFlow.
 
 `root` is where these folders lie.
 """
@@ -8,14 +10,17 @@ import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from common import tpu_environment
+from common.errors import counted
 
+# PCI vendor, and how the class of graphics and 3D controllers begins.
 NVIDIA, DISPLAY_CLASS = (
     '0x10de',
     '0x03',
-)  # PCI vendor, and how the class of graphics and 3D controllers begins
+)
 
 
 class Gpu(NamedTuple):
@@ -24,8 +29,11 @@ class Gpu(NamedTuple):
     memory: str
 
 
-def describe_platform(environ=os.environ, root='/'):
-    """'Colab', 'Kaggle', 'TPU VM', 'Google Compute Engine', 'Slurm' or 'plain machine', with system and architecture."""
+def describe_platform(environ: Mapping[str, str] = os.environ, root: str = '/') -> str:
+    """Returns the kind of host with system and architecture, such as 'Colab, Linux x86_64'.
+
+    Kinds are Colab, Kaggle, TPU VM, Google Compute Engine, Slurm and plain machine.
+    """
     chips = tpu_environment.chips(root)
     if 'COLAB_RELEASE_TAG' in environ or 'COLAB_GPU' in environ:
         name = 'Colab'
@@ -39,30 +47,32 @@ def describe_platform(environ=os.environ, root='/'):
         name = 'Google Compute Engine'
     else:
         name = 'plain machine'
-    tpus = f', {len(chips)} TPU chip{"s" * (len(chips) > 1)} ({chips[0]})' if chips else ''
+    tpus = f', {counted(len(chips), "TPU chip")} ({chips[0]})' if chips else ''
     return f'{name}, {platform.system()} {platform.machine()}{tpus}'
 
 
-def cores(root='/'):
-    """Processor cores that this process may use, a float: a container may have half of one."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    for quota, period in (
-        (_read(root, folder, 'cpu.max') or 'max 1').split() for folder in _groups(root, '')
-    ):
+def cores(root: str = '/') -> float:
+    """Returns how many processor cores this process may use: a container may have half of one."""
+    allowed = float(os.cpu_count() or 1)
+    if hasattr(os, 'sched_getaffinity'):
+        allowed = float(len(os.sched_getaffinity(0)))
+    for folder in _groups(root, ''):
+        quota, period = (_read(root, folder, 'cpu.max') or 'max 1').split()
         if quota != 'max':
             allowed = min(allowed, int(quota) / int(period))
     for folder in _groups(root, 'cpu'):
-        quota, period = (
-            _read(root, folder, 'cpu.cfs_quota_us'),
-            _read(root, folder, 'cpu.cfs_period_us'),
-        )
-        if quota and period and int(quota) > 0:
+        quota = _read(root, folder, 'cpu.cfs_quota_us') or '-1'
+        period = _read(root, folder, 'cpu.cfs_period_us') or ''
+        if period and int(quota) > 0:
             allowed = min(allowed, int(quota) / int(period))
     return allowed
 
 
-def free_memory(root='/'):
-    """(bytes of memory that can still be taken, what limits them: 'this machine' or 'this container or job')."""
+def free_memory(root: str = '/') -> tuple[int, str]:
+    """Returns the bytes of memory that can still be used, and what limits them.
+
+    The limit is 'this machine' or 'this container or job'.
+    """
     values = dict(
         line.split(':') for line in (_read(root, 'proc/meminfo') or '').splitlines() if ':' in line
     )
@@ -87,8 +97,11 @@ def free_memory(root='/'):
     )
 
 
-def nvidia_smi(seconds=20):
-    """(list of Gpu, '') as the driver's own program says; ([], why not) where it fails; ([], '') where there is none."""
+def nvidia_smi(seconds: float = 20) -> tuple[list[Gpu], str]:
+    """Returns the GPUs that the driver's own program lists, and '' or why it failed.
+
+    ([], '') means that the program is not installed.
+    """
     if not shutil.which('nvidia-smi'):
         return [], ''
     query = ['nvidia-smi', '--query-gpu=name,driver_version,memory.total', '--format=csv,noheader']
@@ -109,8 +122,8 @@ def nvidia_smi(seconds=20):
     ], ''
 
 
-def nvidia_on_the_bus(root='/'):
-    """How many NVIDIA graphics cards the PCI bus has, whatever the driver says."""
+def nvidia_on_the_bus(root: str = '/') -> int:
+    """Returns how many NVIDIA graphics cards the PCI bus has, whatever the driver says."""
     devices = glob.glob(os.path.join(root, 'sys/bus/pci/devices/*'))
     return sum(
         _read(device, 'vendor') == NVIDIA
@@ -119,27 +132,30 @@ def nvidia_on_the_bus(root='/'):
     )
 
 
-def free_disk(path):
-    """(bytes free where `path` is or would be made, a number for the file system)."""
+def free_disk(path: str) -> tuple[int, int]:
+    """Returns the bytes free where `path` is or would be created, and the file system's number."""
     path = nearest(path)
     return shutil.disk_usage(path).free, os.stat(path).st_dev
 
 
-def nearest(path):
-    """`path`, or the nearest of the folders above it that is there; a file in the way counts."""
+def nearest(path: str) -> str:
+    """Returns `path` or the nearest parent that exists; a file in the way counts."""
     path = os.path.abspath(path)
     while not os.path.lexists(path):
         path = os.path.dirname(path)
     return path
 
 
-def gib(number):
-    """Bytes in words: '1.5 GiB', '20 MiB', '0.4 MiB'."""
+def gib(number: float) -> str:
+    """Returns bytes as text: '1.5 GiB', '20 MiB', '0.4 MiB'."""
     return f'{number / 2**30:,.1f} GiB' if number >= 2**30 else f'{number / 2**20:,.3g} MiB'
 
 
-def _groups(root, controller):
-    """Folders, from the root of the tree to this process, of its control group: of version 2 for controller '', else of version 1."""
+def _groups(root: str, controller: str) -> Iterator[str]:
+    """Yields the folders of this process's control group, from the root of the hierarchy down.
+
+    Of version 2 for controller '', else of version 1.
+    """
     for line in (_read(root, 'proc/self/cgroup') or '').splitlines():
         _, controllers, path = line.split(':', 2)
         if controller in controllers.split(','):
@@ -148,15 +164,15 @@ def _groups(root, controller):
             yield from (os.path.join(base, *parts[:count]) for count in range(len(parts) + 1))
 
 
-def _reclaimable(root, folder):
-    """Bytes of files that the group has read and that can be dropped: they count as used."""
+def _reclaimable(root: str, folder: str) -> int:
+    """Returns the bytes of cached files that the group could drop: they count as used."""
     statistics = dict(
         line.split() for line in (_read(root, folder, 'memory.stat') or '').splitlines()
     )
     return int(statistics.get('total_inactive_file', statistics.get('inactive_file', 0)))
 
 
-def _read(*path):
+def _read(*path: str) -> str | None:
     try:
         with open(os.path.join(*path)) as file:
             return file.read().strip()

@@ -1,6 +1,6 @@
 """Files of a run, on a disk or, through TensorFlow's file system, in a bucket (gs://bucket/run).
 
-A file is written whole or not at all, also when the power is cut, and what goes wrong is said in one line.
+A file is written whole or not at all, even if the power fails. Every error is one line.
 """
 
 import contextlib
@@ -11,55 +11,62 @@ import numbers
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from common.errors import RunError, one_line
 
-CAUSES = {  # of a failure to write, and what to do
-    errno.ENOSPC: 'the disk is full: free some space, and the same command continues at the last checkpoint',
-    errno.EDQUOT: 'your quota of disk space is used up: free some, and the same command continues at the last checkpoint',
-    errno.EROFS: 'the disk can only be read: choose another --workdir',
-    errno.EACCES: 'you may not write there: choose another --workdir',
-    errno.EPERM: 'you may not write there: choose another --workdir',
-    errno.ENOENT: 'its folder is not there any more: somebody has deleted or moved it',
-    errno.ENOTDIR: 'a part of this path is a file: choose another --workdir',
-    errno.EEXIST: 'a file has the name of this folder: choose another --workdir',
-    errno.EIO: 'the disk does not answer as it should: see what the system says about it (dmesg)',
-    errno.ESTALE: 'the network disk has gone: mount it again, and the same command continues at the last checkpoint',
+CONTINUES = 'and the same command continues at the last checkpoint'
+ELSEWHERE = 'choose another --workdir'
+# Of a failure to write: (why, what to do).
+CAUSES = {
+    errno.ENOSPC: ('the disk is full', f'free some space, {CONTINUES}'),
+    errno.EDQUOT: ('your quota of disk space is used up', f'free some, {CONTINUES}'),
+    errno.EROFS: ('the disk is read-only', ELSEWHERE),
+    errno.EACCES: ('you may not write there', ELSEWHERE),
+    errno.EPERM: ('you may not write there', ELSEWHERE),
+    errno.ENOENT: ('its folder does not exist any more', 'somebody has deleted or moved it'),
+    errno.ENOTDIR: ('a part of this path is a file', ELSEWHERE),
+    errno.EEXIST: ('a file has the name of this folder', ELSEWHERE),
+    errno.EIO: ('the disk fails', 'see what the system says about it (dmesg)'),
+    errno.ESTALE: ('the network disk has gone', f'mount it again, {CONTINUES}'),
 }
+# Of TensorFlow's errors.
 CODES = {
     'ResourceExhaustedError': errno.ENOSPC,
     'PermissionDeniedError': errno.EACCES,
     'NotFoundError': errno.ENOENT,
-}  # of TensorFlow's errors
+}
 
 
-def flatten(config, prefix=''):
+def flatten(config: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
     """Returns {'model.name': ...} of a ConfigDict or of nested dicts."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in config.items():
-        flat |= (
-            flatten(value, f'{prefix}{key}.') if hasattr(value, 'items') else {prefix + key: value}
-        )
+        if hasattr(value, 'items'):
+            flat |= flatten(value, f'{prefix}{key}.')
+        else:
+            flat[prefix + key] = value
     return flat
 
 
-def is_remote(path):
-    """Whether TensorFlow's file system is needed, as for 'gs://bucket/run'."""
+def is_remote(path: str) -> bool:
+    """Returns whether a path needs TensorFlow's file system, as 'gs://bucket/run' does."""
     return '://' in path
 
 
-def exists(path):
+def exists(path: str) -> bool:
     with explained(path, 'read'):
         return _gfile().exists(path) if is_remote(path) else os.path.exists(path)
 
 
-def is_folder(path):
+def is_folder(path: str) -> bool:
     with explained(path, 'read'):
         return _gfile().isdir(path) if is_remote(path) else os.path.isdir(path)
 
 
-def list_folder(path):
-    """The names in a folder, sorted; none where there is no folder."""
+def list_folder(path: str) -> list[str]:
+    """Returns the names in a folder, sorted; none if there is no such folder."""
     with explained(path, 'read'):
         if not is_remote(path):
             return sorted(os.listdir(path)) if os.path.isdir(path) else []
@@ -70,21 +77,23 @@ def list_folder(path):
         )
 
 
-def make_folder(path):
-    """Makes a folder, and those above it, unless it is there.
+def make_folder(path: str) -> None:
+    """Creates a folder and its parents unless they exist.
 
-    '' is the current one: `os.path.dirname` says so of a name without a folder.
+    '' is the current folder: `os.path.dirname` returns it for a bare file name.
     """
     with explained(path):
         _gfile().makedirs(path) if is_remote(path) else os.makedirs(path or '.', exist_ok=True)
 
 
-def delete(path):
-    """Deletes a file, or a folder with all that is in it, if it is there."""
+def delete(path: str) -> None:
+    """Deletes a file, or a folder with its content, if it exists."""
     with explained(path):
         if is_remote(path):
-            if _gfile().exists(path):
-                _gfile().rmtree(path) if _gfile().isdir(path) else _gfile().remove(path)
+            if _gfile().isdir(path):
+                _gfile().rmtree(path)
+            elif _gfile().exists(path):
+                _gfile().remove(path)
         elif os.path.isdir(path) and not os.path.islink(path):
             shutil.rmtree(path)
         else:
@@ -92,7 +101,7 @@ def delete(path):
                 os.remove(path)
 
 
-def move(source, target):
+def move(source: str, target: str) -> None:
     """Renames a file or a folder; a file at `target` is replaced."""
     with explained(target):
         _gfile().rename(source, target, overwrite=True) if is_remote(source) else os.replace(
@@ -100,8 +109,8 @@ def move(source, target):
         )
 
 
-def read(path):
-    """The bytes of a file."""
+def read(path: str) -> bytes:
+    """Returns the content of a file."""
     with (
         explained(path, 'read'),
         _gfile().GFile(path, 'rb') if is_remote(path) else open(path, 'rb') as file,
@@ -109,8 +118,8 @@ def read(path):
         return file.read()
 
 
-def parts(path, size=1 << 20):
-    """Yields the bytes of a file in parts of `size`."""
+def parts(path: str, size: int = 1 << 20) -> Iterator[bytes]:
+    """Yields the content of a file in parts of `size` bytes."""
     with (
         explained(path, 'read'),
         _gfile().GFile(path, 'rb') if is_remote(path) else open(path, 'rb') as file,
@@ -119,8 +128,8 @@ def parts(path, size=1 << 20):
             yield part
 
 
-def write(path, content):
-    """Writes text or bytes so that `path` is either what it was or all of this. Its folder must exist."""
+def write(path: str, content: str | bytes) -> None:
+    """Replaces the content of a file atomically. Its folder must exist."""
     content = content.encode() if isinstance(content, str) else content
     with explained(path):
         if is_remote(path):  # an object appears when it is complete
@@ -132,19 +141,20 @@ def write(path, content):
             file.flush()
             os.fsync(file.fileno())
         os.replace(path + '.part', path)
-        force(os.path.dirname(path))
+        fsync(os.path.dirname(path))
 
 
-def append(path, text):
-    """Adds text to the end of a file. Only `force` makes sure that it outlives a power cut."""
+def append(path: str, text: str) -> None:
+    """Adds text to the end of a file. Only `fsync` makes sure that it survives a power failure."""
     if is_remote(path):  # objects do not grow
-        return write(path, (read(path) if exists(path) else b'') + text.encode())
+        write(path, (read(path) if exists(path) else b'') + text.encode())
+        return
     with explained(path), open(path, 'a') as file:
         file.write(text)
 
 
-def force(path):
-    """Waits until a local file, or the names in a folder, are on the disk and not in memory only."""
+def fsync(path: str) -> None:
+    """Waits until a local file, or the list of names in a folder, is on the disk."""
     if is_remote(path):
         return
     with explained(path):
@@ -159,8 +169,11 @@ def force(path):
 
 
 @contextlib.contextmanager
-def written_beside(folder):
-    """Yields an empty local folder, which takes the place of `folder` when the block ends well; else it stays, to be looked at."""
+def atomic_directory(folder: str) -> Iterator[str]:
+    """Yields an empty local folder that replaces `folder` when the block succeeds.
+
+    If the block fails, what it wrote is left there for inspection.
+    """
     partial = tempfile.mkdtemp() if is_remote(folder) else folder + '.part'
     delete(partial)
     make_folder(partial)
@@ -177,7 +190,7 @@ def written_beside(folder):
     delete(partial)
 
 
-def as_json(value: object, **options) -> str:
+def as_json(value: object, **options: Any) -> str:
     """Returns `value` as JSON, with null for numbers that are not finite, which JSON cannot say.
 
     Args:
@@ -193,7 +206,8 @@ def nan_for_null(numbers_by_name: dict) -> dict:
     return {name: math.nan if value is None else value for name, value in numbers_by_name.items()}
 
 
-def _finite(value):
+def _finite(value: Any) -> Any:
+    """Returns `value` with None for each number that is not finite."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -205,49 +219,50 @@ def _finite(value):
     return float(value) if math.isfinite(value) else None
 
 
-def write_json(path, value):
+def write_json(path: str, value: object) -> None:
     write(path, as_json(value, indent=2) + '\n')
 
 
-def read_json(path):
-    """The object in a JSON file, a dict. Raises RunError if it is damaged."""
+def read_json(path: str) -> dict[str, Any]:
+    """Returns the JSON object in a file. Raises RunError if the file is damaged."""
     try:
         content = json.loads(read(path))
     except ValueError as error:
         content = error
     if not isinstance(content, dict):
         raise RunError(
-            f'{path} is damaged ({one_line(content, 100)}): bring it back from a copy, or begin anew with --resume=never, which moves the run aside'
+            f'{path} is damaged ({one_line(content, 100)})',
+            'bring it back from a copy, or begin anew with --resume=never, which '
+            'moves the run aside',
         )
     return content
 
 
 @contextlib.contextmanager
-def explained(path, act='write'):
-    """Turns an error of the file system inside into a RunError of one line."""
+def explained(path: str, act: str = 'write') -> Iterator[None]:
+    """Turns file system errors raised in the block into a RunError of one line."""
     try:
         yield
     except OSError as error:
-        raise RunError(_explain(path, act, error.errno, error)) from error
+        raise _run_error(path, act, error.errno, error) from error
     except Exception as error:
         if type(error).__module__ != 'tensorflow.python.framework.errors_impl':
             raise
         code = CODES.get(type(error).__name__)
-        raise RunError(
-            _explain(
-                path, act, errno.EROFS if 'Read-only file system' in str(error) else code, error
-            )
-        ) from error
+        if 'Read-only file system' in str(error):
+            code = errno.EROFS
+        raise _run_error(path, act, code, error) from error
 
 
-def _explain(path, act, code, error):
-    verb = {'write': 'written', 'read': 'read'}[act]
+def _run_error(path: str, act: str, code: int | None, error: Exception) -> RunError:
     if act == 'write' and code in CAUSES:
-        return f'{path} cannot be written: {CAUSES[code]}'
-    return f'{path} cannot be {verb} ({one_line(error, 200)})'
+        reason, fix = CAUSES[code]
+        return RunError(f'{path} cannot be written: {reason}', fix)
+    verb = {'write': 'written', 'read': 'read'}[act]
+    return RunError(f'{path} cannot be {verb} ({one_line(error, 200)})')
 
 
-def _gfile():
+def _gfile() -> Any:
     import tensorflow as tf  # only where it is needed: reading a logbook needs none
 
     return tf.io.gfile

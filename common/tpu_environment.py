@@ -1,15 +1,22 @@
-"""Whether this is a TPU host, and the variables that TensorFlow's TPU build wants set before it is imported. Imports no TensorFlow.
+"""Detects a TPU host, and sets the variables that TensorFlow's TPU build needs.
 
-The wheel of tensorflow-tpu 2.19.1 can drive a TPU in two ways: through the interface of PJRT plugins, which the images of v5e,
-v5p and v6e use, when three variables ask for it; else through the older one (StreamExecutor). 2.20.0 has only the older one.
+They have to be set before it is imported, so this imports no TensorFlow.
+
+The wheel of tensorflow-tpu 2.19.1 can drive a TPU in two ways: through the interface of PJRT
+plugins, which the images of v5e, v5p and v6e use, when three variables ask for it; else through the
+older one (StreamExecutor). 2.20.0 has only the older one.
 """
 
 import glob
 import importlib.metadata
 import importlib.util
 import os
+from collections.abc import Mapping
 
-# Of Google's PCI devices, vendor 0x1ae0: those that are TPU chips. Source: cloud_tpu_init.py of JAX.
+from ml_collections import ConfigDict
+
+# Of Google's PCI devices, vendor 0x1ae0: those that are TPU chips. Source: cloud_tpu_init.py of
+# JAX.
 GOOGLE, CHIPS = (
     '0x1ae0',
     {
@@ -41,11 +48,14 @@ PJRT_VARIABLES = (
 )
 
 
-def is_expected(name='local', environ=os.environ, root='/'):
-    """Whether a TPU is named by the config (`config.tpu`) or the environment, or one is attached.
+def is_expected(
+    name: str = 'local', environ: Mapping[str, str] = os.environ, root: str = '/'
+) -> bool:
+    """Returns whether the config (`config.tpu`) or the environment names a TPU, or one is attached.
 
-    /dev/accel* are a TPU's own device files; /dev/vfio/* are other devices' too, so there its library has to be there. A chip on the bus
-    is enough: where its device files are missing, a run should say so, and not begin on the host.
+    /dev/accel* are device files of TPUs alone; /dev/vfio/* may be another device's, so there libtpu
+    must be installed too. A chip on the PCI bus is enough: if its device files are missing, a run
+    should say so instead of starting on the CPU.
     """
     named = name != 'local' or any(
         environ.get(variable) for variable in ('TPU_NAME', 'COLAB_TPU_ADDR', 'TPU_ACCELERATOR_TYPE')
@@ -54,8 +64,8 @@ def is_expected(name='local', environ=os.environ, root='/'):
     return bool(named or glob.glob(os.path.join(root, 'dev/accel[0-9]*')) or vfio or chips(root))
 
 
-def is_wanted(config, environ=os.environ, root='/'):
-    """Whether the run of this config is to use a TPU. The config may not have been checked yet."""
+def is_wanted(config: ConfigDict, environ: Mapping[str, str] = os.environ, root: str = '/') -> bool:
+    """Returns whether a run of this config, which may not be checked yet, should use a TPU."""
     strategy = config.get('strategy', 'auto')
     return (
         strategy == 'tpu'
@@ -64,8 +74,8 @@ def is_wanted(config, environ=os.environ, root='/'):
     )
 
 
-def chips(root='/'):
-    """The generation of each TPU chip on the PCI bus, such as ['v5e', 'v5e']."""
+def chips(root: str = '/') -> list[str]:
+    """Returns the generation of each TPU chip on the PCI bus, such as ['v5e', 'v5e']."""
     found = [
         (_text(os.path.join(device, 'vendor')), _text(os.path.join(device, 'device')))
         for device in sorted(glob.glob(os.path.join(root, 'sys/bus/pci/devices/*')))
@@ -73,16 +83,21 @@ def chips(root='/'):
     return [CHIPS[device] for vendor, device in found if vendor == GOOGLE and device in CHIPS]
 
 
-def generation(environ=os.environ, root='/'):
-    """'v5e', 'v6e', ... of the TPU here, or '' where nothing says so."""
+def generation(environ: Mapping[str, str] = os.environ, root: str = '/') -> str:
+    """Returns the generation of this host's TPU, such as 'v5e', or '' if it is unknown."""
     return next(
         iter(chips(root)),
         ACCELERATOR_TYPES.get(environ.get('TPU_ACCELERATOR_TYPE', '').split('-')[0], ''),
     )
 
 
-def pjrt_variables(version, environ=os.environ, root='/', library=None):
-    """What to add to the environment before TensorFlow is imported: {} or the three variables.
+def pjrt_variables(
+    version: str | None,
+    environ: Mapping[str, str] = os.environ,
+    root: str = '/',
+    library: str | None = None,
+) -> dict[str, str]:
+    """Returns the environment variables to add before TensorFlow is imported: none, or all three.
 
     Args:
         version: of tensorflow-tpu, or None.
@@ -98,36 +113,36 @@ def pjrt_variables(version, environ=os.environ, root='/', library=None):
         or not library
     ):
         return {}
-    return dict(zip(PJRT_VARIABLES, ('TPU', 'true', library)))
+    return dict(zip(PJRT_VARIABLES, ('TPU', 'true', library), strict=True))
 
 
-def prepare(config):
-    """Sets these variables in this process, if the run of this config is going to use a TPU that wants them."""
+def prepare(config: ConfigDict) -> None:
+    """Sets these variables in this process if the run will use a TPU that needs them."""
     if is_wanted(config):
         os.environ.update(pjrt_variables(build_version()))
 
 
-def without_tpu(environ=os.environ):
-    """An environment in which a TPU build of TensorFlow leaves the TPU to the process that has it."""
+def without_tpu(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Returns an environment in which a TPU build of TensorFlow does not claim the TPU."""
     kept = {key: value for key, value in environ.items() if key not in PJRT_VARIABLES}
     return {**kept, 'TPU_LOAD_LIBRARY': '0', 'TPU_SKIP_MDS_QUERY': '1'}
 
 
-def without_accelerators(environ=os.environ):
-    """An environment in which TensorFlow computes on the processor and leaves TPU and GPUs to the process that has them."""
+def without_accelerators(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Returns an environment in which TensorFlow uses the CPU and claims no accelerator."""
     return {**without_tpu(environ), 'CUDA_VISIBLE_DEVICES': '-1', 'TF_CPP_MIN_LOG_LEVEL': '2'}
 
 
-def build_version():
-    """The version of tensorflow-tpu that is installed, or None."""
+def build_version() -> str | None:
+    """Returns the installed version of tensorflow-tpu, or None."""
     try:
         return importlib.metadata.version('tensorflow-tpu')
     except importlib.metadata.PackageNotFoundError:
         return None
 
 
-def libtpu_path(environ=os.environ):
-    """Path of libtpu.so, or None."""
+def libtpu_path(environ: Mapping[str, str] = os.environ) -> str | None:
+    """Returns the path of libtpu.so, or None."""
     package = importlib.util.find_spec('libtpu')
     path = environ.get('TPU_LIBRARY_PATH') or (
         package and package.origin and os.path.join(os.path.dirname(package.origin), 'libtpu.so')
@@ -135,7 +150,7 @@ def libtpu_path(environ=os.environ):
     return path if path and os.path.exists(path) else None
 
 
-def _text(path):
+def _text(path: str) -> str:
     try:
         with open(path) as file:
             return file.read().strip().lower()

@@ -1,16 +1,18 @@
-"""Overfits one batch of digits with the tiny model: if this does not reach 100 %, something is broken.
+"""Overfits one batch of digits with the tiny model: less than 100 % means that something is broken.
 
     python main.py --config=configs/debug.py
 
-Costs      200 steps of 64 pictures: under a minute on two CPU cores.
-Reaches    100 % of the 64 pictures that it trains on.
+Costs      200 steps of 64 images: under a minute on two CPU cores.
+Reaches    100 % of the 64 images that it trains on.
 Measured   100 %.
 """
+
+from ml_collections import ConfigDict
 
 from configs import default
 
 
-def get_config():
+def get_config() -> ConfigDict:
     config = default.get_config()
     config.dataset.train_split = 'train[:64]'
     config.dataset.eval_split = 'train[:64]'

@@ -1,23 +1,27 @@
-"""One's own pictures, in a folder for each class: DIR/CLASS/*.jpg, or DIR/train/CLASS/*.jpg and DIR/test/CLASS/*.jpg.
+"""Your own images, in a folder for each class: DIR/CLASS/*.jpg, or DIR/train/CLASS/*.jpg.
 
     python main.py --config=configs/folder.py --config.dataset.data_dir=DIR
 
-Classes and counts are found. Without DIR/test a fifth of each class is held out to evaluate; which pictures that is,
-config.dataset.split_seed says. JPEG, PNG, GIF (first frame), BMP, WebP, TIFF and what else Pillow reads, of any colours
-and turned as their cameras say; what is transparent becomes white. Cameras and scanners that store 10, 12 or 14 bits in 16
-need config.dataset.white_level=1023, 4095 or 16383. Files that are broken are skipped and named in report.md;
-more than config.dataset.max_broken of them end the run. For few pictures start from pretrained weights instead, with
-configs/finetune.py.
+Classes and counts are found, and so is DIR/test/CLASS/*.jpg. Without it a fifth of each class is
+held out for evaluation; config.dataset.split_seed says which images. JPEG, PNG, GIF (first frame),
+BMP, WebP, TIFF and whatever else Pillow reads, of any colours and turned as their cameras say;
+transparent parts become white. Cameras and scanners that store 10, 12 or 14 bits in 16 need
+config.dataset.white_level=1023, 4095 or 16383. Broken files are skipped and named in report.md;
+more than config.dataset.max_broken of them end the run. For few images start from pretrained
+weights instead, with configs/finetune.py.
 
-Costs      50 epochs of what is to be trained on; the first start decodes each picture once more.
-Reaches    depends on the pictures.
-Measured   not yet; made-up folders are trained on in tests/test_train.py and tests/inputs/test_image_folder.py.
+Costs      50 epochs of the training images; the first start decodes each image once more.
+Reaches    depends on the images.
+Measured   not yet; made-up folders are trained on in tests/test_train.py and
+           tests/inputs/test_image_folder.py.
 """
+
+from ml_collections import ConfigDict
 
 from configs import default
 
 
-def get_config():
+def get_config() -> ConfigDict:
     config = default.get_config()
     config.dataset.name = 'folder'
     config.image_size = 224

@@ -1,17 +1,21 @@
-"""EfficientNetV2B0 on ImageNet: the recipe of the paper (Tan and Le, EfficientNetV2, 2021), sized for a TPU slice.
+"""EfficientNetV2B0 on ImageNet: the recipe of the paper (Tan and Le, 2021), sized for a TPU slice.
 
-    python main.py --config=configs/imagenet.py --config.dataset.data_dir=gs://BUCKET/tensorflow_datasets
+    python main.py --config=configs/imagenet.py --config.dataset.data_dir=gs://BUCKET/DATA
 
-Costs      350 epochs x 1,281,167 pictures = 448 million. 8 replicas take 512 pictures each per step. On other hardware
-           lower batch_size, and peak_lr with it: 0.016 for each 256 pictures.
-Reaches    78.7 % in the paper at 224 pixels, with training sizes that grow from 128 to 192, which this does not do.
-Measured   not yet: a made-up ImageNet has been run through it with the tiny model only (tests/test_imagenet.py).
+Costs      350 epochs x 1,281,167 images = 448 million. 8 replicas take 512 images each per step.
+           On other hardware lower batch_size, and peak_lr with it: 0.016 for each 256 images.
+Reaches    78.7 % in the paper at 224 pixels, with training sizes that grow from 128 to 192, which
+           this does not do.
+Measured   not yet: a made-up ImageNet has been run through it with the tiny model only
+           (tests/test_imagenet.py).
 """
+
+from ml_collections import ConfigDict
 
 from configs import default
 
 
-def get_config():
+def get_config() -> ConfigDict:
     config = default.get_config()
     config.dataset.name = 'imagenet2012'
     config.dataset.eval_split = 'validation'
@@ -45,7 +49,7 @@ def get_config():
     config.model.dropout = 0.2
     config.model.drop_path = 0.2
     config.model.sync_batch_norm = (
-        False  # 512 pictures per replica are enough; saves 2 all-reduces a layer
+        False  # 512 images per replica are enough; saves 2 all-reduces a layer
     )
 
     config.augment.crop = 'random'

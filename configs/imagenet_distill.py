@@ -1,17 +1,21 @@
-"""EfficientNetV2B0 on ImageNet, taught by a larger model: what its 7 million parameters cannot reach alone.
+"""EfficientNetV2B0 on ImageNet, taught by a larger model, to reach more than it does alone.
 
-    python main.py --config=configs/imagenet_distill.py --config.dataset.data_dir=gs://BUCKET/tensorflow_datasets
+    python main.py --config=configs/imagenet_distill.py --config.dataset.data_dir=gs://BUCKET/DATA
 
-Costs      500 epochs, as configs/imagenet_strong.py, and the forward pass of the teacher: 15.4 G multiply-adds a picture,
-           where the student's whole step is about 2.2. 350 MB of weights are downloaded once.
-Reaches    not known for this pair. Beyer et al. (2022) taught a ResNet-50 so to 82.8 %, in 9,600 epochs; alone it has 76 to 80 %.
+Costs      500 epochs, as configs/imagenet_strong.py, and the forward pass of the teacher: 15.4 G
+           multiply-adds an image, where the student's whole step is about 2.2. 350 MB of weights
+           are downloaded once.
+Reaches    not known for this pair. Beyer et al. (2022) taught a ResNet-50 like this to 82.8 %, in
+           9,600 epochs; alone it has 76 to 80 %.
 Measured   not yet; benchmarks/transfer.py has a small pair.
 """
+
+from ml_collections import ConfigDict
 
 from configs import imagenet_strong
 
 
-def get_config():
+def get_config() -> ConfigDict:
     config = imagenet_strong.get_config()
     config.distill.teacher = (
         'ConvNeXtBase'  # 85.8 % at 224 pixels (Liu et al. 2022): as many as the student sees

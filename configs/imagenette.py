@@ -1,16 +1,18 @@
-"""EfficientNetV2B0 from scratch on Imagenette: ten easy classes of ImageNet, 9,469 pictures, 326 MB to download once.
+"""EfficientNetV2B0 from scratch on Imagenette: ten easy classes of ImageNet, a 326 MB download.
 
     python main.py --config=configs/imagenette.py
 
-Costs      100 epochs x 9,469 pictures at 192 pixels.
+Costs      100 epochs x 9,469 images at 192 pixels.
 Reaches    not known.
 Measured   not yet.
 """
 
+from ml_collections import ConfigDict
+
 from configs import default
 
 
-def get_config():
+def get_config() -> ConfigDict:
     config = default.get_config()
     config.dataset.name = 'imagenette/320px-v2'
     config.dataset.eval_split = 'validation'

@@ -4,6 +4,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+from typing import Any
 
 import tensorflow as tf
 
@@ -19,8 +20,8 @@ PACKAGES = (
 )
 
 
-def describe_environment():
-    """Versions, devices and git commit, as a dict for environment.json."""
+def describe_environment() -> dict[str, Any]:
+    """Returns versions, devices and git commit for environment.json."""
     return {
         'python': platform.python_version(),
         'platform': platform.platform(),
@@ -36,14 +37,14 @@ def describe_environment():
     }
 
 
-def _version(name):
+def _version(name: str) -> str | None:
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
 
 
-def _device(device):
+def _device(device: Any) -> str:
     name = device.name
     if device.device_type == 'GPU':
         gpus = tf.config.list_physical_devices('GPU')
@@ -54,7 +55,7 @@ def _device(device):
     return name
 
 
-def _git(*arguments):
+def _git(*arguments: str) -> str | None:
     try:
         root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
         return subprocess.run(

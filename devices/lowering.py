@@ -1,4 +1,7 @@
-"""A replica's step as a program for the TPU compiler, written by TensorFlow on a machine that has no TPU."""
+"""Lowers a replica's step to a program for the TPU compiler, on a machine without a TPU."""
+
+from collections.abc import Callable
+from typing import Any
 
 import tensorflow as tf
 from tensorflow.compiler.tf2xla.ops import gen_xla_ops
@@ -10,31 +13,34 @@ HOST = '/job:localhost/replica:0/task:0/device:CPU:0'
 
 
 class OneOfMany(tf.distribute.Strategy):
-    """One replica of `num_replicas` that are not there: what is traced in it sums over them with XLA's own all-reduce.
+    """One replica of `num_replicas` that are not there.
 
-    For tracing and lowering only; what it makes cannot run here. Variables are created on the processor.
+    What is traced in it sums over them with XLA's own all-reduce.
+
+    For tracing and lowering only; what it makes cannot run here. Variables are created on the
+    processor.
     """
 
-    def __init__(self, num_replicas):
+    def __init__(self, num_replicas: int) -> None:
         super().__init__(_OneOfMany(self, num_replicas))
 
 
 class _OneOfMany(one_device_strategy.OneDeviceExtended):
-    def __init__(self, strategy, num_replicas):
+    def __init__(self, strategy: OneOfMany, num_replicas: int) -> None:
         super().__init__(strategy, HOST)
         self._all = num_replicas
 
     @property
-    def _num_replicas_in_sync(self):
+    def _num_replicas_in_sync(self) -> int:
         return self._all
 
-    def _use_merge_call(self):
+    def _use_merge_call(self) -> bool:
         return False  # all sums over replicas come through here
 
-    def _replica_ctx_all_reduce(self, reduce_op, value, options=None):
+    def _replica_ctx_all_reduce(self, reduce_op: Any, value: Any, options: Any = None) -> Any:
         share = 1 / self._all if reduce_op == tf.distribute.ReduceOp.MEAN else 1
 
-        def total(tensor):
+        def total(tensor: tf.Tensor) -> tf.Tensor:
             everyone = tf.constant([list(range(self._all))], tf.int32)
             summed = gen_xla_ops.xla_all_reduce(
                 input=tensor, group_assignment=everyone, reduce_op='Add', mode='CrossReplica'
@@ -44,19 +50,21 @@ class _OneOfMany(one_device_strategy.OneDeviceExtended):
         return tf.nest.map_structure(total, value)
 
 
-def lower(strategy, step, specs):
-    """The HLO module of a step as one replica runs it: bytes. Variables that it captures become parameters.
+def lower(strategy: OneOfMany, step: Callable[..., Any], specs: tuple) -> bytes:
+    """Returns the HLO module of a step as one replica runs it.
+
+    Variables that the step captures become parameters.
 
     Args:
-        strategy: OneOfMany, in whose scope the variables of the step were created.
-        step: a function of the arguments that `specs` describe.
-        specs: a tuple of nests of tf.TensorSpec.
+        strategy: in whose scope the variables of the step were created.
+        step: takes the arguments that `specs` describe.
+        specs: nests of tf.TensorSpec.
 
-    Raises: RunError where this build of TensorFlow cannot lower it.
+    Raises: RunError if this build of TensorFlow cannot lower it.
     """
 
     @tf.function(jit_compile=True, autograph=False)
-    def of_replica(*tensors):
+    def of_replica(*tensors: tf.Tensor) -> Any:
         return strategy.run(step, args=tf.nest.pack_sequence_as(specs, tensors))
 
     try:
@@ -65,6 +73,7 @@ def lower(strategy, step, specs):
         )
     except (tf.errors.OpError, ValueError) as error:
         raise RunError(
-            f'this build of TensorFlow cannot lower the step ({one_line(error, 300)}): preflight takes the build for processors or for GPUs, '
-            "pip install '.[cpu]' in an environment of its own"
+            f'this build of TensorFlow cannot lower the step ({one_line(error, 300)})',
+            'preflight takes the build for processors or for GPUs, pip install '
+            "'.[cpu]' in an environment of its own",
         ) from error

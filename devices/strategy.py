@@ -4,22 +4,26 @@ import contextlib
 import json
 import os
 import signal
-import sys
 import threading
+from collections.abc import Callable, Iterator, Sequence
 
 import tensorflow as tf
+from ml_collections import ConfigDict
 
-from common import tpu_environment
+from common import console, tpu_environment
 from common.errors import ConfigError, RunError, one_line
 
 
-def make_strategy(config):
-    """Chooses a strategy: TPU, else several workers, else several GPUs, else one device; or the one the config forces.
+def make_strategy(config: ConfigDict) -> tuple[tf.distribute.Strategy, str]:
+    """Chooses a TPU, else several workers, else several GPUs, else one device.
+
+    `config.strategy` may choose another.
 
     Returns: (strategy, one line that says what was chosen and why).
 
     Raises:
-        RunError: the forced one is not there, or a TPU is there and does not start. Never a silent step down.
+        RunError: the strategy that the config asks for is not available, or a TPU is there and does
+            not start. There is no silent fallback.
         ConfigError: virtual devices together with real ones.
     """
     if config.virtual_devices:
@@ -40,10 +44,12 @@ def make_strategy(config):
     if wanted == 'mirrored' or (wanted == 'auto' and len(devices) > 1):
         if len(devices) < 2:
             raise RunError(
-                f"config.strategy='mirrored' needs several devices, but found {_found()}: "
-                f'write --config.strategy=auto, or try it on a CPU with --config.virtual_devices=2'
+                f"config.strategy='mirrored' needs several devices, but found {_found()}",
+                '--config.strategy=auto, or try it on a CPU with --config.virtual_devices=2',
+                'strategy',
             )
-        # Of CPUs one adds up, in a fixed order: repeatable, and two strategies in one process do not meet in a collective.
+        # Of CPUs one adds up, in a fixed order: repeatable, and two strategies in one process do
+        # not meet in a collective.
         sums = None if gpus else tf.distribute.ReductionToOneDevice()
         return tf.distribute.MirroredStrategy(
             devices, sums
@@ -53,15 +59,18 @@ def make_strategy(config):
     ), f'OneDeviceStrategy on one {kind}: {_reason(wanted, f"found {_found()}")}'
 
 
-def device_kind(strategy):
-    """'TPU', 'GPU' or 'CPU': where the replicas compute."""
+def device_kind(strategy: tf.distribute.Strategy) -> str:
+    """Returns where the replicas compute: 'TPU', 'GPU' or 'CPU'."""
     if isinstance(strategy, tf.distribute.TPUStrategy):
         return 'TPU'
     return 'GPU' if any('GPU' in device for device in strategy.extended.worker_devices) else 'CPU'
 
 
-def runs_as_chief(config):
-    """Whether this process is the one of several workers that writes: the chief, or without one worker 0. It can be asked before there is a strategy."""
+def runs_as_chief(config: ConfigDict) -> bool:
+    """Returns whether this process is the worker that writes: the chief, or without one worker 0.
+
+    It needs no strategy.
+    """
     if config.strategy not in ('auto', 'multi_worker') or num_workers() < 2:
         return True
     environment = json.loads(os.environ['TF_CONFIG'])
@@ -70,17 +79,20 @@ def runs_as_chief(config):
     return (task.get('type'), int(task.get('index', 0))) == (first, 0)
 
 
-def make_agreement(strategy):
-    """What several workers do together they must decide together: a function of numbers, float [n], to their sums over the workers.
+def make_sum_over_workers(
+    strategy: tf.distribute.Strategy,
+) -> Callable[[Sequence[float]], list[float]]:
+    """Returns a collective sum over the workers, with which they decide together.
 
-    With one process it returns the numbers themselves.
+    It takes numbers, float [n], and returns their sums; every worker must call it at the same
+    point. With one process it returns the numbers themselves.
     """
     if not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
         return lambda numbers: [float(number) for number in numbers]
     local_replicas = strategy.num_replicas_in_sync // strategy.extended._num_workers
 
     @tf.function(autograph=False)
-    def total(numbers):
+    def total(numbers: tf.Tensor) -> tf.Tensor:
         sums = strategy.run(
             lambda: tf.distribute.get_replica_context().all_reduce(
                 tf.distribute.ReduceOp.SUM, tf.identity(numbers)
@@ -91,8 +103,11 @@ def make_agreement(strategy):
     return lambda numbers: total(tf.constant(numbers, tf.float64)).numpy().tolist()
 
 
-def resolve_precision(precision, kind):
-    """The Keras dtype policy for `config.precision`: 'float32', 'float64', 'mixed_bfloat16' or 'mixed_float16'."""
+def resolve_precision(precision: str, kind: str) -> str:
+    """Returns the Keras dtype policy for `config.precision` on a 'TPU', 'GPU' or 'CPU'.
+
+    It is 'float32', 'float64', 'mixed_bfloat16' or 'mixed_float16'.
+    """
     if precision == 'auto':
         capable = kind == 'TPU' or (
             kind == 'GPU' and all(capability >= (8, 0) for capability in _compute_capabilities())
@@ -101,22 +116,30 @@ def resolve_precision(precision, kind):
     return precision if precision in ('float32', 'float64') else f'mixed_{precision}'
 
 
-def resolve_jit_compile(jit_compile, kind):
-    """Whether forward and backward are compiled by XLA: on GPUs; not on CPUs, where it is slower; a TPU compiles anyway.
+def resolve_jit_compile(jit_compile: str, kind: str) -> bool:
+    """Returns whether XLA compiles forward and backward.
 
-    Raises: ConfigError for jit_compile='true' on a TPU, whose TensorFlow builds have no XLA for the host.
+    It does on GPUs, not on CPUs, where it is slower; a TPU compiles anyway.
+
+    Raises: ConfigError for jit_compile='true' on a TPU, whose TensorFlow builds have no XLA for the
+        host.
     """
     if kind == 'TPU' and jit_compile == 'true':
         raise ConfigError(
-            "config.jit_compile='true' on a TPU would compile for the host, which fails: a TPU's step is compiled anyway, write auto"
+            "config.jit_compile='true' on a TPU would compile for the host, which fails; "
+            "a TPU's step is compiled anyway",
+            '--config.jit_compile=auto',
+            'jit_compile',
         )
     return kind == 'GPU' if jit_compile == 'auto' else jit_compile == 'true'
 
 
-def _split_cpu(count):
+def _split_cpu(count: int) -> None:
     if tf.config.list_physical_devices('GPU'):
         raise ConfigError(
-            'config.virtual_devices is for CPUs only, and a GPU was found: set it to 0, or hide the GPU with CUDA_VISIBLE_DEVICES=-1'
+            'config.virtual_devices is for CPUs only, and a GPU was found',
+            'set it to 0, or hide the GPU with CUDA_VISIBLE_DEVICES=-1',
+            'virtual_devices',
         )
     cpu = tf.config.list_physical_devices('CPU')[0]
     try:
@@ -126,82 +149,84 @@ def _split_cpu(count):
     except RuntimeError:
         if len(tf.config.list_logical_devices('CPU')) < count:
             raise RunError(
-                f'config.virtual_devices={count}, but TensorFlow has already started with fewer devices: '
-                f'start a new process'
+                f'config.virtual_devices={count}, but TensorFlow has already started '
+                'with fewer devices',
+                'start a new process',
+                'virtual_devices',
             ) from None
 
 
-def _tpu(name, wanted):
+def _tpu(name: str, wanted: str) -> tuple[tf.distribute.Strategy, str]:
     name = os.environ.get('TPU_NAME', name) if name == 'local' else name
     try:
         resolver = tf.distribute.cluster_resolver.TPUClusterResolver(tpu=name)
         tf.config.experimental_connect_to_cluster(resolver)
         tf.tpu.experimental.initialize_tpu_system(resolver)
         strategy = tf.distribute.TPUStrategy(resolver)
-    except (
-        Exception
-    ) as error:  # TensorFlow raises ValueError, NotFoundError, InvalidArgumentError, ... here
+    except Exception as error:
+        # TensorFlow raises ValueError, NotFoundError, InvalidArgumentError, ... here.
         reason = one_line(error, 200)
         raise RunError(
-            f'the TPU {name!r} does not start ({type(error).__name__}: {reason}); found {_found()}: '
-            f"install the TPU build with pip install '.[tpu]', end other processes that hold the TPU, "
-            f'or write --config.strategy=one_device'
+            f'the TPU {name!r} does not start ({type(error).__name__}: {reason}); found {_found()}',
+            "install the TPU build with pip install '.[tpu]', end other processes "
+            'that hold the TPU, or write --config.strategy=one_device',
         ) from error
     return (
         strategy,
-        f'TPUStrategy on {strategy.num_replicas_in_sync} cores: {_reason(wanted, "a TPU was found")}',
+        f'TPUStrategy on {strategy.num_replicas_in_sync} cores: '
+        f'{_reason(wanted, "a TPU was found")}',
     )
 
 
-def num_workers():
-    """How many workers TF_CONFIG names; 0 without it. Raises RunError for one that cannot be read."""
+def num_workers() -> int:
+    """Returns how many workers TF_CONFIG names; 0 without it. Raises RunError if it is invalid."""
     try:
         cluster = json.loads(os.environ.get('TF_CONFIG', '{}')).get('cluster', {})
-        return len(cluster.get('chief', [])) + len(
-            cluster.get('worker', [])
-        )  # a chief is a worker that also writes
+        # A chief is a worker that also writes.
+        return len(cluster.get('chief', [])) + len(cluster.get('worker', []))
     except (ValueError, AttributeError) as error:
         raise RunError(
-            f'the environment variable TF_CONFIG is no JSON of a cluster ({error}): mend it or unset it'
+            f'the environment variable TF_CONFIG is not the JSON of a cluster ({error})',
+            'mend it or unset it',
         ) from None
 
 
-def _multi_worker(workers):
+def _multi_worker(workers: int) -> tuple[tf.distribute.Strategy, str]:
     if workers < 1:
         raise RunError(
-            "config.strategy='multi_worker' needs the environment variable TF_CONFIG with the addresses of all workers, "
-            f'but it names none; found {_found()}'
+            "config.strategy='multi_worker' needs the environment variable "
+            'TF_CONFIG with the addresses of all workers, but it names none; found '
+            f'{_found()}',
+            key='strategy',
         )
-    os.environ.setdefault(
-        'GRPC_FAIL_FAST', 'use_caller'
-    )  # a worker that has gone is an error for the others, not something to wait for
+    # A worker that has gone is an error for the others, not something to wait for.
+    os.environ.setdefault('GRPC_FAIL_FAST', 'use_caller')
     if workers > 1:
-        print(
-            f'waiting for the other workers that TF_CONFIG names, {workers} in all',
-            file=sys.stderr,
-            flush=True,
-        )
+        console.warning(f'waiting for the other workers that TF_CONFIG names, {workers} in all')
     try:
         with _ended_by_signals():
             strategy = tf.distribute.MultiWorkerMirroredStrategy()
-    except (
-        Exception
-    ) as error:  # ValueError for a wrong task, an OpError for an address that cannot be used
+    except Exception as error:
+        # ValueError for a wrong task, an OpError for an address that cannot be used.
         raise RunError(
-            f'the environment variable TF_CONFIG does not work here ({one_line(error)}): mend it or unset it'
+            f'the environment variable TF_CONFIG does not work here ({one_line(error)})',
+            'mend it or unset it',
         ) from error
     return (
         strategy,
-        f'MultiWorkerMirroredStrategy on {workers} workers, {strategy.num_replicas_in_sync} replicas: TF_CONFIG names them',
+        f'MultiWorkerMirroredStrategy on {workers} workers, {strategy.num_replicas_in_sync} '
+        'replicas: TF_CONFIG names them',
     )
 
 
 @contextlib.contextmanager
-def _ended_by_signals():
-    """Signals end the process at once, as nothing is begun yet: TensorFlow may wait for other workers, and no handler of Python's would run.
+def _ended_by_signals() -> Iterator[None]:
+    """Lets signals end the process at once while TensorFlow waits for other workers.
 
-    That goes for SIGINT. SIGTERM ends it only until TensorFlow has set a handler of its own, which notes it for who asks: while it waits,
-    nobody does. The handlers from before are there again afterwards.
+    Nothing has begun yet, and no Python handler would run during that wait. This holds for SIGINT;
+    SIGTERM ends the process only until TensorFlow has set a handler of its own, which records it
+    for
+    whoever asks: while it waits, nobody does. The previous handlers are restored afterwards.
     """
     usual = {}
     if threading.current_thread() is threading.main_thread():
@@ -219,16 +244,16 @@ def _ended_by_signals():
             signal.signal(number, handler)
 
 
-def _reason(wanted, otherwise):
+def _reason(wanted: str, otherwise: str) -> str:
     return 'config.strategy asks for it' if wanted != 'auto' else otherwise
 
 
-def _found():
+def _found() -> str:
     counts = [(len(tf.config.list_logical_devices(kind)), kind) for kind in ('TPU', 'GPU', 'CPU')]
     return ', '.join(f'{count} {kind}{"s" * (count > 1)}' for count, kind in counts if count)
 
 
-def _compute_capabilities():
+def _compute_capabilities() -> list[tuple[int, int]]:
     details = [
         tf.config.experimental.get_device_details(gpu)
         for gpu in tf.config.list_physical_devices('GPU')

@@ -1,319 +1,333 @@
-"""The doctor: whether this environment, config and data will work, and how to mend what will not. Trains, downloads and prepares nothing.
+"""`--mode=check`: will this environment, config and data work, and if not, what fixes them?
 
-What can be known without importing TensorFlow is looked at here, the rest in a process of its own (diagnostics/tensorflow_checks.py), and on a TPU host
-the TPU is started in further ones: a broken installation ends or hangs the process that imports it, and the doctor says so.
+It trains, downloads and prepares nothing. What can be known without importing TensorFlow is checked
+here, the rest in a process of its own (diagnostics/tensorflow_checks.py), and on a TPU host the TPU
+is started in further ones: a broken installation crashes or hangs the process that imports it, and
+the check reports that.
 """
 
 import json
 import os
 import re
-import shutil
 import sys
 import tempfile
-import textwrap
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from typing import Any
 
-from common import machine, tpu_environment
+from ml_collections import ConfigDict
+
+from common import console, machine, tpu_environment
 from common.commands import install_command, python_command
 from common.errors import ConfigError
 from diagnostics import packages, tpu_lock, tpu_probe
-from diagnostics.check_result import Finding, fail, ok, warn
-from diagnostics.worker_process import Apart
+from diagnostics.check_result import CheckResult, fail, of_error, ok, warn
+from diagnostics.worker_process import WorkerProcess
 
-SECONDS = 600.0  # of the trial, without the TPU: a cold import over a network disk and a large model take minutes
-OLDEST_DRIVER = (
-    525  # of NVIDIA, that CUDA 12 runs with. Source: CUDA's compatibility table, minor versions
-)
-SILENCE = 'it ended without a word'
+# Of the checks with TensorFlow, without the TPU: a cold import over a network disk and a large
+# model take minutes.
+SECONDS = 600.0
+# NVIDIA's oldest driver that CUDA 12 runs with. Source: CUDA's table of minor version
+# compatibility.
+OLDEST_DRIVER = 525
+SILENCE = 'it ended without a message'
 NO_GPU = ('', '-1')  # of CUDA_VISIBLE_DEVICES
-STATUS_WIDTH, WHAT_WIDTH = 6, 14
+STATUSES = ('FAIL', 'warn', 'ok')  # the worst first
 
 
-def run(config, workdir):
-    """Prints the table; returns the exit status: 0 if nothing is FAIL, else 1. Raises ConfigError for a wrong config."""
-    counts = {'ok': 0, 'warn': 0, 'FAIL': 0}
-    for finding in findings(config, workdir):
-        counts[finding.status] += 1
-        print(as_text(finding), flush=True)
-    some = ', '.join(
-        f'{count} {status}'
-        for status, count in reversed(counts.items())
-        if count and status != 'ok'
-    )
-    print(
-        f'\n{some}: what follows -> mends it; then check again'
-        if counts['FAIL']
-        else f'\nready to train{f"; {some}" if some else ""}'
-    )
-    return 1 if counts['FAIL'] else 0
+def run(config: ConfigDict, workdir: str, as_json: bool = False) -> int:
+    """Prints a row for each check, or all of them `as_json`.
+
+    JSON is {'status': the worst of all, 'results': [{'status', 'name', 'message', 'fix'}]}.
+
+    Returns: the exit status: 0 if nothing is FAIL, else 1.
+
+    Raises: ConfigError for a wrong config, which in JSON is a result.
+    """
+    if as_json:
+        return _print_json(config, workdir)
+    counts = dict.fromkeys(STATUSES, 0)
+    for result in results(config, workdir):
+        counts[result.status] += 1
+        console.check_row(*result)
+    some = ', '.join(f'{counts[status]} {status}' for status in STATUSES[:2] if counts[status])
+    console.line()
+    if counts['FAIL']:
+        console.line(f'{some}: run what follows ->, then check again')
+        return 1
+    console.line(f'ready to train; {some}' if some else 'ready to train')
+    return 0
 
 
-def findings(config, workdir, root='/', environ=os.environ, probe_seconds=tpu_probe.SECONDS):
-    """Yields each Finding, in the order of the table. `root` is where /proc, /sys and /dev are looked for."""
+def _print_json(config: ConfigDict, workdir: str) -> int:
+    status = 1
+    try:
+        found = list(results(config, workdir))
+    except ConfigError as error:
+        found, status = [of_error('config', error)], error.exit_status
+    worst = min((result.status for result in found), key=STATUSES.index)
+    rows = [result._asdict() for result in found]
+    console.line(json.dumps({'status': worst, 'results': rows}, indent=2))
+    return status if worst == 'FAIL' else 0
+
+
+def results(
+    config: ConfigDict,
+    workdir: str,
+    root: str = '/',
+    environ: Mapping[str, str] = os.environ,
+    probe_seconds: float = tpu_probe.SECONDS,
+) -> Iterator[CheckResult]:
+    """Yields the results in the order of the table; `root` has /proc, /sys and /dev."""
     wants_tpu = tpu_environment.is_wanted(config, environ, root)
-    with Apart(
-        'diagnostics.tensorflow_checks',
-        'examine',
-        SECONDS + 2 * probe_seconds,
-        without_tpu(environ),
-    ) as trial:
-        trial.tell((config.to_dict(), workdir))
-        messages, imported, last = iter(trial), {}, {}
+    seconds = SECONDS + 2 * probe_seconds
+    with WorkerProcess(
+        'diagnostics.tensorflow_checks', 'examine', seconds, without_tpu(environ)
+    ) as worker:
+        worker.send((config.to_dict(), workdir))
+        messages = iter(worker)
+        imported: dict[str, Any] = {}
+        last: dict[str, Any] = {}
         for last in messages:
-            if 'mistake' in last:
-                raise ConfigError(last['mistake'])
+            if 'config_error' in last:
+                raise ConfigError(*last['config_error'])
             imported = last.get('imported', imported)
             if 'checked' in last:
                 break
-        problem = '' if 'checked' in last else trial.end or SILENCE
-        tpu_cores = yield from environment_findings(
+        problem = '' if 'checked' in last else worker.end or SILENCE
+        tpu_cores = yield from check_environment(
             config, imported, problem, wants_tpu, root, environ, probe_seconds
         )
-        yield writable_finding(workdir)
+        yield check_writable(workdir)
         if problem:
             return
-        trial.tell(tpu_cores or (expected_cores(root) if wants_tpu else 0))
+        expected = expected_cores(root) if wants_tpu else 0
+        worker.send(tpu_cores or expected)
         for last in messages:
-            if 'finding' in last:
-                yield Finding(*last['finding'])
+            if 'result' in last:
+                yield CheckResult(*last['result'])
         if 'done' not in last:
             yield fail(
                 'config',
-                f'the process that looks at data and model: {trial.end or SILENCE}',
+                f'the process that checks data and model: {worker.end or SILENCE}',
                 'the same command without --mode=check and with --verbosity=1 shows where',
             )
 
 
-def without_tpu(environ):
-    """An environment in which a TPU build of TensorFlow leaves the TPU alone: one process can have it, and that is for the probe."""
+def without_tpu(environ: Mapping[str, str]) -> Mapping[str, str]:
+    """Returns an environment in which a TPU build of TensorFlow leaves the TPU to the probe."""
     if not packages.installed(['tensorflow-tpu']):
         return environ
     return tpu_environment.without_tpu(environ)
 
 
-def environment_findings(config, imported, import_problem, wants_tpu, root, environ, probe_seconds):
-    """What does not depend on the config, except for the strategy; returns the number of TPU cores that computed."""
+def check_environment(
+    config: ConfigDict,
+    imported: Mapping[str, Any],
+    import_problem: str,
+    wants_tpu: bool,
+    root: str,
+    environ: Mapping[str, str],
+    probe_seconds: float,
+) -> Generator[CheckResult, None, int]:
+    """Yields what does not depend on the config, except for the strategy.
+
+    Returns: the number of TPU cores that computed.
+    """
     gpus, gpu_problem = machine.nvidia_smi()
-    has_tpu = wants_tpu and tpu_environment.is_expected(config.get('tpu', 'local'), environ, root)
-    accelerator = (
-        'tpu'
-        if has_tpu
-        else 'gpu'
-        if gpus and environ.get('CUDA_VISIBLE_DEVICES') not in NO_GPU
-        else 'cpu'
-    )
-    yield packages.python_finding()
+    accelerator = 'cpu'
+    if gpus and environ.get('CUDA_VISIBLE_DEVICES') not in NO_GPU:
+        accelerator = 'gpu'
+    if wants_tpu and tpu_environment.is_expected(config.get('tpu', 'local'), environ, root):
+        accelerator = 'tpu'
+    yield packages.check_python()
     yield ok('platform', machine.describe_platform(environ, root))
-    build, name, version = packages.tensorflow_finding(accelerator)
+    build, name, version = packages.check_tensorflow(accelerator)
     yield build
     if import_problem and build.status != 'FAIL':
-        yield import_finding(import_problem, bool(imported), name, accelerator)
-    yield packages.keras_finding()
-    yield packages.packages_finding(accelerator)
+        yield check_import(import_problem, bool(imported), name, accelerator)
+    yield packages.check_keras()
+    yield packages.check_packages(accelerator)
     tpu_cores = 0
-    library = packages.libtpu_finding(version) if name == 'tensorflow-tpu' else None
+    library = packages.check_libtpu(version) if name == 'tensorflow-tpu' else None
     if library:
         yield library
     if wants_tpu:
-        starts = library is not None and library.status == 'ok'
-        tpu_cores = yield from tpu_findings(
-            config, version if starts else None, environ, root, probe_seconds
+        can_start = library is not None and library.status == 'ok'
+        tpu_cores = yield from check_tpu(
+            config, version if can_start else None, environ, root, probe_seconds
         )
-    yield from gpu_findings(gpus, gpu_problem, imported, name, environ, root)
-    yield cores_finding(machine.cores(root), len(gpus) or tpu_cores)
+    yield from check_gpu(gpus, gpu_problem, imported, name, environ, root)
+    yield check_cores(machine.cores(root), len(gpus) or tpu_cores)
     if 'TF_CONFIG' in environ:
-        yield cluster_finding(environ['TF_CONFIG'])
+        yield check_cluster(environ['TF_CONFIG'])
     return tpu_cores
 
 
-def import_finding(reason, has_tensorflow, name, accelerator):
-    """TensorFlow is installed, and importing it, or Keras and our own settings after it, fails."""
+def check_import(reason: str, has_tensorflow: bool, name: str, accelerator: str) -> CheckResult:
+    """Explains a failed import of TensorFlow, or of Keras and our modules after it."""
+    install = install_command(accelerator)
     if has_tensorflow:
-        return fail(
-            'import',
-            f'TensorFlow can be imported, but not what is used with it: {reason}',
-            install_command(accelerator),
-        )
-    return fail(
-        'import',
-        f'import tensorflow fails: {reason}',
-        packages.reinstall([name], install_command(accelerator)),
-    )
+        message = f'TensorFlow can be imported, but not what is used with it: {reason}'
+        return fail('import', message, install)
+    message = f'import tensorflow fails: {reason}'
+    return fail('import', message, packages.reinstall([name], install))
 
 
-def tpu_findings(config, version, environ, root, probe_seconds, lock=tpu_lock.LOCK, library=None):
-    """What keeps a TPU from starting, then a trial of it in each way that the build has; returns the number of cores that computed, or 0.
+def check_tpu(
+    config: ConfigDict,
+    version: str | None,
+    environ: Mapping[str, str],
+    root: str,
+    probe_seconds: float,
+    lock: str = tpu_lock.LOCK,
+    library: str | None = None,
+) -> Generator[CheckResult, None, int]:
+    """Yields what keeps a TPU from starting; then tries each way in which the build can start it.
 
-    `version` is that of tensorflow-tpu, or None where there is none that could start.
+    Args:
+        version: of tensorflow-tpu, or None if it could not start.
+
+    Returns: the number of cores that computed, or 0.
     """
     if not tpu_environment.is_expected(config.get('tpu', 'local'), environ, root):
-        yield fail(
-            'TPU',
-            "config.strategy='tpu', but no TPU is attached, and none is named",
-            '--config.strategy=auto',
-        )
+        message = "config.strategy='tpu', but no TPU is attached, and none is named"
+        yield fail('TPU', message, '--config.strategy=auto')
         return 0
-    yield tpu_lock.jax_finding()
-    holders = tpu_lock.lock_finding(lock, root)
+    yield tpu_lock.check_jax()
+    holders = tpu_lock.check_lock(lock, root)
     yield holders
-    if environ.get('TPU_LOAD_LIBRARY') == '0' and environ.get('TPU_NAME', config.tpu) == 'local':
-        yield fail(
-            'TPU library',
-            'TPU_LOAD_LIBRARY=0 keeps TensorFlow from loading libtpu',
-            'unset TPU_LOAD_LIBRARY',
-        )
+    tpu_name = environ.get('TPU_NAME', config.tpu)
+    if environ.get('TPU_LOAD_LIBRARY') == '0' and tpu_name == 'local':
+        message = 'TPU_LOAD_LIBRARY=0 keeps TensorFlow from loading libtpu'
+        yield fail('TPU library', message, 'unset TPU_LOAD_LIBRARY')
         return 0
     if not version or holders.status == 'FAIL':
-        return 0  # the row that says so also says what mends it
-    tried = []
+        return 0  # that row says what fixes it
+    failures: list[str] = []
     for way in tpu_probe.ways(version, environ, root, library):
-        outcome = tpu_probe.probe(
-            way, environ.get('TPU_NAME', config.tpu), probe_seconds, environ, lock
-        )
-        if outcome.cores and not tried:
-            yield ok('TPU', f'{outcome.cores} cores computed and summed up, through {way.name}')
+        outcome = tpu_probe.probe(way, tpu_name, probe_seconds, environ, lock)
+        computed = f'{outcome.cores} cores computed'
+        if outcome.cores and not failures:
+            yield ok('TPU', f'{computed} and summed up, through {way.name}')
             return outcome.cores
         if outcome.cores:
-            settings = (
-                ' '.join(f'{key}={value}' for key, value in way.variables.items())
-                or 'NEXT_PLUGGABLE_DEVICE_USE_C_API=false'
-            )
-            yield fail(
-                'TPU',
-                f'{"; ".join(tried)}; but {outcome.cores} cores computed through {way.name}',
-                f'export {settings}',
-            )
+            variables = way.variables or {'NEXT_PLUGGABLE_DEVICE_USE_C_API': 'false'}
+            settings = ' '.join(f'{key}={value}' for key, value in variables.items())
+            message = f'{"; ".join(failures)}; but {computed} through {way.name}'
+            yield fail('TPU', message, f'export {settings}')
             return outcome.cores
-        tried.append(f'through {way.name} it fails to {outcome.step}: {outcome.reason}')
-    yield fail(
-        'TPU',
-        f'tensorflow-tpu {version} does not start it: {"; ".join(tried)}',
-        other_build(version),
-    )
+        failures.append(f'through {way.name} it fails to {outcome.step}: {outcome.reason}')
+    message = f'tensorflow-tpu {version} does not start it: {"; ".join(failures)}'
+    yield fail('TPU', message, other_build(version))
     return 0
 
 
-def other_build(version, python=sys.version_info):
-    """The command that installs the other of the two TPU builds; each is made for some versions of Python only."""
-    other, oldest, newest = (
-        ('tpu220', (3, 11), (3, 13)) if version.startswith('2.19.') else ('tpu', (3, 10), (3, 12))
-    )
+def other_build(version: str, python: Sequence[Any] = sys.version_info) -> str:
+    """Returns the command that installs the other of the two TPU builds.
+
+    Each is available for some versions of Python only.
+    """
+    other, oldest, newest = 'tpu', (3, 10), (3, 12)
+    if version.startswith('2.19.'):
+        other, oldest, newest = 'tpu220', (3, 11), (3, 13)
     if not oldest <= tuple(python[:2]) <= newest:
-        return f'rm -rf .venv && make train PYTHON=python3.12 ACCELERATOR={other}   # the other build is not made for this Python'
+        make = f'make train PYTHON=python3.12 ACCELERATOR={other}'
+        return f'rm -rf .venv && {make}   # the other build is not available for this Python'
     return packages.reinstall(['tensorflow-tpu', 'libtpu'], install_command(other))
 
 
-def expected_cores(root):
-    """Of a TPU that did not start: what its chips would have."""
+def expected_cores(root: str) -> int:
+    """Returns how many cores the chips of a TPU that did not start have."""
     return max(1, sum(tpu_environment.CORES.get(chip, 1) for chip in tpu_environment.chips(root)))
 
 
-def gpu_findings(gpus, problem, imported, build, environ, root):
-    """NVIDIA's driver beside what TensorFlow sees; nothing where there is no sign of a GPU."""
-    if not gpus and not machine.nvidia_on_the_bus(root):
-        if problem:
-            yield warn(
-                'GPU',
-                f'nvidia-smi is installed, but fails: {problem}',
-                'nvidia-smi   # shows more; without an NVIDIA GPU nothing has to be mended',
-            )
-        return
-    can_use_them, processor = (
-        build == 'tensorflow' and (not imported or bool(imported['cuda'])),
-        'export CUDA_VISIBLE_DEVICES=-1   # to train on the processor',
-    )
-    if not gpus:
-        reason = problem or 'its driver is not installed'
-        yield (fail if can_use_them else warn)(
-            'GPU',
-            f'an NVIDIA GPU is in this machine, but {reason}',
-            f'sudo ubuntu-drivers install && sudo reboot   # or: {processor}',
-        )
-        return
-    names = ', '.join(
-        sorted(
-            {
-                f'{sum(other.name == gpu.name for other in gpus)} x {gpu.name} ({gpu.memory})'
-                for gpu in gpus
-            }
-        )
-    )
-    driver = gpus[0].driver
+def check_gpu(
+    gpus: Sequence[machine.Gpu],
+    problem: str,
+    imported: Mapping[str, Any],
+    build: str,
+    environ: Mapping[str, str],
+    root: str,
+) -> Iterator[CheckResult]:
+    """Compares NVIDIA's driver with what TensorFlow sees; no row without a sign of a GPU."""
+    has_cuda = build == 'tensorflow' and (not imported or bool(imported['cuda']))
+    if not gpus and machine.nvidia_on_the_bus(root):
+        message = f'an NVIDIA GPU is in this machine, but {problem or "its driver is missing"}'
+        cpu = 'export CUDA_VISIBLE_DEVICES=-1   # to train on the CPU'
+        fix = f'sudo ubuntu-drivers install && sudo reboot   # or: {cpu}'
+        yield fail('GPU', message, fix) if has_cuda else warn('GPU', message, fix)
+    elif not gpus and problem:
+        fix = 'nvidia-smi   # shows more; without an NVIDIA GPU nothing has to be fixed'
+        yield warn('GPU', f'nvidia-smi is installed, but fails: {problem}', fix)
+    elif gpus:
+        yield _check_driver(gpus, imported, build, has_cuda, environ)
+
+
+def _check_driver(
+    gpus: Sequence[machine.Gpu],
+    imported: Mapping[str, Any],
+    build: str,
+    has_cuda: bool,
+    environ: Mapping[str, str],
+) -> CheckResult:
+    kinds = [f'{gpu.name} ({gpu.memory})' for gpu in gpus]
+    names = ', '.join(f'{kinds.count(kind)} x {kind}' for kind in sorted(set(kinds)))
     if environ.get('CUDA_VISIBLE_DEVICES') in NO_GPU:
-        yield ok('GPU', f'{names}, hidden by CUDA_VISIBLE_DEVICES')
-    elif build == 'tensorflow' and not can_use_them:
-        yield warn(
-            'GPU',
-            f'{names}, driver {driver}, but this build of TensorFlow is made without CUDA: it trains on the processor',
-            install_command('gpu'),
-        )
-    elif not can_use_them:
-        yield ok('GPU', f'{names}, driver {driver}; this build of TensorFlow does not use it')
-    elif packages.numbers(driver)[:1] < (OLDEST_DRIVER,):
-        yield fail(
-            'GPU',
-            f'{names}, driver {driver} is too old for CUDA 12: it takes {OLDEST_DRIVER} or later',
-            'sudo ubuntu-drivers install && sudo reboot',
-        )
-    elif imported and not imported['gpus']:
-        libraries = f'the libraries of CUDA {imported["cuda"]} and cuDNN {imported["cudnn"]}'
-        yield fail(
-            'GPU',
-            f'{names}, driver {driver}, but TensorFlow sees none: {libraries} are missing or do not fit',
-            packages.reinstall([build], install_command('gpu')),
-        )
-    else:
-        versions = (
-            f', CUDA {imported["cuda"]}, cuDNN {imported["cudnn"]}; TensorFlow sees {len(imported["gpus"])}'
-            if imported
-            else ''
-        )
-        yield ok('GPU', f'{names}, driver {driver}{versions}')
+        return ok('GPU', f'{names}, hidden by CUDA_VISIBLE_DEVICES')
+    driver = gpus[0].driver
+    found = f'{names}, driver {driver}'
+    if build == 'tensorflow' and not has_cuda:
+        message = f'{found}, but this build of TensorFlow has no CUDA: it trains on the CPU'
+        return warn('GPU', message, install_command('gpu'))
+    if not has_cuda:
+        return ok('GPU', f'{found}; this build of TensorFlow does not use it')
+    if packages.numbers(driver)[:1] < (OLDEST_DRIVER,):
+        message = f'{found} is too old for CUDA 12: it takes {OLDEST_DRIVER} or later'
+        return fail('GPU', message, 'sudo ubuntu-drivers install && sudo reboot')
+    if not imported:
+        return ok('GPU', found)
+    cuda, cudnn = imported['cuda'], imported['cudnn']
+    if not imported['gpus']:
+        libraries = f'the libraries of CUDA {cuda} and cuDNN {cudnn} are missing or do not fit'
+        message = f'{found}, but TensorFlow sees none: {libraries}'
+        return fail('GPU', message, packages.reinstall([build], install_command('gpu')))
+    seen = f'TensorFlow sees {len(imported["gpus"])}'
+    return ok('GPU', f'{found}, CUDA {cuda}, cuDNN {cudnn}; {seen}')
 
 
-def cores_finding(cores, accelerators):
-    """Processor cores, which decode and crop the pictures."""
-    found = f'{cores:g}'
+def check_cores(cores: float, accelerators: int) -> CheckResult:
+    """Checks for enough CPU cores to decode and crop the images."""
     if cores < 2 * accelerators:
-        return warn(
-            'cores',
-            f'{found} beside {accelerators} accelerators, which will wait for pictures',
-            f'{python_command()} -m inputs.service   # on other machines: see README.md, Inputs',
-        )
-    return ok('cores', found)
+        message = f'{cores:g} beside {accelerators} accelerators, which will wait for images'
+        service = f'{python_command()} -m inputs.service'
+        return warn('cores', message, f'{service}   # on other machines: see docs/scaling.md')
+    return ok('cores', f'{cores:g}')
 
 
-def cluster_finding(text):
-    """Whether TF_CONFIG is a cluster in which this worker has a place."""
-    mend = 'unset TF_CONFIG   # or write it as docs/scaling.md says'
+def check_cluster(text: str) -> CheckResult:
+    """Checks that TF_CONFIG is a cluster in which this worker has a place."""
+    fix = 'unset TF_CONFIG   # or write it as docs/scaling.md says'
     try:
         values = json.loads(text)
         if values == {}:
             return ok('TF_CONFIG', 'names no cluster: this machine trains alone')
-        jobs = {
-            job: [str(address) for address in addresses]
-            for job, addresses in values['cluster'].items()
-        }
+        jobs = {job: list(map(str, addresses)) for job, addresses in values['cluster'].items()}
         task, index = values['task']['type'], int(values['task']['index'])
-        jobs[task][index if index >= 0 else len(jobs[task])]
+        if not 0 <= index < len(jobs[task]):
+            raise IndexError(f'there is no {task} {index}')
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        return fail(
-            'TF_CONFIG',
-            f'is no cluster with a place for this worker ({type(error).__name__}: {error})',
-            mend,
-        )
-    wrong = [
-        address
-        for addresses in jobs.values()
-        for address in addresses
-        if not re.fullmatch('.+:[0-9]+', address)
-    ]
-    if wrong:
-        return fail('TF_CONFIG', f'{wrong[0]!r} is no address HOST:PORT', mend)
-    return ok('TF_CONFIG', f'{sum(map(len, jobs.values()))} workers; this is {task} {index}')
+        reason = f'{type(error).__name__}: {error}'
+        message = f'is not a cluster with a place for this worker ({reason})'
+        return fail('TF_CONFIG', message, fix)
+    addresses = [address for job in jobs.values() for address in job]
+    for address in addresses:
+        if not re.fullmatch('.+:[0-9]+', address):
+            return fail('TF_CONFIG', f'{address!r} is not an address HOST:PORT', fix)
+    return ok('TF_CONFIG', f'{len(addresses)} workers; this is {task} {index}')
 
 
-def writable_finding(workdir):
-    """Whether files can be written into the workdir, or it can be made."""
+def check_writable(workdir: str) -> CheckResult:
+    """Checks that files can be written into the workdir, or that it can be created."""
     if '://' in workdir:  # a bucket: the training process asks it when it begins
         return ok('workdir', f'{workdir} is a bucket: what is missing shows when the run begins')
     place = machine.nearest(workdir)
@@ -321,24 +335,6 @@ def writable_finding(workdir):
         with tempfile.TemporaryFile(dir=place) as file:
             file.write(b'x')
     except OSError as error:
-        return fail(
-            'workdir',
-            f'{workdir} cannot be written to: {place}: {error.strerror or error}',
-            '--workdir=DIR, a folder of yours',
-        )
+        message = f'{workdir} cannot be written to: {place}: {error.strerror or error}'
+        return fail('workdir', message, '--workdir=DIR, a folder of yours')
     return ok('workdir', f'{workdir} can be written to')
-
-
-def as_text(finding):
-    """A Finding as a line of the table, wrapped for a terminal; the command that mends it stands on a line of its own, whole."""
-    indent = ' ' * (STATUS_WIDTH + WHAT_WIDTH)
-    width = max(60, shutil.get_terminal_size().columns) if sys.stdout.isatty() else 10_000
-    head = f'{finding.status:{STATUS_WIDTH}}{finding.what:{WHAT_WIDTH}}'
-    text = textwrap.fill(
-        f'{head}{finding.found}',
-        width,
-        subsequent_indent=indent,
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
-    return f'{text}\n{indent}-> {finding.mend}' if finding.mend else text

@@ -1,24 +1,33 @@
-"""A line of the doctor's table: see diagnostics/check.py."""
+"""A row of the table that `--mode=check` prints: see diagnostics/check.py."""
 
 from typing import NamedTuple
 
+from common.errors import UserError
 
-class Finding(NamedTuple):
-    """What was looked at and what was found; where that is not well also what mends it, a command if there is one."""
+
+class CheckResult(NamedTuple):
+    """What was checked, what was found, and where that is not well what fixes it."""
 
     status: str  # 'ok', 'warn' or 'FAIL'
-    what: str
-    found: str
-    mend: str = ''
+    name: str
+    message: str
+    fix: str = ''  # a command or a flag where there is one
 
 
-def ok(what, found):
-    return Finding('ok', what, found)
+def ok(name: str, message: str) -> CheckResult:
+    return CheckResult('ok', name, message)
 
 
-def warn(what, found, mend):
-    return Finding('warn', what, found, mend)
+def warn(name: str, message: str, fix: str) -> CheckResult:
+    return CheckResult('warn', name, message, fix)
 
 
-def fail(what, found, mend):
-    return Finding('FAIL', what, found, mend)
+def fail(name: str, message: str, fix: str) -> CheckResult:
+    return CheckResult('FAIL', name, message, fix)
+
+
+def of_error(name: str, error: UserError, fix: str = '') -> CheckResult:
+    """Returns the FAIL of an error; `fix` is for one that has none itself."""
+    if not fix:
+        fix = f'see docs/config.md on {error.key}' if error.key else 'see docs/config.md'
+    return fail(name, error.problem, error.fix or fix)

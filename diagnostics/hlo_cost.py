@@ -1,10 +1,14 @@
-"""What a compiled TPU program says of itself: the text that the compiler writes has its estimate of the cycles of each instruction,
-and of each tensor whether it lives in HBM or in the chip's own memory.
+"""Reads the cost of a compiled TPU program from its text.
+
+The compiler writes its estimate of the cycles of each instruction, and for each tensor whether it
+lives in HBM or in the chip's own memory.
 """
 
 import dataclasses
 import math
 import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 BYTES = {
     'pred': 1,
@@ -43,7 +47,7 @@ CHIPS_OWN = 'S(1)'  # the memory space of VMEM; without it a tensor lives in HBM
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One that the compiler has an estimate for: usually a fusion of many operations, named by the last of them."""
+    """An instruction with an estimate: usually a fusion, named by its last operation."""
 
     cycles: int
     layer: str  # of the model; '' for what is none of it
@@ -63,7 +67,8 @@ class Program:
         memory_bytes: of HBM: arguments, results that are not arguments, temporary tensors, code.
         memory_available: bytes of HBM of a replica.
         hbm_traffic: bytes of HBM that instructions read and write.
-        all_reduce_bytes: that each instruction which sums over replicas sums. The compiler has no estimate of their time.
+        all_reduce_bytes: that each instruction which sums over replicas sums. The compiler has no
+            estimate of their time.
         instructions: the most expensive first.
     """
 
@@ -77,12 +82,12 @@ class Program:
     instructions: tuple
 
     @property
-    def cycles(self):
+    def cycles(self) -> int:
         return sum(instruction.cycles for instruction in self.instructions)
 
 
-def read_program(answer, chip):
-    """A Program from what diagnostics/tpu_compiler_worker.py wrote, for a Chip."""
+def read_program(answer: Mapping[str, Any], chip: Any) -> Program:
+    """Returns the Program that diagnostics/tpu_compiler_worker.py has written, for a Chip."""
     entry = entry_computation(answer['text'])
     memory = answer['memory']
     return Program(
@@ -107,18 +112,19 @@ def read_program(answer, chip):
     )
 
 
-def entry_computation(text):
-    """The lines of the computation that runs; what it calls is counted where it is called."""
+def entry_computation(text: str) -> list[str]:
+    """Returns the lines of the computation that runs; others count where they are called."""
     begin = text.index('\nENTRY ')
     return text[begin : text.index('\n}', begin)].splitlines()[2:]
 
 
-def instructions(entry):
+def instructions(entry: Iterable[str]) -> Iterator[Instruction]:
     """Yields each Instruction that has an estimate."""
     for line in entry:
         cycles = re.search(r'"estimated_cycles":"?(\d+)', line)
-        if cycles:
-            match, name = INSTRUCTION.match(line), re.search(r'op_name="([^"]*)"', line)
+        match = INSTRUCTION.match(line)
+        if cycles and match:
+            name = re.search(r'op_name="([^"]*)"', line)
             layer, operation, backward = split_name(name[1] if name else '')
             first = SHAPE.search(match['shape'])
             yield Instruction(
@@ -130,8 +136,12 @@ def instructions(entry):
             )
 
 
-def split_name(name):
-    """'gradient_tape/MODEL_1/BACKBONE_1/block1a_bn_1/moments/Sum' -> ('block1a_bn', 'moments/Sum', True). What Keras adds to a name that it has used is left out."""
+def split_name(name: str) -> tuple[str, str, bool]:
+    """Splits the name of an operation into (layer, operation, whether it is backward).
+
+    'gradient_tape/MODEL_1/BACKBONE_1/block1a_bn_1/moments/Sum' gives ('block1a_bn', 'moments/Sum',
+    True): what Keras adds to a name that it has used is left out.
+    """
     backward = 'gradient_tape' in name
     parts = [
         re.sub(r'_[0-9]+$', '', part)
@@ -150,8 +160,11 @@ def split_name(name):
     )
 
 
-def hbm_traffic(entry):
-    """Bytes of the operands and results of all instructions that are not in the chip's own memory; an asynchronous copy counts once."""
+def hbm_traffic(entry: Iterable[str]) -> int:
+    """Returns the bytes of all operands and results that are not in the chip's own memory.
+
+    An asynchronous copy counts once.
+    """
     shapes, total = {}, 0
     for match in filter(None, map(INSTRUCTION.match, entry)):
         shapes[match['name']] = match['shape']
@@ -160,9 +173,8 @@ def hbm_traffic(entry):
         parts = list(SHAPE.finditer(match['shape']))
         if match['kind'] == 'slice-start':  # ((source), slice, context): the slice moves
             total += tensor_bytes(parts[1])
-        elif (
-            match['kind'] == 'copy-start'
-        ):  # (destination, source, context): it moves into or out of HBM
+        elif match['kind'] == 'copy-start':
+            # (destination, source, context): it moves into or out of HBM.
             total += max(in_hbm(part[0]) for part in parts[:2])
         else:
             operands = re.findall(r'%([\w.\-]+)', match['rest'].split('), ')[0])
@@ -173,12 +185,12 @@ def hbm_traffic(entry):
     return total
 
 
-def in_hbm(shape):
-    """Bytes of the tensors of a shape that live in HBM."""
+def in_hbm(shape: str) -> int:
+    """Returns the bytes of the tensors of a shape that live in HBM."""
     return sum(
         tensor_bytes(part) for part in SHAPE.finditer(shape) if CHIPS_OWN not in (part[3] or '')
     )
 
 
-def tensor_bytes(part):
+def tensor_bytes(part: re.Match) -> int:
     return BYTES[part[1]] * math.prod(int(side) for side in part[2].split(',') if side)

@@ -1,6 +1,9 @@
-"""Whether a TPU build of TensorFlow and a libtpu fit together: the functions that one looks up are those that the other has.
+"""Checks whether a TPU build of TensorFlow and a libtpu fit together.
 
-TensorFlow asks libtpu for some 210 C functions by name when it is imported on a TPU host, and ends where one is missing.
+The functions that one looks up must be those that the other has.
+
+TensorFlow asks libtpu for some 210 C functions by name when it is imported on a TPU host, and ends
+where one is missing.
 """
 
 import mmap
@@ -10,30 +13,31 @@ import re
 from elftools.common.exceptions import ELFError
 from elftools.elf.elffile import ELFFile
 
-# TpuExecutor_Init, TfTpu_Initialize, ConfigureDistributedTpuOp_DoWork, HardwareLayout_ShapeSize, ... as a string of its own.
+# TpuExecutor_Init, TfTpu_Initialize, ConfigureDistributedTpuOp_DoWork, HardwareLayout_ShapeSize,
+# ... as a string of its own.
 FUNCTION = re.compile(
-    rb'(?<=\0)((?:[A-Za-z]*T(?:pu|PU)[A-Za-z]*|SparseCore|HardwareLayout)_[A-Z][a-z][A-Za-z0-9]*)(?=\0)'
+    rb'(?<=\0)((?:[A-Za-z]*T(?:pu|PU)[A-Za-z]*|SparseCore|HardwareLayout)'
+    rb'_[A-Z][a-z][A-Za-z0-9]*)(?=\0)'
 )
 
 
-def functions_needed(tensorflow_folder):
-    """The names that the TensorFlow in this folder looks up in libtpu, a set of str; empty for a build without TPU."""
+def functions_needed(tensorflow_folder: str) -> set[str]:
+    """Returns the names that the TensorFlow in this folder looks up in libtpu, if any."""
     path = os.path.join(tensorflow_folder, 'libtensorflow_cc.so.2')
     if not os.path.exists(path):
         return set()
     with open(path, 'rb') as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as content:
         try:
-            constants = ELFFile(file).get_section_by_name(
-                '.rodata'
-            )  # a tenth of the file: the doctor is waiting
+            # A tenth of the file: the doctor is waiting.
+            constants = ELFFile(file).get_section_by_name('.rodata')
             begin, end = constants['sh_offset'], constants['sh_offset'] + constants['sh_size']
         except ELFError:
             begin, end = 0, len(content)
         return {name.decode() for name in FUNCTION.findall(content, begin, end)}
 
 
-def functions_exported(library):
-    """The names that a shared library defines for others, a set of str."""
+def functions_exported(library: str) -> set[str]:
+    """Returns the names that a shared library defines for others."""
     with open(library, 'rb') as file:
         symbols = ELFFile(file).get_section_by_name('.dynsym').iter_symbols()
         return {symbol.name for symbol in symbols if symbol['st_shndx'] != 'SHN_UNDEF'}

@@ -1,22 +1,25 @@
-"""What is installed, without importing it: Python, the build of TensorFlow, Keras, libtpu, the other packages."""
+"""Checks what is installed, without importing it."""
 
 import importlib.metadata
 import importlib.util
 import os
 import re
 import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from common import tpu_environment
 from common.commands import install_command, python_command
-from diagnostics.check_result import fail, ok, warn
+from diagnostics.check_result import CheckResult, fail, ok, warn
 
+# All of them fill one folder.
 BUILDS = (
     'tensorflow',
     'tensorflow-cpu',
     'tensorflow-tpu',
     'tensorflow-gpu',
     'tf-nightly',
-)  # all of them fill one folder
+)
 OLDEST, NEWEST = (2, 19, 1), (2, 21)  # that the tests pass with
 FITTING_LIBTPU = {'2.19': '0.0.10', '2.20': '0.0.21.1'}  # as pyproject.toml pins
 PACKAGES = (
@@ -34,9 +37,9 @@ PACKAGES = (
 )
 
 
-def installed(names, search_path=None):
-    """{name: version} of those distributions that are there."""
-    found = {}
+def installed(names: Iterable[str], search_path: list[str] | None = None) -> dict[str, str]:
+    """Returns {name: version} of those distributions that are installed."""
+    found: dict[str, str] = {}
     for name in names:
         for distribution in importlib.metadata.distributions(
             name=name, path=sys.path if search_path is None else search_path
@@ -45,8 +48,8 @@ def installed(names, search_path=None):
     return found
 
 
-def python_finding(version=sys.version_info):
-    """Whether this Python is one that TensorFlow has builds for."""
+def check_python(version: Sequence[Any] = sys.version_info) -> CheckResult:
+    """Checks that TensorFlow has builds for this Python."""
     number = '.'.join(map(str, version[:3]))
     if (3, 10) <= tuple(version[:2]) <= (3, 13):
         return ok('Python', f'{number}, {sys.executable}')
@@ -57,8 +60,13 @@ def python_finding(version=sys.version_info):
     )
 
 
-def tensorflow_finding(accelerator, search_path=None):
-    """Which build of TensorFlow is installed, and whether it fits 'cpu', 'gpu' or 'tpu': (Finding, name or '', version)."""
+def check_tensorflow(
+    accelerator: str, search_path: list[str] | None = None
+) -> tuple[CheckResult, str, str]:
+    """Checks that one build of TensorFlow is installed, and that it fits 'cpu', 'gpu' or 'tpu'.
+
+    Returns: (result, name of the build or '', its version).
+    """
     builds, install = installed(BUILDS, search_path), install_command(accelerator)
     if len(builds) > 1:
         names = ' and '.join(f'{name} {version}' for name, version in builds.items())
@@ -112,13 +120,18 @@ def tensorflow_finding(accelerator, search_path=None):
     return found, name, version
 
 
-def reinstall(builds, install):
-    """The command that takes these builds away and then installs; what they had in common is broken by taking away one."""
+def reinstall(builds: Iterable[str], install: str) -> str:
+    """Returns the command that removes these builds and then installs.
+
+    Removing one breaks what they have in common.
+    """
     return f'{python_command()} -m pip uninstall -y {" ".join(builds)} && {install}'
 
 
-def keras_finding(version=sys.version_info, search_path=None):
-    """Keras from 3.13 on; on Python 3.10, for which that is not made, 3.12."""
+def check_keras(
+    version: Sequence[Any] = sys.version_info, search_path: list[str] | None = None
+) -> CheckResult:
+    """Checks for Keras from 3.13 on; on Python 3.10, for which that is not available, 3.12."""
     oldest, wanted = (
         ((3, 12), 'keras==3.12.4') if tuple(version[:2]) < (3, 11) else ((3, 13), 'keras==3.15.1')
     )
@@ -133,8 +146,8 @@ def keras_finding(version=sys.version_info, search_path=None):
     return ok('Keras', f'{found}, on TensorFlow')
 
 
-def packages_finding(accelerator, search_path=None):
-    """The other packages that are imported."""
+def check_packages(accelerator: str, search_path: list[str] | None = None) -> CheckResult:
+    """Checks the other packages that are imported."""
     missing = [name for name in PACKAGES if name not in installed(PACKAGES, search_path)]
     if missing:
         return fail(
@@ -143,8 +156,10 @@ def packages_finding(accelerator, search_path=None):
     return ok('packages', f'all {len(PACKAGES)} others are installed')
 
 
-def libtpu_finding(tensorflow_version, tensorflow_folder=None, library=None):
-    """Whether libtpu has all functions that tensorflow-tpu looks up: where one is missing, its import ends the process."""
+def check_libtpu(
+    tensorflow_version: str, tensorflow_folder: str | None = None, library: str | None = None
+) -> CheckResult:
+    """Checks that libtpu has all functions that tensorflow-tpu needs: else it crashes."""
     fitting = FITTING_LIBTPU.get(tensorflow_version[:4], FITTING_LIBTPU['2.20'])
     install = f'{python_command()} -m pip install libtpu=={fitting}'
     library = library or tpu_environment.libtpu_path()
@@ -155,9 +170,7 @@ def libtpu_finding(tensorflow_version, tensorflow_folder=None, library=None):
     try:
         from diagnostics import libtpu
 
-        needed = libtpu.functions_needed(
-            tensorflow_folder or os.path.dirname(importlib.util.find_spec('tensorflow').origin)
-        )
+        needed = libtpu.functions_needed(tensorflow_folder or _folder_of('tensorflow'))
         missing = sorted(needed - libtpu.functions_exported(library))
     except Exception as error:  # pyelftools is missing, or the file is no library
         return fail(
@@ -169,16 +182,25 @@ def libtpu_finding(tensorflow_version, tensorflow_folder=None, library=None):
     if missing:
         return fail(
             'libtpu',
-            f'{version or library} lacks {len(missing)} of {len(needed)} functions that tensorflow-tpu {tensorflow_version} calls, '
+            f'{version or library} lacks {len(missing)} of {len(needed)} functions that '
+            f'tensorflow-tpu {tensorflow_version} calls, '
             f'such as {missing[0]}: import tensorflow would end the process',
             install,
         )
     return ok(
         'libtpu',
-        f'{version or library} has all {len(needed)} functions that tensorflow-tpu {tensorflow_version} calls',
+        f'{version or library} has all {len(needed)} functions that tensorflow-tpu '
+        f'{tensorflow_version} calls',
     )
 
 
-def numbers(version):
+def numbers(version: str) -> tuple[int, ...]:
     """'2.20.0rc1' -> (2, 20, 0)."""
     return tuple(int(number) for number in re.findall('[0-9]+', version)[:3])
+
+
+def _folder_of(name: str) -> str:
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(f'No module named {name!r}')
+    return os.path.dirname(spec.origin)

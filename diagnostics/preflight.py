@@ -1,22 +1,31 @@
-"""What the TPU compiler says of a config, on a machine without a TPU: whether it compiles and fits, and how fast it may be. Trains nothing."""
+"""What the TPU compiler says of a config, on a machine without a TPU: does it fit, how fast is it?
+
+It trains nothing.
+"""
 
 import dataclasses
 import glob
 import inspect
 import math
 import os
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import keras
 import tensorflow as tf
+from ml_collections import ConfigDict
 
-from common.errors import ConfigError, RunError
+from common import console
+from common.errors import ConfigError, RunError, counted
 from devices.lowering import OneOfMany, lower
 from devices.strategy import resolve_jit_compile, resolve_precision
 from diagnostics.hlo_cost import Program
 from diagnostics.tpu_compiler import GIB, DoesNotFit, Topology, compile_program
 from experiment import planning
+from experiment.planning import Plan
 from experiment.session import build_state
 from inputs import augment, dataset_status
+from inputs.dataset_status import DatasetStatus
 from modeling import distillation, models, steps
 
 MOST_EXPENSIVE = 10
@@ -39,60 +48,73 @@ class EvaluationDoesNotFit(DoesNotFit):
     """It is the evaluation that needs more memory than there is."""
 
 
-def run(config, workdir, topology, largest_batch=False):
-    """Prints what the compiler says. Raises ConfigError for what a TPU cannot do; RunError where it does not compile or does not fit."""
-    topology = Topology.parse(topology)
+def run(config: ConfigDict, workdir: str, topology_name: str, largest_batch: bool = False) -> None:
+    """Prints what the compiler says.
+
+    Raises: ConfigError for what a TPU cannot do; RunError if it does not compile or does not fit.
+    """
+    topology = Topology.parse(topology_name)
     resolve_jit_compile(config.jit_compile, 'TPU')
     data = known_data(config)
-    print(
-        f'preflight for {topology}: {topology.num_chips} chip{"s" * (topology.num_chips > 1)}, {topology.num_replicas} replica{"s" * (topology.num_replicas > 1)}; '
-        'compiling takes minutes',
-        flush=True,
-    )
-    plan = planning.make_plan(
-        config, data.num_train, data.num_eval, data.num_classes, topology.num_replicas
-    )
-    print(plan.describe(), flush=True)
+    chips, replicas = counted(topology.num_chips, 'chip'), counted(topology.num_replicas, 'replica')
+    console.line(f'preflight for {topology}: {chips}, {replicas}; compiling takes minutes')
+    plan = plan_for(config, data, topology)
+    for name, text in planning.summarize(config, plan).rows().items():
+        console.row(name, text)
     try:
         flights = fly(config, plan, topology)
     except DoesNotFit as error:
-        key, what = (
-            ('eval_batch_size', 'batch of the evaluation')
-            if isinstance(error, EvaluationDoesNotFit)
-            else ('batch_size', 'batch')
-        )
+        key, what = 'batch_size', 'batch'
+        if isinstance(error, EvaluationDoesNotFit):
+            key, what = 'eval_batch_size', 'batch of the evaluation'
         raise RunError(
-            f'{config[key]:,} pictures in a {what} do not fit into {topology}: a replica needs {error}. '
-            f'{batch_that_fits(config, data, topology, error, key)}'
+            f'{config[key]:,} images in a {what} do not fit into {topology}: a replica needs '
+            f'{error}',
+            batch_that_fits(config, data, topology, error, key),
+            key,
         ) from None
-    print(describe(flights, topology))
+    console.line(describe(flights, topology))
     if largest_batch:
-        print('searching the largest batch, by compiling others', flush=True)
+        console.line('searching for the largest batch, by compiling others')
         per_replica, program = search_largest(
             config, data, topology, max(flights[:-1], key=lambda flight: flight.image_size)
         )
-        print(
-            f'largest   {per_replica:,} pictures on a replica, --config.batch_size={per_replica * topology.num_replicas}: '
-            f'{program.memory_bytes / GIB:.2f} of {program.memory_available / GIB:g} GiB'
-        )
+        memory = f'{program.memory_bytes / GIB:.2f} of {program.memory_available / GIB:g} GiB'
+        flag = f'--config.batch_size={per_replica * topology.num_replicas}'
+        console.row('largest', f'{per_replica:,} images on a replica, {flag}: {memory}')
 
 
-def known_data(config):
-    """The inputs.dataset_status.Presence of the data set; it need not be prepared. Raises RunError if nothing says how many examples it has."""
-    data = dataset_status.look(config.dataset)
-    if data.num_train is None:
+def known_data(config: ConfigDict) -> DatasetStatus:
+    """Returns the state of the data set; it need not be prepared.
+
+    Raises: RunError if nothing says how many examples it has.
+    """
+    data = dataset_status.find_status(config.dataset)
+    if data.num_train is None or data.num_eval is None:
         raise RunError(
-            f'how many examples {config.dataset.name} has is known when it is prepared: see --mode=check for the command'
+            f'how many examples {config.dataset.name} has is known when it is prepared',
+            'see --mode=check for the command',
         )
     return data
 
 
-def fly(config, plan, topology):
-    """Compiles the training step, for each picture size of the run, and the evaluation step: a list of Flight, evaluation last.
+def plan_for(config: ConfigDict, data: DatasetStatus, topology: Topology) -> Plan:
+    return planning.make_plan(
+        config,
+        data.num_train or 0,
+        data.num_eval or 0,
+        data.num_classes,
+        topology.num_replicas,
+    )
+
+
+def fly(config: ConfigDict, plan: Plan, topology: Topology) -> list[Flight]:
+    """Compiles the training step, for each image size of the run, and the evaluation step, last.
 
     Raises: DoesNotFit; EvaluationDoesNotFit; RunError.
     """
-    flights, begin = [], 0
+    flights: list[Flight] = []
+    begin = 0
     for end, stage in planning.stages(config, plan):
         program = compile_training(stage, plan, topology)
         flights.append(
@@ -124,8 +146,8 @@ def fly(config, plan, topology):
     return flights
 
 
-def compile_training(config, plan, topology):
-    """The Program of the training step that `train` runs, with its sums over all replicas."""
+def compile_training(config: ConfigDict, plan: Plan, topology: Topology) -> Program:
+    """Compiles the training step that `train` runs, with its sums over all replicas."""
     return compile_program(
         lambda: lower_training(config, plan, topology),
         topology,
@@ -134,7 +156,7 @@ def compile_training(config, plan, topology):
     )
 
 
-def compile_evaluation(config, plan, topology):
+def compile_evaluation(config: ConfigDict, plan: Plan, topology: Topology) -> Program:
     """The Program of the evaluation step."""
     return compile_program(
         lambda: lower_evaluation(config, plan, topology),
@@ -144,7 +166,7 @@ def compile_evaluation(config, plan, topology):
     )
 
 
-def lower_training(config, plan, topology):
+def lower_training(config: ConfigDict, plan: Plan, topology: Topology) -> bytes:
     strategy, state, teacher = build(config, plan, topology)
     train_step = steps.make_train_step(
         state,
@@ -173,7 +195,7 @@ def lower_training(config, plan, topology):
     )
 
 
-def lower_evaluation(config, plan, topology):
+def lower_evaluation(config: ConfigDict, plan: Plan, topology: Topology) -> bytes:
     strategy, state, _ = build(config, plan, topology)
     batch = plan.eval_batch_size // plan.num_replicas
     return lower(
@@ -183,9 +205,10 @@ def lower_evaluation(config, plan, topology):
     )
 
 
-def description(config, plan):
-    """What a program follows from: config, plan, and the code that makes it."""
-    code = ''.join(map(inspect.getsource, (build, pictures, lower_training, lower_evaluation)))
+def description(config: ConfigDict, plan: Plan) -> tuple[str, ...]:
+    """Returns what a program follows from: config, plan, and the code that makes it."""
+    functions = (build, pictures, lower_training, lower_evaluation)
+    code = ''.join(inspect.getsource(function) for function in functions)
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     for pattern in (
         'modeling/*.py',
@@ -200,27 +223,33 @@ def description(config, plan):
     return config.to_json(sort_keys=True), repr(plan), tf.__version__, keras.__version__, code
 
 
-def build(config, plan, topology):
-    """(OneOfMany, TrainState, teacher) with random weights: a program does not depend on what they are."""
+def build(
+    config: ConfigDict, plan: Plan, topology: Topology
+) -> tuple[OneOfMany, steps.TrainState, Any]:
+    """Builds (strategy, state, teacher) with random weights: a program does not depend on them."""
     keras.backend.clear_session()  # names begin anew
     policy = resolve_precision(config.precision, 'TPU')
     keras.config.set_dtype_policy(policy)
     strategy = OneOfMany(topology.num_replicas)
     with strategy.scope():
         state = build_state(models.build_model(config, plan.num_classes), config, plan, policy)
-        teacher, _ = distillation.make_teacher(
-            config, known_data(config).class_names, pretrained=False
-        )
-    return strategy, state, teacher
+        class_names = known_data(config).class_names
+        teacher = distillation.make_teacher(config, class_names, pretrained=False)
+    return strategy, state, teacher.predict if teacher else None
 
 
-def pictures(batch, size):
+def pictures(batch: int, size: int) -> tuple[tf.TensorSpec, tf.TensorSpec]:
     return tf.TensorSpec((batch, size, size, 3), tf.uint8), tf.TensorSpec((batch,), tf.int64)
 
 
-def batch_that_fits(config, data, topology, error, key):
-    """A sentence with a `key`, batch_size or eval_batch_size, that does fit: what the compiler's figure lets one expect, compiled to be sure."""
-    least = batch_multiple(config) if key == 'batch_size' else 1
+def batch_that_fits(
+    config: ConfigDict, data: DatasetStatus, topology: Topology, error: DoesNotFit, key: str
+) -> str:
+    """Returns a sentence with a `key`, batch_size or eval_batch_size, that does fit.
+
+    The compiler's figure predicts it, and compiling it makes sure.
+    """
+    least = shares(config) if key == 'batch_size' else 1
     per_replica = config[key] // topology.num_replicas
     while per_replica > least:
         expected = int(0.95 * per_replica * error.available / error.needed)
@@ -228,25 +257,35 @@ def batch_that_fits(config, data, topology, error, key):
         per_replica = max(least, expected // unit * unit)
         try:
             program = compile_with_batch(config, data, topology, per_replica, key)
-            fits = f'--config.{key}={per_replica * topology.num_replicas} does, with {program.memory_bytes / GIB:.2f} GiB'
-            return (
-                fits
-                if key == 'eval_batch_size'
-                else f'{fits}; lower schedule.peak_lr with it, or keep the batch and write --config.accumulate_steps=N'
-            )
         except DoesNotFit as again:
             error = again
-    return 'Nor does the smallest batch: take smaller pictures or a smaller model'
+            continue
+        memory = f'{program.memory_bytes / GIB:.2f} GiB'
+        fits = f'--config.{key}={per_replica * topology.num_replicas} does, with {memory}'
+        if key == 'eval_batch_size':
+            return fits
+        return (
+            f'{fits}; lower schedule.peak_lr with it, or keep the batch and write '
+            '--config.accumulate_steps=N'
+        )
+    return 'nor does the smallest batch: take smaller images or a smaller model'
 
 
-def search_largest(config, data, topology, flight):
-    """(pictures on a replica, Program) of the largest training batch that fits, by bisection to within CLOSE, from a flight that does."""
-    unit = math.lcm(MULTIPLE, batch_multiple(config))
+def search_largest(
+    config: ConfigDict, data: DatasetStatus, topology: Topology, flight: Flight
+) -> tuple[int, Program]:
+    """Returns (images on a replica, Program) of the largest training batch that fits.
+
+    It bisects to within CLOSE, from a compiled step that fits.
+    """
+    unit = math.lcm(MULTIPLE, shares(config))
     fits, program, too_many = flight.batch, flight.program, None
     while too_many is None or too_many - fits > max(unit, CLOSE * too_many):
         growth = (
             program.memory_available / program.memory_bytes
-        )  # what is kept for each picture outweighs what is not, so this is below the limit at first
+            # What is kept for each image outweighs what is not, so this is below the limit at
+            # first.
+        )
         tried = int(fits * max(1.1, growth)) if too_many is None else (fits + too_many) // 2
         tried = (max(fits + unit, tried)) // unit * unit
         try:
@@ -254,17 +293,16 @@ def search_largest(config, data, topology, flight):
         except (
             DoesNotFit,
             ConfigError,
-        ) as error:  # or the config has no such batch: there are too few examples, say
+        ) as error:
+            # Or the config has no such batch: there are too few examples, say.
             too_many, reason = tried, 'do not fit' if isinstance(error, DoesNotFit) else str(error)
-        print(
-            f'          {tried:,} pictures on a replica: {"fit" if fits == tried else reason}',
-            flush=True,
-        )
+        outcome = 'fit' if fits == tried else reason
+        console.row('', f'{tried:,} images on a replica: {outcome}')
     return fits, program
 
 
-def batch_multiple(config):
-    """Of what the examples of a replica have to be a multiple."""
+def shares(config: ConfigDict) -> int:
+    """Returns what the batch of a replica must be a multiple of."""
     return math.lcm(
         config.accumulate_steps,
         config.augment.repeats,
@@ -272,20 +310,20 @@ def batch_multiple(config):
     )
 
 
-def compile_with_batch(config, data, topology, per_replica, key):
-    """The Program of the training step, in its largest stage, or of the evaluation, with another batch."""
+def compile_with_batch(
+    config: ConfigDict, data: DatasetStatus, topology: Topology, per_replica: int, key: str
+) -> Program:
+    """Compiles the training step, in its largest stage, or the evaluation, with another batch."""
     config = config.copy_and_resolve_references()
     config[key] = per_replica * topology.num_replicas
-    plan = planning.make_plan(
-        config, data.num_train, data.num_eval, data.num_classes, topology.num_replicas
-    )
+    plan = plan_for(config, data, topology)
     if key == 'eval_batch_size':
         return compile_evaluation(config, plan, topology)
     return compile_training(planning.stages(config, plan)[-1][1], plan, topology)
 
 
-def figures(flight, topology):
-    """What follows from a flight, a dict. Rates are pictures a second on a chip, shares are of 1."""
+def figures(flight: Flight, topology: Topology) -> dict[str, Any]:
+    """Returns the figures of a compiled step: rates are images/s a chip, shares are of 1."""
     chip, program = topology.chip, flight.program
     per_chip = flight.batch * chip.replicas
     seconds = {
@@ -303,7 +341,7 @@ def figures(flight, topology):
         'hbm_mb_per_image': program.hbm_traffic / flight.batch / 1e6,
         'gflop_per_image': program.flops / flight.batch / 1e9,
         'images_per_second_per_chip': {name: per_chip / value for name, value in seconds.items()},
-        'binds': max(seconds, key=seconds.get),
+        'binds': max(seconds, key=lambda name: seconds[name]),
         'share_of_peak': seconds['matrix unit'] / max(seconds.values()),
         'all_reduces': len(program.all_reduce_bytes),
         'all_reduce_mb': sum(program.all_reduce_bytes) / 1e6,
@@ -311,12 +349,12 @@ def figures(flight, topology):
     }
 
 
-def describe(flights, topology):
-    """The table, and the most expensive instructions of the training step with the largest pictures."""
+def describe(flights: Sequence[Flight], topology: Topology) -> str:
+    """Returns the table, and the most expensive instructions for the largest images."""
     columns = [figures(flight, topology) for flight in flights]
     rows = {
         '': [flight.name for flight in flights],
-        'pictures': [f'{flight.batch:,} of {flight.image_size} px' for flight in flights],
+        'images': [f'{flight.batch:,} of {flight.image_size} px' for flight in flights],
         'compiles': [f'yes, {column["compile_seconds"]:.0f} s' for column in columns],
         'memory of a replica': [
             f'{column["memory_gib"]:.3g} of {column["memory_available_gib"]:g} GiB'
@@ -329,14 +367,15 @@ def describe(flights, topology):
             for column in columns
         ],
         'estimated cycles': [f'{column["estimated_cycles"] / 1e6:.3g} M' for column in columns],
-        'HBM traffic a picture': [f'{column["hbm_mb_per_image"]:.3g} MB' for column in columns],
-        'operations a picture': [f'{column["gflop_per_image"]:.3g} GFLOP' for column in columns],
+        'HBM traffic an image': [f'{column["hbm_mb_per_image"]:.3g} MB' for column in columns],
+        'operations an image': [f'{column["gflop_per_image"]:.3g} GFLOP' for column in columns],
     }
     for bound in columns[0]['images_per_second_per_chip']:
-        rows[f'images/s a chip, {bound}'] = [
-            f'{column["images_per_second_per_chip"][bound]:,.0f}{" <- binds" if column["binds"] == bound else ""}'
-            for column in columns
-        ]
+        cells = []
+        for column in columns:
+            binds = ' <- binds' if column['binds'] == bound else ''
+            cells.append(f'{column["images_per_second_per_chip"][bound]:,.0f}{binds}')
+        rows[f'images/s a chip, {bound}'] = cells
     rows["share of the matrix unit's peak"] = [
         f'{column["share_of_peak"]:.1%}' for column in columns
     ]
@@ -344,10 +383,7 @@ def describe(flights, topology):
     widths = [max(map(len, rows))] + [
         max(len(row[index]) for row in rows.values()) for index in range(len(flights))
     ]
-    lines = [
-        '  '.join(cell.ljust(width) for cell, width in zip((name, *row), widths)).rstrip()
-        for name, row in rows.items()
-    ]
+    lines = ['  '.join(map(str.ljust, (name, *row), widths)).rstrip() for name, row in rows.items()]
     hours = sum(column['hours'] for column in columns)
     largest = max(flights[:-1], key=lambda flight: flight.image_size)
     return os.linesep.join(
@@ -355,16 +391,19 @@ def describe(flights, topology):
             '',
             *lines,
             '',
-            f'{duration(hours)}, {hours * topology.num_chips:.3g} chip-hours: what the compiler ({flights[0].program.compiler}) estimates at {topology.chip.clock / 1e9:g} GHz.',
-            'Nothing ran on a TPU; the time that all-reduces, the host and reading pictures take is not in it.',
+            f'{duration(hours)}, {hours * topology.num_chips:.3g} chip-hours: what the compiler '
+            f'({flights[0].program.compiler}) estimates at {topology.chip.clock / 1e9:g} GHz.',
+            'Nothing ran on a TPU; the time that all-reduces, the host and reading images '
+            'take is not in it.',
             '',
-            f'the {MOST_EXPENSIVE} most expensive instructions of the training step, of {len(largest.program.instructions)}:',
+            f'the {MOST_EXPENSIVE} most expensive instructions of the training step, of '
+            f'{len(largest.program.instructions)}:',
             *expensive(largest.program),
         )
     )
 
 
-def duration(hours):
+def duration(hours: float) -> str:
     return (
         f'{hours:.3g} hours'
         if hours >= 1
@@ -374,10 +413,11 @@ def duration(hours):
     )
 
 
-def expensive(program):
+def expensive(program: Program) -> Iterator[str]:
     for instruction in program.instructions[:MOST_EXPENSIVE]:
         way = 'backward' if instruction.backward else 'forward' if instruction.layer else '-'
         yield (
-            f'{instruction.cycles / program.cycles:6.1%}  {instruction.cycles:>11,}  {way:8}  {instruction.layer or "-":24}  '
+            f'{instruction.cycles / program.cycles:6.1%}  {instruction.cycles:>11,}  {way:8}  '
+            f'{instruction.layer or "-":24}  '
             f'{instruction.operation:50}  {instruction.shape}'
         )

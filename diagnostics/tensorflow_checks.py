@@ -1,102 +1,107 @@
-"""What the doctor can find out with TensorFlow alone: devices, data set, plan, model, checkpoints. It runs in a process of its own,
-because TensorFlow can end or hang the process that imports it.
+"""The checks that need TensorFlow: devices, data set, plan, model, checkpoints.
+
+They run in a process of their own, because importing TensorFlow can crash or hang a process.
 """
 
 import math
 import os
-import re
 import shlex
+from collections.abc import Callable, Generator, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ml_collections import ConfigDict
 
 from common import machine
 from common.commands import python_command
-from diagnostics.check_result import fail, ok, warn
+from common.errors import ConfigError, UserError, one_line
+from diagnostics.check_result import CheckResult, fail, of_error, ok, warn
+
+if TYPE_CHECKING:
+    import keras
+    import tensorflow as tf
+
+    from experiment.planning import Plan
+    from inputs.dataset_status import DatasetStatus
 
 GIB = 2**30
-BATCHES = 3  # of decoded pictures on the host: one that is filled, one that waits, one that is used
-LEFT_FOR_THE_MODEL = (
-    1.5 * GIB
-)  # of host memory, beside what is read ahead: TensorFlow with a loaded model takes about as much
+BATCHES = 3  # of decoded images on the host: one is filled, one waits, one is used
+# Of host memory, beside what is read ahead: TensorFlow with a loaded model takes about as much.
+LEFT_FOR_THE_MODEL = 1.5 * GIB
 
 
-def examine(say, hear):
-    """Says {'imported': ...}, then {'checked': True} or {'mistake': why the config is wrong}, a {'finding': ...} for each row, and {'done': True}.
+def examine(send: Callable[[dict], None], receive: Callable[[], Any]) -> None:
+    """Runs the checks in a `WorkerProcess`.
 
-    It hears the config as a dict, the workdir, and after the check the number of TPU cores that were started, or 0.
+    It receives the config as a dict and the workdir, and after the check of the config the number
+    of TPU cores that were started, or 0. It sends {'imported': ...}; then {'checked': True} or
+    {'config_error': its problem, fix and key}; a {'result': ...} for each row; and {'done': True}.
     """
-    values, workdir = hear()
+    values, workdir = receive()
     import tensorflow as tf
 
     built = tf.sysconfig.get_build_info()
-    say(
-        {
-            'imported': {
-                'version': tf.__version__,
-                'gpus': [device.name for device in tf.config.list_physical_devices('GPU')],
-                'cuda': built.get('cuda_version', ''),
-                'cudnn': built.get('cudnn_version', ''),
-            }
-        }
-    )
-    from ml_collections import ConfigDict
-
-    from common.errors import ConfigError, UserError, one_line
+    imported = {
+        'version': tf.__version__,
+        'gpus': [device.name for device in tf.config.list_physical_devices('GPU')],
+        'cuda': built.get('cuda_version', ''),
+        'cudnn': built.get('cudnn_version', ''),
+    }
+    send({'imported': imported})
     from experiment import config_schema
 
     config = ConfigDict(values)
     try:
         config_schema.check_config(config)
     except ConfigError as error:
-        say({'mistake': str(error)})
+        send({'config_error': (error.problem, error.fix, error.key)})
         return
-    say({'checked': True})
-    tpu_cores = hear()
+    send({'checked': True})
+    tpu_cores = receive()
     try:
-        for finding in findings(config, workdir, tpu_cores):
-            say({'finding': finding})
-    except UserError as error:  # of something that the rest needs
-        say({'finding': of_error('config', error)})
+        for result in results(config, workdir, tpu_cores):
+            send({'result': result})
+    except UserError as error:  # in something that the remaining checks need
+        send({'result': of_error('config', error)})
     except Exception as error:
-        say(
-            {
-                'finding': fail(
-                    'config',
-                    f'{type(error).__name__}: {one_line(error)}',
-                    'the same command without --mode=check and with --verbosity=1 shows where',
-                )
-            }
-        )
-    say({'done': True})
+        fix = 'the same command without --mode=check and with --verbosity=1 shows where'
+        send({'result': fail('config', f'{type(error).__name__}: {one_line(error)}', fix)})
+    send({'done': True})
 
 
-def findings(config, workdir, tpu_cores, root='/'):
+def results(
+    config: ConfigDict, workdir: str, tpu_cores: int, root: str = '/'
+) -> Iterator[CheckResult]:
     """Yields the rows from the strategy on. Raises UserError."""
-    from common.errors import UserError
     from inputs import dataset_status
 
     replicas = tpu_cores
     if not tpu_cores:
-        finding, replicas = strategy_finding(config)
-        yield finding
+        result, replicas = check_strategy(config)
+        yield result
     elif config.jit_compile == 'true':
-        yield tpu_compile_finding(config)
+        yield check_tpu_compile(config)
     try:
-        data = dataset_status.look(config.dataset)
+        data = dataset_status.find_status(config.dataset)
     except UserError as error:
         yield of_error('data set', error)
-        yield workdir_finding(config, workdir)
+        yield check_workdir(config, workdir)
         return
-    yield data_finding(config, data)
-    yield memory_finding(config, data, root)
-    plan = yield from plan_findings(config, data, replicas)
-    checkpoint_bytes = (yield from model_findings(config, workdir, data, plan)) if plan else 0
+    yield check_data(config, data)
+    yield check_memory(config, data, root)
+    plan = yield from check_plan(config, data, replicas)
+    checkpoint_bytes = 0
+    if plan:
+        checkpoint_bytes = yield from check_model(config, workdir, data, plan)
     if checkpoint_bytes or data.room_bytes:
-        yield disk_finding(config, workdir, data, checkpoint_bytes)
-    yield workdir_finding(config, workdir)
+        yield check_disk(config, workdir, data, checkpoint_bytes)
+    yield check_workdir(config, workdir)
 
 
-def strategy_finding(config):
-    """(Finding, number of replicas). Several workers are counted, not called: they are not there yet."""
-    from common.errors import UserError
+def check_strategy(config: ConfigDict) -> tuple[CheckResult, int]:
+    """Returns the result, and the number of replicas.
+
+    Several workers are counted and not called: they are not running yet.
+    """
     from devices.strategy import (
         device_kind,
         make_strategy,
@@ -106,149 +111,146 @@ def strategy_finding(config):
     )
 
     workers = num_workers()
-    if config.strategy == 'multi_worker' or config.strategy == 'auto' and workers > 1:
+    if config.strategy == 'multi_worker' or (config.strategy == 'auto' and workers > 1):
         import tensorflow as tf
 
-        return ok(
-            'strategy', f'MultiWorkerMirroredStrategy on {workers} workers: TF_CONFIG names them'
-        ), workers * max(1, len(tf.config.list_physical_devices('GPU')))
+        devices = max(1, len(tf.config.list_physical_devices('GPU')))
+        message = f'MultiWorkerMirroredStrategy on {workers} workers: TF_CONFIG names them'
+        return ok('strategy', message), workers * devices
     try:
         strategy, reason = make_strategy(config)
     except UserError as error:
         return of_error('strategy', error), 1
     kind = device_kind(strategy)
-    compute = f'{resolve_precision(config.precision, kind)}, XLA {"on" if resolve_jit_compile(config.jit_compile, kind) else "off"}'
-    return ok('strategy', f'{reason}; {compute}'), strategy.num_replicas_in_sync
+    xla = 'on' if resolve_jit_compile(config.jit_compile, kind) else 'off'
+    precision = resolve_precision(config.precision, kind)
+    message = f'{reason}; {precision}, XLA {xla}'
+    return ok('strategy', message), strategy.num_replicas_in_sync
 
 
-def tpu_compile_finding(config):
-    """The setting that a TPU refuses."""
-    from common.errors import ConfigError
+def check_tpu_compile(config: ConfigDict) -> CheckResult:
+    """Checks a `jit_compile` that TPUs refuse."""
     from devices.strategy import resolve_jit_compile
 
     try:
         resolve_jit_compile(config.jit_compile, 'TPU')
     except ConfigError as error:
-        return fail('strategy', str(error), '--config.jit_compile=auto')
+        return of_error('strategy', error)
+    return ok('strategy', f'jit_compile={config.jit_compile}')
 
 
-def data_finding(config, data):
-    """Whether the data set is there, and if not how to get it."""
-    name = config.dataset.name
-    program = os.path.join(
-        os.path.dirname(python_command()), 'tfds'
-    )  # TFDS's own, beside this Python
-    above = os.path.expanduser(config.dataset.data_dir) or data.place.split(f'/{name}/')[0]
-    get = f'{program if os.path.exists(program) else "tfds"} build {name} --data_dir={shlex.quote(above)}   # or let the first start do it'
+def check_data(config: ConfigDict, data: 'DatasetStatus') -> CheckResult:
+    """Checks whether the data set is there, and if not says how to get it."""
+    name, place = config.dataset.name, data.place
     if data.state == 'here':
-        return ok('data set', f'{name} in {data.place}')
-    in_the_way = machine.nearest(data.place) if '://' not in data.place else ''
+        return ok('data set', f'{name} in {place}')
+    in_the_way = machine.nearest(place) if '://' not in place else ''
     if in_the_way and not (os.path.isdir(in_the_way) and os.access(in_the_way, os.W_OK)):
         return fail(
             'data set',
-            f'{name} is not prepared, and {in_the_way} is no folder that can be written to',
+            f'{name} is not prepared, and {in_the_way} is not a folder that can be written to',
             '--config.dataset.data_dir=DIR, or export TFDS_DATA_DIR=DIR',
         )
     if data.state == 'made':
-        return ok(
-            'data set',
-            f'{name}: made at the first start from what scikit-learn brings, in {data.place}',
-        )
+        source = 'created at the first start from what scikit-learn contains'
+        return ok('data set', f'{name}: {source}, in {place}')
     if data.state == 'downloaded':
-        size = (
-            f'at most {machine.gib(data.num_bytes)}'
-            if data.num_bytes
-            else 'a size that TFDS does not know'
-        )
-        return warn(
-            'data set',
-            f'{name} is not in {data.place}: the first start downloads {size} and prepares it',
-            get,
-        )
+        size = 'a size that TFDS does not know'
+        if data.num_bytes:
+            size = f'at most {machine.gib(data.num_bytes)}'
+        message = f'{name} is not in {place}: the first start downloads {size} and prepares it'
+        return warn('data set', message, _build_command(config, data))
     if data.state == 'unpacked':
-        return warn(
-            'data set',
-            f'{name} is not prepared in {data.place}, but its archives are here: the first start unpacks them, which takes hours',
-            get,
+        message = (
+            f'{name} is not prepared in {place}, but its archives are here: '
+            'the first start unpacks them, which takes hours'
         )
+        return warn('data set', message, _build_command(config, data))
     return fail(
         'data set',
-        f'{name} is not prepared in {data.place}, and its archives are not here',
+        f'{name} is not prepared in {place}, and its archives are not here',
         f'{data.how}  Or name a folder that has it: --config.dataset.data_dir=DIR',
     )
 
 
-def memory_finding(config, data, root='/'):
-    """Memory against what is read ahead, `dataset.memory_gib`, or the whole data set where that is smaller, and against batches of decoded pictures."""
+def _build_command(config: ConfigDict, data: 'DatasetStatus') -> str:
+    """Returns TFDS' command that prepares the data set."""
+    name = config.dataset.name
+    program = os.path.join(os.path.dirname(python_command()), 'tfds')  # beside this Python
+    program = program if os.path.exists(program) else 'tfds'
+    above = os.path.expanduser(config.dataset.data_dir) or data.place.split(f'/{name}/')[0]
+    folder = shlex.quote(above)
+    return f'{program} build {name} --data_dir={folder}   # or let the first start do it'
+
+
+def check_memory(config: ConfigDict, data: 'DatasetStatus', root: str = '/') -> CheckResult:
+    """Compares free memory with what is read ahead and with batches of decoded images.
+
+    `dataset.memory_gib` is read ahead, or the whole data set if that is smaller.
+    """
     from devices.strategy import num_workers
 
     free, where = machine.free_memory(root)
     budget = int(config.dataset.memory_gib * GIB)
-    need = min(budget, data.num_bytes or budget)
+    read_ahead = min(budget, data.num_bytes or budget)
     key = max(('batch_size', 'eval_batch_size'), key=config.get)
     batch = 3 * config.image_size**2 * config[key] // max(1, num_workers())
     batches = BATCHES * batch
-    found = f'{machine.gib(free)} free on {where}; {machine.gib(need)} for pictures that are read ahead, {machine.gib(batches)} for batches'
+    message = (
+        f'{machine.gib(free)} free on {where}; {machine.gib(read_ahead)} for images that are '
+        f'read ahead, {machine.gib(batches)} for batches'
+    )
     if batches > free:
         fits = max(1, config[key] // 2 ** math.ceil(math.log2(2 * batches / free)))
-        return fail(
-            'memory',
-            f'{found}: one of {config[key]:,} pictures takes {machine.gib(batch)}',
-            f'--config.{key}={fits}',
-        )
-    need += batches
+        message = f'{message}: one of {config[key]:,} images takes {machine.gib(batch)}'
+        return fail('memory', message, f'--config.{key}={fits}')
+    need = read_ahead + batches
     smaller = f'--config.dataset.memory_gib={max(0.01, free / 2 / GIB):.2g}'
     if need > free:
-        return fail(
-            'memory', f'{found} (config.dataset.memory_gib={config.dataset.memory_gib:g})', smaller
-        )
+        message = f'{message} (config.dataset.memory_gib={config.dataset.memory_gib:g})'
+        return fail('memory', message, smaller)
     if need + LEFT_FOR_THE_MODEL > free:
-        return warn(
-            'memory',
-            f'{found}, which leaves little for the model',
-            smaller
-            if need > LEFT_FOR_THE_MODEL
-            else 'end other programs, or take a larger machine',
-        )
-    return ok('memory', found)
+        can_shrink = need > LEFT_FOR_THE_MODEL
+        fix = smaller if can_shrink else 'end other programs, or take a larger machine'
+        return warn('memory', f'{message}, which leaves little for the model', fix)
+    return ok('memory', message)
 
 
-def plan_findings(config, data, replicas):
-    """The durations of the config in steps, a row for each line of the plan; returns the plan, or None where there can be none."""
-    from common.errors import ConfigError
+def check_plan(
+    config: ConfigDict, data: 'DatasetStatus', replicas: int
+) -> Generator[CheckResult, None, 'Plan | None']:
+    """Yields a row for each row of the plan; returns the plan, or None if it is impossible."""
     from experiment import planning
 
-    known = data.num_train is not None
+    num_train, num_eval = 2**20, 2**10
+    is_known = data.num_train is not None and data.num_eval is not None
+    if data.num_train is not None and data.num_eval is not None:
+        num_train, num_eval = data.num_train, data.num_eval
     try:
-        plan = planning.make_plan(
-            config,
-            data.num_train if known else 2**20,
-            data.num_eval if known else 2**10,
-            data.num_classes,
-            replicas,
-        )
+        plan = planning.make_plan(config, num_train, num_eval, data.num_classes, replicas)
     except ConfigError as error:
         yield of_error('config', error)
         return None
-    if known:
-        for line in filter(
-            None, (*plan.describe().splitlines(), planning.describe_stages(config, plan))
-        ):
-            yield ok(*line.split(None, 1))
+    if is_known:
+        for name, text in planning.summarize(config, plan).rows().items():
+            yield ok(name, text)
     else:
-        yield ok(
-            'steps',
-            f'{config.train_for} in batches of {config.batch_size:,}; the number of steps is known when the data set is prepared',
-        )
+        batches = f'{config.train_for} in batches of {config.batch_size:,}'
+        later = 'the number of steps is known when the data set is prepared'
+        yield ok('steps', f'{batches}; {later}')
     return plan
 
 
-def model_findings(config, workdir, data, plan):
-    """Parameters, where they come from, and what a picture costs; returns the bytes of a checkpoint, 0 where there can be none."""
+def check_model(
+    config: ConfigDict, workdir: str, data: 'DatasetStatus', plan: 'Plan'
+) -> Generator[CheckResult, None, int]:
+    """Yields rows on parameters, their source, and the cost of an image.
+
+    Returns: the bytes of a checkpoint, 0 if the model cannot be built.
+    """
     import keras
     import tensorflow as tf
 
-    from common.errors import UserError
     from devices.strategy import resolve_precision
     from experiment import resume
     from experiment.session import build_state
@@ -257,6 +259,7 @@ def model_findings(config, workdir, data, plan):
     kind = 'GPU' if tf.config.list_physical_devices('GPU') else 'CPU'
     policy = resolve_precision(config.precision, kind)
     keras.config.set_dtype_policy(policy)
+    teacher_cost = 0.0
     try:
         with tf.device('CPU:0'):
             model = models.build_model(config, data.num_classes)
@@ -264,147 +267,161 @@ def model_findings(config, workdir, data, plan):
             cost = forward_multiply_adds(
                 lambda images: model(images, training=False), config.image_size
             )
-            if config.model.weights and not resume.begun(workdir):  # a run that goes on has its own
-                yield weights_finding(config, model)
-            teacher, teacher_source = distillation.make_teacher(
-                config, data.class_names, pretrained=False
-            )  # nothing is downloaded here
-            teacher_cost = forward_multiply_adds(teacher, config.image_size) if teacher else 0
+            if config.model.weights and not resume.has_run(workdir):  # else the run has its own
+                yield check_weights(config, model)
+            teacher = distillation.make_teacher(config, data.class_names, pretrained=False)
+            if teacher:
+                teacher_cost = forward_multiply_adds(teacher.predict, config.image_size)
     except UserError as error:
         yield of_error('model', error)
         return 0
-    checkpoint_bytes = sum(
-        math.prod(variable.shape) * variable.dtype.size
-        for part in state.variables().values()
-        for variable in part
-    )
-    trained = sum(math.prod(variable.shape) for variable in model.trainable_variables)
+    variables = [variable for part in state.variables().values() for variable in part]
+    checkpoint_bytes = sum(_size(variable) * variable.dtype.size for variable in variables)
+    trained = sum(map(_size, model.trainable_variables))
     yield ok(
         'model',
-        f'{config.model.name} with {config.optimizer.name}: {model.count_params():,} parameters, {trained:,} of them trained; '
-        f'a checkpoint is {machine.gib(checkpoint_bytes)}',
+        f'{config.model.name} with {config.optimizer.name}: {model.count_params():,} parameters, '
+        f'{trained:,} of them trained; a checkpoint is {machine.gib(checkpoint_bytes)}',
     )
-    whole_run = (
-        f', and the whole run {2 * (3 * cost + teacher_cost) * plan.total_steps * plan.batch_size:.2g} FLOP'
-        if data.num_train
-        else ''
-    )
-    to_train = f'about three times that{f", and {in_words(teacher_cost)} of the teacher" if teacher else ""}'
-    yield ok(
-        'cost',
-        f'{in_words(cost)} for a picture of {config.image_size} pixels; to train on it takes {to_train}{whole_run}',
-    )
+    yield _cost_result(config, data, plan, cost, teacher_cost)
     if teacher:
-        yield (
-            pretrained_finding('teacher', teacher_source.name)
-            if teacher_source.is_pretrained
-            else ok('teacher', teacher_source.name)
-        )
+        check = check_pretrained if teacher.is_pretrained else ok
+        yield check('teacher', teacher.name)
     return checkpoint_bytes
 
 
-def weights_finding(config, model):
-    """Whether the model can begin with the weights that the config names. Raises UserError where it cannot."""
+def _cost_result(
+    config: ConfigDict, data: 'DatasetStatus', plan: 'Plan', cost: float, teacher_cost: float
+) -> CheckResult:
+    to_train = 'about three times that'
+    if teacher_cost:
+        to_train += f', and {in_words(teacher_cost)} of the teacher'
+    whole_run = ''
+    if data.num_train:
+        examples = plan.total_steps * plan.batch_size
+        whole_run = f', and the whole run {2 * (3 * cost + teacher_cost) * examples:.2g} FLOP'
+    return ok(
+        'cost',
+        f'{in_words(cost)} for an image of {config.image_size} pixels; '
+        f'to train on it takes {to_train}{whole_run}',
+    )
+
+
+def _size(variable: 'tf.Variable') -> int:
+    return math.prod(variable.shape)
+
+
+def check_weights(config: ConfigDict, model: 'keras.Model') -> CheckResult:
+    """Checks whether the model can start with the weights that the config names.
+
+    Raises: UserError: it cannot.
+    """
     from modeling import pretrained
+    from modeling.models import NETWORKS
     from outputs.checkpoints import find
 
     source = config.model.weights
-    if source == 'imagenet' and config.model.name != 'tiny':
-        return pretrained_finding('weights', f'{config.model.name} (imagenet)')
+    if source == 'imagenet' and config.model.name not in NETWORKS:
+        return check_pretrained('weights', f'{config.model.name} (imagenet)')
     pretrained.load_weights(model, config, [], find)
     return ok('weights', f'{source} fits {config.model.name}')
 
 
-def pretrained_finding(what, name):
-    """Of weights that keras.applications brings."""
-    folder = os.path.join(os.environ.get('KERAS_HOME') or os.path.expanduser('~/.keras'), 'models')
-    return ok(what, f'{name}: downloaded into {folder} at the first start, unless it is there')
+def check_pretrained(name: str, source: str) -> CheckResult:
+    """Says where weights that keras.applications downloads will be."""
+    home = os.environ.get('KERAS_HOME') or os.path.expanduser('~/.keras')
+    folder = os.path.join(home, 'models')
+    return ok(name, f'{source}: downloaded into {folder} at the first start, unless it is there')
 
 
-def in_words(multiply_adds):
+def in_words(multiply_adds: float) -> str:
     unit, name = (1e9, 'G') if multiply_adds >= 1e8 else (1e6, 'M')
-    return f'{multiply_adds / unit:.3g} {name} multiply-adds ({2 * multiply_adds / unit:.3g} {name}FLOP)'
+    return (
+        f'{multiply_adds / unit:.3g} {name} multiply-adds '
+        f'({2 * multiply_adds / unit:.3g} {name}FLOP)'
+    )
 
 
-def forward_multiply_adds(network, image_size):
-    """Multiply-adds of one picture, float32 [1, size, size, 3], through a network: half of the operations that TensorFlow's profiler counts."""
+def forward_multiply_adds(network: 'Callable[[tf.Tensor], tf.Tensor]', image_size: int) -> float:
+    """Returns the multiply-adds of one image, float32 [1, size, size, 3], through a network.
+
+    They are half of the operations that TensorFlow's profiler counts.
+    """
     import tensorflow as tf
-    from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
+    from tensorflow.python.framework.convert_to_constants import (
+        convert_variables_to_constants_v2,
+    )
 
     forward = tf.function(network, autograph=False).get_concrete_function(
         tf.TensorSpec([1, image_size, image_size, 3])
     )
-    graph = convert_variables_to_constants_v2(
-        forward
-    ).graph  # with what functions, such as a SavedModel's, call
+    graph = convert_variables_to_constants_v2(forward).graph  # with the functions that it calls
     profiler = tf.compat.v1.profiler
-    options = (
-        profiler.ProfileOptionBuilder(profiler.ProfileOptionBuilder.float_operation())
-        .with_empty_output()
-        .build()
-    )
+    operations = profiler.ProfileOptionBuilder.float_operation()
+    options = profiler.ProfileOptionBuilder(operations).with_empty_output().build()
     return profiler.profile(graph, options=options).total_float_ops / 2
 
 
-def disk_finding(config, workdir, data, checkpoint_bytes):
-    """Disk against the data set where it is not prepared, and the checkpoints: the last few, the best, and one that is being written."""
-    needs = [
-        ((config.keep_checkpoints + 2) * checkpoint_bytes, 'checkpoints', workdir, '--workdir=DIR'),
-        (data.room_bytes, config.dataset.name, data.place, '--config.dataset.data_dir=DIR'),
-    ]
-    systems = {}  # {(bytes free, number of the file system): needs there}
-    for need in needs:
-        if need[0] and '://' not in need[2]:
-            systems.setdefault(machine.free_disk(need[2]), []).append(need)
-    found = '; '.join(
-        f'{machine.gib(free)} free for '
-        + ' and '.join(f'{machine.gib(need)} of {name}' for need, name, *_ in of_it)
-        for (free, _), of_it in systems.items()
+class _Need(NamedTuple):
+    """What needs room on a disk, and the flag that moves it elsewhere."""
+
+    num_bytes: int
+    name: str
+    place: str
+    elsewhere: str
+
+
+def check_disk(
+    config: ConfigDict, workdir: str, data: 'DatasetStatus', checkpoint_bytes: int
+) -> CheckResult:
+    """Compares free disk space with a data set to be prepared and with the checkpoints.
+
+    These are the last few, the best, and one that is being written.
+    """
+    checkpoints = (config.keep_checkpoints + 2) * checkpoint_bytes
+    needs = (
+        _Need(checkpoints, 'checkpoints', workdir, '--workdir=DIR'),
+        _Need(data.room_bytes, config.dataset.name, data.place, '--config.dataset.data_dir=DIR'),
     )
+    systems: dict[tuple[int, int], list[_Need]] = {}  # by (bytes free, number of the file system)
+    for need in needs:
+        if need.num_bytes and '://' not in need.place:
+            systems.setdefault(machine.free_disk(need.place), []).append(need)
+    found = []
+    for (free, _), on_it in systems.items():
+        parts = ' and '.join(f'{machine.gib(need.num_bytes)} of {need.name}' for need in on_it)
+        found.append(f'{machine.gib(free)} free for {parts}')
+    message = '; '.join(found) or 'nothing is stored on this machine'
     short = [
-        max(of_it) for (free, _), of_it in systems.items() if sum(need for need, *_ in of_it) > free
+        max(on_it)
+        for (free, _), on_it in systems.items()
+        if sum(need.num_bytes for need in on_it) > free
     ]
     if not short:
-        return ok('disk', found or 'nothing is stored on this machine')
-    _, name, place, elsewhere = short[0]
-    guessed = (
-        name != 'checkpoints' and data.state == 'downloaded'
-    )  # TFDS adds up all variants that can be downloaded
-    return (warn if guessed else fail)(
-        'disk',
-        f'{found}{" at most" * guessed}',
-        f'df -h {shlex.quote(machine.nearest(place))}   # then make room there, or write {elsewhere}',
-    )
+        return ok('disk', message)
+    largest = short[0]
+    place = shlex.quote(machine.nearest(largest.place))
+    fix = f'df -h {place}   # then make room there, or write {largest.elsewhere}'
+    # TFDS adds up all variants that can be downloaded.
+    is_guess = largest.name != 'checkpoints' and data.state == 'downloaded'
+    return warn('disk', f'{message} at most', fix) if is_guess else fail('disk', message, fix)
 
 
-def workdir_finding(config, workdir):
-    """Whether what `workdir` holds, if anything, is a run of this config. Whether it can be written to is another row."""
-    from common.errors import UserError
-    from experiment.resume import begun, is_finished, require_same_config
+def check_workdir(config: ConfigDict, workdir: str) -> CheckResult:
+    """Checks whether the run in `workdir`, if any, is one of this config.
+
+    Whether the folder can be written to is another row.
+    """
+    from experiment import resume
 
     try:
-        require_same_config(config, workdir)
-        held, finished = begun(workdir), is_finished(workdir)
+        resume.require_same_config(config, workdir)
+        has_run, is_finished = resume.has_run(workdir), resume.is_finished(workdir)
     except UserError as error:
-        return of_error(
-            'run',
-            error,
-            '--workdir=DIR, a folder or gs://BUCKET/FOLDER that you can read and write',
-        )
-    return ok(
-        'run',
-        f'{workdir} {"holds the finished run of this config" if finished else "holds a run of this config, which goes on" if held else "is new"}',
-    )
-
-
-def of_error(what, error, otherwise='see what configs/default.py says of it'):
-    """A FAIL of one of our errors, whose text says what is wrong, a colon, and what to do; or names the key and the nearest value; or neither."""
-    text = str(error)
-    meant = re.match(r"config\.([\w.]+)='.*; did you mean (\S+)\?$", text)
-    if meant:
-        return fail(what, text.partition(';')[0], f'--config.{meant[1]}={meant[2]}')
-    found, _, mend = text.rpartition(': ')
-    if found and mend.count(')') == mend.count('('):
-        return fail(what, found, mend.removeprefix('write '))
-    flag = re.search(r'--\S+=\S+', text)
-    return fail(what, text, flag[0] if flag else otherwise)
+        fix = '--workdir=DIR, a folder or gs://BUCKET/FOLDER that you can read and write'
+        return of_error('run', error, fix)
+    if is_finished:
+        return ok('run', f'{workdir} holds the finished run of this config')
+    if has_run:
+        return ok('run', f'{workdir} holds a run of this config, which continues')
+    return ok('run', f'{workdir} is new')

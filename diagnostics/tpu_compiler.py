@@ -1,7 +1,8 @@
-"""The TPU compiler on a machine without a TPU: libtpu contains it, and JAX hands it a program and a topology.
+"""Compiles for a TPU on a machine without one: libtpu has the compiler, and JAX calls it.
 
-It lives in an environment of its own, made on demand from requirements/preflight.txt: its libtpu is newer than what TensorFlow's TPU
-builds can call, and its compiler estimates the cycles of a program. What is compiled is kept, so the same program is not compiled twice.
+It lives in an environment of its own, created on demand from requirements/preflight.txt: its libtpu
+is newer than what TensorFlow's TPU builds can call, and its compiler estimates the cycles of a
+program. What is compiled is kept, so the same program is not compiled twice.
 """
 
 import dataclasses
@@ -17,23 +18,32 @@ import subprocess
 import sys
 import tempfile
 import zlib
+from collections.abc import Callable
+from typing import Any
 
+from common import console
 from common.errors import ConfigError, RunError, one_line
-from diagnostics.hlo_cost import read_program
+from diagnostics.hlo_cost import Program, read_program
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PINS = os.path.join(ROOT, 'requirements', 'preflight.txt')
 WORKER = os.path.join(ROOT, 'diagnostics', 'tpu_compiler_worker.py')
 GIB = 2**30
-# How the compiler says that a program needs more memory than there is: before it has placed anything, and after.
-TOO_MUCH = r'\(([\d.]+[KMGT])\) exceeds available HBM \(([\d.]+[KMGT])\)|Used ([\d.]+[KMGT]) of ([\d.]+[KMGT]) hbm'
+# How the compiler says that a program needs more memory than there is: before it has placed
+# anything, and after.
+TOO_MUCH = (
+    r'\(([\d.]+[KMGT])\) exceeds available HBM \(([\d.]+[KMGT])\)|Used ([\d.]+[KMGT]) of '
+    r'([\d.]+[KMGT]) hbm'
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """A TPU generation. Figures of a chip as Google publishes them (cloud.google.com/tpu/docs, a page for each generation).
+    """A TPU generation.
 
-    The clock is what the peak means: peak = matrix units x side^2 multiply-adds x 2 x clock.
+    Figures of a chip as Google publishes them (cloud.google.com/tpu/docs, a page for each
+    generation). The clock follows from the peak, which is matrix units x side^2 multiply-adds x 2 x
+    clock.
     """
 
     accelerator: str  # how TPU_ACCELERATOR_TYPE begins
@@ -58,7 +68,8 @@ CHIPS = {
 }
 
 
-SHAPES = {  # in which chips are wired, by the number of dimensions; the smaller ones that can be rented
+# In which chips are wired, by the number of dimensions; the smaller ones that can be rented.
+SHAPES = {
     2: ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16)),
     3: (
         (1, 1, 1),
@@ -82,36 +93,40 @@ class Topology:
     shape: tuple
 
     @classmethod
-    def parse(cls, text):
-        """'v5e:2x2' or 'v5e' for one chip of it. Raises ConfigError."""
+    def parse(cls, text: str) -> 'Topology':
+        """Parses 'v5e:2x2', or 'v5e' for one chip of it. Raises ConfigError."""
         match = re.fullmatch(r'(v\d\w?)(?::(\d+(?:x\d+)*))?', (text or '').strip().lower())
         if not match or match[1] not in CHIPS:
             raise ConfigError(
-                f'--topology={text!r} is no TPU: write a generation and how its chips are wired, such as v5e:2x2, v4:2x2x1 or v6e for one chip; '
-                f'generations are {", ".join(CHIPS)}'
+                f'--topology={text!r} is not a TPU',
+                'write a generation and how its chips are wired, such as v5e:2x2, '
+                f'v4:2x2x1 or v6e for one chip; generations are {", ".join(CHIPS)}',
             )
         dimensions = CHIPS[match[1]].dimensions
         shape = tuple(int(side) for side in match[2].split('x')) if match[2] else (1,) * dimensions
         if shape not in SHAPES[dimensions]:
-            raise ConfigError(
-                f'--topology={text!r} is not how chips of {match[1]} are wired: write one of {", ".join("x".join(map(str, known)) for known in SHAPES[dimensions])}'
-            )
+            known = ', '.join('x'.join(map(str, sides)) for sides in SHAPES[dimensions])
+            problem = f'--topology={text!r} is not how chips of {match[1]} are wired'
+            raise ConfigError(problem, f'write one of {known}')
         return cls(match[1], shape)
 
     @property
-    def chip(self):
+    def chip(self) -> Chip:
         return CHIPS[self.generation]
 
     @property
-    def num_chips(self):
+    def num_chips(self) -> int:
         return math.prod(self.shape)
 
     @property
-    def num_replicas(self):
+    def num_replicas(self) -> int:
         return self.num_chips * self.chip.replicas
 
-    def for_compiler(self):
-        """(JAX's name, TPU_ACCELERATOR_TYPE) of the smallest topology that the compiler knows and that has these chips: one chip is one of four."""
+    def for_compiler(self) -> tuple[str, str]:
+        """JAX's name and TPU_ACCELERATOR_TYPE of the smallest known topology that has these chips.
+
+        One chip is one of four.
+        """
         shape = (
             self.shape
             if self.num_chips > 1
@@ -122,31 +137,29 @@ class Topology:
             f'{self.chip.accelerator}-{math.prod(shape) * self.chip.counted}',
         )
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f'{self.generation}:{"x".join(map(str, self.shape))}'
 
 
 class DoesNotFit(Exception):
     """The program needs more memory than a replica has: bytes `needed` and `available`."""
 
-    def __init__(self, needed, available):
+    def __init__(self, needed: float, available: float) -> None:
         super().__init__(f'{needed / GIB:.2f} of {available / GIB:.2f} GiB')
         self.needed, self.available = needed, available
 
 
-def compile_program(lower, topology, *described_by):
+def compile_program(lower: Callable[[], bytes], topology: Topology, *described_by: str) -> Program:
     """Compiles a program for all replicas of a topology.
 
     Args:
-        lower: a function that returns the program: bytes, a serialized HLO module as TensorFlow lowers a replica's step.
-        topology: Topology.
-        described_by: texts that the program follows from. With the same ones it is neither lowered nor compiled again.
-
-    Returns: a hlo_cost.Program.
+        lower: returns a serialized HLO module, as TensorFlow lowers a replica's step.
+        described_by: what the program follows from. With the same texts it is neither lowered nor
+            compiled again.
 
     Raises:
         DoesNotFit: it needs more memory than there is.
-        RunError: the compiler refuses it, with its own words; or its environment cannot be made.
+        RunError: the compiler refuses it; or its environment cannot be created.
     """
     with open(WORKER) as worker, open(PINS) as pins:
         key = hashlib.sha256(
@@ -175,8 +188,8 @@ def compile_program(lower, topology, *described_by):
     )
 
 
-def _read(path):
-    """What was kept, or None if it is not there or damaged."""
+def _read(path: str) -> dict[str, Any] | None:
+    """Returns what was kept, or None if it is missing or damaged."""
     try:
         with gzip.open(path, 'rt') as file:
             answer = json.load(file)
@@ -185,8 +198,8 @@ def _read(path):
     return answer if isinstance(answer, dict) and answer.keys() & {'error', 'text'} else None
 
 
-def _compile(python, hlo, topology):
-    """What the worker answers, a dict. Raises RunError if it dies."""
+def _compile(python: str, hlo: bytes, topology: Topology) -> dict[str, Any]:
+    """Returns the worker's answer. Raises RunError if it dies."""
     name, accelerator = topology.for_compiler()
     variables = {
         'TPU_SKIP_MDS_QUERY': '1',  # no machine of Google's has to be asked
@@ -211,24 +224,30 @@ def _compile(python, hlo, topology):
                 f'it ended with status {done.returncode}'
             ]
             raise RunError(
-                f'the TPU compiler failed ({one_line(said[-1], 400)}): if its installation is damaged, '
-                f'rm -r {shlex.quote(os.path.dirname(os.path.dirname(python)))}   # and the same command makes it again'
+                f'the TPU compiler failed ({one_line(said[-1], 400)})',
+                'if its installation is damaged, rm -r '
+                f'{shlex.quote(os.path.dirname(os.path.dirname(python)))}   # and the '
+                'same command makes it again',
             )
         with open(answer) as file:
             return json.load(file)
 
 
-def cache_folder():
+def cache_folder() -> str:
     return os.path.join(
         os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache'), 'warmstart'
     )
 
 
-def environment():
-    """The Python of the compiler's environment, which is made if it is not there. Raises RunError if it cannot be."""
+def environment() -> str:
+    """Returns the Python of the compiler's environment, which is created if needed.
+
+    Raises: RunError if it cannot be.
+    """
     if sys.version_info < (3, 11) or sys.platform != 'linux' or os.uname().machine != 'x86_64':
         raise RunError(
-            'the TPU compiler is there for Linux on x86-64 and Python 3.11 or later: run preflight on such a machine'
+            'the TPU compiler is there for Linux on x86-64 and Python 3.11 or later',
+            'run preflight on such a machine',
         )
     with open(PINS, 'rb') as file:
         pins = hashlib.sha256(file.read()).hexdigest()[:12]
@@ -247,14 +266,14 @@ def environment():
     return python
 
 
-def _is_there(python, finished):
-    """A folder that outlived the Python that made it is made again."""
+def _is_there(python: str, finished: str) -> bool:
+    """Returns whether the environment is usable; one whose Python is gone is created again."""
     return os.path.exists(finished) and os.path.exists(python)
 
 
-def _install(folder, python):
-    """Makes the compiler's environment anew. Raises RunError."""
-    print(f'installing the TPU compiler into {folder}, once', flush=True)
+def _install(folder: str, python: str) -> None:
+    """Creates the compiler's environment. Raises RunError."""
+    console.line(f'installing the TPU compiler into {folder}, once')
     commands = (
         [sys.executable, '-m', 'venv', '--clear', folder],
         [
@@ -273,5 +292,6 @@ def _install(folder, python):
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise RunError(
-                f'the TPU compiler could not be installed into {folder}: {one_line(done.stderr, 400)}'
+                f'the TPU compiler could not be installed into {folder}: '
+                f'{one_line(done.stderr, 400)}'
             )

@@ -1,4 +1,6 @@
-"""Compiles one program with libtpu: run by diagnostics/tpu_compiler.py in the compiler's environment, which has JAX and no TensorFlow.
+"""Compiles one program with libtpu.
+
+diagnostics/tpu_compiler.py runs it in the compiler's environment, which has JAX and no TensorFlow.
 
 python tpu_compiler_worker.py PROGRAM.hlo v5e:2x2 NUM_REPLICAS ANSWER.json
 """
@@ -7,6 +9,7 @@ import json
 import re
 import sys
 import time
+from typing import Any
 
 import numpy as np
 from jax._src.interpreters import mlir as jax_mlir
@@ -17,14 +20,14 @@ from jax.experimental import topologies
 MEMORY = ('argument', 'output', 'alias', 'temp', 'generated_code')
 
 
-def main(path, topology, num_replicas, answer_path):
+def main(path: str, topology: str, num_replicas: int, answer_path: str) -> None:
     with open(path, 'rb') as file:
         stable_hlo = _jax.mlir.hlo_to_stablehlo(file.read())
     with jax_mlir.make_ir_context():
-        text = ir.Module.parse(stable_hlo).operation.get_asm(
-            enable_debug_info=True
-        )  # with the names of TensorFlow's operations
-        # TensorFlow's lowering marks returned variables with a copy that the TPU compiler does not know.
+        # With the names of TensorFlow's operations.
+        text = ir.Module.parse(stable_hlo).operation.get_asm(enable_debug_info=True)
+        # TensorFlow's lowering marks returned variables with a copy that the TPU compiler does not
+        # know.
         module = ir.Module.parse(
             re.sub(r'mhlo\.copy (%\w+) : (.*)', r'stablehlo.optimization_barrier \1 : \2', text)
         )
@@ -37,6 +40,7 @@ def main(path, topology, num_replicas, answer_path):
             np.array([[device.id] for device in devices])
         )
         begin = time.monotonic()
+        answer: dict[str, Any]
         try:
             executable = devices[0].client.compile(
                 module, xla_client.DeviceList(tuple(devices)), options
@@ -56,7 +60,7 @@ def main(path, topology, num_replicas, answer_path):
         json.dump(answer, file)
 
 
-def libtpu_version():
+def libtpu_version() -> str:
     import importlib.metadata
 
     return importlib.metadata.version('libtpu')

@@ -5,14 +5,16 @@ import glob
 import os
 import shlex
 import sys
+from collections.abc import Mapping
+from typing import Any
 
-from diagnostics.check_result import fail, ok, warn
+from diagnostics.check_result import CheckResult, fail, ok, warn
 
 LOCK = '/tmp/libtpu_lockfile'
 
 
-def lock_finding(lock=LOCK, root='/'):
-    """Whether another process holds the TPU, who, and how to end it."""
+def check_lock(lock: str = LOCK, root: str = '/') -> CheckResult:
+    """Checks whether another process holds the TPU; says which, and how to end it."""
     found = users(lock, root)
     if found:
         names = '; '.join(f'process {pid}, {command}' for pid, command in found.items())
@@ -51,8 +53,8 @@ def lock_finding(lock=LOCK, root='/'):
     )
 
 
-def jax_finding(modules=sys.modules):
-    """JAX in this very process takes the TPU when it is first used, and TensorFlow cannot have it then."""
+def check_jax(modules: Mapping[str, Any] = sys.modules) -> CheckResult:
+    """Checks for JAX in this process: once used it holds the TPU, and TensorFlow fails."""
     if 'jax' in modules:
         return warn(
             'JAX',
@@ -62,8 +64,11 @@ def jax_finding(modules=sys.modules):
     return ok('JAX', 'not loaded beside TensorFlow')
 
 
-def users(lock, root='/'):
-    """{pid: command line} of the processes, this one too, that have the lock or a TPU's device file open."""
+def users(lock: str, root: str = '/') -> dict[int, str]:
+    """Returns {pid: command line} of processes that have the lock or a TPU's device file open.
+
+    This process is one of them.
+    """
     found = {}
     for descriptor in glob.glob(os.path.join(root, 'proc/[0-9]*/fd/*')):
         try:
@@ -80,10 +85,11 @@ def users(lock, root='/'):
     return dict(sorted(found.items()))
 
 
-def is_held(lock):
-    """Whether another process has locked the file; None if it may not be opened. TensorFlow locks with lockf, others with flock.
+def is_held(lock: str) -> bool | None:
+    """Returns whether another process has locked the file; None if it may not be opened.
 
-    Not for a process that has the file open itself: closing it here would give up that lock.
+    TensorFlow locks with lockf, others with flock. Not for a process that has the file open itself:
+    closing it here would give up that lock.
     """
     try:
         with open(lock, 'r+') as file:
@@ -97,8 +103,8 @@ def is_held(lock):
     return False
 
 
-def _command(root, pid):
-    def read(name):
+def _command(root: str, pid: int) -> str:
+    def read(name: str) -> bytes:
         try:
             with open(os.path.join(root, 'proc', str(pid), name), 'rb') as file:
                 return file.read()

@@ -1,10 +1,15 @@
-"""Starts the TPU in a process of its own: import, resolve, initialise, a matmul, an all-reduce. Says how far it came."""
+"""Starts the TPU in a process of its own, and says how far it came.
 
+The steps: import, resolve, initialise, a matmul, an all-reduce.
+"""
+
+import functools
 import os
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 from common import tpu_environment
-from diagnostics.worker_process import Apart
+from diagnostics.worker_process import WorkerProcess
 
 SECONDS = 180.0  # a slice of several hosts and the first compilation may take most of it
 OLDER = 'StreamExecutor'  # what TensorFlow calls the interface before PJRT
@@ -25,8 +30,13 @@ class Outcome(NamedTuple):
     reason: str = ''
 
 
-def ways(version, environ=os.environ, root='/', library=None):
-    """The ways in which this build can start, the one that `main.py` takes first.
+def ways(
+    version: str,
+    environ: Mapping[str, str] = os.environ,
+    root: str = '/',
+    library: str | None = None,
+) -> list[Way]:
+    """Returns the ways in which this build can start, first the one that `main.py` takes.
 
     Args: see `tpu_environment.pjrt_variables`.
     """
@@ -41,66 +51,67 @@ def ways(version, environ=os.environ, root='/', library=None):
     if version and version.startswith('2.19.') and library:
         return [
             older,
-            Way('PJRT', dict(zip(tpu_environment.PJRT_VARIABLES, ('TPU', 'true', library)))),
+            Way(
+                'PJRT',
+                dict(zip(tpu_environment.PJRT_VARIABLES, ('TPU', 'true', library), strict=True)),
+            ),
         ]
     return [older]
 
 
-def probe(way, name='local', seconds=SECONDS, environ=os.environ, lock='/tmp/libtpu_lockfile'):
-    """Tries one way; returns an Outcome. A step that hangs is ended with its process after `seconds`."""
+def probe(
+    way: Way,
+    name: str = 'local',
+    seconds: float = SECONDS,
+    environ: Mapping[str, str] = os.environ,
+    lock: str = '/tmp/libtpu_lockfile',
+) -> Outcome:
+    """Tries one way. A step that hangs is ended with its process after `seconds`."""
     free = not os.path.exists(lock)
     step, cores = 'start', 0
-    with Apart(
+    with WorkerProcess(
         'diagnostics.tpu_probe',
         'start_tpu',
         seconds,
         {**environ, 'TF_CPP_MIN_LOG_LEVEL': '2', **way.variables},
     ) as process:
-        process.tell(name)
+        process.send(name)
         for message in process:
             step, cores = message.get('begin', step), message.get('cores', cores)
         reason = process.end
     if reason and free and os.path.exists(lock):
-        os.remove(
-            lock
-        )  # a process that is killed leaves it behind, and the next one would stop at it
-    return (
-        Outcome(0, step, reason or 'it ended without a word')
-        if reason or not cores
-        else Outcome(cores)
-    )
+        os.remove(lock)  # a killed process leaves it behind, and the next one would stop at it
+    if reason or not cores:
+        return Outcome(0, step, reason or 'it ended without a message')
+    return Outcome(cores)
 
 
-def start_tpu(say, hear):
-    """What the process does: see `worker_process.Apart`."""
-    name = hear()
-    say({'begin': 'import'})
+def start_tpu(send: Callable[[dict], None], receive: Callable[[], Any]) -> None:
+    """Starts the TPU and computes on it, in a `WorkerProcess`."""
+    name = receive()
+    send({'begin': 'import'})
     import tensorflow as tf
 
-    say({'begin': 'resolve'})
+    send({'begin': 'resolve'})
     resolver = tf.distribute.cluster_resolver.TPUClusterResolver(tpu=name)
     tf.config.experimental_connect_to_cluster(resolver)
-    say({'begin': 'initialise'})
+    send({'begin': 'initialise'})
     tf.tpu.experimental.initialize_tpu_system(resolver)
     strategy = tf.distribute.TPUStrategy(resolver)
     cores = strategy.num_replicas_in_sync
 
-    def product():
+    def product() -> Any:
         return tf.reduce_max(tf.linalg.matmul(tf.ones([128, 128]), tf.ones([128, 128])))
 
-    def total():
+    def total() -> Any:
         return tf.distribute.get_replica_context().all_reduce(
             tf.distribute.ReduceOp.SUM, tf.ones([])
         )
 
     for step, function, right in (('matmul', product, 128), ('all-reduce', total, cores)):
-        say({'begin': step})
-        results = [
-            float(value)
-            for value in strategy.experimental_local_results(
-                tf.function(lambda: strategy.run(function), autograph=False)()
-            )
-        ]
+        send({'begin': step})
+        compiled = tf.function(functools.partial(strategy.run, function), autograph=False)
+        results = [float(value) for value in strategy.experimental_local_results(compiled())]
         if any(value != right for value in results):
             raise ArithmeticError(f'the TPU computed {results} where {right} is right')
-    say({'cores': cores})
+    send({'cores': cores})

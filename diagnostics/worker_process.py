@@ -1,5 +1,6 @@
-"""Runs what may hang, or end the process that does it, in a process of its own."""
+"""Runs what may hang, or crash the process that does it, in a process of its own."""
 
+import importlib
 import json
 import os
 import pickle
@@ -9,33 +10,50 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from common.commands import ROOT
 
-BOILERPLATE = r'Graph execution error:|Detected at node|<stack traces|\[\[\{\{node|Original stack trace'  # around TensorFlow's messages
+# Lines around TensorFlow's messages.
+BOILERPLATE = (
+    r'Graph execution error:|Detected at node|<stack traces|\[\[\{\{node|Original stack trace'
+)
+TELLING = (
+    r'([\w.]+(Error|Exception|Interrupt)\b|F[0-9]{4} )|.*(Check failed|Fatal|undefined symbol)'
+)
 
 
-class Apart:
-    """A Python process that calls `function(say, hear)` of one of our modules; iterate over it for what it says.
+class WorkerProcess:
+    """A Python process that calls a function of one of our modules; iterate over its messages.
 
-    There, `say(dict)` sends a message to this process, and `hear()` waits for what `tell` sends from here. Its own output is not shown.
+    There, `function(send, receive)` sends dicts to this process with `send`, and waits for what
+    `send` sends from here with `receive`. Its own output is not shown.
 
     Args:
         module, function: names.
-        seconds: it is ended, with all that it started, when it takes longer.
-        environ: its environment; by default this one's.
+        seconds: the process is ended, with everything it started, when it takes longer.
+        environ: its environment; by default that of this process.
 
-    After the last message `end` says why the process ended before its time, in one line, or is '' when it did not.
+    Attributes:
+        end: after the last message why the process ended early, in one line; '' if it did not.
     """
 
-    def __init__(self, module, function, seconds, environ=None):
+    def __init__(
+        self,
+        module: str,
+        function: str,
+        seconds: float,
+        environ: Mapping[str, str] | None = None,
+    ) -> None:
         begin = (
-            f'import sys; sys.path.insert(0, {ROOT!r}); from diagnostics.worker_process import answer; '
-            f'answer({module!r}, {function!r}, int(sys.argv[1]))'
+            f'import sys; sys.path.insert(0, {ROOT!r}); '
+            'from diagnostics.worker_process import serve; '
+            f'serve({module!r}, {function!r}, int(sys.argv[1]))'
         )
         read, write = os.pipe()
-        self._seconds, self._late, self.end = seconds, False, ''
-        self._errors = tempfile.TemporaryFile()
+        self._seconds, self._is_late, self.end = seconds, False, ''
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - `close` closes it
         self._process = subprocess.Popen(
             [sys.executable, '-c', begin, str(write)],
             stdin=subprocess.PIPE,
@@ -51,82 +69,80 @@ class Apart:
         self._clock.daemon = True
         self._clock.start()
 
-    def tell(self, value):
+    def send(self, value: Any) -> None:
+        assert self._process.stdin is not None
         try:
             pickle.dump(value, self._process.stdin)
             self._process.stdin.flush()
         except (BrokenPipeError, ValueError):  # it has ended: the iteration says why
             pass
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[dict[str, Any]]:
         for line in self._messages:
             yield json.loads(line)
         status = self._process.wait()
         self._clock.cancel()
         self._errors.seek(0)
-        said = last_words(self._errors.read().decode(errors='replace'))
-        if self._late:
-            self.end = f'did not end in {self._seconds:g} s, and was stopped' + (
-                f' (it said: {said})' if said else ''
-            )
-        elif status < 0:
-            self.end = f'ended by {signal.Signals(-status).name}' + (f': {said}' if said else '')
-        elif status:
-            self.end = said or f'ended with status {status}'
+        self.end = self._explain(status, last_words(self._errors.read().decode(errors='replace')))
 
-    def close(self):
-        """Ends the process if it is still there."""
+    def _explain(self, status: int, error: str) -> str:
+        """Returns why the process ended with `status`, '' for 0; `error` is its own last line."""
+        if self._is_late:
+            reason = f'did not end in {self._seconds:g} s, and was stopped'
+            return f'{reason} (it said: {error})' if error else reason
+        if status < 0:
+            reason = f'ended by {signal.Signals(-status).name}'
+            return f'{reason}: {error}' if error else reason
+        return (error or f'ended with status {status}') if status else ''
+
+    def close(self) -> None:
+        """Ends the process if it is still running."""
         self._clock.cancel()
         self._kill()
         self._process.wait()
         self._messages.close()
         self._errors.close()
 
-    def __enter__(self):
+    def __enter__(self) -> 'WorkerProcess':
         return self
 
-    def __exit__(self, *error):
+    def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _stop_late(self):
-        self._late = True
+    def _stop_late(self) -> None:
+        self._is_late = True
         self._kill()
 
-    def _kill(self):
+    def _kill(self) -> None:
         if self._process.poll() is None:
             os.killpg(self._process.pid, signal.SIGKILL)
 
 
-def answer(module, function, descriptor):
-    """The other side of `Apart`."""
-    import importlib
-
+def serve(module: str, function: str, descriptor: int) -> None:
+    """Runs the other side of `WorkerProcess`, which reads messages from `descriptor`."""
     messages = os.fdopen(descriptor, 'w')
 
-    def say(message):
+    def send(message: dict[str, Any]) -> None:
         messages.write(json.dumps(message) + '\n')
         messages.flush()
 
+    def receive() -> Any:
+        return pickle.load(sys.stdin.buffer)
+
     try:
-        getattr(importlib.import_module(module), function)(
-            say, lambda: pickle.load(sys.stdin.buffer)
-        )
+        getattr(importlib.import_module(module), function)(send, receive)
     except Exception as error:
-        lines = [
-            line for line in str(error).splitlines() if not re.match(BOILERPLATE, line.strip())
-        ]
-        sys.exit(f'{type(error).__name__}: {" ".join(" ".join(lines).split())}')
+        lines = str(error).splitlines()
+        telling = ' '.join(line for line in lines if not re.match(BOILERPLATE, line.strip()))
+        sys.exit(f'{type(error).__name__}: {" ".join(telling.split())}')
 
 
-def last_words(errors, limit=300):
-    """The line of a standard error that says what went wrong, at most `limit` characters; '' for none."""
+def last_words(errors: str, limit: int = 300) -> str:
+    """Returns the line of a standard error that says what went wrong; '' for none.
+
+    It has at most `limit` characters.
+    """
     lines = [line.strip() for line in errors.splitlines() if line.strip()]
-    telling = [
-        line
-        for line in lines
-        if re.match(
-            r'([\w.]+(Error|Exception|Interrupt)\b|F[0-9]{4} )|.*(Check failed|Fatal|undefined symbol)',
-            line,
-        )
-    ]
-    return ' '.join((telling or lines or [''])[-1].split())[:limit]
+    telling = [line for line in lines if re.match(TELLING, line)]
+    last = (telling or lines or [''])[-1]
+    return ' '.join(last.split())[:limit]

@@ -3,6 +3,9 @@
 python -m experiment.config_docs > docs/config.md
 """
 
+from typing import Any
+
+from common import console
 from common.storage import flatten
 from configs import default
 from experiment.config_schema import KEYS, Key
@@ -34,13 +37,13 @@ def as_markdown() -> str:
     return '\n'.join(parts)
 
 
-def _row(key: str, value, allowed: Key) -> str:
+def _row(key: str, value: Any, allowed: Key) -> str:
     kind = 'duration' if allowed.units else TYPES[type(value)]
     return f'| `{key}` | `{value!r}` | {kind} | {_values(allowed)} | {allowed.doc} |\n'
 
 
 def _values(allowed: Key) -> str:
-    """Says which values a key may have, '' where all of its type."""
+    """Returns which values a key may have, '' if all of its type."""
     if allowed.choices:
         return ', '.join(f'`{choice!r}`' for choice in allowed.choices)
     if allowed.units:
@@ -53,4 +56,4 @@ def _values(allowed: Key) -> str:
 
 
 if __name__ == '__main__':
-    print(as_markdown(), end='')
+    console.line(as_markdown().rstrip('\n'))

@@ -7,12 +7,14 @@ A mistake is answered at once, in one line that says what to write instead.
 
 import math
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from fractions import Fraction
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
 
 import schedules
-from common.errors import ConfigError, did_you_mean
+from common.errors import ConfigError, did_you_mean, nearest
 from common.storage import flatten
 from configs import default
 
@@ -211,7 +213,7 @@ KEYS = {
 }
 
 
-def check_config(config):
+def check_config(config: ConfigDict) -> None:
     """Locks a config that has every key, with a value it may have, and no key too many.
 
     Raises: ConfigError: it has not.
@@ -234,7 +236,7 @@ def check_config(config):
     config.lock()
 
 
-def _check_argument(key: str, value) -> None:
+def _check_argument(key: str, value: Any) -> None:
     """Raises ConfigError unless it can be an argument of the optimizer or of the curve."""
     group, _, name = key.partition('.')
     if group not in ('optimizer', 'schedule') or '.' in name:
@@ -248,7 +250,7 @@ def _check_argument(key: str, value) -> None:
         raise ConfigError(f'config.{key}={value!r} must be a number, true or false{hint}', key=key)
 
 
-def _check_type(key: str, value, default_value) -> None:
+def _check_type(key: str, value: Any, default_value: Any) -> None:
     kind = type(default_value)
     if kind is float:
         fits = isinstance(value, (float, int)) and not isinstance(value, bool)
@@ -261,11 +263,11 @@ def _check_type(key: str, value, default_value) -> None:
         raise ConfigError(f'config.{key}={value!r} has the wrong type', fix, key)
 
 
-def _check_value(key: str, value, allowed: Key) -> None:
+def _check_value(key: str, value: Any, allowed: Key) -> None:
     if allowed.choices and value not in allowed.choices:
         choices = ', '.join(map(repr, allowed.choices))
-        hint = did_you_mean(value, allowed.choices)
-        raise ConfigError(f'config.{key}={value!r} is not one of {choices}{hint}', key=key)
+        fix = f'--config.{key}={nearest(value, allowed.choices, cutoff=0)}'
+        raise ConfigError(f'config.{key}={value!r} is not one of {choices}', fix, key)
     if allowed.low is not None:
         _check_bounds(key, value, allowed.low, allowed.high)
     is_absent = allowed.optional and not value
@@ -281,7 +283,7 @@ def _check_bounds(key: str, value: float, low: float, high: float | None) -> Non
     raise ConfigError(f'config.{key}={value} is impossible', f'it must be {bounds}', key)
 
 
-def _check_curve(schedule) -> None:
+def _check_curve(schedule: ConfigDict) -> None:
     """Raises ConfigError for an argument that the curve of the learning rate does not have."""
     known = [key.removeprefix('schedule.') for key in KEYS if key.startswith('schedule.')]
     known += schedules.CURVES[schedule.name].__kwdefaults__ or ()
@@ -293,14 +295,14 @@ def _check_curve(schedule) -> None:
             raise ConfigError(f'config.{key} does not exist{hint}; {has}', key=key)
 
 
-def _check_crop_area(area) -> None:
+def _check_crop_area(area: Sequence[float]) -> None:
     key = 'augment.crop_area'
     problem = f'config.{key}={tuple(area)!r} is impossible'
     if len(area) != 2 or not all(isinstance(share, (int, float)) for share in area):
         raise ConfigError(problem, 'write two numbers, as in (0.08, 1.0)', key)
     low, high = area
     if not 0 < low <= high <= 1:
-        raise ConfigError(problem, 'two shares of the picture, 0 < low <= high <= 1', key)
+        raise ConfigError(problem, 'two shares of the image, 0 < low <= high <= 1', key)
 
 
 def _check_together(values: dict) -> None:
@@ -310,14 +312,14 @@ def _check_together(values: dict) -> None:
     if values['progressive.stages'] > 1:
         if size > values['image_size']:
             larger = f'is larger than config.image_size={values["image_size"]}'
-            raise ConfigError(f'config.{key}={size} {larger}', 'pictures grow', key)
+            raise ConfigError(f'config.{key}={size} {larger}', 'images grow', key)
         if size % 32:
             fix = 'the sizes of stages are multiples of 32'
             raise ConfigError(f'config.{key}={size} is impossible', fix, key)
     key = 'dataset.service'
     if not re.fullmatch(ADDRESSES, values[key]):
         fix = 'write HOST:PORT, and a comma between several'
-        raise ConfigError(f'config.{key}={values[key]!r} is no address', fix, key)
+        raise ConfigError(f'config.{key}={values[key]!r} is not an address', fix, key)
     for key in ('dataset.image_key', 'dataset.label_key'):
         if values[key] and values['dataset.name'] == 'folder':
             problem = f'config.{key}={values[key]!r} names a feature of a TFDS data set'
@@ -333,7 +335,9 @@ def parse_duration(key: str, text: str, units: Collection[str]) -> tuple[Fractio
     spelled = {unit: unit for unit in units}
     spelled |= {unit.removesuffix('s'): unit for unit in units}
     if match is None or len(match[1]) > 20 or match[2].lower() not in spelled:
-        raise ConfigError(f'config.{key}={text!r} is no duration', _how_to_write(text, units), key)
+        raise ConfigError(
+            f'config.{key}={text!r} is not a valid duration', _how_to_write(text, units), key
+        )
     amount, unit = Fraction(re.sub('[_,]', '', match[1])), spelled[match[2].lower()]
     if unit == '%' and amount > 100:
         problem = f'config.{key}={text!r} is more than the whole run'

@@ -1,18 +1,20 @@
-"""What `train`, `evaluate` and `export` have in common: from a config to strategy, data, plan and state."""
+"""What `train`, `evaluate` and `export` share: from a config to strategy, data, plan and state."""
 
 import dataclasses
 import math
 import os
 import random
+from collections.abc import Callable, Iterator, Sequence
 
 import keras
 import tensorflow as tf
+from ml_collections import ConfigDict
 
-from common import storage
+from common import console, storage
 from devices.strategy import (
     device_kind,
-    make_agreement,
     make_strategy,
+    make_sum_over_workers,
     resolve_jit_compile,
     resolve_precision,
     runs_as_chief,
@@ -26,69 +28,86 @@ from outputs.train_progress import Progress
 
 @dataclasses.dataclass
 class Session:
-    """Everything a verb works with."""
+    """Everything a mode works with.
 
-    config: object
+    Attributes:
+        strategy_reason: what was chosen and why.
+        kind: 'TPU', 'GPU' or 'CPU'.
+        dtype_policy: of Keras.
+        data_changes: lines on what has changed since the run began.
+        synchronize: makes unsynchronized statistics the same on all replicas; call it before
+            reading the variables.
+        is_chief: whether this process writes; of several workers one does.
+        sum_over_workers: a collective sum of numbers; every worker must call it at the same point.
+        loaded: a line on what was taken from `config.model.weights`; '' for random weights.
+    """
+
+    config: ConfigDict
     strategy: tf.distribute.Strategy
     strategy_reason: str
-    kind: str  # 'TPU', 'GPU' or 'CPU'
+    kind: str
     dtype_policy: str
     jit_compile: bool
     source: datasets.Source
-    data_changes: tuple[str, ...]  # since the run began, a line each
+    data_changes: tuple[str, ...]
     plan: planning.Plan
     state: steps.TrainState
     checkpoints: Checkpoints
-    synchronize: object  # call it before reading the variables: makes unsynchronized statistics the same on all replicas
-    is_chief: bool  # whether this process writes; of several workers one does
-    agree: object  # sums of numbers over all workers: see devices.strategy.make_agreement
-    loaded: str  # what was taken from config.model.weights, in words; '' for random weights
-    teacher: object  # a function, or None: see distillation.make_teacher
-    teacher_name: str
+    synchronize: Callable[[], None]
+    is_chief: bool
+    sum_over_workers: Callable[[Sequence[float]], list[float]]
+    loaded: str
+    teacher: distillation.Teacher | None
 
     def continue_from(self, progress: Progress) -> None:
-        """Puts plan and learning rate where a restored run stands, whatever its batches were."""
+        """Moves plan and learning rate to where a restored run stands."""
         position = progress.step, progress.examples_seen, progress.distinct_seen
         self.plan = planning.continued(self.plan, self.config, *position)
         if self.plan.ahead.updates:
             arguments = planning.schedule_arguments(self.config, self.plan)
             optimizers.shift_schedule(self.state.optimizer, arguments, self.plan.ahead.updates)
 
-    def describe(self):
-        """What was chosen and what the durations came to, as a few lines of text."""
-        lines = [
-            f'strategy  {self.strategy_reason}',
-            f'compute   {self.dtype_policy}, jit_compile {"on" if self.jit_compile else "off"}',
-            self.plan.describe(),
-            planning.describe_stages(self.config, self.plan),
+    def wait_for_all(self) -> None:
+        """Waits until every worker has come to this point."""
+        self.sum_over_workers([1])
+
+    def describe(self) -> list[tuple[str, str]]:
+        """Returns what was chosen and what the durations came to, as (name, text) of each row."""
+        xla = 'on' if self.jit_compile else 'off'
+        plan = planning.summarize(self.config, self.plan)
+        return [
+            ('strategy', self.strategy_reason),
+            ('compute', f'{self.dtype_policy}, jit_compile {xla}'),
+            *plan.rows().items(),
             *self._describe_transfer(),
-            *(f'note      {change}' for change in self.data_changes),
+            *(('note', change) for change in self.data_changes),
         ]
-        return '\n'.join(filter(None, lines))
 
-    def _describe_transfer(self):
-        config, model = self.config, self.state.model
+    def print_description(self) -> None:
+        for name, text in self.describe():
+            console.row(name, text)
+
+    def _describe_transfer(self) -> Iterator[tuple[str, str]]:
+        model, distill = self.config.model, self.config.distill
         if self.loaded:
-            yield f'weights   {self.loaded}'
-        if config.model.freeze:
-            trained, all_weights = (
-                sum(math.prod(variable.shape) for variable in variables)
-                for variables in (model.trainable_variables, models.float_variables(model))
-            )
-            frozen = (
-                'the backbone'
-                if config.model.freeze == 'backbone'
-                else f'all up to {config.model.freeze}'
-            )
-            yield f'frozen    {frozen}: {trained:,} of {all_weights:,} numbers are trained'
-        if config.model.layer_decay < 1:
-            yield f'rates     x 1 at the head, down to x {min(models.layer_lr_multipliers(model, config.model.layer_decay)):.3g} at the first layers that are trained'
+            yield 'weights', self.loaded
+        if model.freeze:
+            trained = _size(self.state.model.trainable_variables)
+            everything = _size(models.float_variables(self.state.model))
+            is_all = model.freeze == 'backbone'
+            frozen = 'the backbone' if is_all else f'everything up to {model.freeze}'
+            yield 'frozen', f'{frozen}: {trained:,} of {everything:,} numbers are trained'
+        if model.layer_decay < 1:
+            least = min(models.layer_lr_multipliers(self.state.model, model.layer_decay))
+            first = f'down to x {least:.3g} at the first layers that are trained'
+            yield 'rates', f'x 1 at the head, {first}'
         if self.teacher:
-            yield f'teacher   {self.teacher_name}; {config.distill.alpha:.0%} of the loss, temperature {config.distill.temperature:g}'
+            weight = f'{distill.alpha:.0%} of the loss, temperature {distill.temperature:g}'
+            yield 'teacher', f'{self.teacher.name}; {weight}'
 
 
-def open_session(config, workdir, trains=True):
-    """Builds what a checked config describes, in the order of the data's way.
+def open_session(config: ConfigDict, workdir: str, trains: bool = True) -> Session:
+    """Builds what a checked config describes, in the order of the data flow.
 
     Without `trains` there is no optimizer, and the data set needs no training split.
 
@@ -98,85 +117,97 @@ def open_session(config, workdir, trains=True):
     kind = device_kind(strategy)
     dtype_policy = resolve_precision(config.precision, kind)
     jit_compile = resolve_jit_compile(config.jit_compile, kind)
-    is_chief, agree = runs_as_chief(config), make_agreement(strategy)
+    is_chief, sum_over_workers = runs_as_chief(config), make_sum_over_workers(strategy)
     if not is_chief:
-        agree([1])  # the chief prepares the data first: on a disk that they share it is there then
+        # The chief prepares the data first: on a shared disk it is there then.
+        sum_over_workers([1])
     source = datasets.load(config.dataset, needs_training=trains)
     if is_chief:
-        agree([1])
+        sum_over_workers([1])
     train_examples, data_changes = resume.compare_data(source, workdir, trains)
-    train_examples = (train_examples or source.num_train) if trains else 0
     plan = planning.make_plan(
         config,
-        train_examples,
+        (train_examples or source.num_train) if trains else 0,
         source.num_eval,
         len(source.class_names),
         strategy.num_replicas_in_sync,
     )
-    random.seed(
-        config.seed
-    )  # Keras draws the seeds of its initializers from it; all else is seeded where it is drawn
+    # Keras draws the seeds of its initializers from it; all else is seeded where it is drawn.
+    random.seed(config.seed)
     keras.config.set_dtype_policy(dtype_policy)
+    loaded, teacher = '', None
     with strategy.scope():
         model = models.build_model(config, plan.num_classes)
-        loaded = load_weights(model, config, workdir, source.class_names) if trains else ''
-        state = build_state(model, config, plan, dtype_policy)
-        teacher, teacher_name = None, ''
         if trains:
-            teacher, origin = distillation.make_teacher(config, source.class_names)
-            teacher_name = origin.name
+            loaded = load_weights(model, config, workdir, source.class_names)
+        state = build_state(model, config, plan, dtype_policy)
+        if trains:
+            teacher = distillation.make_teacher(config, source.class_names)
     checkpoints = Checkpoints(
         os.path.join(workdir, 'checkpoints'),
         state.variables(),
         config.keep_checkpoints,
         writes=is_chief,
     )
-    local_statistics = plan.num_replicas > 1 and not config.model.sync_batch_norm
-    synchronize = (
-        loops.make_average_statistics(strategy, state) if local_statistics else lambda: None
-    )
+    synchronize: Callable[[], None] = _do_nothing
+    if plan.num_replicas > 1 and not config.model.sync_batch_norm:
+        synchronize = loops.make_average_statistics(strategy, state)
     return Session(
-        config,
-        strategy,
-        reason,
-        kind,
-        dtype_policy,
-        jit_compile,
-        source,
-        data_changes,
-        plan,
-        state,
-        checkpoints,
-        synchronize,
-        is_chief,
-        agree,
-        loaded,
-        teacher,
-        teacher_name,
+        config=config,
+        strategy=strategy,
+        strategy_reason=reason,
+        kind=kind,
+        dtype_policy=dtype_policy,
+        jit_compile=jit_compile,
+        source=source,
+        data_changes=data_changes,
+        plan=plan,
+        state=state,
+        checkpoints=checkpoints,
+        synchronize=synchronize,
+        is_chief=is_chief,
+        sum_over_workers=sum_over_workers,
+        loaded=loaded,
+        teacher=teacher,
     )
 
 
-def load_weights(model, config, workdir, class_names):
-    """What `config.model.weights` names goes into the model of a new run; returns what was loaded, in words.
+def load_weights(
+    model: keras.Model, config: ConfigDict, workdir: str, class_names: Sequence[str]
+) -> str:
+    """Loads what `config.model.weights` names into the model of a new run.
 
-    A run that goes on takes its own, and repeats what it said at its start.
+    A run that continues has its own weights, and repeats what it said at its start.
+
+    Returns: a line on what was loaded.
     """
     if not config.model.weights:
         return ''
-    if resume.begun(workdir) or resume.has_checkpoints(workdir):
+    if resume.has_run(workdir) or resume.has_checkpoints(workdir):
         path = os.path.join(workdir, resume.ENVIRONMENT)
         return storage.read_json(path).get('weights', '') if storage.exists(path) else ''
     return pretrained.load_weights(model, config, class_names, find)
 
 
-def build_state(model, config, plan, dtype_policy):
-    """The model with an optimizer, if the plan has updates, and what else training changes; call it in the strategy's scope."""
+def build_state(
+    model: keras.Model, config: ConfigDict, plan: planning.Plan, dtype_policy: str
+) -> steps.TrainState:
+    """Builds the state of training; call it in the strategy's scope.
+
+    It has an optimizer if the plan has updates.
+    """
     if not plan.total_steps:
         return steps.TrainState.create(model, None, config.ema_decay, scale_loss=False)
-    optimizer = optimizers.build_optimizer(
-        config, planning.schedule_arguments(config, plan), model.trainable_variables
-    )
+    arguments = planning.schedule_arguments(config, plan)
+    optimizer = optimizers.build_optimizer(config, arguments, model.trainable_variables)
     models.derive_dropout_seeds(model, config.seed, optimizer.iterations)
-    return steps.TrainState.create(
-        model, optimizer, config.ema_decay, scale_loss=dtype_policy == 'mixed_float16'
-    )
+    scale_loss = dtype_policy == 'mixed_float16'
+    return steps.TrainState.create(model, optimizer, config.ema_decay, scale_loss)
+
+
+def _size(variables: Sequence[tf.Variable]) -> int:
+    return sum(math.prod(variable.shape) for variable in variables)
+
+
+def _do_nothing() -> None:
+    pass

@@ -1,26 +1,31 @@
-"""What makes a training picture differ each time it is seen.
+"""What makes a training image differ each time it is seen.
 
-What changes where a pixel lies is done on the host, picture by picture, while it is uint8: the crop (of a JPEG only the
-crop is decoded), rotations and the like, RandAugment and TrivialAugment. What is arithmetic on whole batches is done on
-the device, inside the compiled step: flips, colours, erasing, mixing. The device draws nothing: its random numbers come
-with the batch, each a function of (seed, epoch, example), so it does not matter how many replicas share a batch.
+What changes where a pixel lies is done on the host, image by image, while it is uint8: the crop (of
+a JPEG only the crop is decoded), rotations and the like, RandAugment and TrivialAugment. What is
+arithmetic on whole batches is done on the device, inside the compiled step: flips, colours,
+erasing, mixing. The device draws nothing: its random numbers come with the batch, each a function
+of (seed, epoch, example), so it does not matter how many replicas share a batch.
 
-All of it is ours and not Keras' layers. Those draw from a state that is the same on each replica and in no checkpoint, so
-neither order nor resume could be exact; that rules out MixUp, CutMix and RandomFlip too, which are as fast as these. RandAugment there computes
-all operations for each picture and keeps one (benchmarks/augmentation.py measures them side by side).
+All of it is ours and not Keras' layers. Those draw from a state that is the same on each replica
+and in no checkpoint, so neither order nor resume could be exact; that rules out MixUp, CutMix and
+RandomFlip too, which are as fast as these. RandAugment there computes all operations for each image
+and keeps one (benchmarks/augmentation.py measures them side by side).
 """
 
 import math
+from collections.abc import Callable
 
 import tensorflow as tf
+from ml_collections import ConfigDict
 
-from inputs.image_ops import WHITE_LEVEL, decode, resize, resize_picture, to_uint8
+from inputs.image_ops import WHITE_LEVEL, decode, resize, resize_image, to_uint8
 
 LUMA = (0.299, 0.587, 0.114)  # grey from red, green and blue: ITU-R BT.601
 SEEDS = 8  # of each example: `seed + (0, n)` for n below
 GEOMETRY = ('rotate', 'shear_x', 'shear_y', 'translate_x', 'translate_y')
-# What strength 1 is, of RandAugment at magnitude 10 (Cubuk et al. 2019) and of TrivialAugment's wide space (Müller and
-# Hutter 2021): degrees, slope, share of the picture, change of a factor, bits taken away, share of the range.
+# What strength 1 is, of RandAugment at magnitude 10 (Cubuk et al. 2019) and of TrivialAugment's
+# wide space (Müller and Hutter 2021): degrees, slope, share of the image, change of a factor,
+# bits taken away, share of the range.
 RANGES = {
     'identity': (0.0, 0.0),
     'autocontrast': (0.0, 0.0),
@@ -39,19 +44,22 @@ RANGES = {
 }
 
 
-def on_host(settings, size, white_level=WHITE_LEVEL):
-    """A function of an encoded picture, string [], a seed, int64 [2], and the central share that evaluation takes.
+def on_host(
+    settings: ConfigDict, size: int, white_level: int = WHITE_LEVEL
+) -> Callable[[tf.Tensor, tf.Tensor, float], tf.Tensor]:
+    """Returns the part of `config.augment` that is done while an image is prepared.
 
-    It returns uint8 [size, size, 3]: cropped, resized, and changed as `config.augment` asks for.
+    It is a function of an encoded image, string [], a seed, int64 [2], and the central share that
+    evaluation takes, and returns uint8 [size, size, 3]: cropped, resized and changed.
     """
     moves = settings.translate or settings.rotate or settings.zoom
 
-    def prepare(encoded, seed, central_share):
+    def prepare(encoded: tf.Tensor, seed: tf.Tensor, central_share: float) -> tf.Tensor:
         if settings.crop == 'random':
             crop = random_crop(encoded, seed, settings.crop_area, size, white_level)
             image = to_uint8(resize(crop, (size, size)))
         else:
-            image = resize_picture(decode(encoded, white_level), size, central_share)
+            image = resize_image(decode(encoded, white_level), size, central_share)
         if moves:
             image = random_affine(image, seed + (0, 1), settings)
         if settings.policy.name:
@@ -61,13 +69,19 @@ def on_host(settings, size, white_level=WHITE_LEVEL):
     return prepare
 
 
-def random_crop(encoded, seed, area, size, white_level=WHITE_LEVEL):
-    """The window of a random resized crop (Szegedy et al. 2015): a share of the picture in `area`, aspect 3/4 to 4/3.
+def random_crop(
+    encoded: tf.Tensor,
+    seed: tf.Tensor,
+    area: tuple[float, float],
+    size: int,
+    white_level: int = WHITE_LEVEL,
+) -> tf.Tensor:
+    """Returns the window of a random resized crop (Szegedy et al. 2015), aspect 3/4 to 4/3.
 
     Args:
         encoded: a JPEG, PNG, GIF or BMP file, string []. Of a JPEG only the window is decoded.
         seed: int64 [2].
-        area: (low, high) shares of the picture.
+        area: (low, high) shares of the image.
         size: pixels, height and width, to which the crop will be resized.
         white_level: see `image_ops.decode`.
 
@@ -75,7 +89,7 @@ def random_crop(encoded, seed, area, size, white_level=WHITE_LEVEL):
         where both sides stay at least `size`.
     """
 
-    def window(shape):
+    def window(shape: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         begin, extent, _ = tf.image.stateless_sample_distorted_bounding_box(
             shape,
             tf.constant([[[0.0, 0.0, 1.0, 1.0]]]),
@@ -87,10 +101,10 @@ def random_crop(encoded, seed, area, size, white_level=WHITE_LEVEL):
         )
         return begin[:2], extent[:2]
 
-    def crop_jpeg():
+    def crop_jpeg() -> tf.Tensor:
         return decode_jpeg_window(encoded, *window(tf.io.extract_jpeg_shape(encoded)), size)
 
-    def crop_decoded():
+    def crop_decoded() -> tf.Tensor:
         image = decode(encoded, white_level)
         (top, left), (height, width) = map(tf.unstack, window(tf.shape(image)))
         return image[top : top + height, left : left + width]
@@ -125,37 +139,45 @@ def decode_jpeg_window(
     last = (begin + extent + ratio // 2) // ratio
     window = tf.concat([first, last - first], axis=0)
 
-    def decode_by(ratio):
+    def decode_by(ratio: int) -> Callable[[], tf.Tensor]:
         return lambda: tf.image.decode_and_crop_jpeg(encoded, window, channels=3, ratio=ratio)
 
     return tf.switch_case(chosen, [decode_by(ratio) for ratio in ratios])
 
 
-def apply_policy(image, seed, policy):
-    """RandAugment or TrivialAugment of one picture, uint8 [size, size, 3], with probability `policy.rate`.
+def apply_policy(image: tf.Tensor, seed: tf.Tensor, policy: ConfigDict) -> tf.Tensor:
+    """Applies RandAugment or TrivialAugment to an image, uint8 [size, size, 3].
 
-    `rand_augment` takes `num_ops` operations of `magnitude` (10 is what RANGES says), `trivial_augment` one of any
-    magnitude of its wide ranges.
+    It does so with probability `policy.rate`. `rand_augment` takes `num_ops` operations of
+    `magnitude` (10 is what RANGES says), `trivial_augment` one of any magnitude of its wide ranges.
     """
     wide = policy.name == 'trivial_augment'
     num_ops = 1 if wide else policy.num_ops
     names = list(RANGES)
     drawn = tf.random.stateless_uniform([1 + 3 * num_ops], seed)
     chosen = drawn[0] < policy.rate
+
+    def branch(
+        name: str, image: tf.Tensor, strength: tf.Tensor | float, sign: tf.Tensor
+    ) -> Callable[[], tf.Tensor]:
+        return lambda: apply_operation(name, image, RANGES[name][wide] * strength, sign)
+
     for index in range(num_ops):
         kind = tf.cast(drawn[3 * index + 1] * len(names), tf.int32)
         sign = tf.where(drawn[3 * index + 2] < 0.5, 1.0, -1.0)
         strength = drawn[3 * index + 3] if wide else policy.magnitude / 10
-        branches = [
-            lambda name=name: apply_operation(name, image, RANGES[name][wide] * strength, sign)
-            for name in names
-        ]
+        branches = [branch(name, image, strength, sign) for name in names]
         image = tf.switch_case(tf.where(chosen, kind, 0), branches)  # operation 0 is the identity
     return image
 
 
-def apply_operation(name, image, amount, sign):
-    """One operation of RANGES on a picture, uint8 [size, size, 3]; `sign` is 1.0 or -1.0 where it has a direction."""
+def apply_operation(
+    name: str, image: tf.Tensor, amount: tf.Tensor | float, sign: tf.Tensor | float
+) -> tf.Tensor:
+    """Applies one operation of RANGES to an image, uint8 [size, size, 3].
+
+    `sign` is 1.0 or -1.0 where the operation has a direction.
+    """
     size = tf.cast(tf.shape(image)[0], tf.float32)
     values = tf.cast(image, tf.float32)
     if name == 'identity':
@@ -173,9 +195,8 @@ def apply_operation(name, image, amount, sign):
         )
     if name == 'autocontrast':
         low, high = tf.reduce_min(values, (0, 1)), tf.reduce_max(values, (0, 1))  # [3]
-        return to_uint8(
-            tf.where(high > low, (values - low) * 255 / tf.maximum(high - low, 1), values)
-        )
+        stretched = tf.where(high > low, (values - low) * 255 / tf.maximum(high - low, 1), values)
+        return to_uint8(stretched)
     if name == 'equalize':
         return tf.stack([_equalized(channel) for channel in tf.unstack(image, axis=-1)], axis=-1)
     if name == 'posterize':
@@ -192,28 +213,34 @@ def apply_operation(name, image, amount, sign):
     return to_uint8(plain + (1 + sign * amount) * (values - plain))
 
 
-def affine(image, turn=0.0, shear_x=0.0, shear_y=0.0, left=0.0, up=0.0, zoom_x=1.0, zoom_y=1.0):
-    """Turns, shears, moves and zooms a picture, uint8 [height, width, 3], about its centre in one bilinear step.
+def affine(
+    image: tf.Tensor,
+    turn: tf.Tensor | float = 0.0,
+    shear_x: tf.Tensor | float = 0.0,
+    shear_y: tf.Tensor | float = 0.0,
+    left: tf.Tensor | float = 0.0,
+    up: tf.Tensor | float = 0.0,
+    zoom_x: tf.Tensor | float = 1.0,
+    zoom_y: tf.Tensor | float = 1.0,
+) -> tf.Tensor:
+    """Turns, shears, moves and zooms an image about its centre in one bilinear step.
 
-    Args: turn in radians, slopes, `left` and `up` in pixels, factors of the zoom; what comes in from outside is black.
+    Args:
+        image: uint8 [height, width, 3]; what comes in from outside is black.
+        turn: radians.
+        shear_x, shear_y: slopes.
+        left, up: pixels.
+        zoom_x, zoom_y: factors.
     """
     height, width = tf.unstack(tf.cast(tf.shape(image)[:2], tf.float32))
     centre_x, centre_y = (width - 1) / 2, (height - 1) / 2
-    # Where a pixel of the result comes from: turned and sheared, then zoomed, relative to the centre.
+    # Where a pixel of the result comes from, relative to the centre: turned and sheared, then
+    # zoomed.
     xx, xy = tf.cos(turn) / zoom_x, (shear_x - tf.sin(turn)) / zoom_x
     yx, yy = (shear_y + tf.sin(turn)) / zoom_y, tf.cos(turn) / zoom_y
-    transform = tf.stack(
-        [
-            xx,
-            xy,
-            centre_x - xx * centre_x - xy * centre_y + left,
-            yx,
-            yy,
-            centre_y - yx * centre_x - yy * centre_y + up,
-            0.0,
-            0.0,
-        ]
-    )
+    offset_x = centre_x - xx * centre_x - xy * centre_y + left
+    offset_y = centre_y - yx * centre_x - yy * centre_y + up
+    transform = tf.stack([xx, xy, offset_x, yx, yy, offset_y, 0.0, 0.0])
     moved = tf.raw_ops.ImageProjectiveTransformV3(
         images=image[None],
         transforms=transform[None],
@@ -225,11 +252,13 @@ def affine(image, turn=0.0, shear_x=0.0, shear_y=0.0, left=0.0, up=0.0, zoom_x=1
     return tf.ensure_shape(moved[0], image.shape)
 
 
-def draws(settings, seed):
-    """The random numbers that `on_device` needs for one example: a dict of float32 tensors, uniform in [0, 1) or of Beta."""
-    flip, jitter, erase, mix = tf.split(
-        tf.random.stateless_uniform([15], seed + (0, 3)), [1, 3, 8, 3]
-    )
+def draws(settings: ConfigDict, seed: tf.Tensor) -> dict[str, tf.Tensor]:
+    """Draws the random numbers that `on_device` needs for one example.
+
+    Returns: a dict of float32 tensors, uniform in [0, 1) or of Beta.
+    """
+    uniform = tf.random.stateless_uniform([15], seed + (0, 3))
+    flip, jitter, erase, mix = tf.split(uniform, [1, 3, 8, 3])
     drawn = {}
     if settings.flip:
         drawn['flip'] = flip
@@ -238,25 +267,30 @@ def draws(settings, seed):
     if settings.random_erasing:
         drawn['erase'] = erase
     if settings.mixup or settings.cutmix:
-        drawn['mix'] = tf.concat(
-            [mix, _beta(seed + (0, 4), settings.mixup), _beta(seed + (0, 6), settings.cutmix)], 0
-        )
+        mixup_share = _beta(seed + (0, 4), settings.mixup)
+        cutmix_share = _beta(seed + (0, 6), settings.cutmix)
+        drawn['mix'] = tf.concat([mix, mixup_share, cutmix_share], 0)
     return drawn
 
 
-def on_device(settings, num_classes):
-    """A function of images uint8 [batch, size, size, 3], labels int64 [batch] and `draws`, each float32 [batch, n].
+def on_device(
+    settings: ConfigDict, num_classes: int
+) -> Callable[[tf.Tensor, tf.Tensor, dict[str, tf.Tensor]], tuple[tf.Tensor, tf.Tensor]]:
+    """Returns the part of `config.augment` that is done inside the compiled step.
 
-    It returns images float32 in 0..255 and labels float32 [batch, num_classes]. Mixing takes neighbours: pictures 0 and 1,
-    2 and 3, and so on, so the batch of a replica must be even.
+    It is a function of images uint8 [batch, size, size, 3], labels int64 [batch] and `draws`, each
+    float32 [batch, n], and returns images float32 in 0..255 and labels float32 [batch,
+    num_classes]. Mixing takes neighbours: images 0 and 1, 2 and 3, and so on, so the batch of a
+    replica must be even.
     """
 
-    def change(images, labels, drawn):
+    def change(
+        images: tf.Tensor, labels: tf.Tensor, drawn: dict[str, tf.Tensor]
+    ) -> tuple[tf.Tensor, tf.Tensor]:
         labels = tf.one_hot(labels, num_classes)
         if settings.flip:  # while a pixel is a byte
-            images = tf.where(
-                drawn['flip'][:, :, None, None] < 0.5, images, tf.reverse(images, [2])
-            )
+            stays = drawn['flip'][:, :, None, None] < 0.5
+            images = tf.where(stays, images, tf.reverse(images, [2]))
         images = tf.cast(images, tf.float32)
         if settings.color_jitter:
             images = jitter(images, 1 + settings.color_jitter * (2 * drawn['jitter'] - 1))
@@ -269,7 +303,7 @@ def on_device(settings, num_classes):
     return change
 
 
-def jitter(images, factors):
+def jitter(images: tf.Tensor, factors: tf.Tensor) -> tf.Tensor:
     """Multiplies brightness, contrast and saturation by `factors`, float32 [batch, 3]."""
     brightness, contrast, saturation = (
         factor[:, None, None, None] for factor in tf.unstack(factors, axis=1)
@@ -282,61 +316,52 @@ def jitter(images, factors):
     return tf.clip_by_value(grey + saturation * (images - grey), 0, 255)
 
 
-def erase(images, drawn, probability):
-    """Fills a rectangle with one random colour (Zhong et al. 2020): 2 to 33 % of the picture, aspect 0.3 to 1 / 0.3."""
+def erase(images: tf.Tensor, drawn: tf.Tensor, probability: float) -> tf.Tensor:
+    """Fills a rectangle with one random colour (Zhong et al. 2020).
+
+    It is 2 to 33 % of the image, its aspect 0.3 to 1 / 0.3.
+    """
     area, aspect = 0.02 + 0.31 * drawn[:, 1], tf.exp(math.log(0.3) * (1 - 2 * drawn[:, 2]))
-    inside = _rectangle(
-        tf.shape(images),
-        tf.minimum(1.0, tf.sqrt(area * aspect)),
-        tf.minimum(1.0, tf.sqrt(area / aspect)),
-        drawn[:, 3],
-        drawn[:, 4],
-    )
-    return tf.where(
-        inside & (drawn[:, 0] < probability)[:, None, None, None],
-        255 * drawn[:, None, None, 5:8],
-        images,
-    )
+    height = tf.minimum(1.0, tf.sqrt(area * aspect))
+    width = tf.minimum(1.0, tf.sqrt(area / aspect))
+    inside = _rectangle(tf.shape(images), height, width, drawn[:, 3], drawn[:, 4])
+    is_erased = inside & (drawn[:, 0] < probability)[:, None, None, None]
+    return tf.where(is_erased, 255 * drawn[:, None, None, 5:8], images)
 
 
-def mix(images, labels, drawn, mixup, cutmix):
-    """Mixup (Zhang et al. 2018) or CutMix (Yun et al. 2019) of neighbours; with both, each pair takes one by a coin."""
+def mix(
+    images: tf.Tensor, labels: tf.Tensor, drawn: tf.Tensor, mixup: float, cutmix: float
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Mixes neighbours by Mixup (Zhang et al. 2018) or CutMix (Yun et al. 2019).
+
+    With both, each pair takes one of them by a coin.
+    """
     drawn = tf.repeat(drawn[::2], 2, axis=0)  # a pair shares its numbers
     coin, across, down, mixup_share, cutmix_share = tf.unstack(drawn, axis=1)  # [batch]
     shape = tf.shape(images)
-    other_images = tf.reshape(
-        tf.reverse(tf.reshape(images, [-1, 2, shape[1], shape[2], 3]), [1]), shape
-    )
-    other_labels = tf.reshape(
-        tf.reverse(tf.reshape(labels, [-1, 2, labels.shape[1]]), [1]), tf.shape(labels)
-    )
-    takes_mixup = coin < (0.5 if mixup and cutmix else 1.0 if mixup else 0.0)
+    pairs = tf.reshape(images, [-1, 2, shape[1], shape[2], 3])
+    other_images = tf.reshape(tf.reverse(pairs, [1]), shape)
+    pairs = tf.reshape(labels, [-1, 2, labels.shape[1]])
+    other_labels = tf.reshape(tf.reverse(pairs, [1]), tf.shape(labels))
+    takes_mixup = coin < 0.5
     if mixup:
         blended = other_images + mixup_share[:, None, None, None] * (images - other_images)
+        mixed, share = blended, mixup_share
     if cutmix:
         side = tf.sqrt(1 - cutmix_share)
         inside = _rectangle(shape, side, side, across, down)
         cut = tf.where(inside, other_images, images)
         kept = 1 - tf.reduce_mean(tf.cast(inside, tf.float32), (1, 2, 3))  # counted in whole pixels
-    mixed = (
-        tf.where(takes_mixup[:, None, None, None], blended, cut)
-        if mixup and cutmix
-        else blended
-        if mixup
-        else cut
-    )
-    share = (
-        tf.where(takes_mixup, mixup_share, kept)
-        if mixup and cutmix
-        else mixup_share
-        if mixup
-        else kept
-    )[:, None]
+        mixed, share = cut, kept
+    if mixup and cutmix:
+        mixed = tf.where(takes_mixup[:, None, None, None], blended, cut)
+        share = tf.where(takes_mixup, mixup_share, kept)
+    share = share[:, None]
     return mixed, share * labels + (1 - share) * other_labels
 
 
-def random_affine(image, seed, settings):
-    """Random translation, rotation and zoom, each at most its share both ways."""
+def random_affine(image: tf.Tensor, seed: tf.Tensor, settings: ConfigDict) -> tf.Tensor:
+    """Moves, turns and zooms an image at random, each by at most its share both ways."""
     by = tf.random.stateless_uniform([5], seed, -1.0, 1.0)
     height, width = tf.unstack(tf.cast(tf.shape(image)[:2], tf.float32))
     zoom_x, zoom_y = 1 + by[3] * settings.zoom, 1 + by[4] * settings.zoom
@@ -353,7 +378,7 @@ def random_affine(image, seed, settings):
 
 
 def _without_details(image: tf.Tensor, zoom: tf.Tensor) -> tf.Tensor:
-    """Takes out of a picture what will be too small to see at `zoom`, float32 [2], down and across.
+    """Takes out of an image what will be too small to see at `zoom`, float32 [2], down and across.
 
     `affine` takes each pixel from the nearest two by two, so it skips none down to a zoom of 1/2.
     Below that, a side is averaged to as many pixels as it will have.
@@ -364,53 +389,48 @@ def _without_details(image: tf.Tensor, zoom: tf.Tensor) -> tf.Tensor:
     return tf.ensure_shape(to_uint8(resize(coarse, shape)), image.shape)
 
 
-def _rectangle(shape, height, width, down, across):
-    """Whether a pixel lies in a rectangle, bool [batch, height, width, 1]; sides and place are shares, float32 [batch]."""
+def _rectangle(
+    shape: tf.Tensor, height: tf.Tensor, width: tf.Tensor, down: tf.Tensor, across: tf.Tensor
+) -> tf.Tensor:
+    """Returns whether a pixel lies in a rectangle, bool [batch, height, width, 1].
 
-    def covers(pixels, side, place):
-        centres = (tf.cast(tf.range(pixels), tf.float32) + 0.5) / tf.cast(
-            pixels, tf.float32
-        )  # [pixels]
+    Sides and place are shares, float32 [batch].
+    """
+
+    def covers(pixels: tf.Tensor, side: tf.Tensor, place: tf.Tensor) -> tf.Tensor:
+        steps = tf.cast(tf.range(pixels), tf.float32) + 0.5
+        centres = steps / tf.cast(pixels, tf.float32)  # [pixels]
         begin = (place * (1 - side))[:, None]
         return (centres >= begin) & (centres < begin + side[:, None])  # [batch, pixels]
 
-    return (
-        covers(shape[1], height, down)[:, :, None, None]
-        & covers(shape[2], width, across)[:, None, :, None]
-    )
+    rows = covers(shape[1], height, down)[:, :, None, None]
+    return rows & covers(shape[2], width, across)[:, None, :, None]
 
 
-def _beta(seed, alpha):
-    """One draw from Beta(alpha, alpha), float32 [1]: a ratio of two Gamma draws; 1 where alpha is 0."""
+def _beta(seed: tf.Tensor, alpha: float) -> tf.Tensor:
+    """Draws from Beta(alpha, alpha), float32 [1], by two Gamma draws; 1 where alpha is 0."""
     if not alpha:
         return tf.ones([1])
     one, other = (tf.random.stateless_gamma([1], seed + (0, part), alpha) for part in (0, 1))
     return tf.where(one + other > 0, one / (one + other), 1.0)
 
 
-def _equalized(channel):
-    """Histogram equalization of uint8 [height, width], as in PIL.ImageOps.equalize."""
+def _equalized(channel: tf.Tensor) -> tf.Tensor:
+    """Equalizes the histogram of uint8 [height, width], as PIL.ImageOps.equalize does."""
     histogram = tf.math.bincount(tf.cast(channel, tf.int32), minlength=256, maxlength=256)
     last = tf.reduce_max(tf.where(histogram > 0, tf.range(256), 0))
     step = (tf.reduce_sum(histogram) - histogram[last]) // 255
     table = (tf.cumsum(histogram, exclusive=True) + step // 2) // tf.maximum(step, 1)
-    return tf.where(
-        step == 0,
-        channel,
-        tf.cast(tf.gather(tf.clip_by_value(table, 0, 255), tf.cast(channel, tf.int32)), tf.uint8),
-    )
+    equalized = tf.gather(tf.clip_by_value(table, 0, 255), tf.cast(channel, tf.int32))
+    return tf.where(step == 0, channel, tf.cast(equalized, tf.uint8))
 
 
-def _smoothed(values):
-    """PIL's SMOOTH filter, float32 [height, width, 3]; the outermost pixels stay."""
+def _smoothed(values: tf.Tensor) -> tf.Tensor:
+    """Applies PIL's SMOOTH filter to float32 [height, width, 3]; the outermost pixels stay."""
     kernel = tf.constant([[1.0, 1, 1], [1, 5, 1], [1, 1, 1]]) / 13
-    inner = tf.nn.depthwise_conv2d(
-        values[None], tf.tile(kernel[:, :, None, None], [1, 1, 3, 1]), [1, 1, 1, 1], 'VALID'
-    )[0]
+    kernels = tf.tile(kernel[:, :, None, None], [1, 1, 3, 1])
+    inner = tf.nn.depthwise_conv2d(values[None], kernels, [1, 1, 1, 1], 'VALID')[0]
     height, width = tf.unstack(tf.shape(values)[:2])
-    edge = tf.pad(
-        tf.zeros([height - 2, width - 2, 1], tf.bool),
-        [[1, 1], [1, 1], [0, 0]],
-        constant_values=True,
-    )
-    return tf.where(edge, values, tf.pad(inner, [[1, 1], [1, 1], [0, 0]]))
+    border = [[1, 1], [1, 1], [0, 0]]
+    edge = tf.pad(tf.zeros([height - 2, width - 2, 1], tf.bool), border, constant_values=True)
+    return tf.where(edge, values, tf.pad(inner, border))

@@ -2,18 +2,21 @@
 
 import dataclasses
 import os
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import tensorflow as tf
 import tensorflow_datasets as tfds
+from ml_collections import ConfigDict
 
 from common.errors import RunError, one_line
 from inputs import datasets, image_folder, record_index, tfds_checks, tfds_features
 from inputs.digits import Digits
 
-ARCHIVES = {
-    'imagenet2012': ('ILSVRC2012_img_train.tar', 'ILSVRC2012_img_val.tar')
-}  # that are put there by hand; of others TFDS knows the page only
-SIZES = {  # of the splits of what configs/ names, for before they are prepared. Source: the catalog of TFDS
+# That are put there by hand; of others TFDS knows the page only.
+ARCHIVES = {'imagenet2012': ('ILSVRC2012_img_train.tar', 'ILSVRC2012_img_val.tar')}
+# Of the splits of what configs/ names, for before they are prepared. Source: the catalog of TFDS.
+SIZES = {
     'cifar10': {'train': 50_000, 'test': 10_000},
     'digits': {'train': Digits.NUM_EXAMPLES - Digits.NUM_TEST, 'test': Digits.NUM_TEST},
     'imagenet2012': {'train': 1_281_167, 'validation': 50_000},
@@ -23,16 +26,20 @@ SIZES = {  # of the splits of what configs/ names, for before they are prepared.
 
 
 @dataclasses.dataclass(frozen=True)
-class Presence:
+class DatasetStatus:
     """What is known of a data set.
 
     Attributes:
-        state: 'here', 'made' (from what is installed), 'downloaded' (at the first start), 'unpacked' (archives that are here), or 'missing'.
+        state: 'here', 'made' (from what is installed), 'downloaded' (at the first start),
+            'unpacked' (archives that are here), or 'missing'.
         place: the folder where it is, or is looked for.
-        class_names: in the order of the labels; numbers where TFDS learns them while it prepares the data.
+        class_names: in the order of the labels; numbers where TFDS learns them while it prepares
+            the data.
         num_train, num_eval: examples, or None where only preparing it will tell.
-        num_bytes: of its pictures as they are stored, or None; before it is prepared, what is downloaded: pictures stay as compressed as they were.
-        room_bytes: of disk that preparing it takes, at most: the archives, what comes out of them, what is made of that.
+        num_bytes: of its images as they are stored, or None; before it is prepared, what is
+            downloaded: images stay as compressed as they were.
+        room_bytes: of disk that preparing it takes, at most: the archives, what comes out of them,
+            what is made of that.
         how: for a person: how to get it.
     """
 
@@ -46,19 +53,19 @@ class Presence:
     how: str = ''
 
     @property
-    def num_classes(self):
+    def num_classes(self) -> int:
         return len(self.class_names)
 
 
-def look(dataset_config):
-    """The Presence of `config.dataset`.
+def find_status(dataset_config: ConfigDict) -> DatasetStatus:
+    """Returns the state of `config.dataset`.
 
     Raises: ConfigError, RunError: as `datasets.load` does, for what can be known without decoding
         the files of a folder, or preparing a data set.
     """
     if dataset_config.name == 'folder':
         class_names, sizes, num_bytes = image_folder.count(dataset_config)
-        return Presence(
+        return DatasetStatus(
             'here',
             os.path.expanduser(dataset_config.data_dir),
             class_names,
@@ -73,7 +80,9 @@ def look(dataset_config):
     return _not_prepared(builder, label, dataset_config)
 
 
-def _prepared(builder, columns, dataset_config):
+def _prepared(
+    builder: tfds.core.DatasetBuilder, columns: tfds_features.Columns, dataset_config: ConfigDict
+) -> DatasetStatus:
     record_index.require_tfrecord(builder)
     here = set(tf.io.gfile.listdir(str(builder.data_dir)))
     lost = [
@@ -84,58 +93,53 @@ def _prepared(builder, columns, dataset_config):
     ]
     if lost:
         raise RunError(
-            f'{len(lost)} files of {builder.name} are missing, such as {lost[0]}: rm -r {builder.data_dir}'
+            f'{len(lost)} files of {builder.name} are missing, such as {lost[0]}',
+            f'rm -r {builder.data_dir}',
         )
-    short = (
-        ''
-        if '://' in str(builder.data_dir)
-        else next(
-            (
-                name
-                for name, split in builder.info.splits.items()
-                if _size_on_disk(split) < split.num_bytes
-            ),
-            '',
-        )
-    )
-    if short:
-        raise RunError(
-            f'files of {builder.name} are shorter than they were, of its split {short}: rm -r {builder.data_dir}'
-        )
+    is_local = '://' not in str(builder.data_dir)
+    for name, split in builder.info.splits.items():
+        if is_local and _size_on_disk(split) < split.num_bytes:
+            raise RunError(
+                f'files of {builder.name} are shorter than they were, of its split {name}',
+                f'rm -r {builder.data_dir}',
+            )
     class_names = tfds_checks.names_of_classes(builder, columns)
-    sizes = _sizes(builder.name, builder.info.splits, dataset_config)
+    num_train, num_eval = _sizes(builder.name, builder.info.splits, dataset_config)
     try:
         for key in ('train_split', 'eval_split'):
             tfds_checks.require_usable(builder, columns, key, dataset_config)
     except tf.errors.OpError as error:
         raise RunError(
-            f'files of {builder.name} are damaged ({one_line(error, 100)}): '
-            f'rm -r {builder.data_dir}'
+            f'files of {builder.name} are damaged ({one_line(error, 100)})',
+            f'rm -r {builder.data_dir}',
         ) from error
     num_bytes = int(builder.info.dataset_size or 0) or None
-    return Presence('here', str(builder.data_dir), class_names, *sizes, num_bytes)
+    place = str(builder.data_dir)
+    return DatasetStatus('here', place, class_names, num_train, num_eval, num_bytes)
 
 
-def _size_on_disk(split):
+def _size_on_disk(split: tfds.core.SplitInfo) -> int:
     return sum(os.path.getsize(path) for path in split.filepaths)
 
 
-def _not_prepared(builder, label, dataset_config):
-    download = int(builder.info.download_size or 0) or sum(
-        int(info.size or 0) for info in (builder.url_infos or {}).values()
-    )  # of all variants that it has
+def _not_prepared(
+    builder: tfds.core.DatasetBuilder,
+    label: tfds.features.FeatureConnector,
+    dataset_config: ConfigDict,
+) -> DatasetStatus:
+    download = int(builder.info.download_size or 0)
+    if not download:  # of all variants that it has
+        download = sum(int(info.size or 0) for info in (builder.url_infos or {}).values())
     stored = int(builder.info.dataset_size or 0) or download
-    sizes = (
-        _sizes(builder.name, _splits(builder), dataset_config)
-        if builder.name in SIZES
-        else (None, None)
-    )
+    sizes: Sequence[int | None] = (None, None)
+    if builder.name in SIZES:
+        sizes = _sizes(builder.name, _splits(builder), dataset_config)
     if label.num_classes is None:
         raise RunError(
-            f'how many classes {builder.name} has is known when it is prepared: '
-            'let a first start do it, without --mode=check'
+            f'how many classes {builder.name} has is known when it is prepared',
+            'let a first start do it, without --mode=check',
         )
-    known = {
+    known: dict[str, Any] = {
         'place': str(builder.data_dir),
         'class_names': tuple(label.names),
         'num_train': sizes[0],
@@ -143,16 +147,15 @@ def _not_prepared(builder, label, dataset_config):
         'num_bytes': stored or None,
     }
     if builder.name == 'digits':
-        return Presence(
-            'made', room_bytes=2**20, **known | {'num_bytes': 2**20}
-        )  # 0.4 MiB of PNG files
+        known['num_bytes'] = 2**20  # 0.4 MiB of PNG files
+        return DatasetStatus('made', room_bytes=2**20, **known)
     if not builder.MANUAL_DOWNLOAD_INSTRUCTIONS:
-        return Presence('downloaded', room_bytes=2 * download + stored, **known)
+        return DatasetStatus('downloaded', room_bytes=2 * download + stored, **known)
     manual = os.path.join(datasets.data_folder(dataset_config), 'downloads', 'manual')
     here = set(tf.io.gfile.listdir(manual)) if tf.io.gfile.isdir(manual) else set()
     if here and here.issuperset(ARCHIVES.get(builder.name, ())):
-        return Presence('unpacked', room_bytes=stored, **known)
-    return Presence(
+        return DatasetStatus('unpacked', room_bytes=stored, **known)
+    return DatasetStatus(
         'missing',
         room_bytes=download + stored,
         how=f'mkdir -p {manual}   # {datasets.how_to_get(builder)}',
@@ -160,7 +163,7 @@ def _not_prepared(builder, label, dataset_config):
     )
 
 
-def _splits(builder):
+def _splits(builder: tfds.core.DatasetBuilder) -> tfds.core.SplitDict:
     template = tfds.core.ShardedFileTemplate(
         data_dir=builder.data_dir, dataset_name=builder.name, filetype_suffix='tfrecord'
     )
@@ -177,7 +180,7 @@ def _splits(builder):
     )
 
 
-def _sizes(name, splits, dataset_config):
+def _sizes(name: str, splits: Mapping[str, Any], dataset_config: ConfigDict) -> list[int]:
     return [
         datasets.split_size(name, splits, key, dataset_config, needed=True)
         for key in ('train_split', 'eval_split')

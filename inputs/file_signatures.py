@@ -32,21 +32,21 @@ READ = (
 )
 # What is not read: (pattern, name, what to do). The first that fits counts.
 OTHERS = (
-    (rb'\xff\xd8\xff\xf7', 'a JPEG-LS picture', CONVERT.format('jls')),
-    (rb'\xff\x0a|\x00\x00\x00\x0cJXL ', 'a JPEG XL picture', 'convert it: djxl FILE.jxl FILE.png'),
-    (rb'II\xbc', 'a JPEG XR picture', 'convert it: JxrDecApp -i FILE.jxr -o FILE.tif'),
-    (rb'BPG\xfb', 'a BPG picture', 'convert it: bpgdec -o FILE.png FILE.bpg'),
-    (rb'FLIF', 'a FLIF picture', 'convert it: flif -d FILE.flif FILE.png'),
-    (rb'qoif', 'a QOI picture', CONVERT.format('qoi')),
+    (rb'\xff\xd8\xff\xf7', 'a JPEG-LS image', CONVERT.format('jls')),
+    (rb'\xff\x0a|\x00\x00\x00\x0cJXL ', 'a JPEG XL image', 'convert it: djxl FILE.jxl FILE.png'),
+    (rb'II\xbc', 'a JPEG XR image', 'convert it: JxrDecApp -i FILE.jxr -o FILE.tif'),
+    (rb'BPG\xfb', 'a BPG image', 'convert it: bpgdec -o FILE.png FILE.bpg'),
+    (rb'FLIF', 'a FLIF image', 'convert it: flif -d FILE.flif FILE.png'),
+    (rb'qoif', 'a QOI image', CONVERT.format('qoi')),
     (rb'8BPS', 'a Photoshop file (PSD)', "convert it: magick 'FILE.psd[0]' FILE.png"),
     (rb'gimp xcf', 'a file of GIMP (XCF)', CONVERT.format('xcf')),
     (rb'\x00\x00[\x01\x02]\x00[^\x00]\x00', 'a Windows icon or cursor', CONVERT.format('ico')),
     (rb'icns', 'a Mac icon', CONVERT.format('icns')),
     (rb'DDS ', 'a DDS texture', CONVERT.format('dds')),
-    (rb'v/1\x01', 'an OpenEXR picture', CONVERT.format('exr')),
-    (rb'#\?(RADIANCE|RGBE)', 'a Radiance HDR picture', CONVERT.format('hdr')),
-    (rb'\x0a[\x00\x02-\x05]\x01[\x01\x02\x04\x08]', 'a PCX picture', CONVERT.format('pcx')),
-    (rb'SIMPLE  =', 'a FITS picture', CONVERT.format('fits')),
+    (rb'v/1\x01', 'an OpenEXR image', CONVERT.format('exr')),
+    (rb'#\?(RADIANCE|RGBE)', 'a Radiance HDR image', CONVERT.format('hdr')),
+    (rb'\x0a[\x00\x02-\x05]\x01[\x01\x02\x04\x08]', 'a PCX image', CONVERT.format('pcx')),
+    (rb'SIMPLE  =', 'a FITS image', CONVERT.format('fits')),
     (rb'.{128}DICM', 'a DICOM file', 'convert it: dcmj2pnm +on FILE.dcm FILE.png'),
     (rb'AT&TFORM', 'a DjVu document', 'convert it: ddjvu -format=tiff FILE.djvu FILE.tif'),
     (rb'%!PS|\xc5\xd0\xd3\xc6', 'PostScript', 'convert it: magick -density 300 FILE.eps FILE.png'),
@@ -62,11 +62,11 @@ OTHERS = (
     (rb'FLV\x01', 'a Flash video', FRAMES.format('flv')),
     (rb'0&\xb2u\x8ef\xcf\x11', 'a Windows Media video', FRAMES.format('wmv')),
     (rb'[\x00-\x1f]...(moov|mdat|wide|free|skip|pnot)', 'a QuickTime video', FRAMES.format('mov')),
-    (rb'version https://git-lfs', 'a pointer of Git LFS', 'the picture is elsewhere: git lfs pull'),
+    (rb'version https://git-lfs', 'a pointer of Git LFS', 'the image is elsewhere: git lfs pull'),
     (
         rb'[./]*(git/)?annex/objects/',
         'a pointer of git-annex',
-        'the picture is elsewhere: git annex get .',
+        'the image is elsewhere: git annex get .',
     ),
     (rb'\x00\x05\x16[\x00\x07]', 'what a Mac keeps beside a file (AppleDouble)', 'delete it'),
     (rb'PK(\x03\x04|\x05\x06)', 'a zip archive', UNPACK),
@@ -78,8 +78,8 @@ OTHERS = (
     (rb'Rar!', 'a RAR archive', UNPACK),
     (rb'.{257}ustar', 'a tar archive', UNPACK),
     (rb'\x93NUMPY', 'a NumPy array', 'save it as PNG: Image.fromarray(numpy.load(FILE)).save(...)'),
-    (rb'\x89HDF', 'an HDF5 file', 'save its pictures as PNG files'),
-    (rb'\xd0\xcf\x11\xe0', 'an Office document or Thumbs.db', 'delete it, or save its pictures'),
+    (rb'\x89HDF', 'an HDF5 file', 'save its images as PNG files'),
+    (rb'\xd0\xcf\x11\xe0', 'an Office document or Thumbs.db', 'delete it, or save its images'),
 )
 # Markup, which may begin with a mark of its encoding, spaces and comments.
 MARKUP = (
@@ -96,7 +96,7 @@ HEIC = (b'heic', b'heix', b'heim', b'heis', b'hevc', b'hevx', b'hevm', b'hevs')
 HEIF = (b'mif1', b'mif2', b'msf1', b'miaf')  # one of several ways to compress is inside
 AVIF = (b'avif', b'avis')
 
-# Of pictures that are not looked at, because no reader of ours knows them. They do not count as
+# Of images that are not looked at, because no reader of ours knows them. They do not count as
 # broken: cameras write raw files beside their JPEG files.
 ENDINGS = frozenset(
     [
@@ -157,12 +157,12 @@ def reason(content: bytes) -> str:
     """Returns why a file that Pillow does not recognize cannot be read, in at most 200 letters."""
     what, advice = _name(content)
     if not what:
-        return f'no picture that can be read: it begins with {content[:16]!r}; {UNKNOWN}'
-    return f'no picture that can be read: {what}, which begins with {content[:16]!r}; {advice}'
+        return f'no image that can be read: it begins with {content[:16]!r}; {UNKNOWN}'
+    return f'no image that can be read: {what}, which begins with {content[:16]!r}; {advice}'
 
 
 def ends_too_early(content: bytes) -> bool:
-    """Whether a JPEG, PNG or WebP file lacks the end that it should have."""
+    """Returns whether a JPEG, PNG or WebP file lacks its end."""
     if content.startswith(b'\xff\xd8'):
         return not jpeg_files.has_end(content)
     if content.startswith(b'\x89PNG'):
@@ -172,10 +172,13 @@ def ends_too_early(content: bytes) -> bool:
 
 
 def lacks_directory(content: bytes) -> bool:
-    """Whether a TIFF file ends before its first directory, without which Pillow does not recognize it."""
-    orders = {b'II*\0': 'little', b'MM\0*': 'big'}
-    order = orders.get(content[:4])
-    return order is not None and len(content) < int.from_bytes(content[4:8], order)
+    """Returns whether a TIFF file ends before its first directory.
+
+    Pillow does not recognize such a file.
+    """
+    if content.startswith(b'II*\0'):
+        return len(content) < int.from_bytes(content[4:8], 'little')
+    return content.startswith(b'MM\0*') and len(content) < int.from_bytes(content[4:8], 'big')
 
 
 def depth_of_jpeg2000(content: bytes) -> int:
@@ -201,20 +204,20 @@ def reason_of_raw(image: Image.Image, content: bytes) -> str:
         return ''
     ending = {(True, False): 'dng', (False, True): 'cr2'}.get((is_dng, is_cr2), 'nef')
     return (
-        "no picture that can be read: a camera's raw file, of which a TIFF reader sees the "
+        "no image that can be read: a camera's raw file, of which a TIFF reader sees the "
         f'thumbnail; {RAW.format(ending)}'
     )
 
 
 def _name(content: bytes) -> tuple[str, str]:
-    """(what the file is, what to do about it), or ('', '')."""
+    """Returns (what the file is, what to do about it), or ('', '')."""
     if content[4:8] == b'ftyp':
         return _name_of_brands(content)
     for pattern, what, advice in OTHERS:
         if re.match(pattern, content[:512], re.DOTALL):
             return what, advice
     if content[-18:-2] == b'TRUEVISION-XFILE':
-        return 'a TGA picture', CONVERT.format('tga')
+        return 'a TGA image', CONVERT.format('tga')
     for pattern, what, feature in READ:
         if re.match(pattern, content[:16], re.DOTALL):
             return what, _of_read(feature)
@@ -235,20 +238,20 @@ def _of_read(feature: str | None) -> str:
 
 
 def _name_of_brands(content: bytes) -> tuple[str, str]:
-    """The same of a file in the ISO base media format, by its brands: ISO/IEC 14496-12, 4.3."""
+    """Returns the same for an ISO base media file, by its brands: ISO/IEC 14496-12, 4.3."""
     length = min(int.from_bytes(content[:4], 'big'), len(content), 256)
     main = content[8:12]
     compatible = {content[begin : begin + 4] for begin in range(16, length - 3, 4)}
     if main in AVIF or (main in HEIF and compatible.intersection(AVIF)):
-        return 'an AVIF picture', _of_read('avif')
+        return 'an AVIF image', _of_read('avif')
     if main in HEIC or (main in HEIF and compatible.intersection(HEIC)):
-        return 'an HEIC picture', _of_heif('heic')
+        return 'an HEIC image', _of_heif('heic')
     if main in HEIF:
-        return 'an HEIF picture', _of_heif('heif')
+        return 'an HEIF image', _of_heif('heif')
     if main == b'crx ':
         return 'a raw file of a Canon camera (CR3)', RAW.format('cr3')
     if main == b'jxl ':
-        return 'a JPEG XL picture', 'convert it: djxl FILE.jxl FILE.png'
+        return 'a JPEG XL image', 'convert it: djxl FILE.jxl FILE.png'
     if main == b'qt  ':
         return 'a QuickTime video', FRAMES.format('mov')
     return 'an MP4 video', FRAMES.format('mp4')

@@ -23,9 +23,9 @@ USUAL = frozenset(
         'evaluation',
     )
 )
-HELD_OUT = 'held_out'  # an evaluation split that is no folder, whatever folders there are
+HELD_OUT = 'held_out'  # an evaluation split that is not a folder, whatever folders there are
 NAMED = 10  # names in one line
-SORT = 'put the pictures of each class into a folder of its own'
+SORT = 'put the images of each class into a folder of its own'
 
 
 class Asked(NamedTuple):
@@ -33,16 +33,16 @@ class Asked(NamedTuple):
 
     train: str
     eval: str
-    needs_training: bool  # False where pictures to evaluate are enough
+    needs_training: bool  # False where images to evaluate are enough
 
 
 class Split(NamedTuple):
-    """Where the pictures of a split are.
+    """Where the images of a split are.
 
     Attributes:
         place: in words: 'DIR/train', or 'DIR/CLASS/train' where the classes are above.
         folder: the one that holds the class folders.
-        classes: {class name: the folder of its pictures of this split}.
+        classes: {class name: the folder of its images of this split}.
     """
 
     place: str
@@ -51,12 +51,12 @@ class Split(NamedTuple):
 
 
 class _Inside(NamedTuple):
-    """A folder that is called as a split is, below a class folder, with pictures in or below it."""
+    """A folder that is called as a split is, below a class folder, with images in or below it."""
 
     class_name: str
     above: str  # between the class folder and it, '' for nothing
     split: str
-    below: str  # the first folder between it and the pictures, '' for nothing
+    below: str  # the first folder between it and the images, '' for nothing
 
 
 def find(tree: Tree, asked: Asked) -> tuple[dict[str, Split], list[str]]:
@@ -76,8 +76,10 @@ def find(tree: Tree, asked: Asked) -> tuple[dict[str, Split], list[str]]:
         return _find_in_classes(tree, folders, asked)
     if asked.train in splits and asked.eval in subfolders and asked.eval not in splits:
         raise RunError(
-            f'{shown(root)}/{asked.eval} has no class folders: sort its pictures into them, '
-            f'or write --config.dataset.eval_split={HELD_OUT} to hold out a part of {asked.train}'
+            f'{shown(root)}/{asked.eval} has no class folders',
+            'sort its images into them, or write '
+            f'--config.dataset.eval_split={HELD_OUT} to hold out a part of '
+            f'{asked.train}',
         )
     chosen = _choose(shown(root), splits, asked, 'with class folders')
     found = {}
@@ -96,7 +98,7 @@ def named(names: Iterable[str]) -> str:
 
 
 def pictures_in(files: list[str]) -> list[str]:
-    """Returns the names that end like a picture's."""
+    """Returns the names that end like an image's."""
     return [name for name in files if name.lower().endswith(image_validation.SUFFIXES)]
 
 
@@ -114,8 +116,8 @@ def _choose(place: str, splits: list[str], asked: Asked, having: str) -> list[st
         same = [name for name in splits if name.casefold() == split.casefold()]
         if len(same) > 1:
             raise RunError(
-                f'{place} has splits that one takes for the same: {named(same)}; '
-                'merge or rename them'
+                f'{place} has splits that look the same, {named(same)}',
+                'merge or rename them',
             )
     if asked.eval in splits and (asked.train in splits or not asked.needs_training):
         return [split for split in (asked.train, asked.eval) if split in splits]
@@ -124,13 +126,13 @@ def _choose(place: str, splits: list[str], asked: Asked, having: str) -> list[st
         train_like = next((name for name in splits if name.casefold().startswith('train')), 'NAME')
         eval_like = next((name for name in splits if name != train_like), HELD_OUT)
         raise RunError(
-            f'{place} has no {asked.train} {having}, but {named(splits)}: write '
-            f'--config.dataset.train_split={train_like} --config.dataset.eval_split={eval_like}'
+            f'{place} has no {asked.train} {having}, but {named(splits)}',
+            f'--config.dataset.train_split={train_like} --config.dataset.eval_split={eval_like}',
         )
     if others and asked.eval != HELD_OUT:
         raise RunError(
-            f'{place} has no {asked.eval}, but {named(others)}: '
-            f'write --config.dataset.eval_split={others[0]}'
+            f'{place} has no {asked.eval}, but {named(others)}',
+            f'--config.dataset.eval_split={others[0]}',
         )
     return [asked.train]
 
@@ -139,11 +141,11 @@ def _check_classes(tree: Tree, folders: list[str], like_splits: list[str]) -> No
     """Raises RunError if the folders at the top, of which none is a split, can be no classes."""
     root = shown(tree.root)
     if folders and len(like_splits) == len(folders):
-        raise RunError(f'{root} has {named(folders)}, but no class folders in them: {SORT}')
+        raise RunError(f'{root} has {named(folders)}, but no class folders in them', SORT)
     if len(folders) == 1 and tree.entries(os.path.join(tree.root, folders[0]))[0]:
         raise RunError(
-            f'{root} has one folder alone, which has folders itself: '
-            f'write --config.dataset.data_dir={os.path.join(root, shown(folders[0]))}'
+            f'{root} has one folder alone, which has folders itself',
+            f'--config.dataset.data_dir={os.path.join(root, shown(folders[0]))}',
         )
 
 
@@ -159,13 +161,14 @@ def _find_in_classes(
     if len(names) < 2 and not is_for_evaluation:  # nothing that could be mixed
         return {asked.train: everything}, []
     _check_splits_of_classes(tree, inside, asked)
-    chosen = _choose(f'{root}/CLASS', names, asked, 'with pictures')
+    chosen = _choose(f'{root}/CLASS', names, asked, 'with images')
     having = {name: {place.class_name for place in inside if place.split == name} for name in names}
     lacking = [name for name in folders if name not in having[chosen[0]]]
     if lacking:
         raise RunError(
-            f'{root} has {" and ".join(names)} in its class folders, but {named(lacking)} without '
-            f'{chosen[0]}: sort the pictures of every class into such folders, or of none'
+            f'{root} has {" and ".join(names)} in its class folders, but '
+            f'{named(lacking)} without {chosen[0]}',
+            'sort the images of every class into such folders, or of none',
         )
     found = {}
     for split in chosen:
@@ -176,13 +179,13 @@ def _find_in_classes(
     unused = sum(_count_outside(tree, folder, chosen) for folder in everything.classes.values())
     if unused:
         notes.append(
-            f'not used: {unused:,} pictures in class folders of {root}, in no {" or ".join(chosen)}'
+            f'not used: {unused:,} images in class folders of {root}, in no {" or ".join(chosen)}'
         )
     return found, notes
 
 
 def _splits_inside(tree: Tree, split: Split, class_name: str, asked: Asked) -> list[_Inside]:
-    """The folders below a class folder that are called as splits are, and hold pictures."""
+    """Returns the folders below a class folder that are named like splits and hold images."""
     folder = split.classes[class_name]
     found = set()
     for place, _, files in tree.walk(folder, split.folder, tree.root):
@@ -198,7 +201,7 @@ def _splits_inside(tree: Tree, split: Split, class_name: str, asked: Asked) -> l
 
 
 def _count_outside(tree: Tree, folder: str, splits: list[str]) -> int:
-    """Pictures of a class folder that are in none of these folders of it."""
+    """Counts the images of a class folder that are in none of these subfolders."""
     return sum(
         len(pictures_in(files))
         for place, _, files in tree.walk(folder, tree.root)
@@ -216,17 +219,13 @@ def _check_splits_of_classes(tree: Tree, inside: list[_Inside], asked: Asked) ->
     root, class_name = shown(tree.root), shown(place.class_name)
     above = os.path.join(root, class_name, shown(place.above)).rstrip('/')
     splits = sorted({other.split for other in inside if other[:2] == place[:2]})
-    if place.below:
-        problem = (
-            f'{above} is a data set of its own, with {" and ".join(splits)}: '
-            f'write --config.dataset.data_dir={above}; or, if'
-        )
-    else:
-        problem = f'{above} holds {" and ".join(splits)}, which would be mixed in one class: if'
-    raise RunError(
-        f'{problem} {class_name} is a class, sort its pictures into '
-        f'{root}/{asked.train}/{class_name} and {root}/{asked.eval}/{class_name}'
-    )
+    places = f'{root}/{asked.train}/{class_name} and {root}/{asked.eval}/{class_name}'
+    fix = f'if {class_name} is a class, sort its images into {places}'
+    if not place.below:
+        problem = f'{above} holds {" and ".join(splits)}, which would be mixed in one class'
+        raise RunError(problem, fix)
+    problem = f'{above} is a data set of its own, with {" and ".join(splits)}'
+    raise RunError(problem, f'--config.dataset.data_dir={above}; or, {fix}')
 
 
 def _check_classes_of_split(tree: Tree, split: Split, asked: Asked) -> None:
@@ -234,8 +233,9 @@ def _check_classes_of_split(tree: Tree, split: Split, asked: Asked) -> None:
     names = list(split.classes)
     if len(names) > 1 and all(_is_like_split(name, asked) for name in names):
         raise RunError(
-            f'{split.place} has no class folders, but {named(names)}, which are called '
-            f'as splits are: write --config.dataset.data_dir={split.place}'
+            f'{split.place} has no class folders, but {named(names)}, which are '
+            'called as splits are',
+            f'--config.dataset.data_dir={split.place}',
         )
     for name in names:
         inside = _splits_inside(tree, split, name, asked)
@@ -243,6 +243,6 @@ def _check_classes_of_split(tree: Tree, split: Split, asked: Asked) -> None:
         if len(found) > 1:
             root = shown(tree.root)
             raise RunError(
-                f'{split.place} holds {named(found.values())}, which would be mixed in one class: '
-                f'sort the pictures into {root}/{asked.train}/CLASS and {root}/{asked.eval}/CLASS'
+                f'{split.place} holds {named(found.values())}, which would be mixed in one class',
+                f'sort the images into {root}/{asked.train}/CLASS and {root}/{asked.eval}/CLASS',
             )

@@ -1,4 +1,4 @@
-"""Lists what is in the user's folder: each folder of it once, and nothing that systems leave there."""
+"""Lists the user's folder: each folder once, and nothing that systems leave there."""
 
 import os
 import re
@@ -43,18 +43,17 @@ NOT_OURS = frozenset(
     )
 )
 NOT_OURS_PATTERN = re.compile(r'found\.[0-9]{3}')  # of Windows, after a repair of the disk
-NOT_OURS_IN_CAPITALS = frozenset(
-    ('RECYCLER', 'RECYCLED')
-)  # of Windows; in small letters they may be classes
+# Of Windows; in small letters they may be classes.
+NOT_OURS_IN_CAPITALS = frozenset(('RECYCLER', 'RECYCLED'))
 
 
 class Tree:
     """A folder on any file system. What is hidden, or in NOT_OURS, is left out and never read."""
 
-    def __init__(self, root: str):
+    def __init__(self, root: str) -> None:
         self.root = root
-        self._entries = {}
-        self._places = {}
+        self._entries: dict[str, tuple[list[str], list[str]]] = {}
+        self._places: dict[str, str] = {}
 
     def entries(self, folder: str) -> tuple[list[str], list[str]]:
         """Returns (folders, files): sorted names. Raises OSError or tf.errors.OpError."""
@@ -96,7 +95,8 @@ def _is_ours(name: str) -> bool:
 
 
 def _read_local(folder: str) -> tuple[list[str], list[str]]:
-    folders, files = [], []
+    folders: list[str] = []
+    files: list[str] = []
     with os.scandir(folder) as entries:
         for entry in entries:
             try:
@@ -108,7 +108,7 @@ def _read_local(folder: str) -> tuple[list[str], list[str]]:
 
 
 def _read_remote(folder: str) -> tuple[list[str], list[str]]:
-    def fail(error):
+    def fail(error: Exception) -> None:
         raise error
 
     _, folders, files = next(tf.io.gfile.walk(folder, onerror=fail))

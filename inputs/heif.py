@@ -1,4 +1,4 @@
-"""HEIC and HEIF pictures, as phones write them: read where the extra `heif` is installed."""
+"""HEIC and HEIF images, as phones write them: read where the extra `heif` is installed."""
 
 try:
     import pillow_heif

@@ -1,10 +1,10 @@
-"""A folder of one's own pictures: its classes, which of its files can be used, and which of them are for evaluation.
+"""A folder of your own images: its classes, its usable files, and those that are evaluated.
 
     DIR/train/CLASS/**  and  DIR/test/CLASS/**    the two splits as they are
     DIR/CLASS/train/**  and  DIR/CLASS/test/**    the same, with the classes above
     DIR/train/CLASS/**  or   DIR/CLASS/**         a share of each class is held out for evaluation
 
-What a file is good for, `picture_files` says. Nothing is written into the user's folder.
+`image_validation` decides which files are usable. Nothing is written into the user's folder.
 """
 
 import collections
@@ -13,11 +13,13 @@ import hashlib
 import math
 import os
 import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import tensorflow as tf
+from ml_collections import ConfigDict
 
-from common.errors import ConfigError, RunError, did_you_mean, one_line
+from common.errors import ConfigError, RunError, counted, did_you_mean, one_line
 from inputs import file_signatures, folder_splits, image_validation
 from inputs.folder_splits import HELD_OUT, NAMED, SORT, Split, named, pictures_in
 from inputs.folder_tree import Tree
@@ -27,7 +29,7 @@ DEEP_BITS = (10, 12, 14)  # that cameras and scanners have, and store in 16
 
 
 class Picture(NamedTuple):
-    """A file that `tf.io.decode_image` reads right, and the place of its class among the class names."""
+    """A file that `tf.io.decode_image` reads right; `label` is the index of its class."""
 
     path: str
     label: int
@@ -42,7 +44,8 @@ class Folder:
 
     Attributes:
         class_names: sorted.
-        splits: {name of a split: its pictures, in an order that is always the same and mixes the classes}.
+        splits: {name of a split: its images, in an order that is always the same and mixes the
+            classes}.
         broken: (path below data_dir, reason) of each file that cannot be used.
         notes: what the user may not expect, a line each.
     """
@@ -53,29 +56,30 @@ class Folder:
     notes: tuple[str, ...]
 
 
+NOT_EXAMINED = image_validation.Verdict()
+
+
 class _File(NamedTuple):
     split: str
     class_name: str
     path: str  # below data_dir
-    verdict: image_validation.Verdict | None = None
+    verdict: image_validation.Verdict = NOT_EXAMINED
 
 
-def find(dataset_config, needs_training=True):
-    """Finds classes and pictures in `dataset.data_dir`, and examines the files that are new or changed.
+def find(dataset_config: ConfigDict, needs_training: bool = True) -> Folder:
+    """Finds classes and images in `dataset.data_dir`; examines files that are new or changed.
 
     Args:
         dataset_config: `config.dataset`.
-        needs_training: False where pictures to evaluate are enough.
+        needs_training: False if images to evaluate are enough.
 
     Raises:
         ConfigError: no folder is named, or a split that no folder can have.
-        RunError: there are no classes of pictures, too many files are broken, or something cannot be read or written.
+        RunError: there are no classes of images, too many files are broken, or something cannot be
+            read or written.
     """
-    root, train_split, eval_split = (
-        os.path.expanduser(dataset_config.data_dir),
-        dataset_config.train_split,
-        dataset_config.eval_split,
-    )
+    root = os.path.expanduser(dataset_config.data_dir)
+    train_split, eval_split = dataset_config.train_split, dataset_config.eval_split
     bases, notes, files, class_names = _survey(dataset_config, needs_training)
     label_of = {name: label for label, name in enumerate(class_names)}
     verdicts = image_validation.examine(
@@ -91,31 +95,33 @@ def find(dataset_config, needs_training=True):
     if eval_split not in bases:
         files = _hold_out(files, eval_split, dataset_config.eval_share, dataset_config.split_seed)
         notes.append(
-            f'{dataset_config.eval_share:.3g} of each class in {bases[train_split].place} is held out as {eval_split}; '
-            f'config.dataset.split_seed={dataset_config.split_seed} says which pictures'
+            f'{dataset_config.eval_share:.3g} of each class in {bases[train_split].place} is '
+            f'held out as {eval_split}; '
+            f'config.dataset.split_seed={dataset_config.split_seed} says which images'
         )
     _check_enough(root, bases, files, class_names, eval_split)
     notes += _notes_on_pictures(files, class_names, eval_split)
     notes += _notes_on_deep_pictures(files, dataset_config.white_level)
     notes += _notes_on_odd_jpegs(files)
 
-    splits = {split: [] for split in (*bases, eval_split)}
-    for file in sorted(
-        files, key=lambda file: (file.verdict.digest, file.path)
-    ):  # as good as shuffled: any part has all classes
+    splits: dict[str, list[Picture]] = {split: [] for split in (*bases, eval_split)}
+    # As good as shuffled: any part has all classes.
+    for file in sorted(files, key=lambda file: (file.verdict.digest, file.path)):
         original = os.path.join(root, file.path)
         path = file.verdict.copy or original
-        label = label_of[file.class_name]
-        splits[file.split].append(
-            Picture(path, label, file.verdict.num_bytes, file.verdict.digest, original)
-        )
+        label, verdict = label_of[file.class_name], file.verdict
+        picture = Picture(path, label, verdict.num_bytes, verdict.digest, original)
+        splits[file.split].append(picture)
     return Folder(class_names, splits, broken, tuple(notes))
 
 
-def count(dataset_config):
-    """What `find` would find, without a look into any file: (class names, {split: files that may be pictures}, bytes of all or None).
+def count(dataset_config: ConfigDict) -> tuple[tuple[str, ...], dict[str, int], int | None]:
+    """Returns what `find` would find, without opening any file.
 
-    Where a part is held out, the numbers are those of a folder in which no picture is there twice. Raises as `find` does.
+    If a part is held out, the numbers are those of a folder without duplicates. Raises as `find`
+    does.
+
+    Returns: (class names, {split: files that may be images}, bytes of all or None).
     """
     root = os.path.expanduser(dataset_config.data_dir)
     bases, _, files, class_names = _survey(dataset_config, needs_training=True)
@@ -136,8 +142,8 @@ def count(dataset_config):
     return class_names, sizes, num_bytes
 
 
-def _survey(dataset_config, needs_training):
-    """({name of a split: Split}, notes, files, class names), from names alone."""
+def _survey(dataset_config: ConfigDict, needs_training: bool) -> tuple:
+    """Returns ({split name: Split}, notes, files, class names), from names alone."""
     root, train_split, eval_split = (
         os.path.expanduser(dataset_config.data_dir),
         dataset_config.train_split,
@@ -155,33 +161,43 @@ def _survey(dataset_config, needs_training):
     return bases, notes + _notes_on_names(tree, bases, endings), files, class_names
 
 
-def _check_config(root, train_split, eval_split):
-    def expected(place):
-        return f'{place}/{train_split}/CLASS/*.jpg and {place}/{eval_split}/CLASS/*.jpg, or {place}/CLASS/*.jpg'
+def _check_config(root: str, train_split: str, eval_split: str) -> None:
+    def expected(place: str) -> str:
+        return (
+            f'{place}/{train_split}/CLASS/*.jpg and {place}/{eval_split}/CLASS/*.jpg, or '
+            f'{place}/CLASS/*.jpg'
+        )
 
     for key, split in (('train_split', train_split), ('eval_split', eval_split)):
         if split in ('', '.', '..') or set(split) & set('[]+%:/\\') or shown(split) != split:
             raise ConfigError(
-                f"config.dataset.{key}={split!r} is no split of a folder, which is a subfolder: write its name, as in 'train'; "
-                'for a part of the pictures leave the subfolder out, and config.dataset.eval_share of each class is evaluated'
+                f'config.dataset.{key}={split!r} is not a split of a folder, which is a subfolder',
+                "write its name, as in 'train'; for a part of the images leave the "
+                'subfolder out, and config.dataset.eval_share of each class is evaluated',
+                f'dataset.{key}',
             )
     if not root:
         raise ConfigError(
-            "config.dataset.name='folder' needs --config.dataset.data_dir=DIR with "
-            + expected('DIR')
+            "config.dataset.name='folder' needs a folder",
+            f'--config.dataset.data_dir=DIR with {expected("DIR")}',
+            'dataset.data_dir',
         )
     if os.path.isfile(root):
         raise RunError(
-            f'config.dataset.data_dir={shown(root)} is a file: unpack it, and name the folder with {expected("DIR")}'
+            f'config.dataset.data_dir={shown(root)} is a file',
+            f'unpack it, and name the folder with {expected("DIR")}',
+            'dataset.data_dir',
         )
     if not (tf.io.gfile.isdir if '://' in root else os.path.isdir)(root):
         raise RunError(
-            f'config.dataset.data_dir={shown(root)} is no folder: it should hold {expected(shown(root))}'
+            f'config.dataset.data_dir={shown(root)} is not a folder',
+            f'it should hold {expected(shown(root))}',
+            'dataset.data_dir',
         )
 
 
 def _notes_on_names(tree: Tree, bases: dict[str, Split], endings: collections.Counter) -> list[str]:
-    """What is left out by its name or place."""
+    """Notes what is left out because of its name or place."""
     notes = []
     unread = collections.Counter(
         {ending: count for ending, count in endings.items() if ending in file_signatures.ENDINGS}
@@ -189,33 +205,33 @@ def _notes_on_names(tree: Tree, bases: dict[str, Split], endings: collections.Co
     others = endings - unread
     if unread:
         notes.append(
-            'not used, pictures in formats that are not read: '
+            'not used, images in formats that are not read: '
             f'{_counted(unread, NAMED)}; convert them to JPEG or PNG'
         )
     if others:
         notes.append(
-            f"not used, as their names do not end like a picture's: {_counted(others, NAMED)}"
+            f"not used, as their names do not end like an image's: {_counted(others, NAMED)}"
         )
     for folder in dict.fromkeys(split.folder for split in bases.values()):
         loose = len(pictures_in(tree.entries(folder)[1]))
         if loose:
             notes.append(
-                f'not used: {loose:,} pictures that lie in {shown(folder)} itself, '
-                'in no class folder'
+                f'not used: {loose:,} images that lie in {shown(folder)} itself, in no class folder'
             )
     return notes
 
 
 def _class_names(tree: Tree, bases: dict[str, Split], files: list[_File]) -> tuple[str, ...]:
-    """The names of the class folders, sorted. Raises RunError where they are no classes to train on."""
+    """Returns the sorted names of the class folders. Raises RunError if they are unusable."""
     (split, base), *others = bases.items()
     names = list(base.classes)
     if len(names) < 2:
-        raise RunError(_too_few_classes(tree, base, others))
+        raise _too_few_classes(tree, base, others)
     odd = [name for name in names if not _is_one_line(name)]
     if odd:
         raise RunError(
-            f'{base.place} has class folders whose names cannot be written as one line of text: {named(odd)}; rename them'
+            f'{base.place} has class folders whose names are not one line of text: {named(odd)}',
+            'rename them',
         )
     alike = collections.defaultdict(list)
     for name in names:
@@ -223,90 +239,94 @@ def _class_names(tree: Tree, bases: dict[str, Split], files: list[_File]) -> tup
     for same in alike.values():
         if len(same) > 1:
             raise RunError(
-                f'{base.place} has class folders that one takes for the same: {", ".join(map(repr, same))}; merge or rename them'
+                f'{base.place} has class folders that look the same, {", ".join(map(repr, same))}',
+                'merge or rename them',
             )
     filled = {file.class_name for file in files if file.split == split}
     empty = [name for name in names if name not in filled]
     if empty:
-        raise RunError(_empty_classes(tree, base, empty))
+        raise _empty_classes(tree, base, empty)
     for _, other in others:
         unknown = [name for name in other.classes if name not in base.classes]
         if unknown:
-            raise RunError(
-                f'{other.place} has classes that {split} has not: '
-                f'{named(unknown)}{did_you_mean(unknown[0], names)}'
-            )
+            hint = did_you_mean(unknown[0], names)
+            raise RunError(f'{other.place} has classes that {split} lacks: {named(unknown)}{hint}')
     return tuple(names)
 
 
-def _too_few_classes(tree: Tree, base: Split, others: list[tuple[str, Split]]) -> str:
-    """What is wrong with a split that has no class folder or a single one, and what to do."""
+def _too_few_classes(tree: Tree, base: Split, others: list[tuple[str, Split]]) -> RunError:
+    """Returns the error of a split that has no class folder or a single one."""
     if not base.classes:
         _, files = tree.entries(base.folder)
-        return (
-            f'{base.place} has {len(files):,} files, but no class folder; '
-            f'a classifier needs at least two: {SORT}'
-        )
+        number = counted(len(files), 'file')
+        problem = f'{base.place} has {number}, but no class folder; a classifier needs at least two'
+        return RunError(problem, SORT)
     ((name, folder),) = base.classes.items()
-    text = f'{base.place} has one class folder, {shown(name)}; a classifier needs at least two'
+    problem = f'{base.place} has one class folder, {shown(name)}; a classifier needs at least two'
     richer = next((split for split, other in others if len(other.classes) > 1), None)
     if richer:  # as in data sets for anomaly detection
-        return (
-            f'{text}, with training pictures of each. {richer} has more: '
-            f'write --config.dataset.train_split={richer} '
-            f'--config.dataset.eval_split={HELD_OUT} to train on a part of it'
+        splits = f'--config.dataset.train_split={richer} --config.dataset.eval_split={HELD_OUT}'
+        return RunError(
+            f'{problem}, with training images of each. {richer} has more',
+            f'{splits} to train on a part of it',
         )
     for _, inner, _ in tree.walk(folder, base.folder):
         if len(inner) > 1:
-            return (
-                f'{text}: if {named(inner)} in it are the classes, move them up into {base.place}'
-            )
-    return f'{text}: {SORT}'
+            fix = f'if {named(inner)} in it are the classes, move them up into {base.place}'
+            return RunError(problem, fix)
+    return RunError(problem, SORT)
 
 
-def _empty_classes(tree: Tree, base: Split, names: list[str]) -> str:
-    """What is wrong with a split that has class folders without pictures, and what to do."""
+def _empty_classes(tree: Tree, base: Split, names: list[str]) -> RunError:
+    """Returns the error of a split that has class folders without images."""
     held = {name: _content(tree, base.classes[name], base.folder) for name in names}
     empty = [f'{name} ({_counted(endings, 3) or "empty"})' for name, endings in held.items()]
     unread = {ending for endings in held.values() for ending in endings} & file_signatures.ENDINGS
     advice = f'convert {named(unread)} to JPEG or PNG, ' if unread else ''
-    return (
-        f'{base.place} has class folders without pictures: {named(empty)}; '
-        f'{advice}fill them, or take them away'
-    )
+    problem = f'{base.place} has class folders without images, {named(empty)}'
+    return RunError(problem, f'{advice}fill them, or remove them')
 
 
 def _is_one_line(name: str) -> bool:
-    """Whether a name is text without line breaks and other control characters."""
+    """Returns whether a name is text without line breaks and other control characters."""
     return shown(name) == name
 
 
-def _check_broken(root, broken, num_files, max_broken):
-    """Notes on the broken files. Raises RunError if they are too many; one alone is not, unless none may be."""
+def _check_broken(
+    root: str, broken: Sequence[tuple[str, str]], num_files: int, max_broken: float
+) -> list[str]:
+    """Returns notes on the broken files. Raises RunError if there are too many of them.
+
+    A single one is not too many, unless none may be.
+    """
     if not broken:
         return []
-    if len(broken) > (max(1, max_broken * num_files) if max_broken else 0):
+    allowed = max(1, max_broken * num_files) if max_broken else 0
+    if len(broken) > allowed:
         share = math.ceil(100 * len(broken) / num_files) / 100
         allow = f', or write --config.dataset.max_broken={share}' if share < 1 else ''
-        some = '; '.join(f'{shown(path)}: {reason}' for path, reason in broken[:NAMED]) + (
-            '; ...' if len(broken) > NAMED else ''
-        )
+        some = '; '.join(f'{shown(path)}: {reason}' for path, reason in broken[:NAMED])
+        if len(broken) > NAMED:
+            some += '; ...'
         raise RunError(
             f'{len(broken):,} of {num_files:,} files in {shown(root)} are broken '
             f'({len(broken) / num_files:.2%}, allowed are {max_broken:.2%}): {some}. '
-            f'All of them are listed in {image_validation.list_of_broken(root)}: replace or remove them{allow}'
+            f'All of them are listed in {image_validation.list_of_broken(root)}',
+            f'replace or remove them{allow}',
         )
     return [
-        f'{len(broken):,} of {num_files:,} files are broken and skipped; all of them are in {image_validation.list_of_broken(root)}'
+        f'{len(broken):,} of {num_files:,} files are broken and skipped; all of them are in '
+        f'{image_validation.list_of_broken(root)}'
     ]
 
 
-def _hold_out(files, eval_split, share, seed):
-    """The files, with `share` of each class in `eval_split`: at least one picture, and at least one is left.
+def _hold_out(files: list[_File], eval_split: str, share: float, seed: int) -> list[_File]:
+    """Returns the files, with `share` of each class in `eval_split`.
 
-    What decides is the content: the same picture twice stays together, and it does not matter what a file is called or lies beside.
+    That is at least one image, and at least one is left. The content decides: duplicates stay
+    together, and it does not matter what a file is called or what lies beside it.
     """
-    digests = collections.defaultdict(set)
+    digests: dict[str, set[str]] = collections.defaultdict(set)
     for file in files:
         digests[file.class_name].add(file.verdict.digest)
     held_out = set()
@@ -323,53 +343,64 @@ def _hold_out(files, eval_split, share, seed):
     ]
 
 
-def _number_held_out(number, share):
+def _number_held_out(number: int, share: float) -> int:
     return min(max(1, round(share * number)), number - 1)
 
 
-def _check_enough(root, bases, files, class_names, eval_split):
-    """Raises RunError if a class, or the evaluation, is left without pictures."""
+def _check_enough(
+    root: str,
+    bases: Mapping[str, Split],
+    files: list[_File],
+    class_names: Sequence[str],
+    eval_split: str,
+) -> None:
+    """Raises RunError if a class, or the evaluation, is left without images."""
     split, base = next(iter(bases.items()))
     spoilt = set(class_names) - {file.class_name for file in files if file.split == split}
     if spoilt:
         raise RunError(
-            f'{base.place} has classes of broken files alone: {named(spoilt)}; see {image_validation.list_of_broken(root)}'
+            f'{base.place} has classes of broken files alone',
+            f'{named(spoilt)}; see {image_validation.list_of_broken(root)}',
         )
     if not any(file.split == eval_split for file in files):
         advice = (
             'fill its class folders'
             if eval_split in bases
-            else 'a class of one picture needs it for training; add some'
+            else 'a class of one image needs it for training; add some'
         )
         place = bases[eval_split].place if eval_split in bases else shown(root)
-        raise RunError(f'{place} has no picture to evaluate: {advice}')
+        raise RunError(f'{place} has no image to evaluate', advice)
 
 
-def _notes_on_pictures(files, class_names, eval_split):
-    """Classes that are not evaluated, and pictures that are in two places by their content."""
+def _notes_on_pictures(
+    files: list[_File], class_names: Sequence[str], eval_split: str
+) -> list[str]:
+    """Notes classes that are not evaluated, and images that are in two places by their content."""
     notes, twins = [], collections.defaultdict(list)
     missing = set(class_names) - {file.class_name for file in files if file.split == eval_split}
     if missing:
-        notes.append(f'no picture to evaluate of {named(missing)}')
+        notes.append(f'no image to evaluate of {named(missing)}')
     for file in files:
         twins[file.verdict.digest].append(file)
     both = [same for same in twins.values() if len({file.split for file in same}) > 1]
     leaked = [file.path for same in both for file in same if file.split == eval_split]
     if leaked:
         notes.append(
-            f'{len(leaked):,} evaluation pictures are training pictures as well, byte for byte, such as {shown(leaked[0])}: '
+            f'{len(leaked):,} evaluation images are training images as well, byte for byte, '
+            f'such as {shown(leaked[0])}: '
             'they make the accuracy look better than it is'
         )
     torn = [same for same in twins.values() if len({file.class_name for file in same}) > 1]
     if torn:
         notes.append(
-            f'{len(torn):,} pictures are in more than one class, byte for byte, such as {named(file.path for file in torn[0])}'
+            f'{len(torn):,} images are in more than one class, byte for byte, such as '
+            f'{named(file.path for file in torn[0])}'
         )
     return notes
 
 
-def _notes_on_deep_pictures(files, white_level):
-    """Pictures of more than 8 bits whose values are far from what counts as white."""
+def _notes_on_deep_pictures(files: list[_File], white_level: int) -> list[str]:
+    """Notes images of more than 8 bits whose values are far from what counts as white."""
     deep = [file for file in files if file.verdict.peak]
     if not deep:
         return []
@@ -378,40 +409,48 @@ def _notes_on_deep_pictures(files, white_level):
     num_cut = sum(file.verdict.peak > white_level for file in deep)
     if num_cut:
         return [
-            f'{num_cut:,} of {len(deep):,} pictures of 16 bits have values that are cut off at '
-            f'config.dataset.white_level={white_level}, such as {shown(brightest.path)}, up to {peak:,}'
+            f'{num_cut:,} of {len(deep):,} images of 16 bits have values that are cut off at '
+            f'config.dataset.white_level={white_level}, such as {shown(brightest.path)}, up to '
+            f'{peak:,}'
         ]
     used = next((2**bits - 1 for bits in DEEP_BITS if peak < 2**bits), white_level)
     if used >= white_level:
         return []
     return [
-        f'{len(deep):,} pictures of 16 bits have no value above {peak:,}, so they are nearly black: '
+        f'{len(deep):,} images of 16 bits have no value above {peak:,}, so they are nearly '
+        'black: '
         f'if {used:,} is their white, write --config.dataset.white_level={used}'
     ]
 
 
-def _notes_on_odd_jpegs(files):
-    """JPEG files that break the format and are read all the same."""
+def _notes_on_odd_jpegs(files: list[_File]) -> list[str]:
+    """Notes JPEG files that break the format and are read all the same."""
     notes = []
     remarkable = [file for file in files if file.verdict.remark and not file.verdict.doubt]
     if remarkable:
         first = remarkable[0]
         notes.append(
-            f'{len(remarkable):,} JPEG files break the format where no pixel can suffer, such as {shown(first.path)} '
+            f'{len(remarkable):,} JPEG files break the format where no pixel can suffer, such '
+            f'as {shown(first.path)} '
             f'({first.verdict.remark}): they are used'
         )
     doubtful = [file for file in files if file.verdict.doubt]
     if doubtful:
         first = doubtful[0]
         notes.append(
-            f'{len(doubtful):,} JPEG files, nearly all, have the same fault, such as {shown(first.path)} '
-            f'({first.verdict.doubt}): it is taken for a habit of what wrote them, and they are used'
+            f'{len(doubtful):,} JPEG files, nearly all, have the same fault, such as '
+            f'{shown(first.path)} '
+            f'({first.verdict.doubt}): it is taken for a habit of what wrote them, and they are '
+            'used'
         )
     return notes
 
 
-def image_paths(root):
-    """Yields the files below a folder whose names end like an image's, relative to it, sorted folder by folder."""
+def image_paths(root: str) -> Iterator[str]:
+    """Yields the files below a folder whose names end like an image's, relative to it.
+
+    They are sorted, folder by folder.
+    """
     for folder, _, names in Tree(root).walk(root):
         yield from (
             os.path.relpath(os.path.join(folder, name), root) for name in pictures_in(names)
@@ -419,9 +458,9 @@ def image_paths(root):
 
 
 def _files(tree: Tree, bases: dict[str, Split]) -> tuple[list[_File], collections.Counter]:
-    """(the files below the class folders that may be pictures, other files by ending)."""
-    found = []
-    endings = collections.Counter()
+    """Returns the files below the class folders that may be images, and other files by ending."""
+    found: list[_File] = []
+    endings: collections.Counter = collections.Counter()
     for split, base in bases.items():
         for class_name, class_folder in base.classes.items():
             for folder, _, names in tree.walk(class_folder, base.folder, tree.root):
@@ -435,8 +474,8 @@ def _files(tree: Tree, bases: dict[str, Split]) -> tuple[list[_File], collection
 
 
 def _content(tree: Tree, folder: str, base: str) -> collections.Counter:
-    """What a class folder without pictures holds: {ending: number of files}."""
-    endings = collections.Counter()
+    """Returns what a class folder without images holds: {ending: number of files}."""
+    endings: collections.Counter = collections.Counter()
     for _, _, names in tree.walk(folder, base):
         endings.update(map(_ending, names))
     return endings

@@ -1,4 +1,4 @@
-"""What evaluation and the exported model do with an image: decode, take the central square, resize."""
+"""What evaluation and the exported model do with an image: decode, crop its centre, resize."""
 
 import tensorflow as tf
 
@@ -8,31 +8,31 @@ BMP_SIGNATURE = b'BM'
 GIF_SIGNATURE = b'GIF8'
 WHITE_LEVEL = 2**16 - 1  # of a PNG file of 16 bits, unless its makers used fewer of them
 BMP_HEADER = 34  # bytes, up to what says whether it is compressed
-PLAIN_BMP = (
-    b'\x18\0\0\0\0\0',
-    b'\x20\0\0\0\0\0',
-)  # from byte 28 on: 24 or 32 bits a pixel, neither compressed nor with masks
+# From byte 28 on: 24 or 32 bits a pixel, neither compressed nor with masks.
+PLAIN_BMP = (b'\x18\0\0\0\0\0', b'\x20\0\0\0\0\0')
 
 
-def decode(encoded, white_level=WHITE_LEVEL):
+def decode(encoded: tf.Tensor, white_level: int = WHITE_LEVEL) -> tf.Tensor:
     """Decodes an image file for training, evaluation and the exported model alike.
 
-    What is transparent in a PNG file is laid over white. A graph cannot follow the orientation in EXIF, and sees the
-    transparent parts of a GIF as black: `image_validation.as_decodable` does both, to files, before they come here.
+    What is transparent in a PNG file is laid over white. A graph cannot follow the orientation in
+    EXIF, and sees the transparent parts of a GIF as black: `image_validation.as_decodable` does
+    both, to files, before they come here.
 
     Args:
-        encoded: string [], a JPEG or PNG file, the first frame of a GIF, or a BMP file without palette and masks.
-        white_level: int, the value of white in PNG files of 16 bits, `config.dataset.white_level`.
+        encoded: string [], a JPEG or PNG file, the first frame of a GIF, or a BMP file without
+            palette and masks.
+        white_level: the value of white in PNG files of 16 bits, `config.dataset.white_level`.
 
     Returns: uint8 [height, width, 3].
 
     Raises: tf.errors.InvalidArgumentError: not such a file, or a damaged one.
     """
 
-    def decode_png():
+    def decode_png() -> tf.Tensor:
         return _decode_png(encoded, white_level)
 
-    def decode_opaque():
+    def decode_opaque() -> tf.Tensor:
         return _decode_opaque(encoded)
 
     is_png = _begins_with(encoded, PNG_SIGNATURE) & (tf.strings.length(encoded) > PNG_DEPTH_AT)
@@ -40,7 +40,7 @@ def decode(encoded, white_level=WHITE_LEVEL):
     return tf.ensure_shape(image, [None, None, 3])
 
 
-def _decode_opaque(encoded):
+def _decode_opaque(encoded: tf.Tensor) -> tf.Tensor:
     """Decodes a JPEG, GIF or BMP file, string [], to uint8 [height, width, 3]."""
     is_bmp = _begins_with(encoded, BMP_SIGNATURE) & (tf.strings.length(encoded) >= BMP_HEADER)
     # TensorFlow would take the numbers of a palette for greys, and pass over masks.
@@ -55,20 +55,20 @@ def _decode_opaque(encoded):
         return tf.io.decode_image(encoded, channels=3, expand_animations=False)
 
 
-def _begins_with(encoded, signature):
+def _begins_with(encoded: tf.Tensor, signature: bytes) -> tf.Tensor:
     return tf.strings.substr(encoded, 0, len(signature)) == signature
 
 
-def _decode_png(encoded, white_level):
+def _decode_png(encoded: tf.Tensor, white_level: int) -> tf.Tensor:
     """Decodes a PNG file, string [], to uint8 [height, width, 3]: over white."""
     depth = tf.cast(
         tf.io.decode_raw(tf.strings.substr(encoded, PNG_DEPTH_AT, 1), tf.uint8)[0], tf.int32
     )
 
-    def decode_shallow():
+    def decode_shallow() -> tf.Tensor:
         return tf.io.decode_png(encoded, channels=4)
 
-    def decode_deep():
+    def decode_deep() -> tf.Tensor:
         return _with_white_at(white_level, tf.io.decode_png(encoded, channels=4, dtype=tf.uint16))
 
     if white_level == WHITE_LEVEL:  # TensorFlow takes the upper eight bits
@@ -82,21 +82,21 @@ def _decode_png(encoded, white_level):
     )
 
 
-def _with_white_at(white_level, image):
-    """Scales colours from 0..white_level and alpha from 16 bits: uint16 [..., 4] to uint8 [..., 4]."""
+def _with_white_at(white_level: int, image: tf.Tensor) -> tf.Tensor:
+    """Scales colours from 0..white_level and alpha from 16 bits: uint16 [..., 4] to uint8."""
     whites = tf.constant([white_level] * 3 + [WHITE_LEVEL], tf.float32)
     return to_uint8(tf.cast(image, tf.float32) * (255 / whites))
 
 
-def over_white(image):
+def over_white(image: tf.Tensor) -> tf.Tensor:
     """Lays an image with alpha, uint8 [height, width, 4], over white: uint8 [height, width, 3]."""
     opacity = tf.cast(image[..., 3:], tf.int32)
     blended = tf.cast(image[..., :3], tf.int32) * opacity + 255 * (255 - opacity)
     return tf.cast((blended + 127) // 255, tf.uint8)  # rounded: 255 is odd, so nothing lies halfway
 
 
-def resize_picture(images, size, central_share=1.0):
-    """The central square of pictures, resized by `resize`.
+def resize_image(images: tf.Tensor, size: int, central_share: float = 1.0) -> tf.Tensor:
+    """Takes the central square of images, resized by `resize`.
 
     Args:
         images: uint8 or float in 0..255, [..., height, width, 3].
@@ -106,17 +106,15 @@ def resize_picture(images, size, central_share=1.0):
     Returns: uint8 [..., size, size, 3].
     """
     height, width = tf.unstack(tf.shape(images)[-3:-1])
-    side = tf.maximum(
-        1,
-        tf.cast(tf.round(central_share * tf.cast(tf.minimum(height, width), tf.float32)), tf.int32),
-    )
+    shorter = tf.cast(tf.minimum(height, width), tf.float32)
+    side = tf.maximum(1, tf.cast(tf.round(central_share * shorter), tf.int32))
     top, left = (height - side) // 2, (width - side) // 2
     square = images[..., top : top + side, left : left + side, :]
     return to_uint8(resize(square, (size, size)))
 
 
-def resize(images: tf.Tensor, shape) -> tf.Tensor:
-    """Resizes pictures: by a box filter along a side that shrinks, linearly along one that grows.
+def resize(images: tf.Tensor, shape: tf.Tensor | tuple[int, int]) -> tf.Tensor:
+    """Resizes images: by a box filter along a side that shrinks, linearly along one that grows.
 
     Where a side shrinks, a pixel is the mean of what it covers, so none is skipped and fine
     patterns do not turn into coarse ones. A JPEG decoder that shrinks does the same. What this
@@ -131,13 +129,13 @@ def resize(images: tf.Tensor, shape) -> tf.Tensor:
     """
     sides = tf.shape(images)[-3:-1]
 
-    def shrink():
+    def shrink() -> tf.Tensor:
         return tf.image.resize(images, shape, method='area')
 
-    def enlarge():
+    def enlarge() -> tf.Tensor:
         return tf.image.resize(tf.cast(images, tf.float32), shape)
 
-    def shrink_and_enlarge():
+    def shrink_and_enlarge() -> tf.Tensor:
         smaller = tf.image.resize(images, tf.minimum(sides, shape), method='area')
         return tf.image.resize(smaller, shape)
 
@@ -147,7 +145,7 @@ def resize(images: tf.Tensor, shape) -> tf.Tensor:
     return tf.switch_case(kind, [shrink, enlarge, shrink_and_enlarge])
 
 
-def to_uint8(images):
+def to_uint8(images: tf.Tensor) -> tf.Tensor:
     """Rounds numbers in 0..255 to whole ones; what lies outside is clipped."""
     if images.dtype == tf.uint8:
         return images

@@ -1,7 +1,7 @@
-"""What an image file is good for: TensorFlow reads it right as it is, or a converted copy of it, or it is broken.
+"""Finds out how an image file can be used: as it is, as a converted copy, or not at all.
 
-Training, evaluation and `predict.py` see a file through `as_decodable`. Verdicts and copies are kept in TFDS's data folder,
-so that a file is examined once, and again when it has changed.
+Training, evaluation and `predict.py` see a file through `as_decodable`. Verdicts and copies are
+kept in TFDS' data folder, so that a file is examined once, and again when it has changed.
 """
 
 import concurrent.futures
@@ -16,7 +16,8 @@ import tempfile
 import unicodedata
 import uuid
 import warnings
-from typing import NamedTuple
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import PIL
@@ -25,10 +26,12 @@ import tensorflow_datasets as tfds
 import tqdm
 from PIL import ExifTags, Image
 
-from common.errors import RunError, one_line
+from common import console
+from common.errors import RunError, counted, one_line
 from inputs import file_signatures, heif, image_ops, jpeg_files
 
-# What is looked at; what a file then is, its content decides. The last two are there to be named: Pillow reads none of them.
+# What is looked at; what a file then is, its content decides. The last two are there to be named:
+# Pillow reads none of them.
 SUFFIXES = (
     '.jpg',
     '.jpeg',
@@ -56,7 +59,8 @@ SUFFIXES = (
     '.jxl',
     '.svg',
 )
-# Formats that begin with a mark of their own, and that Pillow reads without another program (EPS would start Ghostscript).
+# Formats that begin with a mark of their own, and that Pillow reads without another program (EPS
+# would start Ghostscript).
 FORMATS = (
     'JPEG',
     'PNG',
@@ -70,7 +74,7 @@ FORMATS = (
     'PPM',
     *heif.FORMATS,
 )
-JPEGS = ('JPEG', 'MPO')  # MPO: a JPEG file with further pictures behind the first
+JPEGS = ('JPEG', 'MPO')  # MPO: a JPEG file with further images behind the first
 LOSSY = (*JPEGS, 'WEBP', 'AVIF', 'JPEG2000', 'HEIF')
 MOST_PIXELS = 2**27  # 400 MB as uint8 [height, width, 3]
 MOST_BYTES = 8 * MOST_PIXELS  # of a file: as many pixels, with four channels of 16 bits
@@ -84,10 +88,12 @@ TURNS = {  # EXIF orientation (EXIF 2.32, tag 0x0112) -> what a viewer does
     8: Image.Transpose.ROTATE_90,
 }
 BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # TIFF 6.0, pages 29 and 37
+# Share and number of JPEG files with one fault that make it a habit of their writer.
 NEARLY_ALL, LEAST_HABIT = (
     0.9,
     3,
-)  # share and number of JPEG files with one fault that make it a habit of their writer
+)
+# Unicode Standard Annex 9, 2.1 to 2.5.
 EMBEDDINGS = (
     'LRE',
     'RLE',
@@ -98,7 +104,7 @@ EMBEDDINGS = (
     'RLI',
     'FSI',
     'PDI',
-)  # Unicode Standard Annex 9, 2.1 to 2.5
+)
 UNSEEN = '\ufeff\u00ad'  # the mark of an encoding, and a soft hyphen: no name needs them
 CHUNK = 64  # files that are examined between two looks at what was said to standard error
 ENDS_TOO_EARLY = 'the file ends too early: copy or download it again'
@@ -141,7 +147,7 @@ class Verdict(NamedTuple):
 
 
 class Decodable(NamedTuple):
-    """A JPEG or PNG file that TensorFlow reads as a viewer shows it, and what was found on the way there, as in `Verdict`."""
+    """A JPEG or PNG file that TensorFlow reads as a viewer shows it; see `Verdict`."""
 
     content: bytes
     file_format: str
@@ -152,10 +158,10 @@ class Decodable(NamedTuple):
 
 
 def as_decodable(content: bytes) -> bytes:
-    """Returns the file that training reads in place of this one: itself, if TensorFlow shows it as a viewer does.
+    """Returns a file as training reads it: itself, if TensorFlow shows it as viewers do.
 
-    Otherwise a JPEG or PNG file: turned as EXIF says, in colours or greys that `image_ops.decode` reads. What may be damage
-    is passed over: `decodable` tells of it.
+    Otherwise a JPEG or PNG file: turned as EXIF says, in colours or greys that `image_ops.decode`
+    reads. What may be damage is passed over: `decodable` reports it.
 
     Args:
         content: an image file of any of `FORMATS`.
@@ -166,7 +172,7 @@ def as_decodable(content: bytes) -> bytes:
 
 
 def decodable(content: bytes) -> Decodable:
-    """`as_decodable`, with what was found out: whether a doubt counts, the files beside this one would say.
+    """Returns `as_decodable` with what was found; other files decide if a doubt counts.
 
     Raises: Broken: it cannot be used; the message says why.
     """
@@ -187,15 +193,19 @@ def decodable(content: bytes) -> Decodable:
         raise Broken(_fault(error, content)) from error
 
 
-def examine(root, paths, white_level=image_ops.WHITE_LEVEL):
+def examine(
+    root: str, paths: Sequence[str], white_level: int = image_ops.WHITE_LEVEL
+) -> dict[str, Verdict]:
     """Finds out which files can be used; converts those that TensorFlow would refuse or misread.
 
     Args:
         root: the user's folder.
         paths: of files below it.
-        white_level: of images of 16 bits, as in `image_ops.decode`: not all can do with another than all 16.
+        white_level: of images of 16 bits, as in `image_ops.decode`: some can only be read with all
+            16.
 
-    Returns: {path: Verdict}, in the order of `paths`. `list_of_broken(root)` then has those that are broken, if any are.
+    Returns: {path: Verdict}, in the order of `paths`. `list_of_broken(root)` then has those that
+        are broken, if any are.
 
     Raises: RunError if the data folder cannot be written.
     """
@@ -211,37 +221,38 @@ def examine(root, paths, white_level=image_ops.WHITE_LEVEL):
             _write(list_of_broken(root), ''.join(broken).encode())
     except tf.errors.OpError as error:
         raise RunError(
-            f'{_cache(root)} cannot be written ({_reason(error)}): set the environment variable TFDS_DATA_DIR '
-            'to a folder that can be, with room for converted pictures'
+            f'{_cache(root)} cannot be written ({_reason(error)})',
+            'set the environment variable TFDS_DATA_DIR to a folder that can be, '
+            'with room for converted images',
         ) from error
     return {path: verdicts[path] for path in paths}
 
 
-def list_of_broken(root):
-    """Path of the text file with all broken files, one a line."""
+def list_of_broken(root: str) -> str:
+    """Returns the path of the text file with all broken files, one a line."""
     return os.path.join(_cache(root), 'broken.txt')
 
 
-def shown(name):
-    """The name of a file as it can be printed, on one line."""
+def shown(name: str) -> str:
+    """Returns the name of a file as it can be printed, on one line."""
     return ascii(name) if any(_disturbs(letter) for letter in name) else name
 
 
-def _disturbs(letter):
-    """Whether a letter ends a line, changes the order of what follows it, or cannot be seen."""
+def _disturbs(letter: str) -> bool:
+    """Returns whether a letter ends a line, reorders what follows it, or is invisible."""
     is_control = unicodedata.category(letter) in ('Cc', 'Cs', 'Zl', 'Zp')
     return is_control or letter in UNSEEN or unicodedata.bidirectional(letter) in EMBEDDINGS
 
 
-def _write(path, content):
-    """Writes bytes to a file that is either whole or not there. Raises tf.errors.OpError."""
+def _write(path: str, content: bytes) -> None:
+    """Writes a file atomically. Raises tf.errors.OpError."""
     partial = f'{path}.{uuid.uuid4().hex}'
     with tf.io.gfile.GFile(partial, 'wb') as file:
         file.write(content)
     tf.io.gfile.rename(partial, path, overwrite=True)
 
 
-def _cache(root):
+def _cache(root: str) -> str:
     place = root.rstrip('/') if '://' in root else os.path.abspath(root)
     name = re.sub('[^A-Za-z0-9._-]', '_', os.path.basename(place))
     return os.path.join(
@@ -251,23 +262,22 @@ def _cache(root):
     )
 
 
-def _copies(root):
+def _copies(root: str) -> str:
     return os.path.join(_cache(root), 'copies')
 
 
-def _examine_new(root, paths):
-    """Verdicts on all files: those known from before where neither file nor copy has changed since."""
+def _examine_new(root: str, paths: Sequence[str]) -> dict[str, Verdict]:
+    """Returns verdicts on all files; those of unchanged files are known from before."""
     manifest = os.path.join(_cache(root), 'manifest.json')
-    known, copies = (
-        _read_manifest(manifest),
-        {'', *(os.path.join(_copies(root), name) for name in tf.io.gfile.listdir(_copies(root)))},
-    )
+    known = _read_manifest(manifest)
+    folder = _copies(root)
+    copies = {'', *(os.path.join(folder, name) for name in tf.io.gfile.listdir(folder))}
     verdicts, changed = {}, []
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
-        ask = (
-            pool.map if '://' in root else map
-        )  # a local answer takes less time than to ask for it elsewhere
-        stamps = dict(zip(paths, ask(lambda path: _stamp(os.path.join(root, path)), paths)))
+        # On a disk the answer takes less time than to ask for it in a thread.
+        ask: Callable[..., Iterable] = pool.map if '://' in root else map
+        found_stamps = ask(lambda path: _stamp(os.path.join(root, path)), paths)
+        stamps: dict[str, Any] = dict(zip(paths, found_stamps, strict=True))
     for path, stamp in stamps.items():
         if isinstance(stamp, Broken):
             verdicts[path] = Verdict(broken=str(stamp))
@@ -276,15 +286,13 @@ def _examine_new(root, paths):
         else:
             changed.append(path)
     if changed:
-        print(f'examining {len(changed):,} files of {shown(root)}, once', flush=True)
+        console.line(f'examining {counted(len(changed), "file")} of {shown(root)}, once')
         try:
             found = _examine_all([os.path.join(root, path) for path in changed], _copies(root))
             bar = tqdm.tqdm(total=len(changed), unit=' files', disable=None, delay=2, leave=False)
-            with (
-                contextlib.closing(found),
-                bar,
-            ):  # its threads end here, also where this is interrupted
-                for path, verdict in zip(changed, found):
+            # Its threads end here, also if this is interrupted.
+            with contextlib.closing(found), bar:
+                for path, verdict in zip(changed, found, strict=True):
                     verdicts[path] = verdict
                     bar.update()
         finally:  # also what an interrupted start has found out
@@ -297,8 +305,8 @@ def _examine_new(root, paths):
     return verdicts
 
 
-def _without_doubts(verdicts):
-    """The verdicts, with files broken whose complaint is not what nearly all JPEG files have."""
+def _without_doubts(verdicts: dict[str, Verdict]) -> dict[str, Verdict]:
+    """Marks files broken whose complaint is not one that nearly all JPEG files have."""
     doubtful = {path: verdict for path, verdict in verdicts.items() if verdict.doubt}
     num_jpegs = sum(verdict.file_format in JPEGS for verdict in verdicts.values())
     if len(doubtful) >= max(LEAST_HABIT, NEARLY_ALL * num_jpegs):
@@ -309,10 +317,11 @@ def _without_doubts(verdicts):
     }
 
 
-def _without_upper_bits(verdicts):
-    """The verdicts, with files broken of which only the upper eight of 16 bits can be read."""
+def _without_upper_bits(verdicts: dict[str, Verdict]) -> dict[str, Verdict]:
+    """Marks files broken of which only the upper eight of 16 bits can be read."""
     reason = (
-        '16-bit colours, of which only the upper eight bits can be read: save it as a PNG of 16 bits, '
+        '16-bit colours, of which only the upper eight bits can be read: save it as a PNG of 16 '
+        'bits, '
         'so that config.dataset.white_level can count'
     )
     coarse = {path: verdict for path, verdict in verdicts.items() if verdict.has_upper_bits_only}
@@ -321,8 +330,8 @@ def _without_upper_bits(verdicts):
     }
 
 
-def _read_manifest(path):
-    """{path: (stamp, Verdict)}; nothing where there is no manifest, or a damaged one."""
+def _read_manifest(path: str) -> dict[str, tuple[tuple, Verdict]]:
+    """Returns {path: (stamp, Verdict)}; nothing if the manifest is missing or damaged."""
     try:
         with tf.io.gfile.GFile(path, 'rb') as file:
             manifest = json.loads(file.read())
@@ -336,8 +345,8 @@ def _read_manifest(path):
         return {}
 
 
-def _stamp(path):
-    """(bytes, nanoseconds of the last change) of a regular file; or Broken."""
+def _stamp(path: str) -> 'tuple[int, int] | Broken':
+    """Returns (bytes, nanoseconds of the last change) of a regular file, or Broken."""
     try:
         if '://' in path:
             status = tf.io.gfile.stat(path)
@@ -352,14 +361,17 @@ def _stamp(path):
     return status.st_size, status.st_mtime_ns
 
 
-def _require_regular(status):
-    """Raises Broken of what is no file: to open a pipe would be to wait for ever."""
+def _require_regular(status: os.stat_result) -> None:
+    """Raises Broken for what is no regular file: opening a pipe would block for ever."""
     if not stat.S_ISREG(status.st_mode):
         raise Broken('no regular file')
 
 
-def _examine_all(paths, copies):
-    """Yields the Verdict on each file, in order. Raises tf.errors.OpError if a copy cannot be written."""
+def _examine_all(paths: Sequence[str], copies: str) -> Generator[Verdict, None, None]:
+    """Yields the Verdict on each file, in order.
+
+    Raises: tf.errors.OpError if a copy cannot be written.
+    """
     Image.init()
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool, warnings.catch_warnings():
         warnings.simplefilter('ignore')  # of Pillow: each file has its verdict
@@ -370,20 +382,24 @@ def _examine_all(paths, copies):
                 complains = bool(said())  # some of them: libjpeg does not say which
             if complains:
                 verdicts = [
-                    _listen(path, verdict, copies) for path, verdict in zip(chunk, verdicts)
+                    _listen(path, verdict, copies)
+                    for path, verdict in zip(chunk, verdicts, strict=True)
                 ]
             yield from verdicts
 
 
 @contextlib.contextmanager
-def standard_error():
-    """Collects what this process says to standard error, C libraries included; yields a function that returns what is new."""
+def standard_error() -> Iterator[Callable[[], bytes]]:
+    """Collects what this process writes to standard error, C libraries included.
+
+    Yields a function that returns what is new.
+    """
     usual = os.dup(2)
     with tempfile.TemporaryFile(buffering=0) as said:
         os.dup2(said.fileno(), 2)
         heard = 0
 
-        def new():
+        def new() -> bytes:
             nonlocal heard
             text = os.pread(said.fileno(), os.fstat(said.fileno()).st_size - heard, heard)
             heard += len(text)
@@ -396,8 +412,8 @@ def standard_error():
             os.close(usual)
 
 
-def _verdict(path, copies, listens=False):
-    """Examines one file, and writes its copy if it needs one; with `listens`, hears what libjpeg says of it."""
+def _verdict(path: str, copies: str, listens: bool = False) -> Verdict:
+    """Examines one file, writes its copy if needed; with `listens`, hears libjpeg."""
     content, digest, file_format = b'', '', ''
     try:
         content = read(path)
@@ -418,21 +434,23 @@ def _verdict(path, copies, listens=False):
     return Verdict(digest, len(found.content), copy, '', *found[1:])
 
 
-def _listen(path, verdict, copies):
-    """Examines a file again, by itself, if it may be the one that libjpeg complains of."""
+def _listen(path: str, verdict: Verdict, copies: str) -> Verdict:
+    """Examines a file again, by itself, if it may be the one that libjpeg complained about."""
     if verdict.broken or verdict.file_format not in JPEGS:
         return verdict
     with standard_error():
         return _verdict(path, copies, listens=True)
 
 
-def read(path):
-    """The content of an image file, on a disk or in a bucket. Raises Broken, OSError, tf.errors.OpError."""
+def read(path: str) -> bytes:
+    """Returns the content of an image file, on a disk or in a bucket.
+
+    Raises: Broken, OSError, tf.errors.OpError.
+    """
     if '://' not in path:
         _require_regular(os.stat(path))
-    with (
-        tf.io.gfile.GFile(path, 'rb') if '://' in path else open(path, 'rb') as file
-    ):  # GFile takes no name that is not UTF-8
+    # GFile takes no name that is not UTF-8.
+    with tf.io.gfile.GFile(path, 'rb') if '://' in path else open(path, 'rb') as file:
         content = file.read(MOST_BYTES + 1)
     if not content:
         raise Broken('empty: 0 bytes')
@@ -441,8 +459,11 @@ def read(path):
     return content
 
 
-def _convert(content):
-    """Returns the file as TensorFlow can read it, `Decodable`: with this very `content` where it reads it right. Raises anything."""
+def _convert(content: bytes) -> Decodable:
+    """Returns the file as TensorFlow can read it: with this very `content` if it reads it right.
+
+    Raises anything.
+    """
     recognizable = jpeg_files.with_marker_first(content)
     if recognizable is not content:
         found = _convert(recognizable)
@@ -472,30 +493,28 @@ def _convert(content):
         greys = _as_seen(_deep_greys(image), image)
         if _leaves_white_open(image, content):
             return Decodable(_encoded_deep(greys), image.format, int(greys.max()))
-        shallow = np.rint(greys / 257).astype(
-            np.uint8
-        )  # Pillow has scaled them by the white that the file names
+        # Pillow has scaled them by the white that the file names.
+        shallow = np.rint(greys / 257).astype(np.uint8)
         return Decodable(_encoded(shallow.repeat(3, axis=-1), 'PNG'), image.format)
     colors = np.asarray(_over_white(image))
     if _leaves_white_open(image, content):  # Pillow keeps the upper eight bits
         deep = _as_seen(colors, image).astype(np.uint16) * 257
         brightest = int(colors.max())
-        peak = (
-            int((brightest - 0.5) * 257) if image.format == 'PPM' else brightest * 256 + 255
-        )  # rounded; cut off
+        # Rounded; cut off.
+        peak = int((brightest - 0.5) * 257) if image.format == 'PPM' else brightest * 256 + 255
         return Decodable(_encoded_deep(deep), image.format, max(0, peak), has_upper_bits_only=True)
     return Decodable(_encoded(_as_seen(colors, image), image.format), image.format)
 
 
-def _convert_decodable(content, image):
-    """`_convert` of a JPEG or PNG file: only TensorFlow reads its pixels, so that no two decoders can differ."""
-    decoded = image_ops.decode(
-        content
-    ).numpy()  # also notices damage that Pillow does not, such as a wrong checksum
+def _convert_decodable(content: bytes, image: Image.Image) -> Decodable:
+    """Converts a JPEG or PNG file with TensorFlow alone, so that no decoders can differ."""
+    # Also notices damage that Pillow does not, such as a wrong checksum.
+    decoded = image_ops.decode(content).numpy()
     width, height = image.size
     if decoded.shape[:2] != (height, width):
         raise Broken(
-            f'{width} x {height} pixels for Pillow, {decoded.shape[1]} x {decoded.shape[0]} for TensorFlow'
+            f'{width} x {height} pixels for Pillow, {decoded.shape[1]} x {decoded.shape[0]} for '
+            'TensorFlow'
         )
     if _png_depth(content) != 16:
         turned = _encoded(_as_seen(decoded, image), image.format) if _is_turned(image) else content
@@ -505,13 +524,13 @@ def _convert_decodable(content, image):
     return Decodable(turned, image.format, int(deep[..., :3].max()))
 
 
-def _png_depth(content):
-    """Bits of a channel, or 0 of a file that is no PNG."""
+def _png_depth(content: bytes) -> int:
+    """Returns the bits of a channel, or 0 for a file that is not PNG."""
     return content[image_ops.PNG_DEPTH_AT] if content.startswith(image_ops.PNG_SIGNATURE) else 0
 
 
-def _encoded(pixels, file_format):
-    """The copy of an image, uint8 [height, width, 3], in `file_format`: PNG, or JPEG where pixels are lost already."""
+def _encoded(pixels: np.ndarray, file_format: str) -> bytes:
+    """Encodes uint8 [height, width, 3] as PNG, or as JPEG if `file_format` was lossy already."""
     encoded = io.BytesIO()
     if file_format in LOSSY:
         Image.fromarray(pixels).save(encoded, 'JPEG', quality=95, subsampling=0)
@@ -520,13 +539,13 @@ def _encoded(pixels, file_format):
     return encoded.getvalue()
 
 
-def _encoded_deep(pixels):
-    """The copy of an image, uint16 [height, width, 1, 3 or 4], which says nothing of the value of white."""
+def _encoded_deep(pixels: np.ndarray) -> bytes:
+    """Encodes uint16 [height, width, 1, 3 or 4], without a word on the value of white."""
     return tf.io.encode_png(pixels).numpy()
 
 
-def _as_seen(pixels, image):
-    """Pixels [height, width, channels] turned as the EXIF data of `image` say, [height', width', channels]."""
+def _as_seen(pixels: np.ndarray, image: Image.Image) -> np.ndarray:
+    """Turns pixels [height, width, channels] as the EXIF data of `image` say."""
     if not _is_turned(image):
         return pixels
     channels = [
@@ -536,19 +555,19 @@ def _as_seen(pixels, image):
     return np.stack([np.asarray(channel) for channel in channels], -1)
 
 
-def _turn(image):
+def _turn(image: Image.Image) -> Any:
     return TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
 
 
-def _is_turned(image):
+def _is_turned(image: Image.Image) -> bool:
     try:
         return _turn(image) is not None
-    except Exception:  # a picture is no worse for damage in what lies beside it
+    except Exception:  # an image is no worse for damage in what lies beside it
         return False
 
 
-def _over_white(image):
-    """The first frame of an image that TensorFlow cannot read, as mode RGB and over white.
+def _over_white(image: Image.Image) -> Image.Image:
+    """Returns the first frame of an image that TensorFlow cannot read, as mode RGB and over white.
 
     Raises: Broken: the file does not say which value is white.
     """
@@ -561,16 +580,19 @@ def _over_white(image):
     return image.convert('RGB')
 
 
-def _deep_greys(image):
-    """The values of a grey image of more than eight bits, uint16 [height, width, 1]; 0 is black."""
+def _deep_greys(image: Image.Image) -> np.ndarray:
+    """Returns grey values of more than 8 bits, uint16 [height, width, 1]; 0 is black."""
     greys = np.asarray(image)[..., None].astype(np.uint16)  # Pillow would clip them
     if image.format == 'TIFF' and image.tag_v2.get(PHOTOMETRIC) == WHITE_IS_ZERO:
         return 2 ** max(_bits_of_tiff(image)) - 1 - greys
     return greys
 
 
-def _leaves_white_open(image, content):
-    """Whether a file has 16 bits a channel, of which it may use fewer: then nothing in it says which value is white."""
+def _leaves_white_open(image: Image.Image, content: bytes) -> bool:
+    """Returns whether a file has 16 bits a channel, of which it may use fewer.
+
+    Then nothing in it says which value is white.
+    """
     if image.format == 'TIFF':
         return max(_bits_of_tiff(image)) > 8
     if image.format == 'PPM':
@@ -578,25 +600,26 @@ def _leaves_white_open(image, content):
     return image.format == 'JPEG2000' and file_signatures.depth_of_jpeg2000(content) == 16
 
 
-def _bits_of_tiff(image):
+def _bits_of_tiff(image: Image.Image) -> tuple[int, ...]:
     bits = image.tag_v2.get(BITS_PER_SAMPLE, 1)
     return bits if isinstance(bits, tuple) else (bits,)
 
 
-def _largest_of_ppm(content):
-    """The value of white, the fourth word of a PGM or PPM file; 1 of a PBM file, which has no such word."""
+def _largest_of_ppm(content: bytes) -> int:
+    """Returns the value of white, the fourth word of a PGM or PPM file; 1 for PBM."""
     words = re.sub(rb'#[^\n]*', b'', content[:1000]).split(maxsplit=4)
     return 1 if words[0] in (b'P1', b'P4') else int(words[3])
 
 
-def _without_complaint(content, found):
-    """What to read in place of a file of which libjpeg may complain, and whether the complaint matters.
+def _without_complaint(content: bytes, found: Decodable) -> Decodable:
+    """Returns what to read in place of a file about which libjpeg may complain.
 
     Args:
         content: the file.
         found: what `_convert` made of it.
 
-    Returns: `Decodable` with a remark or a doubt. Its content has the same pixels, and nobody complains of it.
+    Returns: `found` with a remark or a doubt: whether the complaint matters. Its content has the
+        same pixels, and causes no complaint.
 
     Raises: Broken: the complaint is of damage.
     """
@@ -611,27 +634,25 @@ def _without_complaint(content, found):
     return found._replace(content=quiet.content, remark=quiet.remark, doubt=quiet.doubt)
 
 
-def _decode_aloud(content):
-    """The pixels of a JPEG file, uint8 [height, width, 3], and what libjpeg says of it, on one line."""
+def _decode_aloud(content: bytes) -> tuple[np.ndarray, str]:
+    """Returns a JPEG file's pixels, uint8 [height, width, 3], and libjpeg's complaint."""
     with standard_error() as said:
         pixels = image_ops.decode(content).numpy()
         return pixels, one_line(said().decode(errors='replace'))
 
 
-def _fault(error, content):
-    """Why a file cannot be used, on one line; `content` is what could be read of it."""
+def _fault(error: Exception, content: bytes) -> str:
+    """Returns why a file cannot be used, on one line; `content` is what could be read of it."""
     reason = _reason(error)
     if isinstance(error, Broken) or not content:
         return reason
-    if (
-        file_signatures.ends_too_early(content) or 'truncated' in reason.lower()
-    ):  # a word of Pillow's
+    # A word of Pillow's.
+    if file_signatures.ends_too_early(content) or 'truncated' in reason.lower():
         return ENDS_TOO_EARLY
     return f'it cannot be decoded ({reason}): copy or download it again, or convert it to PNG'
 
 
-def _reason(error):
-    text = getattr(error, 'strerror', None) or re.sub(
-        r'\{\{.*?\}\}|\[Op:.*?\]', '', str(error)
-    )  # TensorFlow adds its own names
+def _reason(error: Exception) -> str:
+    # TensorFlow adds its own names.
+    text = getattr(error, 'strerror', None) or re.sub(r'\{\{.*?\}\}|\[Op:.*?\]', '', str(error))
     return shown(one_line(text, 200)) or type(error).__name__

@@ -1,8 +1,9 @@
-"""What libjpeg complains of in a JPEG file: damage, or bytes that the writer of the file left where none belong.
+"""Tells damage in a JPEG file from bytes that its writer left where none belong.
 
-Webcams write a zero before a marker, drones whole tables behind the last block; decoders pass over both, and the picture
-is as it was taken. After damage, too, bytes are often left over, because the decoder has lost its place among them.
-libjpeg tells of the first fault alone, so each that is harmless is taken out of the file, and what is left is decoded again.
+Webcams write a zero before a marker, drones whole tables behind the last block; decoders pass over
+both, and the image is as it was taken. After damage, too, bytes are often left over, because the
+decoder has lost its place among them. libjpeg tells of the first fault alone, so each that is
+harmless is taken out of the file, and what is left is decoded again.
 """
 
 import collections
@@ -28,7 +29,7 @@ MOST_STUFFED = (
     8  # zeros behind a byte of 0xff, which libjpeg counts in one place and not in another
 )
 BIT_BUFFER = 8  # bytes that libjpeg reads ahead
-MOST_UNREAD = 8  # bytes of the picture's own that it may count, as it had no need of them
+MOST_UNREAD = 8  # bytes of the image's own that it may count, as it had no need of them
 MOST_INTERVALS = 16  # places that are tried one by one
 MOST_DECODES = 256  # of a file, beside the first
 MOST_BEFORE_MARKER = 1024  # bytes between the start of a file and its first marker
@@ -57,11 +58,11 @@ class _Repair(NamedTuple):
 
 
 def without_stray_bytes(content: bytes, decode: Callable[[bytes], tuple[np.ndarray, str]]) -> Quiet:
-    """Finds the file of the same pixels of which libjpeg does not complain.
+    """Finds the file of the same pixels about which libjpeg does not complain.
 
     Args:
         content: a JPEG file.
-        decode: returns the pixels of a file, uint8 [height, width, 3], and the complaint, '' if there is none.
+        decode: returns the pixels of a file, uint8 [height, width, 3], and the complaint or ''.
     """
     pixels, complaint = decode(content)
     remark = doubt = ''
@@ -84,22 +85,34 @@ def without_stray_bytes(content: bytes, decode: Callable[[bytes], tuple[np.ndarr
 
 
 def has_end(content: bytes) -> bool:
-    """Whether a JPEG file has the marker that ends its image."""
+    """Returns whether a JPEG file has the marker that ends its image."""
     return any(kind == END for kind, *_ in _parts(content))
 
 
 def with_marker_first(content: bytes) -> bytes:
-    """Returns a JPEG file without what lies between its start and the first marker: decoders take it for no JPEG file."""
+    """Returns a JPEG file without what lies between its start and the first marker.
+
+    Decoders do not recognize it with that.
+    """
     if not content.startswith(START_OF_IMAGE) or content[2:3] == b'\xff':
         return content
     marker = MARKER.search(content, 2, 2 + MOST_BEFORE_MARKER)
     return content[:2] + content[marker.start() :] if marker else content
 
 
-def _repair(content, complaint, pixels, decode, tries):
-    """(`_Repair`, the complaint that is left) of the first fault; (None, complaint) if it cannot be taken out."""
-    last_resort = None, complaint
-    for repair, _ in zip(_repairs(content, complaint), tries):
+def _repair(
+    content: bytes,
+    complaint: str,
+    pixels: np.ndarray,
+    decode: Callable[[bytes], tuple[np.ndarray, str]],
+    tries: Iterator[int],
+) -> tuple[_Repair | None, str]:
+    """Takes out the first fault; `tries` limits how many files are decoded.
+
+    Returns: (`_Repair`, the complaint that is left); (None, complaint) if that is impossible.
+    """
+    last_resort: tuple[_Repair | None, str] = (None, complaint)
+    for repair, _ in zip(_repairs(content, complaint), tries, strict=False):
         found, said = decode(repair.content)
         if said == complaint or not np.array_equal(found, pixels):
             continue
@@ -133,19 +146,18 @@ def _repairs(content: bytes, complaint: str) -> Iterator[_Repair]:
         )
     elif complaint.startswith('Unknown Adobe color transform code'):
         for code in (b'\x01', b'\x02'):  # what libjpeg takes it for, of three and of four channels
-            yield _Repair(
-                _edited(
-                    content,
-                    parts,
-                    ADOBE,
-                    lambda segment, code=code: segment[:15] + code + segment[16:],
-                ),
-                True,
-            )
+
+            def with_code(segment: bytes, code: bytes = code) -> bytes:
+                return segment[:15] + code + segment[16:]
+
+            yield _Repair(_edited(content, parts, ADOBE, with_code), True)
 
 
 def _parts(content: bytes) -> Iterator[tuple[int, int, int]]:
-    """Yields (kind, begin, end) of each part up to the end of the image: a marker's number, SCAN, or STRAY."""
+    """Yields (kind, begin, end) of each part up to the end of the image.
+
+    The kind is a marker's number, SCAN, or STRAY.
+    """
     place, in_scan = 0, False
     while marker := MARKER.search(content, place):
         if marker.start() > place:
@@ -166,7 +178,7 @@ def _parts(content: bytes) -> Iterator[tuple[int, int, int]]:
 
 
 def _joined(content: bytes, parts: list, cuts: dict[int, int]) -> bytes:
-    """The file without its stray parts, and without the last `cuts[index]` bytes of a part."""
+    """Returns the file without stray parts, and without `cuts[index]` last bytes of a part."""
     kept = [
         content[begin : end - cuts.get(index, 0)]
         for index, (kind, begin, end) in enumerate(parts)
@@ -176,7 +188,7 @@ def _joined(content: bytes, parts: list, cuts: dict[int, int]) -> bytes:
 
 
 def _edited(content: bytes, parts: list, edited_kind: int, edit: Callable[[bytes], bytes]) -> bytes:
-    """The file with every segment of a kind edited."""
+    """Returns the file with every segment of a kind edited."""
     segments = (
         content[begin:end] if kind != edited_kind else edit(content[begin:end])
         for kind, begin, end in parts
@@ -194,7 +206,7 @@ def _without_tails(content: bytes, parts: list, count: int, marker: int) -> Iter
     kinds = RESTARTS if marker in RESTARTS else (marker,)
     named = [index for index in scans if index + 1 < len(parts) and parts[index + 1][0] in kinds]
     if any(zeros.values()):
-        # A picture's own last bytes may be zeros too, so no more go than libjpeg counted, and only
+        # An image's own last bytes may be zeros too, so no more go than libjpeg counted, and only
         # where there are as many. Those that its bit buffer has read already it does not count.
         # Strays are looked for before the kind of marker that it names.
         for most in (*range(count, count + BIT_BUFFER), *fewer):
@@ -208,7 +220,7 @@ def _without_tails(content: bytes, parts: list, count: int, marker: int) -> Iter
     runs = {index: _num_last_equal(scan) for index, scan in scans.items()}
     fills = {index: number for index, number in runs.items() if number >= SHORTEST_FILL}
     if fills:
-        for kept in (0, 1):  # the last byte of a picture may happen to be the one that fills up
+        for kept in (0, 1):  # the last byte of an image may happen to be the one that fills up
             yield _Repair(
                 _joined(content, parts, {index: number - kept for index, number in fills.items()}),
                 True,

@@ -1,12 +1,14 @@
 """Reads encoded examples of a split from any place on: what makes an exact resume cheap.
 
-A split is a list of pieces. A piece is a run of neighbouring records of a TFRecord file, one file of a folder, or one
-example that is kept in memory. The order of an epoch is an order of pieces; only a window of them is ever shuffled
-record by record, so a resumed run reads again at most the window that it stopped in.
+A split is a list of pieces. A piece is a run of neighbouring records of a TFRecord file, one file
+of a folder, or one example that is kept in memory. The order of an epoch is an order of pieces;
+only a window of them is ever shuffled record by record, so a resumed run reads again at most the
+window that it stopped in.
 """
 
 import concurrent.futures
 import dataclasses
+import itertools
 import os
 import re
 import struct
@@ -18,6 +20,7 @@ import tensorflow_datasets as tfds
 
 from common.errors import RunError
 from inputs import tfds_features
+from inputs.tfds_features import Columns
 
 PIECES = 1000  # per epoch, at least, where there are as many examples
 EXAMPLES_AT_A_PLACE = 4  # of a sample, where a piece has so many
@@ -49,15 +52,16 @@ class Records:
     name: str
     num_bytes: int
 
-    def read(self, pieces):
-        """A tf.data.Dataset of (id int64 [], encoded string [], label int64 []) of `pieces`, int64 [n], in an order of its own.
+    def read(self, pieces: tf.Tensor) -> tf.data.Dataset:
+        """Returns (id int64 [], encoded string [], label int64 []) of `pieces`, int64 [n].
 
-        A label that is none of the classes ends it: see `tfds_features.require_class`.
+        The order is its own. A label that is none of the classes is an error: see
+        `tfds_features.require_class`.
         """
         num_classes = tfds_features.feature_at(self.features, self.columns.label).num_classes
         specs = self._specs(*self.columns)
 
-        def parse(number, record):
+        def parse(number: tf.Tensor, record: tf.Tensor) -> tuple:
             example = tf.io.parse_single_example(record, specs)
             label = example[self.columns.label]
             checked = tfds_features.require_class(label, num_classes, self.name, number)
@@ -65,12 +69,12 @@ class Records:
 
         return self._serialized(pieces).map(parse)
 
-    def entries(self, pieces):
-        """A tf.data.Dataset of (id int64 [], ...) of `pieces`, int64 [n]: what `fetch` takes after the id."""
+    def entries(self, pieces: tf.Tensor) -> tf.data.Dataset:
+        """Returns (id int64 [], ...) of `pieces`, int64 [n]: `fetch` takes what follows the id."""
         return self.read(pieces)
 
-    def fetch(self, encoded, label):
-        """(encoded string [], label int64 []) of an entry."""
+    def fetch(self, encoded: tf.Tensor, label: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """Returns (encoded string [], label int64 []) of an entry."""
         return encoded, label
 
     def column(self, path: str) -> np.ndarray:
@@ -97,14 +101,15 @@ class Records:
         """What of a record is parsed: these features, and nothing is decoded."""
         return {path: self.features.tf_example_spec[path] for path in paths}
 
-    def _serialized(self, pieces):
-        """A tf.data.Dataset of (id int64 [], record string []) of `pieces`."""
+    def _serialized(self, pieces: tf.Tensor) -> tf.data.Dataset:
+        """Returns (id int64 [], record string []) of `pieces`."""
         filenames, offsets, counts, first_ids = map(
             tf.constant, (self.filenames, self.offsets, self.counts, self.first_ids)
         )
 
-        def piece(index):
-            # The class tf.data.TFRecordDataset does not offer what its operation can: to begin inside of a file.
+        def piece(index: tf.Tensor) -> tf.data.Dataset:
+            # The class tf.data.TFRecordDataset does not offer what its operation can: to begin
+            # inside of a file.
             variant = tf.raw_ops.TFRecordDatasetV2(
                 filenames=filenames[index][None],
                 compression_type='',
@@ -120,10 +125,11 @@ class Records:
 
 @dataclasses.dataclass(frozen=True)
 class Singles:
-    """Examples that can be had one by one, from memory or from picture files: each is a piece.
+    """Examples that can be had one by one, from memory or from image files: each is a piece.
 
     Attributes:
-        stored: string [examples], what `load` makes encoded pictures of: themselves, or the paths of files.
+        stored: string [examples], what `load` makes encoded images of: themselves, or the paths
+            of files.
         labels, ids: int64 [examples].
         num_bytes: of all encoded examples.
         load: `tf.identity` or `tf.io.read_file`.
@@ -136,63 +142,70 @@ class Singles:
     load: Callable
 
     @property
-    def counts(self):
+    def counts(self) -> np.ndarray:
         return np.ones(len(self.labels), np.int64)
 
-    def read(self, pieces):
+    def read(self, pieces: tf.Tensor) -> tf.data.Dataset:
         """See `Records.read`; in the order of `pieces`."""
         return self.entries(pieces).map(
             lambda number, index: (number, *self.fetch(index)), tf.data.AUTOTUNE
         )
 
-    def entries(self, pieces):
-        """See `Records.entries`: an entry is an index, so that files are read where pictures are decoded."""
+    def entries(self, pieces: tf.Tensor) -> tf.data.Dataset:
+        """See `Records.entries`: an entry is an index; files are read where they are decoded."""
         return tf.data.Dataset.from_tensor_slices((tf.gather(self.ids, pieces), pieces))
 
-    def fetch(self, index):
+    def fetch(self, index: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """See `Records.fetch`."""
         return self.load(self.stored[index]), self.labels[index]
 
 
-def require_tfrecord(builder):
+def require_tfrecord(builder: tfds.core.DatasetBuilder) -> None:
     """Raises RunError if a data set is prepared in another format."""
     if builder.info.file_format != tfds.core.FileFormat.TFRECORD:
         raise RunError(
-            f'{builder.name} in {builder.data_dir} is prepared as {builder.info.file_format.value}: prepare it as tfrecord, '
-            'or point --config.dataset.data_dir at a folder where it is'
+            f'{builder.name} in {builder.data_dir} is prepared as {builder.info.file_format.value}',
+            'prepare it as tfrecord, or point --config.dataset.data_dir at a folder where it is',
         )
 
 
-def of_builder(builder, columns, split, share=(0, 1), longest=None):
-    """`Records` of a prepared TFDS split.
+def of_builder(
+    builder: tfds.core.DatasetBuilder,
+    columns: Columns,
+    split: str,
+    share: tuple[int, int] = (0, 1),
+    longest: int | None = None,
+) -> Records:
+    """Returns the `Records` of a prepared TFDS split.
 
     Args:
         builder: prepared as TFRecord files.
         columns: which features are the image and the label.
         split: a TFDS split, such as 'train[:90%]'.
-        share: (index, number) of a host: which of how many even shares, as `tfds.even_splits` cuts them.
-        longest: how many examples a piece may have; without it, so many that an epoch has at least `PIECES`. With 1 their order is that of examples in memory.
+        share: (index, number) of a host: which of how many even shares, as `tfds.even_splits` cuts
+            them.
+        longest: the most examples of a piece; by default so many that an epoch has at least
+            `PIECES`. With 1 their order is that of examples in memory.
     """
     info = builder.info.splits[split]
     begin, end = share_of(info.num_examples, share)
     whole = builder.info.splits[re.split(r'[\[+]', split)[0].strip()]
-    whole_bytes = whole.num_bytes or sum(
-        tf.io.gfile.stat(path).length for path in whole.filepaths
-    )  # some data sets do not say
-    longest = longest or max(1, info.num_examples // PIECES)
-    runs, first_id = [], 0  # (filename, records to skip, records to take, id of the first)
+    whole_bytes = whole.num_bytes
+    if not whole_bytes:  # some data sets do not say
+        whole_bytes = sum(tf.io.gfile.stat(path).length for path in whole.filepaths)
+    most = longest or max(1, info.num_examples // PIECES)
+    # (filename, records to skip, records to take, id of the first) of each.
+    runs: list[tuple[str, int, int, int]] = []
+    first_id = 0
     for file in info.file_instructions:
         low, high = max(begin, first_id), min(end, first_id + file.take)
         if low < high:
             runs.append((file.filename, file.skip + low - first_id, high - low, low))
         first_id += file.take
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
-        pieces = [
-            piece
-            for found in pool.map(lambda run: _pieces_of_run(*run, longest), runs)
-            for piece in found
-        ]
-    filenames, offsets, counts, first_ids = map(np.array, zip(*pieces))
+        found = pool.map(lambda run: _pieces_of_run(*run, longest=most), runs)
+        pieces = list(itertools.chain.from_iterable(found))
+    filenames, offsets, counts, first_ids = map(np.array, zip(*pieces, strict=True))
     return Records(
         counts=counts.astype(np.int64),
         first_ids=first_ids.astype(np.int64),
@@ -205,8 +218,8 @@ def of_builder(builder, columns, split, share=(0, 1), longest=None):
     )
 
 
-def in_memory(split):
-    """`Singles` of all examples of a split, kept in memory."""
+def in_memory(split: Records) -> Singles:
+    """Returns all examples of a split, kept in memory."""
     columns = next(iter(split.read(np.arange(len(split.counts))).batch(int(split.counts.sum()))))
     ids, encoded, labels = (tf.gather(column, tf.argsort(columns[0])) for column in columns)
     return Singles(
@@ -214,18 +227,27 @@ def in_memory(split):
     )
 
 
-def share_of(num_examples, share):
-    """(begin, end) of share (index, number): the shares differ by one example at most. Raises RunError if there are more hosts than examples."""
+def share_of(num_examples: int, share: tuple[int, int]) -> tuple[int, int]:
+    """Returns (begin, end) of share (index, number): shares differ by one example at most.
+
+    Raises: RunError if there are more hosts than examples.
+    """
     index, number = share
     if num_examples < number:  # all hosts see it, so none waits for another
         raise RunError(
-            f'a split has {num_examples} examples for {number} hosts, and each needs one: name a larger one in config.dataset.train_split or eval_split'
+            f'a split has {num_examples} examples for {number} hosts, and each needs one',
+            'name a larger one in config.dataset.train_split or eval_split',
         )
     return num_examples * index // number, num_examples * (index + 1) // number
 
 
-def _pieces_of_run(filename, skip, take, first_id, longest):
-    """(filename, offset, count, first id) of the pieces of one run of records; only a run that is cut needs its offsets."""
+def _pieces_of_run(
+    filename: str, skip: int, take: int, first_id: int, *, longest: int
+) -> list[tuple]:
+    """Returns (filename, offset, count, first id) of the pieces of one run of records.
+
+    Only a run that is cut needs its offsets.
+    """
     if skip == 0 and take <= (2 * longest if longest > 1 else 1):
         return [(filename, 0, take, first_id)]
     starts = record_offsets(filename, skip + take)
@@ -235,8 +257,11 @@ def _pieces_of_run(filename, skip, take, first_id, longest):
     ]
 
 
-def record_offsets(filename, count):
-    """Where each of the first `count` records of a TFRecord file begins, in bytes; reads their lengths only."""
+def record_offsets(filename: str, count: int) -> list[int]:
+    """Returns where each of the first `count` records of a TFRecord file begins, in bytes.
+
+    It reads their lengths only.
+    """
     offsets, offset = [], 0
     with tf.io.gfile.GFile(filename, 'rb') as file:
         for _ in range(count):
@@ -246,7 +271,7 @@ def record_offsets(filename, count):
                 (length,) = struct.unpack('<Q', file.read(8))
             except (tf.errors.OutOfRangeError, struct.error) as error:
                 raise RunError(
-                    f'{filename} was cut short: rm -r {os.path.dirname(filename)}'
+                    f'{filename} was cut short', f'rm -r {os.path.dirname(filename)}'
                 ) from error
             offset += length + RECORD_OVERHEAD
     return offsets

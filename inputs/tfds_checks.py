@@ -19,9 +19,8 @@ from inputs.tfds_features import Columns, feature_at
 READ_WHOLE = 2**30  # bytes of a split whose labels are all looked at: 4 s for images of 3 KB
 SAMPLE = 256  # examples of a larger one: a share of 2 % is missed by one sample in 170, 0.98 ** 256
 DECODED = 16  # images of a split that are tried
-DARKEST_SHARE = (
-    1 / 16
-)  # of white: uint16 images below it have 16 shades of grey when they are read as uint8
+# Of white: uint16 images below it have 16 shades of grey when they are read as uint8.
+DARKEST_SHARE = 1 / 16
 
 
 def names_of_classes(builder: tfds.core.DatasetBuilder, columns: Columns) -> tuple[str, ...]:
@@ -33,8 +32,8 @@ def names_of_classes(builder: tfds.core.DatasetBuilder, columns: Columns) -> tup
         raise RunError(f'{where} has {num_classes} class; a classifier needs at least two')
     if len(label.names) != num_classes:  # TFDS leaves out empty lines, and says nothing
         raise RunError(
-            f'{where} has {num_classes} classes, but names for {len(label.names)}: '
-            'write one name a line into its labels.txt, or prepare it again'
+            f'{where} has {num_classes} classes, but names for {len(label.names)}',
+            'write one name a line into its labels.txt, or prepare it again',
         )
     return tuple(label.names)
 
@@ -45,10 +44,10 @@ def require_usable(
     key: str,
     dataset_config: ConfigDict,
 ) -> str:
-    """Looks into the split that `dataset_config` names under `key`: at labels and at some images.
+    """Checks the labels and some images of the split that `dataset_config` names under `key`.
 
-    Every label is looked at in a split of up to `READ_WHOLE` bytes, and a sample in a larger one.
-    The others are looked at when they are read: see `record_index.Records.read`.
+    Every label is checked in a split of up to `READ_WHOLE` bytes, and a sample in a larger one. The
+    others are checked when they are read: see `record_index.Records.read`.
 
     Returns: what the user may not expect of its images, or ''.
 
@@ -66,7 +65,8 @@ def require_usable(
     except tf.errors.InvalidArgumentError as error:
         raise RunError(
             f'{records.name}: its records are not what its features.json says '
-            f'({one_line(error, 150)}): prepare it again'
+            f'({one_line(error, 150)})',
+            'prepare it again',
         ) from error
     _require_labels(builder, records, labels, key, dataset_config)
     _require_readable(records, images, dataset_config.white_level)
@@ -91,10 +91,12 @@ def _require_labels(
     is_unknown = (strange == -1).any()
     meaning = ', which TFDS writes where a label is not known' if is_unknown else ''
     raise RunError(
-        f'config.dataset.{key}={dataset_config[key]!r} of {builder.name} has {num_examples:,} '
-        f'examples, and {len(strange):,}{looked_at} have a label that is none of the '
-        f'{num_classes:,} classes: {values}{meaning}. '
-        f'Name a split without them: {_labeled_instead(builder, key, dataset_config)}'
+        f'config.dataset.{key}={dataset_config[key]!r} of {builder.name} has '
+        f'{num_examples:,} examples, and {len(strange):,}{looked_at} have a label '
+        f'that is none of the {num_classes:,} classes: {values}{meaning}. Name a '
+        'split without them',
+        _labeled_instead(builder, key, dataset_config),
+        f'dataset.{key}',
     )
 
 
@@ -118,7 +120,7 @@ def _labeled_instead(
 
 
 def _why_unreadable(encoded: bytes) -> str:
-    """Why the graph of a run cannot decode an image, and what to do."""
+    """Returns why the graph of a run cannot decode an image, and what to do."""
     try:
         image_validation.decodable(encoded)
     except image_validation.Broken as broken:
@@ -129,7 +131,7 @@ def _why_unreadable(encoded: bytes) -> str:
 def _note_on_stored_images(
     records: record_index.Records, images: np.ndarray, white_level: int
 ) -> str:
-    """A note if `predict.py` would show the model other pixels than training does; else ''.
+    """Returns a note if `predict.py` would show the model other pixels than training does; else ''.
 
     The graph of a run reads what TFDS has stored. It knows nothing of EXIF.
     """
@@ -137,7 +139,8 @@ def _note_on_stored_images(
     if not differing:
         return ''
     return (
-        f'{records.name}: {differing} of {len(images)} images that were looked at are turned by their '
+        f'{records.name}: {differing} of {len(images)} images that were looked at are turned by '
+        'their '
         'EXIF data, or transparent in a way that TensorFlow does not read: training and evaluation '
         'take them as they are stored, and predict.py as a viewer shows them. Prepare the data set '
         'with images that are turned, on white'
@@ -169,8 +172,9 @@ def _require_readable(records: record_index.Records, images: np.ndarray, white_l
             raise RunError(f'{records.name}: an image cannot be decoded: {reason}') from error
         if has_alpha and not encoded.startswith(PNG_SIGNATURE):
             raise RunError(
-                f'{records.name}: an image of {feature.shape[-1]} channels is no PNG file, '
-                'and of others transparency is not read: prepare it as PNG files'
+                f'{records.name}: an image of {feature.shape[-1]} channels is no PNG '
+                'file, and of others transparency is not read',
+                'prepare it as PNG files',
             )
         if feature.np_dtype == np.uint16:
             pixels = tf.io.decode_image(encoded, dtype=tf.uint16, expand_animations=False)
@@ -178,6 +182,7 @@ def _require_readable(records: record_index.Records, images: np.ndarray, white_l
     white = max(255, 2 ** brightest.bit_length() - 1)
     if 0 < brightest < white_level * DARKEST_SHARE:
         raise RunError(
-            f'{records.name}: its uint16 images go up to {brightest:,} of {white_level:,}, '
-            f'nearly black: write --config.dataset.white_level={white}'
+            f'{records.name}: its uint16 images go up to {brightest:,} of '
+            f'{white_level:,}, nearly black',
+            f'--config.dataset.white_level={white}',
         )

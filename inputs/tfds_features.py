@@ -1,7 +1,7 @@
-"""Which features of a TFDS data set are the image and its label, and whether both can be trained on."""
+"""Finds the image and the label among the features of a TFDS data set, and checks them."""
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -10,12 +10,12 @@ from ml_collections import ConfigDict
 
 from common.errors import ConfigError, did_you_mean
 
+# Of images; float32 is stored as the four bytes of a colour with alpha.
 DTYPES = (
     'uint8',
     'uint16',
-)  # of images; float32 is stored as the four bytes of a colour with alpha
+)
 MOST_CHANNELS = 4  # grey, grey with alpha, RGB, RGB with alpha
-BAD_LABEL = 'an example has a label that is none of'  # how an error begins: see main.failure
 
 
 class Columns(NamedTuple):
@@ -26,9 +26,9 @@ class Columns(NamedTuple):
 
 
 def find_columns(
-    features: tfds.features.FeaturesDict, supervised_keys: object, dataset_config
+    features: tfds.features.FeaturesDict, supervised_keys: Any, dataset_config: ConfigDict
 ) -> Columns:
-    """Finds the image and the label: as the config names them, as TFDS does, or as the only ones of their kind.
+    """Finds image and label: named by the config or TFDS, or the only ones of their kind.
 
     Args:
         features: of the data set.
@@ -50,7 +50,11 @@ def find_columns(
     )
     problem = _pixel_problem(leaves[columns.image])
     if problem:
-        raise ConfigError(f'config.dataset.name={name!r}: its image {columns.image!r} {problem}')
+        raise ConfigError(
+            f'config.dataset.name={name!r}',
+            f'its image {columns.image!r} {problem}',
+            'dataset.name',
+        )
     return columns
 
 
@@ -85,7 +89,8 @@ def require_class(label: tf.Tensor, num_classes: int, name: str, number: tf.Tens
     """
     is_class = (label >= 0) & (label < num_classes)
     says = (
-        f'{BAD_LABEL} the {num_classes:,} classes, as TFDS writes where it is not known; '
+        f'an example has a label that is none of the {num_classes:,} classes, as TFDS writes '
+        'where it is not known; '
         f'name another split: {name}, example'
     )
     check = tf.debugging.Assert(is_class, [says, number, 'has', label])
@@ -104,7 +109,7 @@ def _leaves(
 
 
 def _is_image(feature: tfds.features.FeatureConnector) -> bool:
-    """Whether a feature is an image; a map of classes is none, although TFDS derives it from one."""
+    """Returns whether a feature is an image; a segmentation map is not."""
     return isinstance(feature, tfds.features.Image) and not isinstance(
         feature, tfds.features.LabeledImage
     )
@@ -134,16 +139,19 @@ def _pixel_problem(feature: tfds.features.Image) -> str:
 def _choose(
     what: str, candidates: set[str], named: set[str], leaves: dict, key: str, name: str
 ) -> str:
-    """The one of `candidates` that the config names, that TFDS names, or that there is."""
+    """Returns the one of `candidates` that the config names, that TFDS names, or that there is."""
     config_key = {'image': 'image_key', 'class label': 'label_key'}[what]
     if key:
         if key in candidates:
             return key
-        problem = f'is no {what}' if key in leaves else 'does not exist'
+        article = 'an' if what == 'image' else 'a'
+        problem = f'is not {article} {what}' if key in leaves else 'does not exist'
         if _is_in_sequence(key, leaves):
             problem = f'is in a sequence of any length, and a classifier needs one {what}'
         raise ConfigError(
-            f'config.dataset.{config_key}={key!r} {problem}: {name} has {_listed(candidates)}{did_you_mean(key, sorted(candidates))}'
+            f'config.dataset.{config_key}={key!r} {problem}',
+            f'{name} has {_listed(candidates)}{did_you_mean(key, sorted(candidates))}',
+            f'dataset.{config_key}',
         )
     readable = {path for path in candidates if what != 'image' or not _pixel_problem(leaves[path])}
     found = candidates & named or readable or candidates
@@ -151,17 +159,20 @@ def _choose(
         return next(iter(found))
     if not found:
         raise ConfigError(
-            f'config.dataset.name={name!r} is no image classification data set: it has no {what} for each example'
+            f'config.dataset.name={name!r} is not an image classification data set',
+            f'it has no {what} for each example',
+            'dataset.name',
         )
     first, plural = sorted(found)[0], f'{what}s'
     raise ConfigError(
-        f'config.dataset.name={name!r} has several features that are {plural}, {_listed(found)}: '
-        f'write --config.dataset.{config_key}={first}'
+        f'config.dataset.name={name!r} has several features that are {plural}, {_listed(found)}',
+        f'--config.dataset.{config_key}={first}',
+        'dataset.name',
     )
 
 
 def _is_in_sequence(key: str, leaves: dict) -> bool:
-    """Whether a name is that of a sequence, such as a Video, or of something inside of one."""
+    """Returns whether a name is that of a sequence, such as a Video, or of something inside one."""
     for path, feature in leaves.items():
         is_inside = f'{key}/'.startswith(f'{path}/')
         if is_inside and isinstance(feature, tfds.features.Sequence):

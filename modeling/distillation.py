@@ -1,11 +1,16 @@
-"""A teacher that a model learns from (Hinton, Vinyals and Dean 2015): one of keras.applications, or a SavedModel."""
+"""Knowledge distillation (Hinton, Vinyals and Dean 2015).
+
+The teacher is a model of keras.applications or a SavedModel.
+"""
 
 import inspect
 import os
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
+from ml_collections import ConfigDict
 
 from common.errors import ConfigError, RunError, one_line
 from modeling import labels_file, saved_model_safety
@@ -15,46 +20,68 @@ from modeling.pretrained import KERAS_FILES, read_labels
 IMAGENET_CLASSES = 1000
 
 
-class TeacherSource(NamedTuple):
-    """Where a teacher comes from: its name for the user, and whether keras.applications downloads it."""
+class Teacher(NamedTuple):
+    """Who a model learns from.
 
+    Attributes:
+        predict: from images float32 [batch, size, size, 3] in 0..255 to logits float32 [batch,
+            classes], for use inside a step.
+        name: a description.
+        is_pretrained: whether its weights come with keras.applications.
+    """
+
+    predict: Callable[[tf.Tensor], tf.Tensor]
     name: str
     is_pretrained: bool
 
 
-def make_teacher(config, class_names, pretrained=True):
-    """The teacher of `config.distill`. Call it in the strategy's scope. Not `pretrained`, one of keras.applications has random weights.
+class _Network(NamedTuple):
+    """A `Teacher` whose outputs may be probabilities, of images of its own size.
 
-    Returns: (a function from images float32 [batch, size, size, 3] in 0..255 to logits float32 [batch, classes], for the inside
-        of a step, and its TeacherSource); the former is None when the config names none.
+    Attributes:
+        size: (height, width) that it wants; None is any.
+    """
+
+    predict: Callable[[tf.Tensor], tf.Tensor]
+    size: tuple[int | None, int | None]
+    name: str
+    is_pretrained: bool
+
+
+def make_teacher(
+    config: ConfigDict, class_names: Sequence[str], pretrained: bool = True
+) -> Teacher | None:
+    """Builds the teacher of `config.distill`, if it names one; call it in the strategy's scope.
+
+    Args:
+        class_names: of the data set, in the order of the labels.
+        pretrained: False gives a teacher of keras.applications random weights.
 
     Raises:
-        ConfigError: no such model, or it knows another number of classes.
-        RunError: its weights or its SavedModel cannot be had or used, or are of other classes.
+        ConfigError: there is no such model, or it knows another number of classes.
+        RunError: its weights or its SavedModel are unavailable, unusable, or of other classes.
     """
     name = config.distill.teacher
     if not name:
-        return None, TeacherSource('', is_pretrained=False)
-    is_folder = os.sep in name or tf.io.gfile.isdir(name)
-    predict, size, origin = (
-        _saved_teacher(name, class_names)
-        if is_folder
-        else _application_teacher(config.distill, len(class_names), pretrained)
-    )
+        return None
+    if os.sep in name or tf.io.gfile.isdir(name):
+        network = _saved_teacher(name, class_names)
+    else:
+        network = _application_teacher(config.distill, len(class_names), pretrained)
 
-    def teacher(images):
-        if None not in size and images.shape[1:3] != size:
-            images = resize(images, size)
-        answers = tf.cast(predict(images), tf.float32)  # [batch, classes]
-        # Whether they are probabilities shows in the numbers. Their logarithms are logits, up to a constant that softmax ignores.
-        are_probabilities = tf.reduce_all(answers >= 0) & tf.reduce_all(
-            tf.abs(tf.reduce_sum(answers, -1) - 1) < 1e-2
-        )
-        return tf.stop_gradient(
-            tf.where(are_probabilities, tf.math.log(tf.maximum(answers, 1e-20)), answers)
-        )
+    def predict(images: tf.Tensor) -> tf.Tensor:
+        height, width = network.size
+        if height and width and images.shape[1:3] != (height, width):
+            images = resize(images, (height, width))
+        outputs = tf.cast(network.predict(images), tf.float32)  # [batch, classes]
+        # The numbers show whether they are probabilities. Their logarithms are logits, up to a
+        # constant that softmax ignores.
+        sums_to_1 = tf.abs(tf.reduce_sum(outputs, -1) - 1) < 1e-2
+        are_probabilities = tf.reduce_all(outputs >= 0) & tf.reduce_all(sums_to_1)
+        logits = tf.where(are_probabilities, tf.math.log(tf.maximum(outputs, 1e-20)), outputs)
+        return tf.stop_gradient(logits)
 
-    return teacher, origin
+    return Teacher(predict, network.name, network.is_pretrained)
 
 
 def resize(images: tf.Tensor, size: tuple[int, int]) -> tf.Tensor:
@@ -79,58 +106,53 @@ def _box_filter(pixels: int, wanted: int) -> np.ndarray:
     return covered * wanted / pixels
 
 
-def _application_teacher(distill, num_classes, pretrained):
-    """(function from images to answers, (height, width) it wants or (None, None), who it is) of a model of keras.applications with its head."""
-    constructor, preprocess = application(distill.teacher, 'config.distill.teacher')
+def _application_teacher(distill: ConfigDict, num_classes: int, pretrained: bool) -> _Network:
+    """Builds a teacher of keras.applications with its head."""
+    constructor, preprocess = application(distill.teacher, 'distill.teacher')
     if distill.weights != 'imagenet' and not distill.weights.endswith(KERAS_FILES):
         raise ConfigError(
-            f"config.distill.weights={distill.weights!r} is no source of weights: write 'imagenet', or a file that ends in .weights.h5"
+            f'config.distill.weights={distill.weights!r} is not a source of weights',
+            "write 'imagenet', or a file that ends in .weights.h5",
+            'distill.weights',
         )
     classes = IMAGENET_CLASSES if distill.weights == 'imagenet' else num_classes
     if classes != num_classes:
         raise ConfigError(
-            f"config.distill.teacher={distill.teacher!r} knows ImageNet's {classes:,} classes, and this data set has {num_classes:,}: "
-            'train a teacher on it first, with config.model.name, and give its run here'
+            f"config.distill.teacher={distill.teacher!r} knows ImageNet's {classes:,} classes, "
+            f'and this data set has {num_classes:,}',
+            'train a teacher on it first, with config.model.name, and give its run here',
+            'distill.teacher',
         )
-    linear = (
-        {'classifier_activation': None}
-        if 'classifier_activation' in inspect.signature(constructor).parameters
-        else {}
-    )
+    arguments = {'weights': distill.weights if pretrained else None, 'classes': classes}
+    if 'classifier_activation' in inspect.signature(constructor).parameters:
+        arguments['classifier_activation'] = None
     try:
-        model = constructor(
-            weights=distill.weights if pretrained else None, classes=classes, **linear
-        )
+        model = constructor(**arguments)
     except Exception as error:
         raise RunError(
-            f'config.distill.weights={distill.weights!r} could not be loaded into {distill.teacher}: {one_line(error)}'
+            f'config.distill.weights={distill.weights!r} could not be loaded into '
+            f'{distill.teacher}: {one_line(error)}',
+            key='distill.weights',
         ) from error
     model.trainable = False
-    return (
-        lambda images: model(preprocess(images), training=False),
-        model.input_shape[1:3],
-        TeacherSource(f'{distill.teacher} ({distill.weights})', distill.weights == 'imagenet'),
-    )
+
+    def predict(images: tf.Tensor) -> tf.Tensor:
+        return model(preprocess(images), training=False)
+
+    name = f'{distill.teacher} ({distill.weights})'
+    return _Network(predict, model.input_shape[1:3], name, distill.weights == 'imagenet')
 
 
-def _saved_teacher(source, class_names):
-    """The same of a SavedModel, or of the one of a run."""
-    path = next(
-        (
-            path
-            for path in (os.path.join(source, 'export'), source)
-            if tf.io.gfile.exists(os.path.join(path, 'saved_model.pb'))
-        ),
-        None,
-    )
-    if path is None:
+def _saved_teacher(source: str, class_names: Sequence[str]) -> _Network:
+    """Loads a teacher from a SavedModel, or from that of a run."""
+    path = _saved_model_in(source)
+    labels = os.path.join(path, labels_file.NAME)
+    has_labels = tf.io.gfile.exists(labels)
+    if has_labels and read_labels(labels) != list(class_names):
         raise RunError(
-            f'config.distill.teacher={source!r} is neither a SavedModel nor a run that has exported one: train the teacher first'
-        )
-    has_labels = tf.io.gfile.exists(os.path.join(path, labels_file.NAME))
-    if has_labels and read_labels(os.path.join(path, labels_file.NAME)) != list(class_names):
-        raise RunError(
-            f'{path} knows other classes than this data set, or in another order: train the teacher on the same data'
+            f'{path} knows other classes than this data set, or in another order',
+            'train the teacher on the same data',
+            'distill.teacher',
         )
     try:
         loaded = saved_model_safety.load(path)
@@ -138,42 +160,56 @@ def _saved_teacher(source, class_names):
         signature = loaded.signatures[name]
     except RunError:
         raise
-    except (
-        Exception
-    ) as error:  # KeyError, ValueError, IndexError, an OpError, ... by where it is damaged
+    except Exception as error:  # KeyError, ValueError, IndexError, OpError: by what is damaged
         raise RunError(
-            f'{path} cannot teach: it has no signature serving_default, or is damaged ({type(error).__name__}: {one_line(error, 200)})'
+            f'{path} cannot teach',
+            'it has no signature serving_default, or is damaged '
+            f'({type(error).__name__}: {one_line(error, 200)})',
+            'distill.teacher',
         ) from error
     inputs, outputs = signature.structured_input_signature[1], signature.structured_outputs
     _require_pictures_to_answers(path, name, inputs, outputs, len(class_names))
     ((argument, wanted),) = inputs.items()
-    answer = 'logits' if 'logits' in outputs else next(iter(outputs))
+    output = 'logits' if 'logits' in outputs else next(iter(outputs))
 
-    def predict(images, keep=loaded):  # a signature does not keep its variables alive
-        return signature(
-            **{
-                argument: tf.cast(
-                    tf.round(images) if wanted.dtype.is_integer else images, wanted.dtype
-                )
-            }
-        )[answer]
+    def predict(images: tf.Tensor, keep: Any = loaded) -> tf.Tensor:
+        if wanted.dtype.is_integer:
+            images = tf.round(images)
+        return signature(**{argument: tf.cast(images, wanted.dtype)})[output]
 
     name = path if has_labels else f'{path}, whose classes are taken to be these, in this order'
-    return (
-        predict,
-        tuple(wanted.shape[1:3]),
-        TeacherSource(name, is_pretrained=False),
+    return _Network(predict, tuple(wanted.shape[1:3]), name, is_pretrained=False)
+
+
+def _saved_model_in(source: str) -> str:
+    """Returns the folder of the SavedModel that `source`, a run or a SavedModel, holds or is."""
+    for path in (os.path.join(source, 'export'), source):
+        if tf.io.gfile.exists(os.path.join(path, 'saved_model.pb')):
+            return path
+    raise RunError(
+        f'config.distill.teacher={source!r} is neither a SavedModel nor a run that has exported '
+        'one',
+        'train the teacher first',
+        'distill.teacher',
     )
 
 
-def _require_pictures_to_answers(path, name, inputs, outputs, num_classes):
-    """Raises RunError unless a signature takes any number of pictures and gives an answer for each class."""
+def _require_pictures_to_answers(
+    path: str,
+    name: str,
+    inputs: Mapping[str, tf.TensorSpec],
+    outputs: Mapping[str, tf.TensorSpec],
+    num_classes: int,
+) -> None:
+    """Raises RunError unless a signature maps any number of images to an output for each class."""
 
-    def fits(spec, wanted):
+    def fits(spec: tf.TensorSpec, wanted: tuple[int | None, ...]) -> bool:
         return (
             spec.shape.rank == len(wanted)
             and spec.shape[0] is None
-            and all(None in pair or len(set(pair)) == 1 for pair in zip(spec.shape, wanted))
+            and all(
+                None in pair or len(set(pair)) == 1 for pair in zip(spec.shape, wanted, strict=True)
+            )
         )
 
     takes_pictures = len(inputs) == 1 and all(
@@ -187,6 +223,8 @@ def _require_pictures_to_answers(path, name, inputs, outputs, num_classes):
             for specs in (inputs, outputs)
         ]
         raise RunError(
-            f'{path} cannot teach: its signature {name} must take float32 or uint8 (None, height, width, 3) and give (None, {num_classes}), '
-            f'but it takes {has[0]} and gives {has[1]}'
+            f'{path} cannot teach',
+            f'its signature {name} must take float32 or uint8 (None, height, width, '
+            f'3) and give (None, {num_classes}), but it takes {has[0]} and gives '
+            f'{has[1]}',
         )

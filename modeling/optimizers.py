@@ -1,11 +1,14 @@
 """Keras' optimizers by name, with their arguments from the config."""
 
 import inspect
+from collections.abc import Sequence
+from typing import Any
 
 import keras
+from ml_collections import ConfigDict
 
 import schedules
-from common.errors import ConfigError, did_you_mean, one_line
+from common.errors import ConfigError, did_you_mean, nearest, one_line
 
 OPTIMIZERS = {
     'sgd': keras.optimizers.SGD,
@@ -18,9 +21,8 @@ OPTIMIZERS = {
     'muon': keras.optimizers.Muon,
 }
 if tuple(map(int, keras.__version__.split('.')[:2])) < (3, 13):  # all that Python 3.10 gets
-    del OPTIMIZERS[
-        'muon'
-    ]  # fails there: it looks for the path of TensorFlow's own variables, which have none
+    # It fails there: it looks for the path of TensorFlow's own variables, which have none.
+    del OPTIMIZERS['muon']
 FRACTIONS = ('momentum', 'rho', 'beta_1', 'beta_2')
 SET_ELSEWHERE = {
     'learning_rate': 'config.schedule.peak_lr',
@@ -33,43 +35,52 @@ SET_ELSEWHERE = {
     'adam_weight_decay': 'config.weight_decay',
     'loss_scale_factor': "config.precision, whose 'float16' scales the loss",
 }
-UNSUPPORTED = {
-    'clipvalue': 'clips before the gradients of the replicas are summed: use config.grad_clip_norm',
-    'gradient_accumulation_steps': 'makes the schedule count parts of updates: use config.accumulate_steps',
+UNSUPPORTED = {  # name: (why, what to do)
+    'clipvalue': (
+        'clips before the gradients of the replicas are summed',
+        'use config.grad_clip_norm',
+    ),
+    'gradient_accumulation_steps': (
+        'makes the schedule count parts of updates',
+        'use config.accumulate_steps',
+    ),
 }
 
 
-def build_optimizer(config, schedule_arguments, variables):
-    """The optimizer of `config.optimizer`, built for `variables` (call it in the strategy's scope).
+def build_optimizer(
+    config: ConfigDict, schedule_arguments: dict[str, Any], variables: Sequence[keras.Variable]
+) -> keras.optimizers.Optimizer:
+    """Builds the optimizer of `config.optimizer` for `variables`, in the strategy's scope.
 
-    The step sums the gradients over the replicas itself, because clipping must come after the sum and Keras clips
-    before it; so the sum inside Keras' `apply` is taken out here.
+    The step sums the gradients over the replicas itself, because clipping must come after the sum
+    and Keras clips before it; so the sum inside Keras' `apply` is taken out here.
 
     Raises: ConfigError for an unknown optimizer or argument.
     """
+    name = config.optimizer.name
     arguments = {key: value for key, value in config.optimizer.items() if key != 'name'}
-    check_optimizer(config.optimizer.name, arguments)
-    optimizer_class = OPTIMIZERS[config.optimizer.name]
-    if config.optimizer.name == 'muon' and keras.config.dtype_policy().variable_dtype == 'float64':
-        raise ConfigError(
-            "config.optimizer.name='muon' cannot compute in float64: Keras multiplies with float32 inside; write another config.precision"
-        )
-    if config.optimizer.name == 'muon':
-        arguments['adam_weight_decay'] = (
-            config.weight_decay or None
-        )  # what Muon gives to AdamW: all but the dense kernels
+    check_optimizer(name, arguments)
+    if name == 'muon':
+        if keras.config.dtype_policy().variable_dtype == 'float64':
+            raise ConfigError(
+                "config.optimizer.name='muon' cannot compute in float64, as Keras multiplies with "
+                'float32 inside',
+                'write another config.precision',
+                'precision',
+            )
+        # What Muon gives to AdamW: all but the dense kernels.
+        arguments['adam_weight_decay'] = config.weight_decay or None
     try:
-        optimizer = optimizer_class(
+        optimizer = OPTIMIZERS[name](
             learning_rate=schedules.WarmupDecay(**schedule_arguments),
             weight_decay=config.weight_decay,
             **arguments,
         )
     except (TypeError, ValueError) as error:
-        raise ConfigError(f'config.optimizer: {one_line(error)}') from error
+        raise ConfigError(f'config.optimizer: {one_line(error)}', key='optimizer') from error
     if not config.weight_decay:
-        optimizer.weight_decay = (
-            None  # AdamW takes no None, and 0 would be multiplied out for every variable
-        )
+        # AdamW takes no None, and 0 would be multiplied out for every variable.
+        optimizer.weight_decay = None
     undecayed = [variable for variable in variables if not decays(variable)]
     if undecayed:
         optimizer.exclude_from_weight_decay(var_list=undecayed)
@@ -96,44 +107,46 @@ class Shifted(keras.optimizers.schedules.LearningRateSchedule):
         super().__init__()
         self.schedule, self.updates = schedule, updates
 
-    def __call__(self, step):
+    def __call__(self, step: Any) -> Any:
         return self.schedule(keras.ops.cast(step, 'int64') + self.updates)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {'schedule': self.schedule, 'updates': self.updates}
 
 
-def decays(variable):
-    """Whether weight decay and L2 apply: to kernels, not to biases and the scales of normalisation layers."""
+def decays(variable: keras.Variable) -> bool:
+    """Returns whether weight decay and L2 apply.
+
+    They do to kernels, not to biases and the scales of normalisation layers.
+    """
     return len(variable.shape) > 1
 
 
-def check_optimizer(name, arguments):
-    """Raises ConfigError for an optimizer or an argument that is not there, or that the config sets elsewhere."""
+def check_optimizer(name: str, arguments: dict[str, Any]) -> None:
+    """Raises ConfigError for an unknown optimizer or argument, or one that is set elsewhere."""
     if name not in OPTIMIZERS:
         raise ConfigError(
-            f'config.optimizer.name={name!r} is not one of {", ".join(OPTIMIZERS)}{did_you_mean(name, OPTIMIZERS)}'
+            f'config.optimizer.name={name!r} is not one of {", ".join(OPTIMIZERS)}',
+            f'--config.optimizer.name={nearest(name, OPTIMIZERS, cutoff=0)}',
+            'optimizer.name',
         )
-    known = [
-        key
-        for key in inspect.signature(OPTIMIZERS[name]).parameters
-        if key not in ('name', 'kwargs', *SET_ELSEWHERE, *UNSUPPORTED)
-    ]
-    for key, value in arguments.items():
-        if key in SET_ELSEWHERE:
-            raise ConfigError(f'config.optimizer.{key} is set by {SET_ELSEWHERE[key]}')
-        if key in UNSUPPORTED:
-            raise ConfigError(f'config.optimizer.{key} {UNSUPPORTED[key]}')
-        if key not in known:
+    excluded = ('name', 'kwargs', *SET_ELSEWHERE, *UNSUPPORTED)
+    parameters = inspect.signature(OPTIMIZERS[name]).parameters
+    known = [key for key in parameters if key not in excluded]
+    for argument, value in arguments.items():
+        key = f'optimizer.{argument}'
+        if argument in SET_ELSEWHERE:
+            raise ConfigError(f'config.{key} is set by {SET_ELSEWHERE[argument]}', key=key)
+        if argument in UNSUPPORTED:
+            reason, fix = UNSUPPORTED[argument]
+            raise ConfigError(f'config.{key} {reason}', fix, key)
+        if argument not in known:
+            hint = did_you_mean(argument, known) or f'; it has {", ".join(known)}'
+            raise ConfigError(f'config.{key} is not an argument of {name}{hint}', key=key)
+        is_number = isinstance(value, (bool, int, float))
+        if not is_number and argument != 'exclude_layers':  # of muon, a list of names
+            raise ConfigError(f'config.{key}={value!r} must be a number, true or false', key=key)
+        if argument in FRACTIONS and not 0 <= value < 1:
             raise ConfigError(
-                f'config.optimizer.{key} is no argument of {name}'
-                + (did_you_mean(key, known) or f'; it has {", ".join(known)}')
-            )
-        if (
-            not isinstance(value, (bool, int, float)) and key != 'exclude_layers'
-        ):  # of muon, a list of names
-            raise ConfigError(f'config.optimizer.{key}={value!r} must be a number, true or false')
-        if key in FRACTIONS and not 0 <= value < 1:
-            raise ConfigError(
-                f'config.optimizer.{key}={value} is impossible: it must be from 0 to below 1'
+                f'config.{key}={value} is impossible', 'it must be from 0 to below 1', key
             )

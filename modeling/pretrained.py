@@ -1,29 +1,41 @@
-"""Where knowledge comes from that is not in the data: weights that a model begins with, and a teacher that it learns from."""
+"""Weights that a model begins with: those of keras.applications, of a file, or of another run."""
 
 import json
 import os
 import re
+from collections.abc import Callable, Sequence
+from typing import IO, Any
 
+import keras
+import numpy as np
 import tensorflow as tf
+from ml_collections import ConfigDict
 
 from common.errors import ConfigError, RunError, did_you_mean, one_line
 from modeling import labels_file
-from modeling.models import application, float_variables, input_shape
+from modeling.models import NETWORKS, application, float_variables, input_shape
 
 KERAS_FILES = ('.h5', '.keras')  # of the weights of a model of keras.applications without its head
-IMAGENET_CLASSES = 1000
 SAVED_VARIABLES = '/variables/variables'  # where a SavedModel has its checkpoint
 
 
-def load_weights(model, config, class_names, find_checkpoint):
-    """Gives a new model the weights that `config.model.weights` names, as far as they fit. Reads numbers, runs no code.
+def load_weights(
+    model: keras.Model,
+    config: ConfigDict,
+    class_names: Sequence[str],
+    find_checkpoint: Callable[[str], str | None],
+) -> str:
+    """Gives a new model the weights that `config.model.weights` names, as far as they fit.
+
+    It reads numbers and runs no code.
 
     Args:
         model: what `build_model` returned.
-        config: `model.name` and `model.weights` are used. The latter is 'imagenet' or a file of Keras weights, which
-            keras.applications reads into the backbone; or a run of one's own: its folder, one of its checkpoints, or its
-            SavedModel. Of a run with averages these are taken. The head is taken too if its classes are known to be `class_names`.
-        class_names: list of str, in the order of the head.
+        config: `model.name` and `model.weights` are used. The latter is 'imagenet' or a file of
+            Keras weights, which keras.applications reads into the backbone; or a run of one's own:
+            its folder, one of its checkpoints, or its SavedModel. Of a run with averages these are
+            taken. The head is taken too if its classes are known to be `class_names`.
+        class_names: in the order of the head.
         find_checkpoint: `outputs.checkpoints.find`.
 
     Returns: a line that says what was loaded and what was not.
@@ -32,63 +44,80 @@ def load_weights(model, config, class_names, find_checkpoint):
     """
     source, wanted = config.model.weights, float_variables(model)
     if source == 'imagenet' or source.endswith(KERAS_FILES):
-        path, loaded, reason = source, _of_keras(config), 'it comes without one'
+        path, loaded, reason = source, _keras_weights(config), 'it comes without one'
     else:
         path = _checkpoint_in(source, find_checkpoint)
-        loaded, classes = _numbered_weights(path, source), _class_names_beside(path)
+        loaded = _numbered_weights(path, source)
         _require_same_network(wanted, loaded, path, config.model.name)
-        reason = (
-            ''
-            if classes == list(class_names)
-            else 'its classes are others'
-            if classes
-            else 'nothing says what its classes are'
-        )
-        loaded = loaded[:-2] if reason else loaded
-    for variable, value in zip(wanted, loaded):
+        reason = _why_head_differs(_class_names_beside(path), list(class_names))
+        if reason:
+            loaded = loaded[:-2]
+    for variable, value in zip(wanted, loaded, strict=False):  # wanted may have a head more
         variable.assign(value)
     features, classes = wanted[-2].shape
-    head = (
-        f'the head is new, {features:,} features to {classes:,} classes: {reason}'
-        if reason
-        else 'the head too'
+    head = 'the head too'
+    if reason:
+        head = f'the head is new, {features:,} features to {classes:,} classes: {reason}'
+    numbers = sum(value.size for value in loaded)
+    shown_path = re.sub('(/variables)+$', '', path)
+    return (
+        f'{len(loaded)} of {len(wanted)} variables ({numbers:,} numbers) from {shown_path}; {head}'
     )
-    return f'{len(loaded)} of {len(wanted)} variables ({sum(value.size for value in loaded):,} numbers) from {re.sub("(/variables)+$", "", path)}; {head}'
 
 
-def save_backbone(model, config, path):
-    """Writes all but the head of a model of keras.applications as a file of Keras weights that its constructor reads, with include_top=False."""
+def save_backbone(model: keras.Model, config: ConfigDict, path: str) -> None:
+    """Writes all but the head of a model of keras.applications as a file of Keras weights.
+
+    Its constructor reads that file, with include_top=False.
+    """
     plain = _plain(config, weights=None)
-    for variable, of_ours in zip(float_variables(plain), float_variables(model)):
-        variable.assign(of_ours)
+    # The model has a head more.
+    for theirs, ours in zip(float_variables(plain), float_variables(model), strict=False):
+        theirs.assign(ours)
     plain.save_weights(path)
 
 
-def _plain(config, **arguments):
+def _why_head_differs(classes: list[str] | None, wanted: list[str]) -> str:
+    if classes == wanted:
+        return ''
+    return 'its classes are others' if classes else 'nothing says what its classes are'
+
+
+def _plain(config: ConfigDict, **arguments: Any) -> keras.Model:
     constructor, _ = application(config.model.name)
     return constructor(
         include_top=False, input_shape=input_shape(config), pooling='avg', **arguments
     )
 
 
-def _of_keras(config):
-    """The weights of a backbone, as arrays, from keras.applications or from a file of Keras weights, of which Keras reads the numbers alone:
-    no layer that is described in it is made, and no file that it refers to is opened."""
-    if config.model.name == 'tiny':
+def _keras_weights(config: ConfigDict) -> list[np.ndarray]:
+    """Returns the weights of a backbone from keras.applications or a file of Keras weights.
+
+    Keras reads the numbers of such a file alone: no layer that is described in it is made, and no
+    file that it refers to is opened.
+    """
+    if config.model.name in NETWORKS:
         raise ConfigError(
-            "config.model.name='tiny' has no pretrained weights: leave config.model.weights at '', or name a run of your own"
+            f'config.model.name={config.model.name!r} has no pretrained weights',
+            "leave config.model.weights at '', or name a run of your own",
+            'model.weights',
         )
     try:
         plain = _plain(config, weights=config.model.weights)
     except Exception as error:
         raise RunError(
-            f'config.model.weights={config.model.weights!r} could not be loaded into {config.model.name}: {one_line(error)}'
+            f'config.model.weights={config.model.weights!r} could not be loaded into '
+            f'{config.model.name}: {one_line(error)}',
+            key='model.weights',
         ) from error
     return [variable.numpy() for variable in float_variables(plain)]
 
 
-def _checkpoint_in(source, find_checkpoint):
-    """The file of variables that `source` names or holds: a SavedModel's, a checkpoint's of a run, any of TensorFlow's."""
+def _checkpoint_in(source: str, find_checkpoint: Callable[[str], str | None]) -> str:
+    """Returns the file of variables that `source` names or holds.
+
+    It is a SavedModel's, a checkpoint's of a run, or any of TensorFlow's.
+    """
     try:
         if tf.io.gfile.exists(os.path.join(source, 'saved_model.pb')):
             return source.rstrip('/') + SAVED_VARIABLES
@@ -101,52 +130,64 @@ def _checkpoint_in(source, find_checkpoint):
     except tf.errors.OpError as error:  # of a bucket
         what = f'cannot be reached ({one_line(error, 150)})'
     raise RunError(
-        f"config.model.weights={source!r} {what}: write 'imagenet', a file that ends in .weights.h5, or the folder of a run, "
-        'of one of its checkpoints, such as runs/NAME/checkpoints/best, or of its SavedModel'
-        + did_you_mean(source, ['imagenet'])
+        f'config.model.weights={source!r} {what}',
+        "write 'imagenet', a file that ends in .weights.h5, or the folder of a run, of one of its "
+        'checkpoints, such as runs/NAME/checkpoints/best, or of its SavedModel'
+        + did_you_mean(source, ['imagenet']),
+        'model.weights',
     )
 
 
-def _numbered_weights(path, source):
-    """Arrays in the order of `float_variables(model)`. Checkpoints and SavedModels of ours both number them, so no names of Keras' matter."""
+def _numbered_weights(path: str, source: str) -> list[np.ndarray]:
+    """Returns arrays in the order of `float_variables(model)`.
+
+    Checkpoints and SavedModels of ours both number them, so no names of Keras' matter.
+    """
     try:
         reader = tf.train.load_checkpoint(path)
         kinds = reader.get_variable_to_dtype_map()
         for part in ('average', 'model', 'variables'):  # the last is Keras' word in a SavedModel
+            pattern = part + r'/[0-9]+(/\.ATTRIBUTES/VARIABLE_VALUE)?'
             numbered = {
                 int(key.split('/')[1]): key
                 for key, kind in kinds.items()
-                if re.fullmatch(part + r'/[0-9]+(/\.ATTRIBUTES/VARIABLE_VALUE)?', key)
-                and kind.is_floating
+                if re.fullmatch(pattern, key) and kind.is_floating
             }
             if numbered:
                 return [reader.get_tensor(numbered[number]) for number in sorted(numbered)]
     except (tf.errors.OpError, ValueError, RuntimeError) as error:
         raise RunError(
-            f'config.model.weights={source!r} is damaged ({one_line(error, 200)}): take another checkpoint'
+            f'config.model.weights={source!r} is damaged ({one_line(error, 200)})',
+            'take another checkpoint',
+            'model.weights',
         ) from error
     raise RunError(
-        f'config.model.weights={source!r} was not written by this program: it has no numbered list of weights'
+        f'config.model.weights={source!r} was not written by this program: it has no numbered list '
+        'of weights',
+        key='model.weights',
     )
 
 
-def _require_same_network(wanted, loaded, path, name):
+def _require_same_network(
+    wanted: list[keras.Variable], loaded: list[np.ndarray], path: str, name: str
+) -> None:
     """Raises RunError unless all but the head have the same shapes."""
     differing = [
-        f'{variable.path} is {tuple(variable.shape)} here and {value.shape} there'
-        for variable, value in zip(wanted[:-2], loaded)
+        f'; {variable.path} is {tuple(variable.shape)} here and {value.shape} there'
+        for variable, value in zip(wanted[:-2], loaded, strict=False)
         if variable.shape != value.shape
     ]
     if len(wanted) != len(loaded) or differing:
         raise RunError(
-            f'{path} is of another network than config.model.name={name!r}: it has {len(loaded)} variables, and this one {len(wanted)}'
-            + (f'; {differing[0]}' if differing else '')
-            + ': take the model.name it was trained with'
+            f'{path} is of another network than config.model.name={name!r}: it has {len(loaded)} '
+            f'variables, and this one {len(wanted)}{"".join(differing[:1])}',
+            'take the model.name it was trained with',
+            'model.name',
         )
 
 
-def _class_names_beside(path):
-    """What the classes of a checkpoint are called, a list, or None: runs and SavedModels say it in a file above it."""
+def _class_names_beside(path: str) -> list[str] | None:
+    """Returns the classes of a checkpoint: runs and SavedModels list them in a file above it."""
     folder = path
     for _ in range(3):  # of a run: checkpoints/step-500/variables
         folder = os.path.dirname(folder)
@@ -157,12 +198,13 @@ def _class_names_beside(path):
     return None
 
 
-def read_labels(path):
+def read_labels(path: str) -> list[str]:
+    """Returns the names in a labels.txt. Raises RunError for a damaged one."""
     return _read(path, lambda file: labels_file.from_text(file.read().decode()))
 
 
-def _read(path, read):
-    """What `read` makes of a file of bytes. Raises RunError for a damaged one."""
+def _read(path: str, read: Callable[[IO[bytes]], Any]) -> Any:
+    """Returns what `read` makes of a file of bytes. Raises RunError for a damaged one."""
     try:
         with tf.io.gfile.GFile(path, 'rb') as file:
             return read(file)

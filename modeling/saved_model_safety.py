@@ -1,37 +1,50 @@
 """SavedModels of others: what does more than compute is not loaded.
 
-"TensorFlow models are programs, and need to be treated as such from a security perspective" (TensorFlow's SECURITY.md,
-https://github.com/tensorflow/tensorflow/blob/master/SECURITY.md): a graph can read and write files, use the network and call Python.
-The same text calls it a common solution "to allow only a few safe Ops", and still recommends a sandbox. This is that solution
-and no sandbox: a graph can still ask for all memory, or never end, or meet an error inside of an operation.
+"TensorFlow models are programs, and need to be treated as such from a security perspective"
+(TensorFlow's SECURITY.md, https://github.com/tensorflow/tensorflow/blob/master/SECURITY.md): a
+graph can read and write files, use the network and call Python. The same text calls it a common
+solution "to allow only a few safe Ops", and still recommends a sandbox. This is that solution and
+no sandbox: a graph can still ask for all memory, or never end, or meet an error inside an
+operation.
 
-An operation reaches outside of the graph only if it keeps state, or if a string tells it where. So what is stateless and takes no
-string is allowed, without a list of names, and so are those below. TensorFlow's own `saved_model_cli scan` looks for three names.
+An operation reaches outside the graph only if it keeps state, or if a string tells it where. So
+what is stateless and takes no string is allowed, without a list of names, and so are those below.
+TensorFlow's own `saved_model_cli scan` looks for three names.
 """
 
 import os
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import tensorflow as tf
 from tensorflow.python.framework import op_def_registry
 
 from common.errors import RunError, one_line
 
-# Stateful, or with strings, and yet within the graph: calls, variables, tables, arrays, random numbers, checks.
+# Stateful, or with strings, and yet within the graph: calls, variables, tables, arrays, random
+# numbers, checks.
 WITHIN = """
 StatefulPartitionedCall PartitionedCall If While Case Enter
-VarHandleOp VarIsInitializedOp ReadVariableOp VariableShape ResourceGather ResourceGatherNd AssignVariableOp AssignAddVariableOp AssignSubVariableOp
+VarHandleOp VarIsInitializedOp ReadVariableOp VariableShape ResourceGather ResourceGatherNd
+AssignVariableOp AssignAddVariableOp AssignSubVariableOp
 HashTableV2 AnonymousHashTable MutableHashTableV2 AnonymousMutableHashTable InitializeTableV2
 LookupTableFindV2 LookupTableSizeV2 LookupTableInsertV2 LookupTableImportV2 LookupTableExportV2
-TensorArrayV3 TensorArrayReadV3 TensorArrayWriteV3 TensorArrayGatherV3 TensorArrayScatterV3 TensorArraySizeV3 TensorArrayConcatV3 TensorArraySplitV3
-RandomUniform RandomUniformInt RandomStandardNormal TruncatedNormal RandomShuffle Multinomial StatelessRandomGetAlg RngReadAndSkip RngSkip
-StatefulUniform StatefulUniformInt StatefulUniformFullInt StatefulStandardNormalV2 StatefulTruncatedNormal
+TensorArrayV3 TensorArrayReadV3 TensorArrayWriteV3 TensorArrayGatherV3 TensorArrayScatterV3
+TensorArraySizeV3 TensorArrayConcatV3 TensorArraySplitV3
+RandomUniform RandomUniformInt RandomStandardNormal TruncatedNormal RandomShuffle Multinomial
+StatelessRandomGetAlg RngReadAndSkip RngSkip
+StatefulUniform StatefulUniformInt StatefulUniformFullInt StatefulStandardNormalV2
+StatefulTruncatedNormal
 Assert CheckNumerics GuaranteeConst PreventGradient
 """
-# They compute with strings: with files that were read already, with text, with the equation or the policy of a computation.
+# They compute with strings: with files that were read already, with text, with the equation or the
+# policy of a computation.
 STRINGS = """
-DecodeAndCropJpeg DecodeBmp DecodeGif DecodeImage DecodeJpeg DecodePng DecodeWebP ExtractJpegShape EncodeJpeg
+DecodeAndCropJpeg DecodeBmp DecodeGif DecodeImage DecodeJpeg DecodePng DecodeWebP ExtractJpegShape
+EncodeJpeg
 DecodeBase64 EncodeBase64 DecodeRaw DecodePaddedRaw ParseExample ParseExampleV2
-AsString ReduceJoin RegexFullMatch RegexReplace StaticRegexFullMatch StaticRegexReplace StringFormat StringJoin StringLength StringLower
+AsString ReduceJoin RegexFullMatch RegexReplace StaticRegexFullMatch StaticRegexReplace StringFormat
+StringJoin StringLength StringLower
 StringSplitV2 StringStrip StringToHashBucketFast StringToNumber StringUpper Substr
 DataFormatDimMap DataFormatVecPermute Einsum GatherNd RaggedTensorToTensor ScatterNd
 TensorScatterAdd TensorScatterMax TensorScatterMin TensorScatterSub TensorScatterUpdate
@@ -47,101 +60,94 @@ STRING_KINDS = ('string', 'list(string)')
 MOST_NAMED = 5
 
 
-def load(path):
-    """`tf.saved_model.load(path)`, of a model that only computes: nothing of it runs before that is known.
+def load(path: str) -> Any:
+    """Returns `tf.saved_model.load(path)` of a model that only computes.
 
-    Raises: RunError for one that can do more, that has files outside of its folder, or is of TensorFlow 1; what TensorFlow raises for
-        a damaged one.
+    Nothing of it runs before that is known.
+
+    Raises: RunError for one that can do more, that has files outside its folder, or is of
+        TensorFlow 1; what TensorFlow raises for a damaged one.
     """
     model = tf.__internal__.saved_model.parse_saved_model(path)
     if len(model.meta_graphs) != 1 or not model.meta_graphs[0].HasField('object_graph_def'):
         raise RunError(
-            f'{path} is not loaded: it is of TensorFlow 1, whose graphs run as a whole: export it with tf.saved_model.save of TensorFlow 2'
+            f'{path} is not loaded: it is of TensorFlow 1, whose graphs run as a whole',
+            'export it with tf.saved_model.save of TensorFlow 2',
         )
     (graph,) = model.meta_graphs
     found = sorted(_beyond_computing(graph))
     if found:
-        names = one_line(', '.join(found[:MOST_NAMED]), 200) + (
-            f' and {len(found) - MOST_NAMED} more' if len(found) > MOST_NAMED else ''
-        )
+        names = one_line(', '.join(found[:MOST_NAMED]), 200)
+        if len(found) > MOST_NAMED:
+            names += f' and {len(found) - MOST_NAMED} more'
         raise RunError(
-            f'{path} is not loaded: its graph can do more than compute, with {names}: export it without, or take a model trained here'
+            f'{path} is not loaded: its graph can do more than compute, with {names}',
+            'export it without, or take a model trained here',
         )
     for asset in graph.asset_file_def:
         if not _is_inside(path, asset.filename):
+            name = one_line(repr(asset.filename), 200)
             raise RunError(
-                f'{path} is not loaded: its asset {one_line(repr(asset.filename), 200)} is not inside of it: export it again'
+                f'{path} is not loaded: its asset {name} is not inside of it', 'export it again'
             )
     return tf.saved_model.load(path)
 
 
-def only_computes(operation):
-    """Whether an operation of TensorFlow stays within the graph, by its name."""
+def only_computes(operation: str) -> bool:
+    """Returns whether an operation of TensorFlow stays within the graph, by its name."""
     definition = op_def_registry.get(operation)
     if definition is None or operation.startswith('_') or operation in ALLOWED:
         return operation in ALLOWED
-    takes_strings = any(
-        argument.type == tf.string.as_datatype_enum for argument in definition.input_arg
-    ) or any(
+    string = tf.string.as_datatype_enum
+    takes_strings = any(argument.type == string for argument in definition.input_arg)
+    is_told_by_string = any(
         attribute.type in STRING_KINDS and not attribute.HasField('allowed_values')
         for attribute in definition.attr
     )
-    return not definition.is_stateful and not takes_strings
+    return not (definition.is_stateful or takes_strings or is_told_by_string)
 
 
-def _beyond_computing(graph):
-    """Names of operations, and of functions that are not in the graph."""
-    functions, objects = graph.graph_def.library.function, graph.object_graph_def
+def _beyond_computing(graph: Any) -> set[str]:
+    """Returns names of operations, and of functions that are not in the graph."""
+    library, objects = graph.graph_def.library, graph.object_graph_def
+    functions = library.function
     bodies = [node for function in functions for node in function.node_def]
     own = {function.signature.name for function in functions}
     named = {name for node in bodies for name in _functions_in(node.attr)}
     called = named | {node.op for node in bodies}
-    loaded = (
-        called
-        | set(objects.concrete_functions)
-        | {name for node in objects.nodes for name in _functions_of(node)}
-        | {
-            gradient.gradient_func
-            for gradient in (
-                *graph.graph_def.library.gradient,
-                *graph.graph_def.library.registered_gradients,
-            )
-        }
-    )
+    gradients = [*library.gradient, *library.registered_gradients]
+    loaded = called | set(objects.concrete_functions)
+    loaded |= {name for node in objects.nodes for name in _functions_of(node)}
+    loaded |= {gradient.gradient_func for gradient in gradients}
 
-    def check(nodes, more=()):
-        return {
-            node.op
-            for node in nodes
-            if node.op not in more
-            and not only_computes(node.op)
-            and (node.op not in own or op_def_registry.get(node.op) is not None)
-        }
+    def is_unsafe(operation: str) -> bool:
+        is_own_function = operation in own and op_def_registry.get(operation) is None
+        return not only_computes(operation) and not is_own_function
 
-    found = (named - own) | check(
-        graph.graph_def.node, SAVER | {TABLE_OF_A_FILE}
-    )  # these nodes are not loaded, their values may be
+    def check(nodes: Iterable[Any], allowed: frozenset[str]) -> set[str]:
+        return {node.op for node in nodes if node.op not in allowed and is_unsafe(node.op)}
+
+    # These nodes are not loaded, their values may be.
+    found = (named - own) | check(graph.graph_def.node, SAVER | {TABLE_OF_A_FILE})
     for function in functions:
         name = function.signature.name
-        reads_assets = name not in called and _reads_assets_alone(function, objects)
-        found |= check(
-            function.node_def,
-            (SAVER if name not in loaded else frozenset())
-            | ({TABLE_OF_A_FILE} if reads_assets else set()),
-        )
+        allowed = frozenset() if name in loaded else SAVER
+        if name not in called and _reads_assets_alone(function, objects):
+            allowed |= {TABLE_OF_A_FILE}
+        found |= check(function.node_def, allowed)
     return found
 
 
-def _functions_in(attributes):
-    """Names of the functions that a node calls."""
+def _functions_in(attributes: Any) -> Iterator[str]:
+    """Yields names of the functions that a node calls."""
     for value in attributes.values():
         for function in [value.func] if value.HasField('func') else value.list.func:
             yield function.name
             yield from _functions_in(function.attr)
 
 
-def _functions_of(node):
-    """Names of the functions of a saved object."""
+def _functions_of(node: Any) -> list[str]:
+    """Returns names of the functions of a saved object."""
     return [
         *node.function.concrete_functions,
         node.bare_concrete_function.concrete_function_name,
@@ -149,13 +155,17 @@ def _functions_of(node):
     ]
 
 
-def _reads_assets_alone(function, objects):
-    """Whether the tables that a function fills from files have them from the model's assets, which loading binds to its last arguments."""
+def _reads_assets_alone(function: Any, objects: Any) -> bool:
+    """Returns whether the tables that a function fills from files have them from the assets.
+
+    Loading binds the model's assets to the last arguments of the function.
+    """
     name = function.signature.name
-    bound = (
-        objects.concrete_functions[name].bound_inputs if name in objects.concrete_functions else []
-    )
-    pairs = zip(reversed(function.signature.input_arg), reversed(bound))
+    bound = []
+    if name in objects.concrete_functions:
+        bound = objects.concrete_functions[name].bound_inputs
+    # The first arguments are not bound.
+    pairs = zip(reversed(function.signature.input_arg), reversed(bound), strict=False)
     assets = {
         argument.name
         for argument, number in pairs
@@ -164,8 +174,6 @@ def _reads_assets_alone(function, objects):
     return all(node.input[1] in assets for node in function.node_def if node.op == TABLE_OF_A_FILE)
 
 
-def _is_inside(path, asset):
-    folder = os.path.realpath(path)
-    return '://' not in asset and os.path.realpath(
-        os.path.join(folder, 'assets', asset)
-    ).startswith(os.path.join(folder, 'assets', ''))
+def _is_inside(path: str, asset: str) -> bool:
+    folder = os.path.join(os.path.realpath(path), 'assets', '')
+    return '://' not in asset and os.path.realpath(os.path.join(folder, asset)).startswith(folder)

@@ -4,11 +4,12 @@ import datetime
 import json
 import os
 import socket
+from typing import Any
 
 from common.errors import RunError
 
 
-def this_process():
+def this_process() -> dict[str, Any]:
     return {
         'host': socket.gethostname(),
         'machine': _machine(),
@@ -17,8 +18,11 @@ def this_process():
     }
 
 
-def _machine():
-    """What tells apart whose process numbers are the same ones: this start of the machine and this container, or '' if unknown."""
+def _machine() -> str:
+    """Returns an identity for this boot of the machine and this container, or '' if unknown.
+
+    Process numbers mean the same only within it.
+    """
     try:
         with open('/proc/sys/kernel/random/boot_id') as file:
             return f'{file.read().strip()} {os.readlink("/proc/self/ns/pid")}'
@@ -26,8 +30,8 @@ def _machine():
         return ''
 
 
-def has_died_here(holder):
-    """Whether it was a process of this very machine and is none any more; False if that cannot be known."""
+def has_died_here(holder: dict[str, Any]) -> bool:
+    """Returns whether the holder was a process of this machine and is dead; False if unknown."""
     here, pid = this_process(), holder.get('pid')
     if (
         not here['machine']
@@ -45,12 +49,15 @@ def has_died_here(holder):
     return False
 
 
-def written(holder):
+def written(holder: dict[str, Any]) -> bytes:
     return (json.dumps(holder) + '\n').encode()
 
 
-def parsed(text):
-    """What was written last, or {}. The last line: TensorFlow's ram:// appends to a file that is written again."""
+def parsed(text: bytes | None) -> dict[str, Any]:
+    """Returns the last record in a lock file, or {}.
+
+    The last line counts: TensorFlow's ram:// appends to a file that is rewritten.
+    """
     try:
         holder = json.loads((text or b'').splitlines()[-1])
     except (IndexError, ValueError):  # empty, or half written
@@ -58,13 +65,14 @@ def parsed(text):
     return holder if isinstance(holder, dict) else {}
 
 
-def name_of(holder):
+def name_of(holder: dict[str, Any]) -> str:
     if 'pid' not in holder:
         return 'another run'
     return f'process {holder.get("pid")} on {holder.get("host")} (since {holder.get("started")})'
 
 
-def in_use(workdir, holder):
+def in_use(workdir: str, holder: dict[str, Any]) -> RunError:
     return RunError(
-        f'{workdir} is in use: {name_of(holder)} trains there; wait for it, end that process, or give another --workdir'
+        f'{workdir} is in use',
+        f'{name_of(holder)} trains there; wait for it, end that process, or give another --workdir',
     )

@@ -7,41 +7,47 @@ import socket
 import sys
 import tempfile
 import time
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from tqdm import tqdm
 
-from common import storage
+from common import console, storage
 
 NAME = 'metrics.jsonl'
+SHOWN = {  # in the progress bar: names of metrics, shortened
+    'train/loss': 'loss',
+    'train/skipped_updates': 'skipped',
+    'train/learning_rate': 'lr',
+    'train/examples_per_second': 'img/s',
+    'eval/accuracy': 'accuracy',
+}
 EVENTS = 'events.out.tfevents'  # how the name of a file begins that TensorBoard reads
 
 
-class Logbook:
-    """Metrics of a run, one object a line, each step once.
+class MetricsLogger:
+    """Writes the metrics of a run, one object a line, each step once.
 
     A number that is not finite is null in metrics.jsonl, which is JSON, and NaN in TensorBoard's
-    files. Those always say what metrics.jsonl says: where rows are dropped or replaced, they are
-    written anew from the rows.
+    files. Those always say what metrics.jsonl says: if rows are dropped or replaced, they are
+    rewritten from the rows.
 
     Args:
         workdir: the folder of the run.
-        first_step: what comes after it in the files of an earlier, interrupted start is dropped: it will be redone.
+        first_step: later rows of an earlier, interrupted start are dropped: they will be redone.
         total_steps: length of the progress bar.
     """
 
-    def __init__(self, workdir, first_step, total_steps):
+    def __init__(self, workdir: str, first_step: int, total_steps: int) -> None:
         import tensorflow as tf  # here, because reading a logbook needs none
 
         self.path = os.path.join(workdir, NAME)
         rows, damaged = _read(self.path)
-        lost = [
-            number for number in damaged if number <= len(rows)
-        ]  # not the last line: that is what a crash leaves
+        # Not the last line: that is what a crash leaves.
+        lost = [str(number) for number in damaged if number <= len(rows)]
         if lost:
-            print(
-                f'damaged   {self.path}: line {", ".join(map(str, lost))} cannot be read and is left out',
-                flush=True,
-            )
+            line = f'line {", ".join(lost)} cannot be read and is left out'
+            console.row('damaged', f'{self.path}: {line}')
         self._rows = [row for row in rows if row['step'] <= first_step]
         self._board_folder = os.path.join(workdir, 'tensorboard')
         self._summary = tf.summary
@@ -58,9 +64,10 @@ class Logbook:
             smoothing=0.1,
             disable=None if sys.stderr.isatty() else True,
         )
-        self._bar_text = {}
+        self._bar_text: dict[str, str] = {}
+        self._last_tenth = 0  # of the run, after which a line was printed
 
-    def write(self, step, metrics):
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Adds numbers measured after `step` updates to the row of that step."""
         if self._rows and self._rows[-1]['step'] == step:
             replaces = any(name in self._rows[-1] for name in metrics)
@@ -70,7 +77,8 @@ class Logbook:
                 self._board.close()
                 rewrite_board(self._board_folder, self._rows)
                 self._board = self._summary.create_file_writer(self._board_folder)
-                return self._show(step, metrics)
+                self._show(step, metrics)
+                return
         else:
             self._rows.append({'step': step, 'wall_time': time.time(), **metrics})
             storage.append(self.path, _as_text(self._rows[-1:]))
@@ -80,50 +88,42 @@ class Logbook:
         self._board.flush()
         self._show(step, metrics)
 
-    def advance(self, step):
+    def advance(self, step: int) -> None:
         """Moves the progress bar to `step`."""
         self._bar.update(step - self._bar.n)
 
-    def say(self, text):
-        """Prints a line, above the progress bar."""
-        self._bar.write(text)
+    def note(self, text: str) -> None:
+        """Prints a note, above the progress bar."""
+        width, has_colors = console.terminal_width(), console.has_colors()
+        self._bar.write(console.format_row('note', text, width, has_colors))
 
-    def close(self):
+    def close(self) -> None:
         self._bar.close()
         self._board.close()
 
-    def _show(self, step, metrics):
-        names = {
-            'train/loss': 'loss',
-            'train/skipped_updates': 'skipped',
-            'train/learning_rate': 'lr',
-            'train/examples_per_second': 'img/s',
-            'eval/accuracy': 'accuracy',
-        }
-        shown = {
-            names[name]: f'{value:.2%}' if name == 'eval/accuracy' else f'{value:.4g}'
-            for name, value in metrics.items()
-            if name in names and (value or name != 'train/skipped_updates')
-        }
+    def _show(self, step: int, metrics: Mapping[str, float]) -> None:
+        shown = {}
+        for name, value in metrics.items():
+            is_shown = name in SHOWN and (value or name != 'train/skipped_updates')
+            if is_shown:
+                form = '.2%' if name == 'eval/accuracy' else '.4g'
+                shown[SHOWN[name]] = format(value, form)
         self._bar_text.update(shown)
         self._bar.set_postfix(self._bar_text, refresh=not self._bar.disable)
-        if (
-            self._bar.disable
-        ):  # no terminal: a line for each evaluation and each tenth of the run is enough
-            tenth = max(1, self._bar.total // 10)
-            if 'eval/accuracy' in metrics or step // tenth > getattr(self, '_shown', 0):
-                self._shown = step // tenth
-                print(
-                    f'step {step:,}/{self._bar.total:,}  '
-                    + '  '.join(f'{name} {value}' for name, value in shown.items()),
-                    flush=True,
-                )
+        if not self._bar.disable:
+            return
+        # Without a terminal a line for each evaluation and each tenth of the run is enough.
+        tenth = step // max(1, self._bar.total // 10)
+        if 'eval/accuracy' in metrics or tenth > self._last_tenth:
+            self._last_tenth = tenth
+            numbers = '  '.join(f'{name} {value}' for name, value in shown.items())
+            console.line(f'step {step:,}/{self._bar.total:,}  {numbers}')
 
 
-def read_metrics(workdir):
-    """The rows of metrics.jsonl that can be read: a crash may have cut the last one short.
+def read_metrics(workdir: str) -> list[dict[str, Any]]:
+    """Returns the readable rows of metrics.jsonl: a crash may have truncated the last one.
 
-    What is null there is NaN.
+    null becomes NaN.
     """
     return _read(os.path.join(workdir, NAME))[0]
 
@@ -176,8 +176,8 @@ def _events(rows: list[dict]) -> bytes:
         return storage.read(path)
 
 
-def _read(path):
-    """(rows, numbers of the lines that are none)."""
+def _read(path: str) -> tuple[list[dict[str, Any]], list[int]]:
+    """Returns the rows of a file, and the numbers of the lines that hold none."""
     rows, damaged = [], []
     for number, line in enumerate(
         storage.read(path).decode(errors='replace').splitlines() if storage.exists(path) else (), 1
@@ -193,5 +193,5 @@ def _read(path):
     return rows, damaged
 
 
-def _as_text(rows):
+def _as_text(rows: Iterable[Mapping[str, Any]]) -> str:
     return ''.join(storage.as_json(row) + '\n' for row in rows)

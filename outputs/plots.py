@@ -1,11 +1,14 @@
-"""The pictures of a run, and of several runs side by side."""
+"""The images of a run, and of several runs side by side."""
 
 import functools
 import io
 import os
 import textwrap
+from collections.abc import Mapping, Sequence
 
 import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
@@ -26,7 +29,8 @@ plt.rcParams.update(
 )
 
 
-# Families that have what DejaVu, which comes with matplotlib, has not; those that are installed are used.
+# Families that have what DejaVu, which comes with matplotlib, has not; those that are installed are
+# used.
 FALLBACK_FONTS = (
     'Noto Sans CJK JP',
     'Noto Sans CJK SC',
@@ -47,7 +51,7 @@ FALLBACK_FONTS = (
 
 
 @functools.cache
-def _drawable_letters():
+def _drawable_letters() -> frozenset[int]:
     """Returns the code points that the fonts have, and makes matplotlib use these fonts."""
     installed = {font.name for font in font_manager.fontManager.ttflist}
     families = ['DejaVu Sans', *(name for name in FALLBACK_FONTS if name in installed)]
@@ -59,7 +63,7 @@ def _drawable_letters():
 
 
 def drawable(text: str) -> str:
-    """Returns text without letters that no font has: those are written as in Python, such as \\u732b."""
+    r"""Returns text with letters that no font has escaped as in Python, such as \u732b."""
     if text.isascii():
         return text
     letters = _drawable_letters()
@@ -69,15 +73,23 @@ def drawable(text: str) -> str:
     )
 
 
-def plot_learning_rate(path, planned_steps, planned, rows, warmup_steps, hold_steps, begin=0):
-    """The planned rate of every step, and the rates that the optimizer really used.
+def plot_learning_rate(
+    path: str,
+    planned_steps: Sequence[int],
+    planned: Sequence[float],
+    rows: list[dict],
+    warmup_steps: int,
+    hold_steps: int,
+    begin: int = 0,
+) -> None:
+    """Plots the planned rate of every step, and the rates that the optimizer used.
 
     Args:
-        path: where the PNG goes.
-        planned_steps, planned: sequences of the same length.
-        rows: of metrics.jsonl; those with `train/learning_rate` are drawn: the rate of the update before `step`.
-        warmup_steps, hold_steps: marked.
-        begin: the update at which the schedule begins; below 0 it has begun before the first.
+        path: of the PNG.
+        planned_steps, planned: of the same length.
+        rows: of metrics.jsonl; `train/learning_rate` is the rate of the update before `step`.
+        warmup_steps, hold_steps: are marked.
+        begin: the update at which the schedule begins; below 0 it began before the first.
     """
     figure, axes = plt.subplots(figsize=(8, 4.5), layout='constrained')
     warmup_end = begin + warmup_steps
@@ -92,20 +104,22 @@ def plot_learning_rate(path, planned_steps, planned, rows, warmup_steps, hold_st
         for row in rows
         if 'train/learning_rate' in row
     ]
-    axes.plot(*zip(*used), '.', color='C3', markersize=5, label='used') if used else None
+    axes.plot(
+        *zip(*used, strict=True), '.', color='C3', markersize=5, label='used'
+    ) if used else None
     axes.set(xlabel='update', ylabel='learning rate', title='Learning rate', ylim=(0, None))
     axes.ticklabel_format(axis='y', style='sci', scilimits=(-2, 3))
     axes.legend()
     _save(figure, path)
 
 
-def plot_batch(path, images, captions, title):
-    """Pictures of a batch in rows of eight.
+def plot_batch(path: str, images: np.ndarray, captions: Sequence[str], title: str) -> None:
+    """Plots the images of a batch in rows of eight.
 
     Args:
-        path: where the PNG goes.
+        path: of the PNG.
         images: float [n, size, size, 3] in 0..255.
-        captions: n texts.
+        captions: n strings.
         title: above all.
     """
     rows = -(-len(images) // 8)
@@ -114,29 +128,33 @@ def plot_batch(path, images, captions, title):
     )
     for axes in grid.flat:
         axes.axis('off')
-    for axes, image, text in zip(grid.flat, images, captions):
+    for axes, image, text in zip(grid.flat, images, captions, strict=False):
         axes.imshow(image.clip(0, 255).round().astype('uint8'), interpolation='nearest')
-        axes.set_title(
-            textwrap.fill(drawable(text)[:78], 26), fontsize=7, parse_math=False
-        )  # three lines; a name may hold a $
+        # Three lines; a name may hold a $.
+        axes.set_title(textwrap.fill(drawable(text)[:78], 26), fontsize=7, parse_math=False)
     figure.suptitle(drawable(title), parse_math=False)
     _save(figure, path)
 
 
-def plot_answers(path, images, titles, answers):
-    """Pictures, each beside the classes that a model gives it.
+def plot_answers(
+    path: str,
+    images: Sequence[np.ndarray],
+    titles: Sequence[str],
+    answers: Sequence[Sequence[tuple[str, float]]],
+) -> None:
+    """Plots images, each beside its predicted classes.
 
     Args:
-        path: where the PNG goes.
+        path: of the PNG.
         images: uint8 [height, width, 3] each, of any sizes.
-        titles: a text each.
+        titles: one for each image.
         answers: [(label, probability)] each, the most likely first.
     """
     row_height, margin = 2.5, 0.6  # inches
     height = row_height * len(images)
     # Fixed places: constrained layout takes quadratic time.
     figure = plt.figure(figsize=(9, height))
-    for row, (image, title, answer) in enumerate(zip(images, titles, answers)):
+    for row, (image, title, answer) in enumerate(zip(images, titles, answers, strict=True)):
         bottom, share = 1 - (row + 1) * row_height / height, (row_height - margin) / height
         left = figure.add_axes((0.02, bottom + 0.2 / height, 0.34, share))
         left.imshow(image, interpolation='nearest')
@@ -154,11 +172,11 @@ def plot_answers(path, images, titles, answers):
     _save(figure, path)
 
 
-def plot_curves(path, runs):
-    """Loss, accuracy, learning rate and throughput of one run, or of several in the same axes.
+def plot_curves(path: str, runs: Mapping[str, list[dict]]) -> None:
+    """Plots loss, accuracy, learning rate and throughput of one or more runs.
 
     Args:
-        path: where the PNG goes.
+        path: of the PNG.
         runs: {name: rows of metrics.jsonl}.
     """
     figure, grid = plt.subplots(2, 2, figsize=(11, 7), layout='constrained')
@@ -187,7 +205,7 @@ def plot_curves(path, runs):
                 )
                 if points:
                     axes.plot(
-                        *zip(*points),
+                        *zip(*points, strict=True),
                         label=label,
                         marker='.' if len(points) < 30 else None,
                         **style,
@@ -204,7 +222,7 @@ def plot_curves(path, runs):
     _save(figure, path)
 
 
-def _save(figure, path):
+def _save(figure: Figure, path: str) -> None:
     picture = io.BytesIO()
     figure.savefig(picture, format=os.path.splitext(path)[1][1:])
     storage.make_folder(os.path.dirname(path))

@@ -1,17 +1,20 @@
-"""Runs a SavedModel on TFRecord files of encoded pictures, with TensorFlow alone. A program of its own: see export.py.
+"""Runs a SavedModel on TFRecord files of encoded images, with TensorFlow alone.
+
+export.py runs it in a process of its own.
 
 usage: python read_saved_model.py SAVED_MODEL ENCODED.tfrecord OPAQUE_PNGS.tfrecord ANSWERS.npz
 """
 
 import sys
 
-sys.modules['keras'] = None  # an import of it fails from here on: the model must not need it
+# An import of it fails from here on: the model must not need it.
+sys.modules['keras'] = None  # type: ignore[assignment]
 
 import numpy as np  # noqa: E402
 import tensorflow as tf  # noqa: E402
 
 
-def main(directory, encoded, opaque_pngs, answers):
+def main(directory: str, encoded: str, opaque_pngs: str, answers: str) -> None:
     model = tf.saved_model.load(directory)
     logits = [
         model.signatures['classify_encoded'](encoded=batch)['logits'].numpy()

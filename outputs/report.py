@@ -1,8 +1,10 @@
 """report.md: what was run, on what, how well, how fast, and what limited it."""
 
 import os
+from collections.abc import Sequence
 
-from common import storage
+from common import console, storage
+from common.errors import counted
 from common.storage import read_json
 
 INPUT_BOUND = (
@@ -21,34 +23,34 @@ def headline(summary: dict) -> str:
     return f'{right} after update {summary["export/step"]:,}, which is exported; {last}'
 
 
-def write_report(workdir, summary, description, data_notes=(), changes=()):
+def write_report(
+    workdir: str,
+    summary: dict,
+    description: Sequence[tuple[str, str]],
+    data_notes: Sequence[str] = (),
+    changes: Sequence[str] = (),
+) -> None:
     """Writes report.md into `workdir`.
 
     Args:
         workdir: the folder of the run, with config.json, environment.json and plots/.
         summary: the content of summary.json.
-        description: lines of text about strategy, precision and plan.
+        description: (name, text) of rows about strategy, precision and plan.
         data_notes: lines of text about the data that the user may not expect, such as broken files
             that were skipped.
         changes: lines of text about what has changed during the run, such as its config, and why it
             ended early.
     """
-    config, environment = (
-        read_json(os.path.join(workdir, name)) for name in ('config.json', 'environment.json')
-    )
+    config = read_json(os.path.join(workdir, 'config.json'))
+    environment = read_json(os.path.join(workdir, 'environment.json'))
     waiting = summary['input_wait_fraction']
-    limit = (
-        f'the input: {waiting:.0%} of the time went into waiting for batches'
-        if waiting > INPUT_BOUND
-        else f'the model: only {waiting:.1%} of the time went into waiting for batches'
-    )
+    limit = f'the model: only {waiting:.1%} of the time went into waiting for batches'
+    if waiting > INPUT_BOUND:
+        limit = f'the input: {waiting:.0%} of the time went into waiting for batches'
     packages = ', '.join(f'{name} {version}' for name, version in environment['packages'].items())
     commit = environment['git_commit'] or 'unknown'
-    changed = (
-        f' with {len(environment["git_changed_files"])} changed files'
-        if environment['git_changed_files']
-        else ''
-    )
+    changed_files = environment['git_changed_files']
+    changed = f' with {counted(len(changed_files), "changed file")}' if changed_files else ''
     sections = _section('Changes during the run', changes)
     sections += _section('What to know about the data', data_notes)
     resumed = ', '.join(f'{step:,}' for step in summary['resumed_from']) or 'never'
@@ -78,7 +80,7 @@ def write_report(workdir, summary, description, data_notes=(), changes=()):
 ## What was run
 
 ```
-{description}
+{console.format_rows(description)}
 ```
 
 config.json has every value of the config.
@@ -93,7 +95,7 @@ config.json has every value of the config.
     storage.write(os.path.join(workdir, 'report.md'), text)
 
 
-def note_export(workdir, weights: str) -> None:
+def note_export(workdir: str, weights: str) -> None:
     """Says at the top of report.md which weights a later export has put in place of the first."""
     path = os.path.join(workdir, 'report.md')
     if not storage.exists(path):
@@ -104,7 +106,7 @@ def note_export(workdir, weights: str) -> None:
     storage.write(path, f'{title}\n\n{note}\n\n{before}')
 
 
-def _first_lines(summary, config) -> str:
+def _first_lines(summary: dict, config: dict) -> str:
     """Returns how good the exported weights are, which they are, and how to get the last ones."""
     step, last = summary['export/step'], summary['steps']
     accuracy, top5 = summary['export/eval_accuracy'], summary['export/eval_top5']
@@ -124,7 +126,7 @@ def _first_lines(summary, config) -> str:
     return '\n'.join(lines)
 
 
-def _best(summary, name) -> str:
+def _best(summary: dict, name: str) -> str:
     step = summary['best/step']
     if step is None:
         return 'none'
@@ -136,7 +138,7 @@ def _best(summary, name) -> str:
     return f'{best}; `--mode=export --checkpoint=best` exports it'
 
 
-def _accuracy_of_export(summary) -> str:
+def _accuracy_of_export(summary: dict) -> str:
     """Returns the accuracy of the exported model beside that of the model on the same examples."""
     examples = summary['export/examples']
     which = 'examples taken evenly from the split'
@@ -149,5 +151,5 @@ def _accuracy_of_export(summary) -> str:
     return f'{text} (the model itself on the same examples: {itself:.2%})'
 
 
-def _section(title, lines) -> str:
+def _section(title: str, lines: Sequence[str]) -> str:
     return '\n'.join((f'## {title}', '', '```', *lines, '```', '', '')) if lines else ''

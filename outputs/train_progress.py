@@ -1,8 +1,8 @@
-"""What a run knows beside its variables; saved with each checkpoint, so that a run goes on as if it had not stopped."""
+"""The state of a run beside its variables, saved with each checkpoint: it makes resuming exact."""
 
 import dataclasses
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 LOWER_IS_BETTER = ('eval/loss',)
 ANY_KEY = '*'  # stands for all keys of a config, where nobody knows which have changed
@@ -22,16 +22,18 @@ def changes_evaluation(key: str) -> bool:
 
 @dataclasses.dataclass
 class Progress:
-    """Numbers, texts and dicts of them: what JSON can say.
+    """The state of a run beside its variables: numbers, strings and dicts of them, as in JSON.
 
     Attributes:
         step, examples_seen: updates done, and examples in them.
         distinct_seen: how many of these were no copies, see `augment.repeats`: how far the stream
             of training examples has come.
-        window_start, window, window_seconds: sums over the updates since the last row of metrics.jsonl, and how long they took.
+        window_start, window, window_seconds: sums over the updates since the last row of
+            metrics.jsonl, and how long they took.
         learning_rate: of the last update.
         skipped_updates, skipped_in_a_row: see `TrainState`.
-        train_seconds, input_seconds: in the training loop and of it waiting for batches, since the run began.
+        train_seconds, input_seconds: in the training loop, and of these waiting for batches, since
+            the run began.
         evaluated_at, metrics: the step of the last evaluation, and what it gave.
         best_step, best: where `config.best_metric` was best, and how good.
         evaluation_from: the step from which on evaluations can be compared with the last one; None
@@ -60,18 +62,23 @@ class Progress:
     patience_from: int = 0
     config: dict | None = None
 
-    def add(self, step, results, seconds, batch_size, repeats=1):
-        """Adds what a train loop up to `step` returned, as floats, and how long it took.
+    def add(
+        self,
+        step: int,
+        results: Mapping[str, float],
+        seconds: float,
+        batch_size: int,
+        repeats: int = 1,
+    ) -> None:
+        """Adds the results of a train loop up to `step`, and how long it took.
 
         A batch has `batch_size` examples, each of them `repeats` times.
         """
         self.examples_seen += (step - self.step) * batch_size
         self.distinct_seen += (step - self.step) * (batch_size // repeats)
-        self.step, self.learning_rate, self.skipped_in_a_row = (
-            step,
-            results['learning_rate'],
-            round(results['skipped_in_a_row']),
-        )
+        self.step = step
+        self.learning_rate = results['learning_rate']
+        self.skipped_in_a_row = round(results['skipped_in_a_row'])
         self.skipped_updates += round(results['skipped'])
         for key in ('loss', 'correct', 'grad_norm', 'skipped', 'input_seconds'):
             self.window[key] = self.window.get(key, 0.0) + results[key]
@@ -79,22 +86,22 @@ class Progress:
         self.train_seconds += seconds
         self.input_seconds += results['input_seconds']
 
-    def close_window(self, batch_size):
-        """The means over the window as a row of metrics.jsonl; skipped updates do not count. A new window begins."""
+    def close_window(self, batch_size: int) -> dict[str, float]:
+        """Returns the means over the window as a row of metrics.jsonl, and begins a new window.
+
+        Skipped updates do not count.
+        """
         sums, seconds = self.window, self.window_seconds
         num_steps = self.step - self.window_start
         counted = num_steps - round(sums['skipped'])
-        means = (
-            {}
-            if not counted
-            else {
+        row = {}
+        if counted:
+            row = {
                 'train/loss': sums['loss'] / counted,
                 'train/accuracy': sums['correct'] / (counted * batch_size),
                 'train/grad_norm': sums['grad_norm'] / counted,
             }
-        )
-        row = {
-            **means,
+        row |= {
             'train/learning_rate': self.learning_rate,  # that the last update used
             'train/examples_per_second': num_steps * batch_size / seconds,
             'train/input_wait_fraction': min(1.0, sums['input_seconds'] / seconds),
@@ -103,27 +110,26 @@ class Progress:
         self.window_start, self.window, self.window_seconds = self.step, {}, 0.0
         return row
 
-    def evaluated(self, metrics, best_metric):
-        """Notes an evaluation at this step; returns whether it was the best so far. That of a model which is diverging never is."""
+    def evaluated(self, metrics: dict[str, float], best_metric: str) -> bool:
+        """Records an evaluation at this step; returns whether it is the best so far.
+
+        That of a diverging model never is.
+        """
         self.evaluated_at, self.metrics = self.step, metrics
         if self.evaluation_from is None:
             self.evaluation_from = self.step
         value = metrics[best_metric]
-        better = (
-            math.isfinite(value)
-            and math.isfinite(metrics['eval/loss'])
-            and not self.skipped_in_a_row
-            and (
-                self.best is None
-                or (value < self.best if best_metric in LOWER_IS_BETTER else value > self.best)
-            )
-        )
-        if better:
+        is_finite = math.isfinite(value) and math.isfinite(metrics['eval/loss'])
+        is_best = is_finite and not self.skipped_in_a_row
+        if self.best is not None:
+            is_better = value < self.best if best_metric in LOWER_IS_BETTER else value > self.best
+            is_best = is_best and is_better
+        if is_best:
             self.best_step, self.best = self.step, value
-        return better
+        return is_best
 
-    def forget(self, keys: Collection[str]) -> None:
-        """Lets go of what does not hold any more when these keys of the config have changed."""
+    def reset_for_config_change(self, keys: Collection[str]) -> None:
+        """Resets what is no longer valid now that these keys of the config have changed."""
         if not keys:
             return
         self.window_start, self.window, self.window_seconds = self.step, {}, 0.0
@@ -135,8 +141,11 @@ class Progress:
         if set(keys) != {'patience'}:  # what is trained now has had no chance yet to be better
             self.patience_from = self.step
 
-    def out_of_patience(self, patience):
-        """Whether the last evaluation, at this step, is `patience` updates or more after the best one; None never is."""
+    def out_of_patience(self, patience: int | None) -> bool:
+        """Returns whether the best evaluation is `patience` updates or more behind the last one.
+
+        The last one is at this step. It is never so if `patience` is None.
+        """
         if patience is None or self.evaluated_at != self.step:
             return False
         return self.step - max(self.best_step or 0, self.patience_from) >= patience

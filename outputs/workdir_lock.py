@@ -1,6 +1,8 @@
-"""One run in a folder at a time: a lock that the kernel lets go of when its process dies, and a lease where there are no locks.
+"""Allows one run in a folder at a time.
 
-Two runs in one folder write over each other's checkpoints and metrics, and neither notices.
+On a disk the kernel releases the lock when its process dies; where there are no locks, a lease
+replaces it. Two runs in one folder would overwrite each other's checkpoints and metrics, and
+neither would notice.
 """
 
 import contextlib
@@ -8,6 +10,8 @@ import errno
 import fcntl
 import os
 import threading
+from collections.abc import Iterator
+from typing import ClassVar
 
 from common import storage
 from common.errors import RunError
@@ -20,20 +24,22 @@ HELD_BY_ANOTHER = {errno.EACCES, errno.EAGAIN}  # POSIX allows both as fcntl's a
 
 
 @contextlib.contextmanager
-def hold(workdir):
-    """Keeps other runs out of the folder `workdir` while the block runs; makes the folder if needed.
+def hold(workdir: str) -> Iterator['Held']:
+    """Keeps other runs out of the folder `workdir` during the block; creates it if needed.
 
-    Yields an object whose `require()` raises RunError if the folder is this run's no more: to be called before a checkpoint is
-    committed, by the process that holds it. `require()` costs microseconds on a disk and one read of an object in a bucket.
+    Yields an object whose `check_ownership()` raises RunError if the folder is no longer this
+    run's; the process that holds it calls this before a checkpoint is committed. It costs
+    microseconds on a disk and one read of an object in a bucket.
 
-    A folder on a disk is locked, and free again in the moment in which its process ends, however it ends. A folder with '://' in its
-    name, or on a disk without locks, is leased: what a killed run leaves behind is waited for, at most SILENCE seconds.
+    A folder on a disk is locked, and free again the moment its process ends, however it ends. A
+    folder with '://' in its name, or on a disk without locks, is leased: a lease that a killed run
+    leaves behind is waited for, at most SILENCE seconds.
 
-    Raises RunError if another run holds the folder, or if it cannot be written to.
+    Raises: RunError if another run holds the folder, or if it cannot be written to.
     """
     workdir = os.fspath(workdir)
     is_new = '://' not in workdir and not os.path.exists(workdir)
-    held = Lease(workdir) if '://' in workdir else _Lock(workdir)
+    held = Lease(workdir) if '://' in workdir else Lock(workdir)
     try:
         if not held.take():
             held = Lease(os.path.abspath(workdir))
@@ -46,32 +52,36 @@ def hold(workdir):
                 os.rmdir(workdir)
 
 
-class _Lock:
+class Lock:
     """A POSIX record lock, which the kernel gives to a process and not to its children."""
 
-    _inodes = {}  # (device, inode) of each locked file -> pid: the kernel refuses nothing to the process that has the lock already
+    # (device, inode) of each locked file -> pid: the kernel refuses nothing to the process that has
+    # the lock already.
+    _inodes: ClassVar[dict[tuple[int, int] | None, int]] = {}
     _changing = threading.Lock()
 
-    def __init__(self, workdir):
+    def __init__(self, workdir: str) -> None:
         self.workdir, self.path = workdir, os.path.join(os.path.abspath(workdir), '.lock')
-        self._file, self._pid = None, os.getpid()
+        self._file: int | None = None
+        self._pid = os.getpid()
 
-    def take(self):
-        """Locks; returns False where the file system has no locks."""
+    def take(self) -> bool:
+        """Locks the folder; returns False if the file system has no locks."""
         with self._changing, storage.explained(self.path):
             while True:
-                # Looked at before the file is opened: to close it again would let go of the lock that this process has on it.
+                # Looked at before the file is opened: to close it again would let go of the lock
+                # that this process has on it.
                 if self._inodes.get(_inode(self.path)) == self._pid:
                     raise RunError(
-                        f'{self.workdir} is in use: this very process trains there already; end that run first, or give another --workdir'
+                        f'{self.workdir} is in use: this very process trains there already',
+                        'end that run first, or give another --workdir',
                     )
                 file = self._open()
                 try:
                     if not self._lock(file):
                         return False
-                    if _inode(self.path) == _inode(
-                        file
-                    ):  # else its last holder removed it after it was opened here
+                    # Else its last holder removed it after it was opened here.
+                    if _inode(self.path) == _inode(file):
                         os.ftruncate(file, 0)
                         os.write(file, written(this_process()))
                         self._inodes[_inode(file)], self._file = self._pid, file
@@ -80,47 +90,41 @@ class _Lock:
                     if self._file is None:
                         os.close(file)
 
-    def _open(self):
-        """A descriptor of the file, in a folder that is made if needed."""
+    def _open(self) -> int:
+        """Returns a descriptor of the lock file, in a folder that is created if needed."""
         for _ in range(TRIES):
             os.makedirs(os.path.dirname(self.path), exist_ok=True)
-            with contextlib.suppress(
-                FileNotFoundError
-            ):  # another start failed and has just taken its empty folder away
+            # Another start may have failed and just removed its empty folder.
+            with contextlib.suppress(FileNotFoundError):
                 return os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
         return os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
 
-    def require(self):
+    def check_ownership(self) -> None:
         """Raises RunError if the folder was deleted, moved or replaced."""
         with storage.explained(self.path):
             if _inode(self.path) != _inode(self._file):
                 raise RunError(
-                    f'{self.workdir} has vanished: the folder of this run was deleted, moved or replaced while it trained; '
-                    'nothing more is written'
+                    f'{self.workdir} has vanished: the folder of this run was deleted, moved or '
+                    'replaced while it trained; nothing more is written'
                 )
-            self._lock(
-                self._file
-            )  # again, for it is lost when any other part of this process opens and closes the file
+            # Again: it is lost when any other part of this process opens and closes the file.
+            if self._file is not None:
+                self._lock(self._file)
 
-    def release(self):
-        if (
-            self._file is None or os.getpid() != self._pid
-        ):  # a forked child that leaves the block has nothing to give back
-            return
+    def release(self) -> None:
+        if self._file is None or os.getpid() != self._pid:
+            return  # a forked child that leaves the block has nothing to release
         with self._changing:
-            with contextlib.suppress(
-                OSError
-            ):  # the folder may be gone, and the run's own error counts for more
+            # The folder may be gone, and the run's own error matters more.
+            with contextlib.suppress(OSError):
                 if _inode(self.path) == _inode(self._file):
-                    os.remove(
-                        self.path
-                    )  # while it is locked: who waits for it sees that it is another file by now
+                    os.remove(self.path)  # while locked: whoever waits sees that it is another file
             self._inodes.pop(_inode(self._file), None)
             os.close(self._file)
             self._file = None
 
-    def _lock(self, file):
-        """Returns False where the file system has no locks. Raises RunError if another process has it."""
+    def _lock(self, file: int) -> bool:
+        """Returns False if there are no locks. Raises RunError if another process has it."""
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -132,10 +136,15 @@ class _Lock:
         return True
 
 
-def _inode(file):
-    """(device, inode) of a path or an open file, or None where the path leads nowhere."""
+def _inode(file: str | int | None) -> tuple[int, int] | None:
+    """Returns (device, inode) of a path or a descriptor, or None if the path does not exist."""
+    if file is None:
+        return None
     try:
         status = os.stat(file)
     except (FileNotFoundError, NotADirectoryError):
         return None
     return status.st_dev, status.st_ino
+
+
+Held = Lock | Lease

@@ -1,4 +1,4 @@
-"""TFDS's own ImageNet builder, fed two small archives of made-up pictures, goes through the
+"""TFDS's own ImageNet builder, fed two small archives of made-up images, goes through the
 ImageNet config.
 """
 
@@ -91,7 +91,7 @@ def test_a_small_imagenet_is_prepared_trained_and_evaluated(tmp_path, monkeypatc
     )
     metrics = evaluate.run(config, str(tmp_path / 'run'))
     assert metrics['eval/examples'] == 6 and np.isfinite(metrics['eval/loss'])
-    with pytest.raises(ConfigError, match="'train' is no split of imagenet_v2"):
+    with pytest.raises(ConfigError, match="'train' is not a split of imagenet_v2"):
         train.run(config, str(tmp_path / 'other'))
 
     config.dataset.name, config.dataset.eval_split = 'digits', 'test'

@@ -100,7 +100,8 @@ def test_ci_takes_a_run_without_tests_for_a_failure(tmp_path):
     targets, passes = ('test', 'test-slow', 'test-tpu'), 'echo "3 passed in 1s"'
 
     def succeeds(**recipes):
-        rules = [f'{target}:\n\t@{recipes.get(target, passes)}\n' for target in targets]
+        recipes.setdefault('lint', 'true')
+        rules = [f'{target}:\n\t@{recipes.get(target, passes)}\n' for target in ('lint', *targets)]
         (tmp_path / 'Makefile').write_text(''.join(rules))
         return (
             subprocess.run(['bash', '.ci/run'], cwd=tmp_path, capture_output=True).returncode == 0
@@ -110,6 +111,7 @@ def test_ci_takes_a_run_without_tests_for_a_failure(tmp_path):
     for target in targets:
         for recipe in ('echo "no tests ran in 1s"', 'echo "3 passed"; false', 'echo "0 passed"'):
             assert not succeeds(**{target: recipe}), (target, recipe)
+    assert not succeeds(lint='false')
 
 
 def test_names_of_tests_have_at_most_60_letters():

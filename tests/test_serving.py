@@ -163,7 +163,7 @@ def test_an_export_that_reads_other_pictures_is_refused(trained, monkeypatch):
     resume.require_same_config(config, workdir)
     with (
         conftest.reading_here(),
-        pytest.raises(RunError, match='answers otherwise than the model: classify_encoded'),
+        pytest.raises(RunError, match='disagrees with the model: classify_encoded'),
     ):
         export.run(config, workdir)
     storage.delete(os.path.join(workdir, 'export.part'))
@@ -675,7 +675,7 @@ def notes_of(tmp_path, monkeypatch, values_of, **values):
 
 def test_nearly_black_files_are_noted_with_what_to_write(tmp_path, monkeypatch):
     (note,), _ = notes_of(tmp_path, monkeypatch, twelve_bits)
-    assert '6 pictures of 16 bits' in note and note.endswith('--config.dataset.white_level=4095')
+    assert '6 images of 16 bits' in note and note.endswith('--config.dataset.white_level=4095')
     notes, found = notes_of(tmp_path, monkeypatch, twelve_bits, white_level=4095)
     assert notes == []
     contents = [storage.read(picture.path) for split in found.splits.values() for picture in split]
@@ -733,9 +733,7 @@ def test_a_broken_file_is_named_and_the_others_are_answered(trained, tmp_path):
     assert [line.split(': ')[1] for line in err[:-1]] == [
         f'{tmp_path}/{name}' for name in ('b.jpg', 'absent.jpg', 'c.jpg')
     ]
-    assert (
-        'no picture that can be read' in err[0] and 'No such file' in err[1] and 'empty' in err[2]
-    )
+    assert 'no image that can be read' in err[0] and 'No such file' in err[1] and 'empty' in err[2]
     assert err[-1] == 'error: 3 of 5 images could not be read'
 
 

@@ -235,7 +235,7 @@ def test_everything_at_once_fits_a_tpu_with_every_optimizer(tiny, strategy, name
     source, state = datasets.load(tiny.dataset), build(tiny, strategy)
     plan = planning.make_plan(tiny, source.num_train, source.num_eval, 10, REPLICAS)
     with strategy.scope():
-        teacher, _ = distillation.make_teacher(tiny, source.class_names)
+        teacher = distillation.make_teacher(tiny, source.class_names)
     train_step = steps.make_train_step(
         state,
         tiny,
@@ -244,7 +244,7 @@ def test_everything_at_once_fits_a_tpu_with_every_optimizer(tiny, strategy, name
         num_replicas=REPLICAS,
         jit_compile=False,
         on_tpu=True,
-        teacher=teacher,
+        teacher=teacher.predict,
     )
     batches = pipeline.training_batches(source, tiny, plan, 0, plan.total_steps, strategy)
     # Each gradient once, and each micro-batch's statistics of the one normalisation that is not

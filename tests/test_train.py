@@ -51,14 +51,14 @@ def without_times(workdir):
 
 def stop_at(monkeypatch, step, signal_number=signal.SIGTERM):
     """Sends this process a signal when the progress bar reaches `step`."""
-    original = train.Logbook.advance
+    original = train.MetricsLogger.advance
 
     def advance(self, now):
         original(self, now)
         if now == step:
             os.kill(os.getpid(), signal_number)
 
-    monkeypatch.setattr(train.Logbook, 'advance', advance)
+    monkeypatch.setattr(train.MetricsLogger, 'advance', advance)
 
 
 @pytest.fixture(scope='module')
@@ -192,7 +192,7 @@ def test_an_export_that_disagrees_fails_and_keeps_the_old_one(finished, monkeypa
     before = os.path.getmtime(os.path.join(workdir, 'export', 'saved_model.pb'))
     expected = export._expected_logits
     monkeypatch.setattr(export, '_expected_logits', lambda *arguments: expected(*arguments) + 0.01)
-    with pytest.raises(RunError, match='answers otherwise than the model'):
+    with pytest.raises(RunError, match='disagrees with the model'):
         export.run(config, workdir)
     assert os.path.getmtime(os.path.join(workdir, 'export', 'saved_model.pb')) == before
 
@@ -296,7 +296,7 @@ def test_the_host_calls_once_per_loop_without_retracing(
 
         monkeypatch.setattr(train.loops, name, make)
     session = open_session(tiny, str(tmp_path))
-    logbook = train.Logbook(str(tmp_path), 0, session.plan.total_steps)
+    logbook = train.MetricsLogger(str(tmp_path), 0, session.plan.total_steps)
     progress = Progress()
     assert (
         train.train(session, logbook, progress, train.preemption.Stop()) is None
@@ -350,7 +350,7 @@ def test_a_progressive_run_traces_once_per_size_and_resumes(tiny, tmp_path, monk
 
 @pytest.fixture
 def grey_pictures(tmp_path):
-    """A folder of dark and light pictures, and a config that trains on it for 60 steps of 8
+    """A folder of dark and light images, and a config that trains on it for 60 steps of 8
     examples.
     """
     for split, count in (('train', 20), ('test', 5)):
@@ -396,7 +396,7 @@ def test_images_lost_during_a_stop_are_noted_and_schedule_stays(
         '12 epochs',
         1,
         '20 steps',
-    )  # 60 steps of 40 pictures
+    )  # 60 steps of 40 images
     with monkeypatch.context() as patch:
         stop_at(patch, 20)
         assert train.run(config, str(tmp_path / 'run')) == 143
@@ -405,7 +405,7 @@ def test_images_lost_during_a_stop_are_noted_and_schedule_stays(
     capsys.readouterr()
     assert train.run(config, str(tmp_path / 'run')) == 0
     changed = (
-        'the training pictures have changed during the run, which began with 40: now there are 36'
+        'the training images have changed during the run, which began with 40: now there are 36'
     )
     assert (
         f'note      {changed}' in capsys.readouterr().out
@@ -434,17 +434,17 @@ def test_a_picture_that_is_spoilt_while_it_is_in_use_is_named(
     for name in ('dark', 'light'):
         for index in range(20):
             path = data / 'train' / name / f'{index}.jpg'
-            path.write_bytes(path.read_bytes() + bytes(8000))  # behind the picture
-    original = train.Logbook.advance
+            path.write_bytes(path.read_bytes() + bytes(8000))  # behind the image
+    original = train.MetricsLogger.advance
 
     def advance(self, now):
         original(self, now)
         if now == 10:
             harm(data / 'train' / 'light' / '7.jpg')
 
-    monkeypatch.setattr(train.Logbook, 'advance', advance)
+    monkeypatch.setattr(train.MetricsLogger, 'advance', advance)
     with pytest.raises(
-        RunError, match='pictures cannot be read any more: .*light/7.jpg.*leaves them out'
+        RunError, match='images cannot be read any more: .*light/7.jpg.*leaves them out'
     ) as error:
         train.run(config, str(tmp_path / 'run'))
     assert says in str(error.value) and '\n' not in str(error.value)
@@ -473,6 +473,7 @@ def test_evaluating_another_config_is_refused_another_split_not(finished):
         config.image_size = 16
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures('read_here')
 def test_runs_of_one_seed_are_the_same_and_another_seed_differs(finished, tmp_path):
     config, workdir = finished
@@ -498,7 +499,7 @@ def test_a_loss_that_is_not_a_number_ends_the_run_with_advice(tiny, tmp_path):
         train.run(tiny, str(tmp_path / 'run'))
     assert os.listdir(tmp_path / 'run' / 'checkpoints') == []
     tiny.max_skipped_updates = 0  # not skipped, then
-    with pytest.raises(RunError, match='not finite somewhere in updates 0 to 3: look at'):
+    with pytest.raises(RunError, match='not finite in one of the updates 0 to 3: look at'):
         train.run(tiny, str(tmp_path / 'run'))
     assert os.listdir(tmp_path / 'run' / 'checkpoints') == []
     tiny.schedule.peak_lr = tiny.schedule.start_lr = (

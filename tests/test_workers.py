@@ -201,7 +201,7 @@ def test_a_killed_worker_ends_the_others_and_a_restart_continues(
     (status, _, said), _ = finish(processes, timeout=60)
     assert (
         status == 1
-        and 'error: worker 1 does not answer any more: start all workers again' in said
+        and 'error: worker 1 does not respond any more: start all workers again' in said
         and 'Traceback' not in said
     )
     again, _ = training(tmp_path)
@@ -246,7 +246,6 @@ def test_the_evaluation_of_several_workers_is_that_of_one(finished):
 def test_both_tensorflow_errors_of_a_lost_worker_are_recognized(said):
     import tensorflow as tf  # here: the workers of this file are processes of their own
 
-    line, status = main.failure(
-        tf.errors.UnavailableError(None, None, f'Graph execution error: {said}')
-    )
-    assert line.startswith('worker 1 does not answer any more') and status == 1
+    message = f'Graph execution error: {said}'
+    error = main.as_user_error(tf.errors.UnavailableError(None, None, message))
+    assert error.problem == 'worker 1 does not respond any more' and error.exit_status == 1

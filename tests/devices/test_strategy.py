@@ -67,7 +67,7 @@ def test_a_named_tpu_never_falls_back_to_the_cpu(config, monkeypatch):
 
 def test_a_broken_tf_config_is_one_line(config, monkeypatch):
     monkeypatch.setenv('TF_CONFIG', '{"cluster": ')
-    with pytest.raises(RunError, match='TF_CONFIG is no JSON of a cluster'):
+    with pytest.raises(RunError, match='TF_CONFIG is not the JSON of a cluster'):
         devices.make_strategy(config)
 
 

@@ -33,10 +33,10 @@ def call(*arguments, **environ):
     )
 
 
-def assert_mended(finding, status, found, mend):
-    assert finding.status == status, finding
-    assert found in finding.found and mend in finding.mend, finding
-    assert '\n' not in finding.found + finding.mend
+def assert_mended(result, status, found, mend):
+    assert result.status == status, result
+    assert found in result.message and mend in result.fix, result
+    assert '\n' not in result.message + result.fix
 
 
 def installed(folder, **versions):
@@ -91,27 +91,23 @@ NVIDIA = {'card': ('0x10de', '0x2330', '0x030200')}
 
 def test_a_python_that_is_too_old_or_too_new_is_named():
     for version in ((3, 9, 1), (3, 14, 0)):
-        assert_mended(
-            packages.python_finding(version), 'FAIL', '3.10 to 3.13', 'make train PYTHON='
-        )
+        assert_mended(packages.check_python(version), 'FAIL', '3.10 to 3.13', 'make train PYTHON=')
     assert (
-        packages.python_finding((3, 10, 0)).status
-        == packages.python_finding((3, 13, 5)).status
-        == 'ok'
+        packages.check_python((3, 10, 0)).status == packages.check_python((3, 13, 5)).status == 'ok'
     )
 
 
 def test_two_builds_in_one_folder_are_named_and_removed(tmp_path):
-    finding, name, _ = packages.tensorflow_finding(
+    result, name, _ = packages.check_tensorflow(
         'cpu', installed(tmp_path, tensorflow='2.21.0', tensorflow_cpu='2.20.0')
     )
     assert_mended(
-        finding,
+        result,
         'FAIL',
         'tensorflow 2.21.0 and tensorflow-cpu 2.20.0',
         'pip uninstall -y tensorflow tensorflow-cpu && ',
     )
-    assert "-m pip install -c requirements/cpu.txt '.[cpu]'" in finding.mend and name == ''
+    assert "-m pip install -c requirements/cpu.txt '.[cpu]'" in result.fix and name == ''
 
 
 @pytest.mark.parametrize(
@@ -147,7 +143,7 @@ def test_two_builds_in_one_folder_are_named_and_removed(tmp_path):
 )
 def test_a_build_that_does_not_fit_is_named(tmp_path, accelerator, versions, status, found, mend):
     assert_mended(
-        packages.tensorflow_finding(accelerator, installed(tmp_path, **versions))[0],
+        packages.check_tensorflow(accelerator, installed(tmp_path, **versions))[0],
         status,
         found,
         mend,
@@ -164,30 +160,24 @@ def test_a_build_that_does_not_fit_is_named(tmp_path, accelerator, versions, sta
     ],
 )
 def test_a_build_that_fits_is_ok(tmp_path, accelerator, versions):
-    assert (
-        packages.tensorflow_finding(accelerator, installed(tmp_path, **versions))[0].status == 'ok'
-    )
+    assert packages.check_tensorflow(accelerator, installed(tmp_path, **versions))[0].status == 'ok'
 
 
 def test_an_old_or_missing_keras_is_named(tmp_path):
     assert_mended(
-        packages.keras_finding((3, 11), installed(tmp_path / 'old', keras='3.12.4')),
+        packages.check_keras((3, 11), installed(tmp_path / 'old', keras='3.12.4')),
         'FAIL',
         '3.12.4 is too old',
         'pip install keras==3.15.1',
     )
     assert_mended(
-        packages.keras_finding((3, 10), installed(tmp_path / 'older', keras='2.15.0')),
+        packages.check_keras((3, 10), installed(tmp_path / 'older', keras='2.15.0')),
         'FAIL',
         'too old',
         'pip install keras==3.12.4',
     )
-    assert_mended(
-        packages.keras_finding((3, 12), []), 'FAIL', 'not installed', 'pip install keras=='
-    )
-    assert (
-        packages.keras_finding((3, 10), installed(tmp_path / 'new', keras='3.12.4')).status == 'ok'
-    )
+    assert_mended(packages.check_keras((3, 12), []), 'FAIL', 'not installed', 'pip install keras==')
+    assert packages.check_keras((3, 10), installed(tmp_path / 'new', keras='3.12.4')).status == 'ok'
 
 
 def test_missing_packages_are_named(tmp_path):
@@ -197,7 +187,7 @@ def test_missing_packages_are_named(tmp_path):
         if name not in ('tqdm', 'psutil')
     }
     assert_mended(
-        packages.packages_finding('gpu', installed(tmp_path, **present)),
+        packages.check_packages('gpu', installed(tmp_path, **present)),
         'FAIL',
         'not installed: psutil, tqdm',
         "'.[gpu]'",
@@ -210,32 +200,32 @@ def test_an_unfit_libtpu_is_named_with_a_version_that_fits(tmp_path):
     )  # a library of other functions, for one of which the functions have gone
     (tmp_path / 'libtensorflow_cc.so.2').write_bytes(b'\0TpuExecutor_Init\0TfTpu_Initialize\0')
     assert_mended(
-        packages.libtpu_finding('2.20.0', str(tmp_path), stand_in),
+        packages.check_libtpu('2.20.0', str(tmp_path), stand_in),
         'FAIL',
         'lacks 2 of 2 functions',
         'pip install libtpu==0.0.21.1',
     )
     assert_mended(
-        packages.libtpu_finding('2.19.1', str(tmp_path), stand_in),
+        packages.check_libtpu('2.19.1', str(tmp_path), stand_in),
         'FAIL',
         'such as TfTpu_Initialize',
         'pip install libtpu==0.0.10',
     )
     (tmp_path / 'broken.so').write_text('half a download')
     assert_mended(
-        packages.libtpu_finding('2.20.0', str(tmp_path), str(tmp_path / 'broken.so')),
+        packages.check_libtpu('2.20.0', str(tmp_path), str(tmp_path / 'broken.so')),
         'FAIL',
         'cannot be read',
         'pip install libtpu==',
     )
     (tmp_path / 'libtensorflow_cc.so.2').write_bytes(b'\0nothing\0')
-    assert packages.libtpu_finding('2.20.0', str(tmp_path), stand_in).status == 'ok'
+    assert packages.check_libtpu('2.20.0', str(tmp_path), stand_in).status == 'ok'
 
 
 def test_a_missing_libtpu_is_named(monkeypatch):
     monkeypatch.setattr(tpu_environment, 'libtpu_path', lambda: None)
     assert_mended(
-        packages.libtpu_finding('2.20.0'), 'FAIL', 'not installed', 'pip install libtpu==0.0.21.1'
+        packages.check_libtpu('2.20.0'), 'FAIL', 'not installed', 'pip install libtpu==0.0.21.1'
     )
 
 
@@ -256,22 +246,22 @@ def test_a_missing_libtpu_is_named(monkeypatch):
             'ended by SIGABRT: F0000 tpu_library.cc:1] Check failed: TpuExecutor_Init not found',
         ),
         ('import time\ntime.sleep(60)', 'did not end in 1 s'),
-        ('import os\nos._exit(0)', 'ended without a word'),
+        ('import os\nos._exit(0)', 'ended without a message'),
     ],
 )
 def test_an_import_that_raises_dies_or_hangs_is_survived(tmp_path, monkeypatch, text, found):
     monkeypatch.setattr(check, 'SECONDS', 1.0 if 'sleep' in text else 30.0)
     rows = list(
-        check.findings(
+        check.results(
             default.get_config(),
             str(tmp_path / 'run'),
             environ=fake_tensorflow(tmp_path, text),
             probe_seconds=0,
         )
     )
-    (broken,) = [row for row in rows if row.what == 'import']
+    (broken,) = [row for row in rows if row.name == 'import']
     assert_mended(broken, 'FAIL', found, 'pip uninstall -y tensorflow')
-    assert [row.what for row in rows][
+    assert [row.name for row in rows][
         -1
     ] == 'workdir'  # and the rest that needs no TensorFlow has been looked at
     assert not os.path.exists(tmp_path / 'run')
@@ -288,8 +278,8 @@ def test_what_is_broken_behind_tensorflow_is_named(tmp_path):
     )
     (broken,) = [
         row
-        for row in check.findings(default.get_config(), str(tmp_path), environ=environ)
-        if row.what == 'import'
+        for row in check.results(default.get_config(), str(tmp_path), environ=environ)
+        if row.name == 'import'
     ]
     assert_mended(
         broken, 'FAIL', 'TensorFlow can be imported, but not what is used with it', 'pip install'
@@ -346,9 +336,9 @@ def holding(lock):
 
 def test_the_holder_of_the_tpu_is_named_with_how_to_end_it(tmp_path):
     with holding(tmp_path / 'lock') as process:
-        finding = tpu_lock.lock_finding(str(tmp_path / 'lock'))
+        result = tpu_lock.check_lock(str(tmp_path / 'lock'))
         assert_mended(
-            finding,
+            result,
             'FAIL',
             f'held by process {process.pid}, {sys.executable} -c import fcntl',
             f'kill {process.pid}',
@@ -356,7 +346,7 @@ def test_the_holder_of_the_tpu_is_named_with_how_to_end_it(tmp_path):
         assert tpu_lock.is_held(tmp_path / 'lock')
     # The process is gone, its file is not.
     assert_mended(
-        tpu_lock.lock_finding(str(tmp_path / 'lock')),
+        tpu_lock.check_lock(str(tmp_path / 'lock')),
         'warn',
         'nobody holds it',
         f'rm -f {tmp_path / "lock"}',
@@ -368,16 +358,16 @@ def test_a_jax_notebook_that_holds_the_tpu_is_named(tmp_path):
     os.symlink('/dev/accel0', tmp_path / 'proc' / '4711' / 'fd' / '9')
     (tmp_path / 'proc' / '4711' / 'cmdline').write_bytes(b'python\0-m\0ipykernel_launcher\0')
     (tmp_path / 'proc' / '4711' / 'maps').write_text('7f0 r-xp /usr/lib/jaxlib/libjax_common.so\n')
-    finding = tpu_lock.lock_finding(str(tmp_path / 'lock'), str(tmp_path))
+    result = tpu_lock.check_lock(str(tmp_path / 'lock'), str(tmp_path))
     assert_mended(
-        finding,
+        result,
         'FAIL',
         'process 4711, python -m ipykernel_launcher (it has loaded JAX)',
         'Runtime > Restart session',
     )
     (tmp_path / 'proc' / '4711' / 'cmdline').write_bytes(b'python\0serve.py\0')
     assert_mended(
-        tpu_lock.lock_finding(str(tmp_path / 'lock'), str(tmp_path)),
+        tpu_lock.check_lock(str(tmp_path / 'lock'), str(tmp_path)),
         'FAIL',
         'serve.py (it has loaded JAX)',
         'kill 4711',
@@ -389,33 +379,31 @@ def test_a_lock_of_an_invisible_process_is_named(tmp_path):
     with open(lock, 'w') as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # by this process, which is left out
         assert_mended(
-            tpu_lock.lock_finding(str(lock), str(tmp_path)),
+            tpu_lock.check_lock(str(lock), str(tmp_path)),
             'FAIL',
             'cannot see',
             f'sudo fuser -k {lock}',
         )
     (tmp_path / 'closed').mkdir()  # to root every file opens, but no folder does
     assert_mended(
-        tpu_lock.lock_finding(str(tmp_path / 'closed'), str(tmp_path)),
+        tpu_lock.check_lock(str(tmp_path / 'closed'), str(tmp_path)),
         'FAIL',
         'from another user',
         f'sudo rm -f {tmp_path / "closed"}',
     )
-    assert tpu_lock.lock_finding(str(tmp_path / 'none'), str(tmp_path)).status == 'ok'
+    assert tpu_lock.check_lock(str(tmp_path / 'none'), str(tmp_path)).status == 'ok'
 
 
 def test_jax_in_this_process_is_named():
-    assert_mended(
-        tpu_lock.jax_finding({'jax': None}), 'warn', 'imported in this process', 'restart'
-    )
-    assert tpu_lock.jax_finding({}).status == 'ok'
+    assert_mended(tpu_lock.check_jax({'jax': None}), 'warn', 'imported in this process', 'restart')
+    assert tpu_lock.check_jax({}).status == 'ok'
 
 
 def test_a_tpu_held_by_this_process_is_named_and_kept(tmp_path):
     with open(tmp_path / 'lock', 'w') as file:
         fcntl.lockf(file, fcntl.LOCK_EX)
         assert_mended(
-            tpu_lock.lock_finding(str(tmp_path / 'lock')),
+            tpu_lock.check_lock(str(tmp_path / 'lock')),
             'FAIL',
             'held by this very process',
             'restart the notebook',
@@ -478,7 +466,7 @@ def tpu(folder, at_import='pass', resolve='pass', initialise='pass', total='valu
         ),
         ({'initialise': 'time.sleep(60)'}, 'initialise', 'did not end in 2 s, and was stopped'),
         ({'total': 'value'}, 'all-reduce', 'computed [1.0, 1.0, 1.0, 1.0] where 4 is right'),
-        ({'initialise': 'os._exit(0)'}, 'initialise', 'it ended without a word'),
+        ({'initialise': 'os._exit(0)'}, 'initialise', 'it ended without a message'),
     ],
 )
 def test_a_tpu_that_fails_or_hangs_is_named_with_the_step(tmp_path, broken, step, reason):
@@ -505,7 +493,7 @@ def test_a_working_tpu_is_ok_and_a_stale_probe_lock_removed(tmp_path):
 
 def tpu_rows(folder, version, environ, config=None):
     """(FAIL and warn rows, cores) of a host with a v5e chip."""
-    rows = check.tpu_findings(
+    rows = check.check_tpu(
         config or default.get_config(),
         version,
         environ,
@@ -520,7 +508,7 @@ def tpu_rows(folder, version, environ, config=None):
             found.append(next(rows))
         except StopIteration as end:
             return [
-                row for row in found if row.status != 'ok' and row.what != 'JAX'
+                row for row in found if row.status != 'ok' and row.name != 'JAX'
             ], end.value  # which these tests have loaded, or not
 
 
@@ -585,21 +573,21 @@ def test_obstacles_to_the_tpu_are_named_before_trying(tmp_path):
 def test_a_tpu_that_is_asked_for_and_not_there_is_named(tmp_path):
     config = default.get_config()
     config.strategy = 'tpu'
-    (row,) = check.tpu_findings(config, '2.20.0', {}, str(tmp_path), 5)
+    (row,) = check.check_tpu(config, '2.20.0', {}, str(tmp_path), 5)
     assert_mended(row, 'FAIL', 'no TPU is attached', '--config.strategy=auto')
 
 
 def test_a_tpu_host_with_a_build_for_processors_is_never_ok(tmp_path):
     environ = fake_tensorflow(tmp_path, "raise ImportError('not needed here')")
     rows = list(
-        check.findings(
+        check.results(
             default.get_config(), str(tmp_path / 'run'), fake_machine(tmp_path, **V5E), environ
         )
     )
-    (build,) = [row for row in rows if row.what == 'TensorFlow']
-    if 'tensorflow-tpu' not in build.found:  # unless these tests run with that build
+    (build,) = [row for row in rows if row.name == 'TensorFlow']
+    if 'tensorflow-tpu' not in build.message:  # unless these tests run with that build
         assert_mended(build, 'FAIL', 'cannot use the TPU', "'.[tpu]'")
-    assert any('TPU VM' in row.found and '1 TPU chip (v5e)' in row.found for row in rows)
+    assert any('TPU VM' in row.message and '1 TPU chip (v5e)' in row.message for row in rows)
 
 
 @pytest.mark.parametrize(
@@ -704,26 +692,26 @@ def test_gpus_are_listed_and_an_unseen_one_is_a_failure(tmp_path, monkeypatch):
     )
     gpus, problem = machine.nvidia_smi()
     assert len(gpus) == 2 and not problem
-    (row,) = check.gpu_findings(gpus, '', SEES, 'tensorflow', {}, str(tmp_path))
+    (row,) = check.check_gpu(gpus, '', SEES, 'tensorflow', {}, str(tmp_path))
     assert (
         row.status == 'ok'
-        and row.found
+        and row.message
         == '2 x NVIDIA H100 (81559 MiB), driver 550.54.15, CUDA 12.5.1, cuDNN 9; TensorFlow sees 1'
     )
-    (row,) = check.gpu_findings(gpus, '', {**SEES, 'gpus': []}, 'tensorflow', {}, str(tmp_path))
+    (row,) = check.check_gpu(gpus, '', {**SEES, 'gpus': []}, 'tensorflow', {}, str(tmp_path))
     assert_mended(row, 'FAIL', 'TensorFlow sees none', 'pip uninstall -y tensorflow && ')
-    assert "'.[gpu]'" in row.mend
-    (row,) = check.gpu_findings(
+    assert "'.[gpu]'" in row.fix
+    (row,) = check.check_gpu(
         [gpus[0]._replace(driver='470.82')], '', SEES, 'tensorflow', {}, str(tmp_path)
     )
     assert_mended(row, 'FAIL', 'driver 470.82 is too old', 'install && sudo reboot')
-    (row,) = check.gpu_findings(
+    (row,) = check.check_gpu(
         gpus, '', {**SEES, 'gpus': []}, 'tensorflow', {'CUDA_VISIBLE_DEVICES': '-1'}, str(tmp_path)
     )
-    assert row.status == 'ok' and 'hidden by CUDA_VISIBLE_DEVICES' in row.found
-    (row,) = check.gpu_findings(gpus, '', {**SEES, 'cuda': ''}, 'tensorflow', {}, str(tmp_path))
-    assert_mended(row, 'warn', 'made without CUDA', "'.[gpu]'")
-    (row,) = check.gpu_findings(gpus, '', SEES, 'tensorflow-cpu', {}, str(tmp_path))
+    assert row.status == 'ok' and 'hidden by CUDA_VISIBLE_DEVICES' in row.message
+    (row,) = check.check_gpu(gpus, '', {**SEES, 'cuda': ''}, 'tensorflow', {}, str(tmp_path))
+    assert_mended(row, 'warn', 'has no CUDA', "'.[gpu]'")
+    (row,) = check.check_gpu(gpus, '', SEES, 'tensorflow-cpu', {}, str(tmp_path))
     assert row.status == 'ok'  # the row of TensorFlow has said it
 
 
@@ -731,11 +719,11 @@ def test_a_gpu_without_a_driver_that_works_is_named(tmp_path, monkeypatch):
     program(tmp_path, monkeypatch, 'nvidia-smi', 'echo "NVIDIA-SMI has failed: no driver"; exit 9')
     gpus, problem = machine.nvidia_smi()
     root = fake_machine(tmp_path / 'host', **NVIDIA)
-    (row,) = check.gpu_findings(gpus, problem, SEES, 'tensorflow', {}, root)
+    (row,) = check.check_gpu(gpus, problem, SEES, 'tensorflow', {}, root)
     assert_mended(row, 'FAIL', 'NVIDIA-SMI has failed: no driver', 'CUDA_VISIBLE_DEVICES=-1')
-    (row,) = check.gpu_findings([], '', SEES, 'tensorflow-cpu', {}, root)
-    assert_mended(row, 'warn', 'its driver is not installed', 'sudo ubuntu-drivers install')
-    (row,) = check.gpu_findings(
+    (row,) = check.check_gpu([], '', SEES, 'tensorflow-cpu', {}, root)
+    assert_mended(row, 'warn', 'its driver is missing', 'sudo ubuntu-drivers install')
+    (row,) = check.check_gpu(
         [], problem, SEES, 'tensorflow', {}, str(tmp_path)
     )  # perhaps the program alone is there
     assert_mended(
@@ -776,7 +764,7 @@ def memory(folder, available, version=2, limit=None, used=0, inactive=0):
 
 
 def data(**changes):
-    return dataset_status.Presence(
+    return dataset_status.DatasetStatus(
         **{
             'state': 'here',
             'place': '/data',
@@ -794,17 +782,17 @@ def test_memory_is_what_the_container_leaves(tmp_path, version):
     root = memory(tmp_path / 'limited', 64, version, limit=4, used=3, inactive=0.5)
     free, where = machine.free_memory(root)
     assert free == 1.5 * 2**30 and 'container' in where
-    finding = tensorflow_checks.memory_finding(default.get_config(), data(), root)
+    result = tensorflow_checks.check_memory(default.get_config(), data(), root)
     assert_mended(
-        finding,
+        result,
         'FAIL',
-        '1.5 GiB free on this container or job; 4.0 GiB for pictures',
+        '1.5 GiB free on this container or job; 4.0 GiB for images',
         '--config.dataset.memory_gib=0.75',
     )
     config = default.get_config()
     config.dataset.memory_gib = 0.75
     assert (
-        tensorflow_checks.memory_finding(config, data(), root).status != 'FAIL'
+        tensorflow_checks.check_memory(config, data(), root).status != 'FAIL'
     )  # the remedy mends it
     assert machine.free_memory(memory(tmp_path / 'free', 64, version)) == (
         64 * 2**30,
@@ -815,13 +803,13 @@ def test_memory_is_what_the_container_leaves(tmp_path, version):
 def test_little_memory_for_the_model_is_a_warning(tmp_path):
     root = memory(tmp_path, 5)
     assert_mended(
-        tensorflow_checks.memory_finding(default.get_config(), data(), root),
+        tensorflow_checks.check_memory(default.get_config(), data(), root),
         'warn',
         'leaves little',
         '--config.dataset.memory_gib=2.5',
     )
     assert (
-        tensorflow_checks.memory_finding(default.get_config(), data(num_bytes=2**20), root).status
+        tensorflow_checks.check_memory(default.get_config(), data(num_bytes=2**20), root).status
         == 'ok'
     )
 
@@ -829,12 +817,12 @@ def test_little_memory_for_the_model_is_a_warning(tmp_path):
 def test_batches_beyond_memory_are_named_with_one_that_fits(tmp_path):
     root, config = memory(tmp_path, 5), default.get_config()
     config.batch_size, config.image_size = 4096, 1024
-    found = tensorflow_checks.memory_finding(config, data(num_bytes=2**20), root)
+    found = tensorflow_checks.check_memory(config, data(num_bytes=2**20), root)
     assert_mended(
-        found, 'FAIL', 'one of 4,096 pictures takes 12.0 GiB', '--config.batch_size='
+        found, 'FAIL', 'one of 4,096 images takes 12.0 GiB', '--config.batch_size='
     )  # 4,096 x 1,024 x 1,024 x 3 bytes
-    config.batch_size = int(found.mend.partition('=')[2])
-    assert tensorflow_checks.memory_finding(config, data(num_bytes=2**20), root).status != 'FAIL'
+    config.batch_size = int(found.fix.partition('=')[2])
+    assert tensorflow_checks.check_memory(config, data(num_bytes=2**20), root).status != 'FAIL'
 
 
 def test_cores_are_the_containers_and_too_few_are_a_warning(tmp_path):
@@ -843,8 +831,8 @@ def test_cores_are_the_containers_and_too_few_are_a_warning(tmp_path):
     (tmp_path / 'sys' / 'fs' / 'cgroup').mkdir(parents=True)
     (tmp_path / 'sys' / 'fs' / 'cgroup' / 'cpu.max').write_text('50000 100000\n')
     assert machine.cores(str(tmp_path)) == 0.5
-    assert_mended(check.cores_finding(4, 8), 'warn', '4 beside 8 accelerators', '-m inputs.service')
-    assert check.cores_finding(16, 8).status == check.cores_finding(1, 0).status == 'ok'
+    assert_mended(check.check_cores(4, 8), 'warn', '4 beside 8 accelerators', '-m inputs.service')
+    assert check.check_cores(16, 8).status == check.check_cores(1, 0).status == 'ok'
 
 
 def test_a_disk_that_is_too_small_is_named(tmp_path, monkeypatch):
@@ -856,28 +844,26 @@ def test_a_disk_that_is_too_small_is_named(tmp_path, monkeypatch):
         )  # noqa: E731
 
     space(3 * 2**30)
-    finding = tensorflow_checks.disk_finding(config, str(tmp_path / 'run'), data(), 2**30)
+    result = tensorflow_checks.check_disk(config, str(tmp_path / 'run'), data(), 2**30)
     assert_mended(
-        finding, 'FAIL', '3.0 GiB free for 4.0 GiB of checkpoints', '--workdir=DIR'
+        result, 'FAIL', '3.0 GiB free for 4.0 GiB of checkpoints', '--workdir=DIR'
     )  # 2 that are kept, the best, one that is written
     missing = data(state='missing', place=str(tmp_path / 'data'), room_bytes=100 * 2**30)
     assert_mended(
-        tensorflow_checks.disk_finding(config, str(tmp_path / 'run'), missing, 2**20),
+        tensorflow_checks.check_disk(config, str(tmp_path / 'run'), missing, 2**20),
         'FAIL',
         '100.0 GiB of digits',
         '--config.dataset.data_dir=DIR',
     )
     download = data(state='downloaded', place=str(tmp_path / 'data'), room_bytes=100 * 2**30)
     assert_mended(
-        tensorflow_checks.disk_finding(config, str(tmp_path / 'run'), download, 2**20),
+        tensorflow_checks.check_disk(config, str(tmp_path / 'run'), download, 2**20),
         'warn',
         'at most',
         '--config.dataset.data_dir=DIR',
     )
     space(5 * 2**30)
-    assert (
-        tensorflow_checks.disk_finding(config, str(tmp_path / 'run'), data(), 2**30).status == 'ok'
-    )
+    assert tensorflow_checks.check_disk(config, str(tmp_path / 'run'), data(), 2**30).status == 'ok'
 
 
 @pytest.mark.parametrize(
@@ -895,7 +881,7 @@ def test_a_disk_that_is_too_small_is_named(tmp_path, monkeypatch):
         ),
         (
             '{"cluster": {"worker": ["a:1", "b"]}, "task": {"type": "worker", "index": 0}}',
-            "'b' is no address HOST:PORT",
+            "'b' is not an address HOST:PORT",
         ),
         (
             '{"cluster": {"worker": ["a:1", "b:1"]}, "task": {"type": "worker", "index": -1}}',
@@ -905,11 +891,11 @@ def test_a_disk_that_is_too_small_is_named(tmp_path, monkeypatch):
     ],
 )
 def test_a_broken_tf_config_is_named(text, found):
-    assert_mended(check.cluster_finding(text), 'FAIL', found, 'unset TF_CONFIG')
+    assert_mended(check.check_cluster(text), 'FAIL', found, 'unset TF_CONFIG')
 
 
 def test_a_sane_tf_config_is_ok():
-    row = check.cluster_finding(
+    row = check.check_cluster(
         json.dumps(
             {
                 'cluster': {'chief': ['a:1'], 'worker': ['b:1']},
@@ -917,21 +903,21 @@ def test_a_sane_tf_config_is_ok():
             }
         )
     )
-    assert row.status == 'ok' and row.found == '2 workers; this is worker 0'
-    assert check.cluster_finding('{}').status == 'ok'  # TensorFlow's own word for no cluster
+    assert row.status == 'ok' and row.message == '2 workers; this is worker 0'
+    assert check.check_cluster('{}').status == 'ok'  # TensorFlow's own word for no cluster
 
 
 @pytest.mark.parametrize('place', ['file/run', 'file'])
 def test_a_workdir_that_cannot_be_written_to_is_named(tmp_path, place):
     (tmp_path / 'file').write_text('in the way')
     assert_mended(
-        check.writable_finding(str(tmp_path / place)),
+        check.check_writable(str(tmp_path / place)),
         'FAIL',
         f'{place} cannot be written to',
         '--workdir=',
     )
-    assert_mended(check.writable_finding('/proc/run'), 'FAIL', 'cannot be written to', '--workdir=')
-    assert check.writable_finding(
+    assert_mended(check.check_writable('/proc/run'), 'FAIL', 'cannot be written to', '--workdir=')
+    assert check.check_writable(
         str(tmp_path / 'new' / 'run')
     ).status == 'ok' and not os.path.exists(tmp_path / 'new')
 
@@ -952,10 +938,10 @@ def test_a_workdir_with_a_run_of_another_config_is_named(tmp_path, tiny):
     (tmp_path / 'checkpoints' / 'step-10').mkdir(parents=True)
     (tmp_path / 'checkpoints' / 'step-10' / 'manifest.json').touch()
     (tmp_path / 'config.json').write_text(tiny.to_json())
-    assert tensorflow_checks.workdir_finding(tiny, str(tmp_path)).status == 'ok'
+    assert tensorflow_checks.check_workdir(tiny, str(tmp_path)).status == 'ok'
     tiny.batch_size = 48
     assert_mended(
-        tensorflow_checks.workdir_finding(tiny, str(tmp_path)),
+        tensorflow_checks.check_workdir(tiny, str(tmp_path)),
         'FAIL',
         'batch_size was 32, is 48',
         '--workdir',
@@ -964,7 +950,7 @@ def test_a_workdir_with_a_run_of_another_config_is_named(tmp_path, tiny):
 
 def test_unprepared_digits_are_ok_with_their_numbers(tmp_path, tiny):
     tiny.dataset.data_dir = str(tmp_path / 'data')
-    found = dataset_status.look(tiny.dataset)
+    found = dataset_status.find_status(tiny.dataset)
     assert (found.state, found.num_classes, found.num_train, found.num_eval) == (
         'made',
         10,
@@ -972,8 +958,8 @@ def test_unprepared_digits_are_ok_with_their_numbers(tmp_path, tiny):
         360,
     )
     tiny.dataset.train_split = 'train[:10%]'
-    assert dataset_status.look(tiny.dataset).num_train == 144
-    assert tensorflow_checks.data_finding(tiny, found).status == 'ok' and not os.path.exists(
+    assert dataset_status.find_status(tiny.dataset).num_train == 144
+    assert tensorflow_checks.check_data(tiny, found).status == 'ok' and not os.path.exists(
         tmp_path / 'data'
     )
 
@@ -985,10 +971,10 @@ def test_imagenet_that_is_missing_is_named_with_how_to_get_it(tmp_path):
         'validation',
         str(tmp_path),
     )
-    found = dataset_status.look(config.dataset)
+    found = dataset_status.find_status(config.dataset)
     assert (found.num_classes, found.num_train, found.num_eval) == (1000, 1_281_167, 50_000)
     assert_mended(
-        tensorflow_checks.data_finding(config, found),
+        tensorflow_checks.check_data(config, found),
         'FAIL',
         'imagenet2012 is not prepared',
         'ILSVRC2012_img_train.tar',
@@ -996,10 +982,10 @@ def test_imagenet_that_is_missing_is_named_with_how_to_get_it(tmp_path):
     manual = tmp_path / 'downloads' / 'manual'
     manual.mkdir(parents=True)
     (manual / 'ILSVRC2012_img_train.tar').write_text('')  # one of the two
-    assert dataset_status.look(config.dataset).state == 'missing'
+    assert dataset_status.find_status(config.dataset).state == 'missing'
     (manual / 'ILSVRC2012_img_val.tar').write_text('')
     assert_mended(
-        tensorflow_checks.data_finding(config, dataset_status.look(config.dataset)),
+        tensorflow_checks.check_data(config, dataset_status.find_status(config.dataset)),
         'warn',
         'its archives are here',
         'build imagenet2012 --data_dir=',
@@ -1010,7 +996,7 @@ def test_a_data_set_to_download_is_a_warning(tmp_path):
     config = default.get_config()
     config.dataset.name, config.dataset.data_dir = 'cifar10', str(tmp_path)
     assert_mended(
-        tensorflow_checks.data_finding(config, dataset_status.look(config.dataset)),
+        tensorflow_checks.check_data(config, dataset_status.find_status(config.dataset)),
         'warn',
         'the first start downloads at most 162 MiB',
         f'build cifar10 --data_dir={tmp_path}',
@@ -1022,15 +1008,15 @@ def test_a_data_folder_that_cannot_be_made_is_named(tmp_path):
     config = default.get_config()
     config.dataset.data_dir = str(tmp_path / 'file' / 'data')
     assert_mended(
-        tensorflow_checks.data_finding(config, dataset_status.look(config.dataset)),
+        tensorflow_checks.check_data(config, dataset_status.find_status(config.dataset)),
         'FAIL',
-        f'{tmp_path / "file"} is no folder',
+        f'{tmp_path / "file"} is not a folder',
         'TFDS_DATA_DIR',
     )
 
 
 def rows_of(config, workdir):
-    return {row.what: row for row in tensorflow_checks.findings(config, str(workdir), 0)}
+    return {row.name: row for row in tensorflow_checks.results(config, str(workdir), 0)}
 
 
 def test_prepared_data_of_which_a_file_is_lost_are_named(tmp_path, tiny):
@@ -1071,21 +1057,21 @@ def test_prepared_data_that_were_cut_short_are_named(tmp_path, tiny):
             'dataset.name',
             'cifra10',
             'data set',
-            "config.dataset.name='cifra10' is no TFDS data set",
+            "config.dataset.name='cifra10' is not a TFDS data set",
             '--config.dataset.name=cifar10',
         ),
         (
             'dataset.eval_split',
             'validation',
             'data set',
-            "'validation' is no split of digits",
+            "'validation' is not a split of digits",
             'test',
         ),
         (
             'dataset.name',
             'folder',
             'data set',
-            'needs --config.dataset.data_dir=DIR',
+            'needs a folder',
             '--config.dataset.data_dir=DIR',
         ),
         (
@@ -1100,7 +1086,7 @@ def test_prepared_data_that_were_cut_short_are_named(tmp_path, tiny):
             'model.name',
             'EfficientNetV3B0',
             'model',
-            'is no model of keras.applications',
+            'is not a model of keras.applications',
             '--config.model.name=EfficientNetV2B0',
         ),
         (
@@ -1120,13 +1106,13 @@ def test_a_config_that_cannot_work_here_is_named(tmp_path, tiny, key, value, row
 
 def test_folders_without_classes_are_named_classes_are_counted(tmp_path, tiny):
     tiny.dataset.name, tiny.dataset.data_dir = 'folder', str(tmp_path / 'missing')
-    assert_mended(rows_of(tiny, tmp_path)['data set'], 'FAIL', 'is no folder', 'it should hold')
+    assert_mended(rows_of(tiny, tmp_path)['data set'], 'FAIL', 'is not a folder', 'it should hold')
     for name in ('cat', 'dog'):
         (tmp_path / 'pictures' / name).mkdir(parents=True)
         for number in range(10):
             (tmp_path / 'pictures' / name / f'{number}.jpg').write_bytes(b'12345')
     tiny.dataset.data_dir = str(tmp_path / 'pictures')
-    found = dataset_status.look(tiny.dataset)
+    found = dataset_status.find_status(tiny.dataset)
     assert (found.state, found.num_classes, found.num_train, found.num_eval, found.num_bytes) == (
         'here',
         2,
@@ -1178,13 +1164,13 @@ def test_what_keras_downloads_is_said_and_not_downloaded(tmp_path, tiny, monkeyp
     assert (
         row.status == 'ok'
         and f'MobileNetV2 (imagenet): downloaded into {tmp_path}/models at the first start'
-        in row.found
+        in row.message
     )
 
 
 def test_a_setting_that_a_tpu_refuses_is_named(tmp_path, tiny):
     tiny.jit_compile = 'true'
-    rows = {row.what: row for row in tensorflow_checks.findings(tiny, str(tmp_path), tpu_cores=1)}
+    rows = {row.name: row for row in tensorflow_checks.results(tiny, str(tmp_path), tpu_cores=1)}
     assert_mended(
         rows['strategy'], 'FAIL', 'would compile for the host', '--config.jit_compile=auto'
     )
@@ -1193,8 +1179,10 @@ def test_a_setting_that_a_tpu_refuses_is_named(tmp_path, tiny):
 def test_the_table_says_what_the_run_will_be(tmp_path, tiny):
     rows = rows_of(tiny, tmp_path / 'run')
     assert {row.status for row in rows.values()} == {'ok'}, rows
-    assert rows['steps'].found.startswith('30 = ') and rows['batch'].found == '32 = 32 x 1 replica'
-    assert rows['model'].found.startswith(
+    assert (
+        rows['steps'].message.startswith('30 = ') and rows['batch'].message == '32 = 32 x 1 replica'
+    )
+    assert rows['model'].message.startswith(
         'tiny with adamw: 5,562 parameters, 5,466 of them trained'
     )
     assert not os.path.exists(tmp_path / 'run')
@@ -1207,7 +1195,7 @@ def test_a_checkpoint_is_as_large_as_the_table_says(tmp_path, tiny):
     session.checkpoints.save(1, {})
     session.checkpoints.wait()
     written = sum(file.stat().st_size for file in (tmp_path / 'checkpoints').glob('step-1/*data*'))
-    found = rows_of(tiny, tmp_path)['model'].found
+    found = rows_of(tiny, tmp_path)['model'].message
     assert float(found.rsplit(' ', 2)[1]) * 2**20 == pytest.approx(
         written, rel=0.15
     )  # the names of its parts come to it
@@ -1232,32 +1220,32 @@ def test_an_unforeseen_error_is_a_row_not_a_stack_trace(tmp_path, monkeypatch, t
         raise KeyError('nobody\nforesaw')
         yield
 
-    monkeypatch.setattr(tensorflow_checks, 'findings', broken)
+    monkeypatch.setattr(tensorflow_checks, 'results', broken)
     said, heard = [], iter([(tiny.to_dict(), str(tmp_path)), 0])
     tensorflow_checks.examine(said.append, lambda: next(heard))
-    row = next(message['finding'] for message in said if 'finding' in message)
+    row = next(message['result'] for message in said if 'result' in message)
     assert_mended(row, 'FAIL', 'KeyError', '--verbosity=1')
     assert said[-1] == {'done': True}
 
 
 def test_a_process_that_dies_over_the_model_is_named(tmp_path, monkeypatch, tiny):
-    class Dies(worker_process.Apart):
+    class Dies(worker_process.WorkerProcess):
         def __init__(self, module, function, *arguments):
             super().__init__('tests.diagnostics.test_check', 'die_after_the_check', *arguments)
 
-    monkeypatch.setattr(check, 'Apart', Dies)
+    monkeypatch.setattr(check, 'WorkerProcess', Dies)
     rows = list(
-        check.findings(
+        check.results(
             tiny, str(tmp_path / 'run'), str(tmp_path), {**os.environ, 'TF_CPP_MIN_LOG_LEVEL': '3'}
         )
     )
-    assert_mended(rows[-1], 'FAIL', 'looks at data and model: ended by SIGKILL', '--verbosity=1')
+    assert_mended(rows[-1], 'FAIL', 'checks data and model: ended by SIGKILL', '--verbosity=1')
 
 
-def die_after_the_check(say, hear):
+def die_after_the_check(send, receive):
     """What the process of the test before does in place of `tensorflow_checks.examine`."""
-    hear()
-    say({'checked': True})
+    receive()
+    send({'checked': True})
     os.kill(os.getpid(), 9)
 
 
@@ -1294,11 +1282,29 @@ def test_a_healthy_machine_is_ready_and_nothing_is_left(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+def test_json_has_the_rows_as_fields(tmp_path):
+    arguments = ('--config=configs/debug.py', f'--workdir={tmp_path}/run', '--json')
+    done = call(*arguments, f'--config.dataset.data_dir={tmp_path}/data')
+    report = json.loads(done.stdout)
+    assert done.returncode == 0 and report['status'] in ('ok', 'warn')
+    assert all(list(row) == ['status', 'name', 'message', 'fix'] for row in report['results'])
+    rows = {row['name']: row for row in report['results']}
+    assert rows['steps']['message'].startswith('200 = ') and rows['run']['status'] == 'ok'
+
+
+def test_a_wrong_config_is_json_too():
+    done = call('--config=configs/debug.py', '--config.batch_size=0', '--json')
+    (row,) = json.loads(done.stdout)['results']
+    assert done.returncode == 2 and row['status'] == 'FAIL'
+    assert row['message'] == 'config.batch_size=0 is impossible'
+    assert row['fix'].startswith('it must be from 1 to')
+
+
 def test_a_wrong_config_is_one_line_and_status_2_in_every_mode():
     done = call('--config=configs/debug.py', '--config.train_for=20')
     assert done.returncode == 2 and done.stdout == ''
     assert (
-        done.stderr.startswith("error: config.train_for='20' is no duration")
+        done.stderr.startswith("error: config.train_for='20' is not a valid duration")
         and len(done.stderr.splitlines()) == 1
     )
 
@@ -1315,7 +1321,7 @@ def test_make_train_begins_with_the_doctor(tmp_path):
 
 def test_a_failure_is_status_1_and_a_warning_is_not(monkeypatch, capsys):
     rows = [check.ok('cores', '2'), check.warn('disk', 'little', 'df -h .')]
-    monkeypatch.setattr(check, 'findings', lambda config, workdir: iter(rows))
+    monkeypatch.setattr(check, 'results', lambda config, workdir: iter(rows))
     assert check.run(None, '') == 0
     assert (
         capsys.readouterr().out
@@ -1326,7 +1332,7 @@ def test_a_failure_is_status_1_and_a_warning_is_not(monkeypatch, capsys):
     assert check.run(None, '') == 1
     assert (
         capsys.readouterr().out.splitlines()[-1]
-        == '1 FAIL, 1 warn: what follows -> mends it; then check again'
+        == '1 FAIL, 1 warn: run what follows ->, then check again'
     )
 
 

@@ -97,7 +97,9 @@ def test_what_is_no_topology_is_one_line(text):
         Topology.parse(text)
 
 
-@pytest.mark.parametrize('text, sums', [('v5e:2x2', True), ('v6e', False)])
+@pytest.mark.parametrize(
+    'text, sums', [('v6e', False), pytest.param('v5e:2x2', True, marks=pytest.mark.slow)]
+)
 def test_a_config_is_compiled_once_with_its_all_reduces(tiny, text, sums, capsys, monkeypatch):
     tiny.model.sync_batch_norm = False  # what is left to sum are the gradients
     preflight.run(tiny, '', text)
@@ -118,7 +120,7 @@ def test_a_config_is_compiled_once_with_its_all_reduces(tiny, text, sums, capsys
         and not evaluation.program.all_reduce_bytes
     )
     # Two convolutions of 3 x 3, with stride 2, from 16 px; forward, and backward to both inputs but
-    # the pictures.
+    # the images.
     forward = 2 * 9 * (8 * 8 * 3 * 16 + 4 * 4 * 16 * 32) * evaluation.batch
     assert (
         evaluation.program.flops == pytest.approx(forward, rel=0.5)
@@ -133,24 +135,26 @@ def test_a_config_is_compiled_once_with_its_all_reduces(tiny, text, sums, capsys
     )
 
 
+@pytest.mark.slow
 def test_a_batch_too_large_is_an_error_with_one_that_fits(tiny):
     tiny.batch_size, tiny.dataset.train_split = 2**22, 'train'
     with pytest.raises(RunError) as error:
         preflight.run(tiny, '', 'v5e')
     needed = str(error.value)
     assert (
-        needed.startswith('4,194,304 pictures in a batch do not fit into v5e:1x1: a replica needs')
+        needed.startswith('4,194,304 images in a batch do not fit into v5e:1x1: a replica needs')
         and ' of 15.75 GiB' in needed
     )
     suggested = int(needed.split('--config.batch_size=')[1].split()[0])
     assert 2**19 < suggested < 2**22
 
 
+@pytest.mark.slow
 def test_an_evaluation_too_large_names_eval_batch_size(tiny):
     tiny.eval_batch_size = 2**22
     with pytest.raises(
         RunError,
-        match=r'^4,194,304 pictures in a batch of the evaluation do not fit into v5e:1x1: .* '
+        match=r'^4,194,304 images in a batch of the evaluation do not fit into v5e:1x1: .* '
         r'--config.eval_batch_size=\d+ does, with',
     ):
         preflight.run(tiny, '', 'v5e')
@@ -158,7 +162,7 @@ def test_an_evaluation_too_large_names_eval_batch_size(tiny):
 
 @pytest.fixture
 def memory_for(monkeypatch):
-    """A compiler for which a replica has memory for so many pictures in a batch; it keeps what was
+    """A compiler for which a replica has memory for so many images in a batch; it keeps what was
     tried.
     """
 

@@ -24,7 +24,7 @@ from common import storage
 from common.errors import ConfigError, RunError
 from common.storage import flatten, read_json
 from diagnostics import preview
-from experiment import resume
+from experiment import config_diff
 from experiment.session import open_session
 from inputs import datasets
 from modeling import pretrained
@@ -114,6 +114,7 @@ def test_a_signal_interrupts_evaluation_which_is_made_up_for(tiny, workdir, refe
     )
 
 
+@pytest.mark.slow
 def test_an_interrupted_last_evaluation_may_be_the_best(tiny, workdir, monkeypatch):
     tiny.eval_every, tiny.checkpoint_every, tiny.steps_per_loop, tiny.eval_batch_size = (
         '30 steps',
@@ -150,7 +151,7 @@ def test_it_goes_on_with_another_number_of_devices(still, workdir, tmp_path, mon
     ):
         assert ours == pytest.approx(theirs, rel=1e-3), (
             ours
-        )  # the same pictures, added up in another order
+        )  # the same images, added up in another order
 
 
 def test_a_changed_config_continues_only_on_purpose(tiny, workdir, monkeypatch, capsys):
@@ -160,7 +161,7 @@ def test_a_changed_config_continues_only_on_purpose(tiny, workdir, monkeypatch, 
         ConfigError,
         match=r'holds a run of another config \(schedule.peak_lr was 0.01, is 0.02\): use that '
         r'config, or give this one its own '
-        '--workdir. On purpose, --resume=changed trains on with the new config, and '
+        '--workdir. On purpose, --resume=changed continues training with this config, and '
         '--resume=never moves that run aside',
     ):
         train.run(tiny, workdir)
@@ -170,7 +171,7 @@ def test_a_changed_config_continues_only_on_purpose(tiny, workdir, monkeypatch, 
         train.planning.learning_rate_of(tiny, train.planning.make_plan(tiny, 1437, 360, 10, 1))(14)
     )
     said = (
-        'changed at step 14: schedule.peak_lr was 0.01, is 0.02; the learning rate goes on '
+        'changed at step 14: schedule.peak_lr was 0.01, is 0.02; the learning rate goes '
         f'from {rate / 2:.4g} to {rate:.4g}'
     )
     assert (
@@ -223,7 +224,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_built(
     session = open_session(tiny, reference)
     with pytest.raises(
         RunError,
-        match='step-30 does not fit this config .*, or begin a new run with its weights: '
+        match='step-30 does not fit this config .*, or start a new run with its weights: '
         '--workdir=NEW --config.model.weights=.*step-30$',
     ):
         session.checkpoints.restore()  # that is so
@@ -264,16 +265,17 @@ def test_a_new_run_with_its_weights_begins_as_good_as_it_was(tiny, workdir, refe
 
 def test_averages_of_another_meaning_are_refused_in_any_shape(tiny, workdir):
     def changes(before, after):
-        return [resume.ConfigChange('optimizer.name', before, after)]
+        return [config_diff.ConfigChange('optimizer.name', before, after)]
 
     for before, after in (('rmsprop', 'lion'), ('lion', 'rmsprop'), ('adamw', 'sgd')):
-        assert resume.misfits(tiny, changes(before, after))
+        assert config_diff.misfits(tiny, changes(before, after))
     for before, after in (('adam', 'adamw'), ('adamw', 'lamb')):
-        assert not resume.misfits(tiny, changes(before, after))
+        assert not config_diff.misfits(tiny, changes(before, after))
     tiny.optimizer = {'name': 'sgd'}  # has none
-    assert not resume.misfits(tiny, [resume.ConfigChange('model.freeze', '', 'backbone')])
+    assert not config_diff.misfits(tiny, [config_diff.ConfigChange('model.freeze', '', 'backbone')])
 
 
+@pytest.mark.slow
 def test_what_fits_goes_on_with_all_of_it_changed_at_once(tiny, workdir, reference):
     shutil.copytree(reference, workdir)
     changed = {
@@ -340,6 +342,7 @@ def spoil_updates(monkeypatch, first, last):
     monkeypatch.setattr(train.steps, 'make_train_step', make_train_step)
 
 
+@pytest.mark.slow
 def test_a_nonfinite_update_is_skipped_and_the_run_continues(tiny, workdir, monkeypatch):
     spoil_updates(monkeypatch, 12, 13)
     assert train.run(tiny, workdir) == 0
@@ -367,7 +370,7 @@ def test_too_many_skips_end_the_run_and_keep_a_good_checkpoint(
             RunError,
             match='not finite in updates 17 to 22, which were skipped: look at the first batch '
             'with --mode=preview; lower '
-            'config.schedule.peak_lr, .* and go on from step 17, which is saved, with '
+            'config.schedule.peak_lr, .* and continue at step 17, which is saved, with '
             '--resume=changed',
         ) as error:
             train.run(tiny, workdir)
@@ -498,6 +501,7 @@ def test_a_run_out_of_patience_ends_and_remembers_its_best(tiny, workdir, monkey
     assert read_json(os.path.join(workdir, 'summary.json'))['steps'] == 60
 
 
+@pytest.mark.slow
 def test_the_last_weights_are_exported_if_the_best_are_damaged(tiny, workdir, monkeypatch, capsys):
     tiny.patience, tiny.best_metric = '90%', 'eval/loss'
     losses = iter([1.0, 2.0, 3.0, 3.0])
@@ -680,7 +684,7 @@ def test_what_a_run_knows_holds_or_is_forgotten(key):
         window_start=35,
     )
     assert changes_evaluation(key) == (key not in SAME_EVALUATION)
-    progress.forget({key})
+    progress.reset_for_config_change({key})
     holds = key in SAME_EVALUATION and key != 'best_metric'
     assert (progress.evaluated_at, progress.metrics) == (
         (40, {'eval/loss': 1.0}) if holds else (None, {})
@@ -695,7 +699,7 @@ def test_without_a_config_all_that_was_measured_is_forgotten():
     progress = Progress(
         step=40, evaluated_at=40, metrics={'eval/loss': 1.0}, best_step=20, best=0.98
     )
-    progress.forget({ANY_KEY})
+    progress.reset_for_config_change({ANY_KEY})
     assert (
         progress.evaluated_at,
         progress.metrics,
@@ -705,6 +709,7 @@ def test_without_a_config_all_that_was_measured_is_forgotten():
     ) == (None, {}, None, None, 40)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'key, value', [('dataset.eval_split', 'train[:100]'), ('eval_crop', 0.5), ('image_size', 24)]
 )
@@ -974,7 +979,7 @@ def test_another_batch_size_goes_on_to_the_same_length(tiny, other_batch):
     for row in rows[11:]:
         assert row['train/learning_rate'] == pytest.approx(rate(row['step'] + 11 - 1), rel=1e-4)
     goes_on = (
-        'changed at step 11: batch_size was 64, is 32; it goes on after 704 examples, '
+        'changed at step 11: batch_size was 64, is 32; it continues after 704 examples, '
         '0.4899 of 0.9798 epochs; 22 updates of 32 examples '
         f'are left; the learning rate stays {rate(22):.4g}'
     )
@@ -1052,6 +1057,7 @@ def test_a_batch_size_that_divides_nothing_ends_within_a_batch(tiny, workdir, ot
     assert [row['step'] for row in read_metrics(workdir)] == list(range(1, 48))
 
 
+@pytest.mark.slow
 def test_a_damaged_row_is_named_and_the_others_stay(tiny, workdir, monkeypatch, capsys):
     tiny.log_every = '2 steps'
     stopped_at(tiny, workdir, 14, monkeypatch)
@@ -1104,14 +1110,14 @@ def test_two_runs_in_one_folder_are_refused_by_name(tiny, workdir):
 
 
 def at_step(monkeypatch, step, act):
-    original = train.Logbook.advance
+    original = train.MetricsLogger.advance
 
     def advance(self, now):
         original(self, now)
         if now == step:
             act()
 
-    monkeypatch.setattr(train.Logbook, 'advance', advance)
+    monkeypatch.setattr(train.MetricsLogger, 'advance', advance)
 
 
 def test_a_folder_that_vanishes_ends_the_run_with_one_line(tiny, workdir, monkeypatch):
@@ -1184,12 +1190,13 @@ def test_without_any_checkpoint_it_says_that_it_begins_again(
     shutil.rmtree(os.path.join(workdir, 'checkpoints'))
     assert train.run(tiny, workdir) == 0
     assert (
-        'begins    at step 0: metrics.jsonl reaches step 10, but no checkpoint is there'
+        'begins    at step 0: metrics.jsonl reaches step 10, but there is no checkpoint'
         in capsys.readouterr().out
     )
     assert_same_run(workdir, reference)
 
 
+@pytest.mark.slow
 def test_clocks_that_jump_change_nothing(tiny, workdir, reference, monkeypatch):
     now, jumps = time.time, np.random.RandomState(0)
     monkeypatch.setattr(time, 'time', lambda: now() + jumps.uniform(-1e9, 1e9))
@@ -1222,12 +1229,13 @@ def test_a_run_behind_tensorflows_file_system_is_the_same_run(
     )
 
 
+@pytest.mark.slow
 def test_loops_longer_than_a_preemption_notice_are_noted_once(tiny, workdir, monkeypatch, capsys):
     monkeypatch.setattr(train, 'LONG_LOOP', 0.0)
     assert train.run(tiny, workdir) == 0
     assert (
         capsys.readouterr().out.count(
-            'a loop takes 0 s, and a machine that is taken back gives about 30: lower '
+            'a loop takes 0 s, and a machine that is preempted gives about 30: lower '
             'config.steps_per_loop'
         )
         == 1

@@ -1,4 +1,4 @@
-"""Augmentations do what the reference does: PIL for operations on one picture, the formula for what
+"""Augmentations do what the reference does: PIL for operations on one image, the formula for what
 mixes a batch.
 """
 
@@ -11,7 +11,7 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from configs import default
 from inputs import augment
-from inputs.image_ops import decode, resize, resize_picture
+from inputs.image_ops import decode, resize, resize_image
 
 PICTURE = (
     np.random.RandomState(0).rand(24, 24, 3) * np.linspace(40, 200, 24)[:, None, None] + 20
@@ -230,7 +230,7 @@ def test_small_moves_keep_the_picture_where_it_is(settings):
     assert pictures.std(0).max() > 1
     np.testing.assert_allclose(
         pictures.mean(0)[4:-4, 4:-4],
-        resize_picture(tf.io.decode_png(smooth), 32)[4:-4, 4:-4],
+        resize_image(tf.io.decode_png(smooth), 32)[4:-4, 4:-4],
         atol=6,
     )
 
@@ -238,15 +238,15 @@ def test_small_moves_keep_the_picture_where_it_is(settings):
 def test_evaluation_takes_the_central_square():
     picture = np.zeros((40, 100, 3), np.uint8)
     picture[:, 30:70] = 200
-    np.testing.assert_array_equal(resize_picture(picture, 8), np.full((8, 8, 3), 200))
+    np.testing.assert_array_equal(resize_image(picture, 8), np.full((8, 8, 3), 200))
     np.testing.assert_array_equal(
-        resize_picture(picture[None].astype(np.float32), 8, 0.5), np.full((1, 8, 8, 3), 200)
+        resize_image(picture[None].astype(np.float32), 8, 0.5), np.full((1, 8, 8, 3), 200)
     )
 
 
 def test_resizing_down_averages_instead_of_skipping():
     stripes = np.tile(np.array([[0], [240]], np.uint8), (64, 128))[..., None].repeat(3, -1)
-    np.testing.assert_allclose(resize_picture(stripes, 16).numpy()[1:-1], 120, atol=2)
+    np.testing.assert_allclose(resize_image(stripes, 16).numpy()[1:-1], 120, atol=2)
 
 
 def encode(image, file_format='PNG', **options):
@@ -260,7 +260,7 @@ def jpeg(image, **options):
 
 
 def pattern(function, height, width):
-    """Draws a grey picture of `function(y, x)` in -1..1."""
+    """Draws a grey image of `function(y, x)` in -1..1."""
     y, x = np.mgrid[:height, :width]
     grey = np.round(127.5 + 100 * function(y, x)).astype(np.uint8)
     return np.repeat(grey[..., None], 3, axis=-1)
@@ -277,7 +277,7 @@ def photograph():
 
 
 def box_filtered(image, shape):
-    """Returns means over exact areas, from the integral of the picture: float64 [*shape, 3]."""
+    """Returns means over exact areas, from the integral of the image: float64 [*shape, 3]."""
     integral = np.pad(image.astype(float).cumsum(0).cumsum(1), ((1, 0), (1, 0), (0, 0)))
     for axis, wanted in enumerate(shape):
         edges = np.arange(wanted + 1) * image.shape[axis] / wanted
@@ -369,7 +369,7 @@ def test_stripes_above_the_nyquist_rate_vanish_and_others_stay(random_crops, enc
         crops = random_crops(encode_as(stripes), 32, (0.9, 1.0), number=5)
         return crops.std() * 2**0.5 / 100
 
-    pixel = 20  # of the result, in pixels of the picture
+    pixel = 20  # of the result, in pixels of the image
     for period in (2.2, 3.1, 5.3, 9.8):
         assert contrast(period) < 0.15
     assert contrast(4 * pixel) > 0.8
@@ -406,7 +406,7 @@ def test_a_random_crop_looks_as_pil_would_resize_its_window(random_crops, encode
 @pytest.mark.parametrize('begin', [(0, 0), (3, 5), (12, 1)])
 @pytest.mark.parametrize('subsampling', ['4:4:4', '4:2:0'])
 def test_a_window_of_a_shrunk_jpeg_is_in_its_place(ratio, begin, subsampling):
-    """To half a pixel of the result, up to the end of a picture whose sides no ratio divides."""
+    """To half a pixel of the result, up to the end of an image whose sides no ratio divides."""
     extent = (509 - begin[0], 515 - begin[1])
     size = min(extent) // ratio
     for axis in (0, 1):
@@ -469,7 +469,7 @@ def test_a_crop_of_the_whole_is_the_evaluation_picture(random_crops, encode_as, 
     """Exactly, and within rounding where the JPEG decoder shrinks."""
     encoded = encode_as(photograph()[:400, :400])
     crops = random_crops(encoded, size, (1.0, 1.0), number=2)  # nothing smaller fits: the whole
-    expected = resize_picture(decode(encoded), size).numpy().astype(float)
+    expected = resize_image(decode(encoded), size).numpy().astype(float)
     assert np.abs(crops - expected).mean() <= tolerance
 
 

@@ -1,10 +1,9 @@
-"""Digits, TFDS names and folders of pictures go through one door, and what is not there is
+"""Digits, TFDS names and folders of images go through one door, and what is not there is
 named.
 """
 
 import os
 import re
-import types
 
 import numpy as np
 import pytest
@@ -35,7 +34,7 @@ def write_picture(path, size=(20, 30), value=100):
 
 def write_text(path):
     with open(path, 'w') as file:
-        file.write('no picture')
+        file.write('no image')
 
 
 @pytest.fixture
@@ -94,21 +93,21 @@ def test_a_folder_of_pictures_is_found_with_classes_and_counts(pictures):
 @pytest.mark.parametrize(
     'values, error, says',
     [
-        ({'name': 'digit'}, ConfigError, 'did you mean digits?'),
-        ({'name': 'imagenet2021'}, ConfigError, 'did you mean'),
+        ({'name': 'digit'}, ConfigError, '--config.dataset.name=digits'),
+        ({'name': 'imagenet2021'}, ConfigError, '--config.dataset.name=imagenet2012'),
         (
             {'name': 'digits', 'train_split': 'training'},
             ConfigError,
-            "'training' is no split of digits: it has",
+            "'training' is not a split of digits: it has",
         ),
         ({'name': 'digits', 'train_split': 'train[:0]'}, ConfigError, 'no examples'),
         (
             {'name': 'coco/2017'},
             ConfigError,
-            'is no image classification data set',
+            'is not an image classification data set',
         ),  # before it is downloaded
-        ({'name': 'folder'}, ConfigError, 'needs --config.dataset.data_dir=DIR'),
-        ({'name': 'folder', 'data_dir': '/no/such/folder'}, RunError, 'is no folder'),
+        ({'name': 'folder'}, ConfigError, 'needs a folder: --config.dataset.data_dir=DIR'),
+        ({'name': 'folder', 'data_dir': '/no/such/folder'}, RunError, 'is not a folder'),
     ],
 )
 def test_what_is_not_there_is_one_line(values, error, says):
@@ -119,12 +118,10 @@ def test_what_is_not_there_is_one_line(values, error, says):
 
 def test_a_memory_budget_too_large_is_refused_with_one_that_fits(monkeypatch):
     source = datasets.load(dataset_config(name='digits', memory_gib=1e-4))
-    monkeypatch.setattr(
-        datasets.psutil, 'virtual_memory', lambda: types.SimpleNamespace(available=50_000)
-    )
+    monkeypatch.setattr(datasets.machine, 'free_memory', lambda: (50_000, 'this machine'))
     with pytest.raises(
         RunError,
-        match='memory_gib=0.0001, but only 4.66e-05 GiB of memory are free: write '
+        match='memory_gib=0.0001, but only 4.66e-05 GiB of memory are free: '
         '--config.dataset.memory_gib=2.3e-05',
     ):
         source.split('train')
@@ -138,7 +135,7 @@ def test_a_folder_without_the_split_holds_out_a_part_and_says_so(pictures, capsy
         2,
         4,
         6,
-    )  # the same picture twice stays on one side
+    )  # the same image twice stays on one side
     assert (
         'held out as test' in source.notes[0]
         and f'note      {source.notes[0]}\n' in capsys.readouterr().out
@@ -151,11 +148,11 @@ def test_a_broken_file_is_named_for_the_report(pictures):
     assert (source.num_train, source.num_eval) == (12, 6)
     assert any(
         note.startswith('1 of 19 files are broken') for note in source.notes
-    ) and source.notes[-1].startswith('  train/cat/page.jpg: no picture')
+    ) and source.notes[-1].startswith('  train/cat/page.jpg: no image')
     for number in range(60):
         write_text(os.path.join(pictures, 'train', 'cat', f'page{number}.jpg'))
     notes = datasets.load(dataset_config(name='folder', data_dir=pictures, max_broken=0.9)).notes
-    assert sum(': no picture' in note for note in notes) == 50 and notes[-1] == '  and 11 more'
+    assert sum(': no image' in note for note in notes) == 50 and notes[-1] == '  and 11 more'
 
 
 def test_a_data_set_without_training_examples_can_be_evaluated():
@@ -167,7 +164,7 @@ def test_a_data_set_without_training_examples_can_be_evaluated():
         ) == 360
         with pytest.raises(ConfigError):
             datasets.load(config)
-    with pytest.raises(ConfigError, match="'nothing' is no split of digits"):
+    with pytest.raises(ConfigError, match="'nothing' is not a split of digits"):
         datasets.load(dataset_config(name='digits', eval_split='nothing'), needs_training=False)
 
 

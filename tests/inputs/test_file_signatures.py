@@ -1,4 +1,4 @@
-"""A file that is no picture is called what it is, with what to do about it; HEIC is read where
+"""A file that is no image is called what it is, with what to do about it; HEIC is read where
 pillow-heif is there.
 """
 
@@ -63,7 +63,7 @@ def tarred(buffer):
 
 def hdf5(buffer):
     with h5py.File(buffer, 'w') as file:
-        file['picture'] = PICTURE
+        file['image'] = PICTURE
 
 
 LFS = (
@@ -71,35 +71,35 @@ LFS = (
     b'sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\nsize 12345\n'
 )
 HEIC_SIGNS = {
-    'HEIC': (brands('heic', 'mif1', 'heic'), 'an HEIC picture'),
+    'HEIC': (brands('heic', 'mif1', 'heic'), 'an HEIC image'),
     'HEIC of an iPhone': (
         brands('heic', 'mif1', 'MiPr', 'miaf', 'MiHB', 'heic'),
-        'an HEIC picture',
+        'an HEIC image',
     ),
-    'HEIC with a general main brand': (brands('mif1', 'mif1', 'heic', 'hevc'), 'an HEIC picture'),
-    'HEIC of 10 bits': (brands('heix', 'mif1', 'heix'), 'an HEIC picture'),
-    'HEIC sequence': (brands('hevc', 'msf1', 'hevc'), 'an HEIC picture'),
-    'HEIF of another codec': (brands('mif1', 'mif1', 'jpeg'), 'an HEIF picture'),
+    'HEIC with a general main brand': (brands('mif1', 'mif1', 'heic', 'hevc'), 'an HEIC image'),
+    'HEIC of 10 bits': (brands('heix', 'mif1', 'heix'), 'an HEIC image'),
+    'HEIC sequence': (brands('hevc', 'msf1', 'hevc'), 'an HEIC image'),
+    'HEIF of another codec': (brands('mif1', 'mif1', 'jpeg'), 'an HEIF image'),
 }
 # {kind: (content, what it is called, a part of what to do)}
 SIGNS = {
-    'AVIF that is damaged': (brands('avif', 'avif', 'mif1', 'miaf'), 'an AVIF picture', 'damaged'),
+    'AVIF that is damaged': (brands('avif', 'avif', 'mif1', 'miaf'), 'an AVIF image', 'damaged'),
     'AVIF with a general main brand': (
         brands('mif1', 'avif', 'mif1'),
-        'an AVIF picture',
+        'an AVIF image',
         'damaged',
     ),
-    'AVIF sequence': (brands('avis', 'avif', 'avis', 'msf1'), 'an AVIF picture', 'damaged'),
-    'JPEG XL': (b'\xff\x0a' + bytes(100), 'a JPEG XL picture', 'djxl FILE.jxl FILE.png'),
+    'AVIF sequence': (brands('avis', 'avif', 'avis', 'msf1'), 'an AVIF image', 'damaged'),
+    'JPEG XL': (b'\xff\x0a' + bytes(100), 'a JPEG XL image', 'djxl FILE.jxl FILE.png'),
     'JPEG XL in a container': (
         b'\0\0\0\x0cJXL \r\n\x87\n' + brands('jxl ', 'jxl '),
-        'a JPEG XL picture',
+        'a JPEG XL image',
         'djxl',
     ),
-    'JPEG XR': (b'II\xbc\x01\x08\0\0\0' + bytes(100), 'a JPEG XR picture', 'JxrDecApp'),
+    'JPEG XR': (b'II\xbc\x01\x08\0\0\0' + bytes(100), 'a JPEG XR image', 'JxrDecApp'),
     'JPEG-LS': (
         b'\xff\xd8\xff\xf7\0\x0b' + bytes(100),
-        'a JPEG-LS picture',
+        'a JPEG-LS image',
         'magick FILE.jls FILE.png',
     ),
     'Photoshop': (
@@ -109,22 +109,22 @@ SIGNS = {
     ),
     'icon': (encoded(PICTURE, 'ICO'), 'a Windows icon or cursor', 'magick'),
     'Mac icon': (encoded(PICTURE, 'ICNS'), 'a Mac icon', 'magick'),
-    'TGA': (encoded(PICTURE, 'TGA'), 'a TGA picture', 'magick FILE.tga FILE.png'),
+    'TGA': (encoded(PICTURE, 'TGA'), 'a TGA image', 'magick FILE.tga FILE.png'),
     'DDS': (encoded(PICTURE, 'DDS'), 'a DDS texture', 'magick FILE.dds FILE.png'),
-    'PCX': (encoded(PICTURE, 'PCX'), 'a PCX picture', 'magick'),
-    'QOI': (b'qoif\0\0\0\x08\0\0\0\x08\x03\0' + bytes(100), 'a QOI picture', 'magick'),
+    'PCX': (encoded(PICTURE, 'PCX'), 'a PCX image', 'magick'),
+    'QOI': (b'qoif\0\0\0\x08\0\0\0\x08\x03\0' + bytes(100), 'a QOI image', 'magick'),
     'OpenEXR': (
         b'v/1\x01\x02\0\0\0' + bytes(100),
-        'an OpenEXR picture',
+        'an OpenEXR image',
         'magick FILE.exr FILE.png',
     ),
     'Radiance': (
         b'#?RADIANCE\nFORMAT=32-bit_rle_rgbe\n' + bytes(100),
-        'a Radiance HDR picture',
+        'a Radiance HDR image',
         'magick',
     ),
     'DICOM': (bytes(128) + b'DICM\x02\0\0\0' + bytes(100), 'a DICOM file', 'dcmj2pnm'),
-    'FITS': (b'SIMPLE  =                    T' + bytes(100), 'a FITS picture', 'magick'),
+    'FITS': (b'SIMPLE  =                    T' + bytes(100), 'a FITS image', 'magick'),
     'PDF': (encoded(PICTURE, 'PDF'), 'a PDF document', 'pdftoppm'),
     'EPS': (encoded(PICTURE, 'EPS'), 'PostScript', 'magick -density 300 FILE.eps FILE.png'),
     'EPS with a preview': (b'\xc5\xd0\xd3\xc6\x1e\0\0\0' + bytes(100), 'PostScript', 'magick'),
@@ -230,7 +230,7 @@ def test_a_file_is_called_what_it_is_whatever_its_ending(tmp_path, kind, ending)
     write(tmp_path / f'x.{ending}', content)
     reason = of_file(str(tmp_path / f'x.{ending}'))[0].broken
     assert (
-        reason.startswith(f'no picture that can be read: {what}, which begins with b')
+        reason.startswith(f'no image that can be read: {what}, which begins with b')
         and advice in reason.split('; ', 1)[1]
     )
     assert len(reason) <= 200 and reason.isprintable()
@@ -253,7 +253,7 @@ def test_a_file_is_called_what_it_is_whatever_its_ending(tmp_path, kind, ending)
 def test_what_begins_with_no_sign_is_shown(content):
     assert (
         file_signatures.reason(content)
-        == f'no picture that can be read: it begins with {content[:16]!r}; get it again, or '
+        == f'no image that can be read: it begins with {content[:16]!r}; get it again, or '
         'take it away'
     )
 
@@ -273,7 +273,7 @@ def test_every_reason_fits_a_line():
         (what, advice) for _, what, advice in file_signatures.OTHERS + file_signatures.MARKUP
     ]:
         assert (
-            len(f'no picture that can be read: {what}, which begins with {bytes(16)!r}; {advice}')
+            len(f'no image that can be read: {what}, which begins with {bytes(16)!r}; {advice}')
             <= 200
         )
 
@@ -297,7 +297,7 @@ def test_a_pillow_that_lacks_a_format_is_named(monkeypatch, feature, content):
 
 RAW = {
     'DNG': ({50706: b'\1\4\0\0', 254: 1, 330: 8}, b'', 'darktable-cli FILE.dng'),
-    'DNG with the whole picture first': ({50706: b'\1\4\0\0'}, b'', 'darktable-cli FILE.dng'),
+    'DNG with the whole image first': ({50706: b'\1\4\0\0'}, b'', 'darktable-cli FILE.dng'),
     'NEF': ({254: 1, 330: 8, 271: 'NIKON CORPORATION'}, b'', 'darktable-cli'),
     'CR2': ({271: 'Canon'}, b'CR\2\0', 'darktable-cli FILE.cr2'),
 }
@@ -327,7 +327,7 @@ def test_the_thumbnail_of_a_raw_file_is_no_picture(tmp_path, kind):
     write(tmp_path / 'x.tif', tiff(tags, mark))
     reason = of_file(str(tmp_path / 'x.tif'))[0].broken
     assert (
-        reason.startswith("no picture that can be read: a camera's raw file")
+        reason.startswith("no image that can be read: a camera's raw file")
         and advice in reason
         and len(reason) <= 200
     )
@@ -354,9 +354,9 @@ def test_raw_camera_files_beside_jpegs_are_noted_not_broken(tmp_path):
         write(tmp_path / name, b'II*\0')
     found = image_folder.find(dataset_config(tmp_path))
     assert found.broken == () and found.notes[:2] == (
-        'not used, pictures in formats that are not read: 2 .cr2, 1 .nef, 1 .psd; convert them '
+        'not used, images in formats that are not read: 2 .cr2, 1 .nef, 1 .psd; convert them '
         'to JPEG or PNG',
-        "not used, as their names do not end like a picture's: 1 .txt",
+        "not used, as their names do not end like an image's: 1 .txt",
     )
 
 
@@ -365,7 +365,7 @@ def test_a_class_of_such_files_alone_says_what_to_do(tmp_path):
     write(tmp_path / 'owl' / '1.CR2', b'II*\0')
     with pytest.raises(
         image_folder.RunError,
-        match=r'without pictures: owl \(1 .cr2\); convert .cr2 to JPEG or PNG, fill them, or '
+        match=r'without images: owl \(1 .cr2\); convert .cr2 to JPEG or PNG, fill them, or '
         r'take them away',
     ):
         image_folder.find(dataset_config(tmp_path))
@@ -391,7 +391,7 @@ def test_heic_is_named_with_what_reads_it(tmp_path, kind):
     write(tmp_path / 'x.jpg', content)
     reason = of_file(str(tmp_path / 'x.jpg'))[0].broken
     assert (
-        reason.startswith(f'no picture that can be read: {what}, which begins with ')
+        reason.startswith(f'no image that can be read: {what}, which begins with ')
         and len(reason) <= 200
     )
     assert (
@@ -458,7 +458,7 @@ HEIC = {
         lambda: heic(np.dstack([PICTURE, ALPHA])),
         over_white(PICTURE, ALPHA),
     ),
-    'of several pictures': (made_of_two, PICTURE),
+    'of several images': (made_of_two, PICTURE),
     'with an orientation in EXIF alone, which is not what turns a HEIC': (
         lambda: turned(6, 'HEIF', quality=95),
         PICTURE,

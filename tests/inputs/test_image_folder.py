@@ -1,4 +1,4 @@
-"""A folder of pictures: what can be read is read right, what cannot is named, and nothing hangs or
+"""A folder of images: what can be read is read right, what cannot is named, and nothing hangs or
 trains on garbage.
 """
 
@@ -67,12 +67,12 @@ def encoded(array, file_format='PNG', mode=None, **options):
 
 
 def flat(value, file_format='PNG'):
-    """A picture of one colour, another one for each value below 65,536."""
+    """An image of one colour, another one for each value below 65,536."""
     return encoded(np.full((8, 9, 3), [value % 256, value // 256, 0], np.uint8), file_format)
 
 
 def fill(root, classes=('cat', 'dog'), count=5, split=''):
-    """`count` pictures of their own in each class."""
+    """`count` images of their own in each class."""
     for label, name in enumerate(classes):
         for number in range(count):
             write(
@@ -91,7 +91,7 @@ def of_file(path):
     return verdict, pixels
 
 
-# Pictures that are read, and how.
+# Images that are read, and how.
 
 
 def over_white(rgb, alpha):
@@ -160,7 +160,7 @@ READ = {
         8,
         False,
     ),
-    'JPEG of several pictures': (
+    'JPEG of several images': (
         'x.mpo',
         with_frames('MPO', quality=95, subsampling=0),
         MARKED,
@@ -398,7 +398,7 @@ BROKEN = {
         'too large',
     ),
     'JPEG without pixels': ('x.jpg', changed(LARGE, SIZE, struct.pack('>HH', 0, 0)), ''),
-    'JPEG of a start and an end': ('x.jpg', b'\xff\xd8\xff\xd9', 'no picture'),
+    'JPEG of a start and an end': ('x.jpg', b'\xff\xd8\xff\xd9', 'no image'),
     'PNG cut off': ('x.png', PNG[: len(PNG) // 2], TOO_SHORT),
     'PNG without its end': ('x.png', PNG[:-12], TOO_SHORT),
     'PNG with a wrong checksum': ('x.png', changed(PNG, len(PNG) - 20, b'\0'), 'Invalid PNG data'),
@@ -415,7 +415,7 @@ BROKEN = {
         'too large',
     ),
     'GIF cut off': ('x.gif', encoded(NOISE, 'GIF')[:5000], TOO_SHORT),
-    'GIF without a picture': ('x.gif', b'GIF89a\x08\0\x08\0\0\0\0;', ''),
+    'GIF without an image': ('x.gif', b'GIF89a\x08\0\x08\0\0\0\0;', ''),
     'WebP cut off': ('x.webp', encoded(NOISE, 'WEBP')[:5000], TOO_SHORT),
     'WebP of noise': ('x.webp', b'RIFF\x00\x10\0\0WEBPVP8 ' + NOISE.tobytes()[:4096], ''),
     'BMP cut off': ('x.bmp', encoded(NOISE, 'BMP')[:5000], TOO_SHORT),
@@ -424,7 +424,7 @@ BROKEN = {
     'float TIFF': ('x.tif', encoded(GREY.astype(np.float32), 'TIFF'), 'float or 32-bit pixels'),
     '32-bit TIFF': ('x.tif', encoded(GREY.astype(np.int32), 'TIFF'), 'float or 32-bit pixels'),
     'TIFF of noise': ('x.tif', b'II*\0\x08\0\0\0' + NOISE.tobytes()[:4096], ''),
-    'noise': ('x.jpg', NOISE.tobytes()[:10_000], 'no picture that can be read'),
+    'noise': ('x.jpg', NOISE.tobytes()[:10_000], 'no image that can be read'),
     'error page': (
         'x.jpg',
         b'<!DOCTYPE html><html><body>404 Not Found</body></html>',
@@ -433,8 +433,8 @@ BROKEN = {
     'text': ('x.png', b'a pointer to a large file\n', "begins with b'a pointer"),
     'text of another encoding': (
         'x.png',
-        'not a picture'.encode('utf-16'),
-        'no picture that can be read',
+        'not an image'.encode('utf-16'),
+        'no image that can be read',
     ),
     'PDF': ('x.jpg', b'%PDF-1.4\n%\xe2\xe3\xcf\xd3\n', "begins with b'%PDF"),
     'PostScript': (
@@ -448,13 +448,13 @@ BROKEN = {
         "begins with b'<svg",
     ),
     'HEIC': ('x.heic', b'\0\0\0\x18ftypheic\0\0\0\0mif1heic' + bytes(100), 'ftypheic'),
-    'JPEG XL': ('x.jxl', b'\xff\x0a' + bytes(100), 'no picture that can be read'),
+    'JPEG XL': ('x.jxl', b'\xff\x0a' + bytes(100), 'no image that can be read'),
     'zip': ('x.jpg', b'PK\x03\x04' + bytes(100), "begins with b'PK"),
 }
 
 
 def assert_skipped(root, path, says, capfd):
-    """The file is named with its reason, and the ten pictures beside it are all that is there."""
+    """The file is named with its reason, and the ten images beside it are all that is there."""
     found = image_folder.find(dataset_config(root))
     assert (
         [name for name, _ in found.broken] == [path]
@@ -746,36 +746,36 @@ IMPOSSIBLE = {
         lambda root: '',
         {},
         ConfigError,
-        'needs --config.dataset.data_dir=DIR with DIR/train/CLASS',
+        'needs a folder: --config.dataset.data_dir=DIR with DIR/train/CLASS',
     ),
-    'folder that is not there': (no_such_folder, {}, RunError, 'is no folder: it should hold'),
+    'folder that is not there': (no_such_folder, {}, RunError, 'is not a folder: it should hold'),
     'archive': (archive, {}, RunError, 'is a file: unpack it'),
     'part of a split': (
         make('cat', 'dog', split='train'),
         {'train_split': 'train[:50%]'},
         ConfigError,
-        "'train[:50%]' is no split of a folder",
+        "'train[:50%]' is not a split of a folder",
     ),
     'sum of splits': (
         make('cat', 'dog', split='train'),
         {'train_split': 'train+val'},
         ConfigError,
-        'is no split of a folder',
+        'is not a split of a folder',
     ),
     'split without name': (
         make('cat', 'dog', split='train'),
         {'eval_split': ''},
         ConfigError,
-        'is no split of a folder',
+        'is not a split of a folder',
     ),
     'split that leads out': (
         make('cat', 'dog', split='train'),
         {'eval_split': '../other'},
         ConfigError,
-        'is no split of a folder',
+        'is not a split of a folder',
     ),
     'empty folder': (lambda root: None, {}, RunError, 'has 0 files, but no class folder'),
-    'pictures without classes': (
+    'images without classes': (
         pictures_without_classes,
         {},
         RunError,
@@ -785,27 +785,27 @@ IMPOSSIBLE = {
         texts,
         {},
         RunError,
-        'class folders without pictures: cat (1 .txt), dog (1 .txt)',
+        'class folders without images, cat (1 .txt), dog (1 .txt)',
     ),
     'empty class': (
         make('cat', 'dog', also=['bird']),
         {},
         RunError,
-        'without pictures: bird (empty); fill them, or take them away',
+        'without images, bird (empty): fill them, or remove them',
     ),
     'empty class in a split': (
         then(make('cat', 'dog', split='train', also=['train/bird']), make('cat', split='test')),
         {},
         RunError,
-        'without pictures: bird (empty)',
+        'without images, bird (empty)',
     ),
     'class of hidden files': (
         then(make('cat', 'dog'), file_in('bird/.0.jpg', b'')),
         {},
         RunError,
-        'without pictures: bird (empty)',
+        'without images, bird (empty)',
     ),
-    'class that is a loop': (loop, {}, RunError, 'without pictures: loop (empty)'),
+    'class that is a loop': (loop, {}, RunError, 'without images, loop (empty)'),
     'class of broken files': (
         then(make('cat', 'dog'), file_in('bird/0.jpg', b'')),
         {},
@@ -828,49 +828,49 @@ IMPOSSIBLE = {
         make('cat', 'Cat', 'dog'),
         {},
         RunError,
-        "that one takes for the same: 'Cat', 'cat'",
+        "that look the same, 'Cat', 'cat'",
     ),
     'names that differ in a space': (
         make('cat', 'cat ', 'dog'),
         {},
         RunError,
-        "that one takes for the same: 'cat', 'cat '",
+        "that look the same, 'cat', 'cat '",
     ),
     'names that differ in their letters': (
         make('k\u00e4tzchen', 'ka\u0308tzchen'),
         {},
         RunError,
-        'that one takes for the same',
+        'look the same',
     ),
     'name that is no text': (
         make('cat', 'dog', also=[b'\xe4\xff']),
         {},
         RunError,
-        r"cannot be written as one line of text: '\udce4\udcff'",
+        r"are not one line of text: '\udce4\udcff'",
     ),
     'name of two lines': (
         make('cat', 'dog\ncat'),
         {},
         RunError,
-        r"cannot be written as one line of text: 'dog\ncat'",
+        r"are not one line of text: 'dog\ncat'",
     ),
     'classes that training lacks': (
         then(make('cat', 'dog', split='train'), make('cat', 'dogs', split='test')),
         {},
         RunError,
-        'has classes that train has not: dogs; did you mean dog?',
+        'has classes that train lacks: dogs; did you mean dog?',
     ),
     'nothing to train on': (
         make('cat', 'dog', split='test'),
         {},
         RunError,
-        'has no train with class folders, but test: write --config.dataset.train_split=NAME',
+        'has no train with class folders, but test: --config.dataset.train_split=NAME',
     ),
     'another name to evaluate': (
         then(make('cat', 'dog', split='train'), make('cat', 'dog', split='val')),
         {},
         RunError,
-        'has no test, but val: write --config.dataset.eval_split=val',
+        'has no test, but val: --config.dataset.eval_split=val',
     ),
     'other names': (
         then(make('cat', 'dog', split='Train'), make('cat', 'dog', split='Valid')),
@@ -888,27 +888,26 @@ IMPOSSIBLE = {
         then(make('cat', 'dog', split='train'), file_in('test/0.png', b'')),
         {},
         RunError,
-        'test has no class folders: sort its pictures into them, or write '
+        'test has no class folders: sort its images into them, or write '
         '--config.dataset.eval_split=held_out',
     ),
     'one level too high': (
         make('cat', 'dog', split='mine/train'),
         {},
         RunError,
-        'which has folders itself: write --config.dataset.data_dir=',
+        'which has folders itself: --config.dataset.data_dir=',
     ),
     'data sets side by side': (
         mvtec,
         {},
         RunError,
-        '/bottle is a data set of its own, with test and train: write --config.dataset.data_dir=',
+        '/bottle is a data set of its own, with test and train: --config.dataset.data_dir=',
     ),
     'data set for finding what is unlike the rest': (
         then(make('good', split='train'), make('good', 'broken', split='test')),
         {},
         RunError,
-        'test has more: write --config.dataset.train_split=test '
-        '--config.dataset.eval_split=held_out',
+        'test has more: --config.dataset.train_split=test --config.dataset.eval_split=held_out',
     ),
     'data set beside something else': (
         then(
@@ -918,7 +917,7 @@ IMPOSSIBLE = {
         ),
         {},
         RunError,
-        '/photos is a data set of its own, with test and train: write --config.dataset.data_dir=',
+        '/photos is a data set of its own, with test and train: --config.dataset.data_dir=',
     ),
     'splits of one class of several': (
         then(make('cat', 'dog'), make('train', 'test', split='cow')),
@@ -937,13 +936,13 @@ IMPOSSIBLE = {
         {},
         RunError,
         '/cat/images holds test and train, which would be mixed in one class: if cat is a '
-        'class, sort its pictures into',
+        'class, sort its images into',
     ),
     'parts of classes below splits': (
         then(make('a', 'b', split='cat/train'), make('a', 'b', split='cat/test'), make('dog')),
         {},
         RunError,
-        'or, if cat is a class, sort its pictures into',
+        'or, if cat is a class, sort its images into',
     ),
     'splits below a split': (
         then(make('train', 'val', split='train/cat'), make('dog', split='train')),
@@ -955,26 +954,26 @@ IMPOSSIBLE = {
         then(make('cat', 'dog', split='train/train'), make('cat', 'dog', split='train/val')),
         {},
         RunError,
-        '/train has no class folders, but train, val, which are called as splits are: write '
+        '/train has no class folders, but train, val, which are called as splits are: '
         '--config.dataset.data_dir=',
     ),
     'splits that differ in case': (
         then(make('cat', 'dog', split='train'), make('cat', 'dog', split='Train')),
         {},
         RunError,
-        'has splits that one takes for the same: Train, train; merge or rename them',
+        'has splits that look the same, Train, train: merge or rename them',
     ),
     'splits in classes that differ in case': (
         then(make('train', 'test', split='cat'), make('Train', 'test', split='dog')),
         {},
         RunError,
-        'CLASS has splits that one takes for the same: Train, train',
+        'CLASS has splits that look the same, Train, train',
     ),
     'other names in classes': (
         then(make('Train', 'Val', split='cat'), make('Train', 'Val', split='dog')),
         {},
         RunError,
-        'CLASS has no train with pictures, but Train, Val: write '
+        'CLASS has no train with images, but Train, Val: '
         '--config.dataset.train_split=Train '
         '--config.dataset.eval_split=Val',
     ),
@@ -982,7 +981,7 @@ IMPOSSIBLE = {
         then(make('train', 'val', split='cat'), make('train', 'val', split='dog')),
         {},
         RunError,
-        'CLASS has no test, but val: write --config.dataset.eval_split=val',
+        'CLASS has no test, but val: --config.dataset.eval_split=val',
     ),
     'classes below something in a split': (
         then(make('cat', 'dog', split='train/images'), make('cat', 'dog', split='test/images')),
@@ -992,7 +991,7 @@ IMPOSSIBLE = {
         'are the classes, '
         'move them up into',
     ),
-    'one picture in each class': (one_each, {}, RunError, 'has no picture to evaluate'),
+    'one image in each class': (one_each, {}, RunError, 'has no image to evaluate'),
     'too many broken files': (
         then(make('cat', 'dog'), file_in('cat/x.jpg', b''), file_in('dog/y.jpg', b'text')),
         {},
@@ -1032,14 +1031,14 @@ def test_too_many_broken_files_are_named_counted_and_listed(tmp_path):
         and text.endswith('--config.dataset.max_broken=0.55')
     )
     assert (
-        'cat/broken00.jpg: no picture that can be read' in text
+        'cat/broken00.jpg: no image that can be read' in text
         and 'broken09' in text
         and 'broken10' not in text
     )
     path = Path(image_validation.list_of_broken(str(tmp_path)))
     listed = path.read_text().splitlines()
     assert str(path) in text and len(listed) == 12
-    assert listed[-1].startswith('cat/broken11.jpg: no picture')
+    assert listed[-1].startswith('cat/broken11.jpg: no image')
     assert len(image_folder.find(dataset_config(tmp_path, max_broken=0.55)).broken) == 12
 
 
@@ -1107,7 +1106,7 @@ def test_two_splits_are_taken_as_they_are(tmp_path):
     )
     assert found.notes == (
         f'not used: val in {tmp_path}',
-        f'not used: 1 pictures that lie in {tmp_path}/train itself, in no class folder',
+        f'not used: 1 images that lie in {tmp_path}/train itself, in no class folder',
     )
 
 
@@ -1127,7 +1126,7 @@ def test_a_part_of_each_class_is_held_out_by_a_seed(tmp_path, split):
         1: 2,
         3: 1,
     }
-    assert any('no picture to evaluate of fox' in note for note in found.notes) and any(
+    assert any('no image to evaluate of fox' in note for note in found.notes) and any(
         '0.2 of each class' in note for note in found.notes
     )
     assert names_of(image_folder.find(dataset_config(tmp_path, split_seed=1)), 'test') != names_of(
@@ -1150,7 +1149,7 @@ def test_a_part_of_each_class_is_held_out_by_a_seed(tmp_path, split):
 
 
 def contents(found):
-    """{split: sorted (label, digest) of its pictures}."""
+    """{split: sorted (label, digest) of its images}."""
     return {
         split: sorted((picture.label, picture.digest) for picture in pictures)
         for split, pictures in found.splits.items()
@@ -1219,7 +1218,7 @@ def test_pictures_of_two_splits_are_never_mixed(tmp_path, where):
         found = image_folder.find(dataset_config(tmp_path / 'data'))
     except RunError as error:
         assert '\n' not in str(error) and (
-            'write --config.dataset.data_dir=' in str(error)
+            '--config.dataset.data_dir=' in str(error)
             or 'sort' in str(error)
             or 'move them up' in str(error)
         )
@@ -1249,9 +1248,9 @@ def test_what_lies_beside_the_splits_of_classes_is_counted(tmp_path):
     }
     assert found.notes[:4] == (
         f'the splits are the folders train and test in each class folder of {tmp_path}',
-        f'not used: 12 pictures in class folders of {tmp_path}, in no train or test',
-        "not used, as their names do not end like a picture's: 1 .txt",
-        f'not used: 1 pictures that lie in {tmp_path} itself, in no class folder',
+        f'not used: 12 images in class folders of {tmp_path}, in no train or test',
+        "not used, as their names do not end like an image's: 1 .txt",
+        f'not used: 1 images that lie in {tmp_path} itself, in no class folder',
     )
 
 
@@ -1296,7 +1295,7 @@ def test_anomaly_data_is_classified_as_advised(tmp_path):
     }
 
 
-# How much is done: a folder of 20,000 pictures is looked at, at every start.
+# How much is done: a folder of 20,000 images is looked at, at every start.
 
 
 @pytest.mark.parametrize('split', ['', 'train'])
@@ -1356,12 +1355,12 @@ def test_images_in_both_splits_or_two_classes_are_counted(tmp_path):
     write(tmp_path / 'test' / 'dog' / 'other.png', flat(2))
     notes = image_folder.find(dataset_config(tmp_path)).notes
     assert (
-        notes[0].startswith('2 evaluation pictures are training pictures as well')
+        notes[0].startswith('2 evaluation images are training images as well')
         and 'test/cat/again.png' in notes[0]
     )
     assert (
         notes[1]
-        == '1 pictures are in more than one class, byte for byte, such as test/dog/other.png, '
+        == '1 images are in more than one class, byte for byte, such as test/dog/other.png, '
         'train/cat/2.png'
     )
 
@@ -1520,11 +1519,10 @@ def test_a_run_finishes_despite_a_broken_file_and_reports_it(tmp_path):
     done = call(tmp_path)
     assert done.returncode == 0 and 'Traceback' not in done.stderr, done.stderr
     assert '1 of 12 files are broken and skipped' in done.stdout
-    assert '\n          dog/page.jpg: no picture that can be read' in done.stdout
+    assert '\n          dog/page.jpg: no image that can be read' in done.stdout
     report = (tmp_path / 'run' / 'report.md').read_text()
     assert (
-        'dog/page.jpg: no picture that can be read: a web page (HTML), which begins with '
-        "b'<html>'; "
+        "dog/page.jpg: no image that can be read: a web page (HTML), which begins with b'<html>'; "
         in report
         and '1 of 12 files are broken' in report
     )

@@ -18,7 +18,7 @@ from common.errors import RunError
 from configs import folder
 from experiment import planning
 from inputs import datasets, pipeline, record_index, service
-from inputs.image_ops import decode, resize_picture
+from inputs.image_ops import decode, resize_image
 
 ONE_DEVICE = tf.distribute.OneDeviceStrategy('CPU:0')
 
@@ -38,7 +38,7 @@ def split(request, source, monkeypatch):
     monkeypatch.setattr(
         record_index, 'PIECES', 1437 // 7 if request.param == 'long records' else 2000
     )
-    records = source.find('train')
+    records = source.open_split('train')
     return record_index.in_memory(records) if request.param == 'memory' else records
 
 
@@ -203,7 +203,10 @@ def test_batches_do_not_depend_on_group_size(tiny, source, batch_size, monkeypat
     assert batches == [batch_digest(batch) for batch in training_batches(tiny, source)]
 
 
-@pytest.mark.parametrize('parallel_calls', [1, 2, 8])
+@pytest.mark.parametrize(
+    'parallel_calls',
+    [2, pytest.param(1, marks=pytest.mark.slow), pytest.param(8, marks=pytest.mark.slow)],
+)
 def test_batches_do_not_depend_on_the_parallelism(tiny, source, parallel_calls, monkeypatch):
     tiny.train_for, tiny.augment.policy.name = '6 steps', 'rand_augment'
     expected = [batch_digest(batch) for batch in training_batches(tiny, source)]
@@ -226,7 +229,7 @@ def test_replicas_share_the_global_batch_of_one_device(tiny, source, devices):
 @pytest.mark.parametrize('hosts', [2, 3, 8])
 def test_hosts_read_shares_that_together_are_the_split(source, hosts):
     """One file, more hosts than files."""
-    parts = [source.find('train', (host, hosts)) for host in range(hosts)]
+    parts = [source.open_split('train', (host, hosts)) for host in range(hosts)]
     sizes = [int(part.counts.sum()) for part in parts]
     assert max(sizes) - min(sizes) <= 1
     read = [
@@ -242,7 +245,7 @@ def test_hosts_read_shares_that_together_are_the_split(source, hosts):
 def test_more_hosts_than_examples_are_refused_by_all_of_them(source):
     for host in range(3):
         with pytest.raises(RunError, match='2 examples for 3 hosts'):
-            source.find('train[:2]', (host, 3))
+            source.open_split('train[:2]', (host, 3))
 
 
 def test_a_piece_is_what_tfds_reads(split, source):
@@ -262,7 +265,7 @@ def test_a_piece_is_what_tfds_reads(split, source):
 
 
 def test_a_part_of_a_split_is_read_from_inside_its_file(source):
-    part = source.find('train[100:200] + train[700:705]')
+    part = source.open_split('train[100:200] + train[700:705]')
     expected = sorted(
         example['id']
         for example in tfds.builder('digits')
@@ -291,7 +294,7 @@ def test_evaluation_reads_every_example_exactly_once(still, source, devices, eva
     assert len(batches) == num_steps
     images, labels, mask = (np.concatenate(parts) for parts in zip(*batches, strict=True))
     expected = collections.Counter(
-        (digest(resize_picture(decode(encoded), 16)), int(label))
+        (digest(resize_image(decode(encoded), 16)), int(label))
         for encoded, label in source.examples('test')
     )
     assert (
@@ -312,7 +315,7 @@ def test_without_augmentation_training_and_evaluation_match(still, source):
     entries = pipeline.ordered_entries(split, still.seed, 10**9, 0).take(32)
     examples = [split.fetch(*entry) for _, (_, *entry) in entries]
     np.testing.assert_array_equal(
-        images, tf.stack([resize_picture(decode(encoded), 16) for encoded, _ in examples])
+        images, tf.stack([resize_image(decode(encoded), 16) for encoded, _ in examples])
     )
     assert draws == {} and images.dtype == tf.uint8
 
@@ -364,7 +367,7 @@ def test_what_training_can_see_evaluation_sees_too(textures):
     evaluation, _ = pipeline.evaluation_batches(source, config, plan, ONE_DEVICE)
 
     def seen(dataset):
-        """(brightness and contrast of each picture, its class), without padding."""
+        """(brightness and contrast of each image, its class), without padding."""
         images, labels, *more = map(
             np.concatenate, zip(*global_batches(dataset, ONE_DEVICE), strict=True)
         )

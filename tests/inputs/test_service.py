@@ -1,4 +1,4 @@
-"""Pictures prepared by a tf.data service are those of the local pipeline, in the same order."""
+"""Images prepared by a tf.data service are those of the local pipeline, in the same order."""
 
 import os
 import re

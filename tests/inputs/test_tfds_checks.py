@@ -39,7 +39,7 @@ def refused(config):
     with pytest.raises(RunError) as raised:
         datasets.load(config)
     with pytest.raises(RunError, match=f'^{re.escape(str(raised.value))}$'):
-        dataset_status.look(config)
+        dataset_status.find_status(config)
     assert '\n' not in str(raised.value)
     return str(raised.value)
 
@@ -118,8 +118,7 @@ def test_a_label_that_the_sample_missed_is_one_line(tmp_path, monkeypatch, tiny,
     monkeypatch.setattr(tfds_checks, 'READ_WHOLE', 0)
     with pytest.raises(tf.errors.InvalidArgumentError) as raised:
         train.run(tiny, str(tmp_path / 'run'))
-    line, status = main.failure(raised.value)
-    assert status == 1 and line == (
+    assert main.as_user_error(raised.value).problem == (
         'an example has a label that is none of the 2 classes, as TFDS writes where it is not '
         'known; '
         f'name another split: mine, split {bad}, example 236 has -1'
@@ -225,7 +224,7 @@ def test_images_that_are_seen_alike_are_not_noted(tmp_path):
 def test_transparency_that_would_be_left_out_is_refused(tmp_path):
     rgba = np.dstack([image_kinds.pixels_of(1), image_kinds.pixels_of(2)[..., 0]])
     files = [image_kinds.encoded(rgba, file_format) for file_format in ('PNG', 'BMP')]
-    assert 'an image of 4 channels is no PNG file' in refused(
+    assert 'an image of 4 channels is not a PNG file' in refused(
         of_images(tmp_path, F.Image(shape=(24, 32, 4)), files)
     )
 
@@ -236,7 +235,7 @@ def test_uint16_images_of_12_bits_or_less_are_refused(tmp_path, largest):
     config = of_images(tmp_path, F.Image(shape=(24, 32, 1), dtype=np.uint16), [values // 2, values])
     assert refused(config) == (
         f'mine, split train: its uint16 images go up to {largest:,} of 65,535, nearly black: '
-        f'write --config.dataset.white_level={largest}'
+        f'--config.dataset.white_level={largest}'
     )
     config.white_level = largest
     source = datasets.load(config)
@@ -312,7 +311,7 @@ def test_records_that_are_damaged_are_named_by_the_doctor(tmp_path):
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     with pytest.raises(RunError, match=f'^files of mine are damaged .*: rm -r {directory}$'):
-        dataset_status.look(config)
+        dataset_status.find_status(config)
 
 
 def test_a_file_that_was_cut_short_is_named(tmp_path):
@@ -325,4 +324,4 @@ def test_a_file_that_was_cut_short_is_named(tmp_path):
         with pytest.raises(
             RunError, match=f'shorter than they were, of its split test: rm -r {path.parent}$'
         ):
-            dataset_status.look(config)
+            dataset_status.find_status(config)

@@ -181,14 +181,14 @@ NOT_FOUND = {
         FLAT | {'mask': F.Image()},
         None,
         {},
-        'several features that are images, image, mask: write --config.dataset.image_key=image',
+        'several features that are images, image, mask: --config.dataset.image_key=image',
     ),
-    'several labels': (FLAT | {'other': LABEL}, None, {}, 'write --config.dataset.label_key=label'),
+    'several labels': (FLAT | {'other': LABEL}, None, {}, '--config.dataset.label_key=label'),
     'no label': (
         {'image': F.Image(), 'text': F.Text()},
         None,
         {},
-        'is no image classification data set: it has no class label',
+        'is not an image classification data set: it has no class label',
     ),
     'no image': (
         {'text': F.Text(), 'label': LABEL},
@@ -230,19 +230,19 @@ NOT_FOUND = {
         FLAT,
         None,
         {'label_key': 'image'},
-        "label_key='image' is no class label: mine has label",
+        "label_key='image' is not a class label: mine has label",
     ),
     'several images of a pair': (
         FLAT | {'mask': F.Image(), 'thumb': F.Image()},
         (('image', 'thumb'), 'label'),
         {},
-        'several features that are images, image, thumb: write --config.dataset.image_key=image',
+        'several features that are images, image, thumb: --config.dataset.image_key=image',
     ),
     'several labels of a pair': (
         FLAT | {'b': LABEL, 'c': LABEL},
         ('image', {'x': 'b', 'y': 'c'}),
         {},
-        'several features that are class labels, b, c: write --config.dataset.label_key=b',
+        'several features that are class labels, b, c: --config.dataset.label_key=b',
     ),
     'only a map of classes': (
         {'image': F.LabeledImage(labels=3), 'label': LABEL},
@@ -254,7 +254,7 @@ NOT_FOUND = {
         FLAT | {'map': F.LabeledImage(labels=3)},
         None,
         {'image_key': 'map'},
-        "image_key='map' is no image: mine has image",
+        "image_key='map' is not an image: mine has image",
     ),
     'numbers in the shape of an image': (
         {'image': F.Tensor(shape=(24, 32, 3), dtype=np.uint8), 'label': LABEL},
@@ -418,7 +418,7 @@ def unlabeled(tmp_path, test=(0, 1), train=(0, 1), count=8):
 )
 def test_unknown_labels_are_refused_first(tmp_path, split, labels, says):
     config = unlabeled(tmp_path, **{split: labels})
-    for find in (lambda: datasets.load(config), lambda: dataset_status.look(config)):
+    for find in (lambda: datasets.load(config), lambda: dataset_status.find_status(config)):
         with pytest.raises(RunError) as raised:
             find()
         assert (
@@ -462,6 +462,7 @@ def test_a_large_split_is_sampled_and_checked_fully_when_read(tmp_path, monkeypa
         datasets.load(config)
 
 
+@pytest.mark.slow
 def test_the_command_line_says_so_in_one_line(tmp_path):
     unlabeled(tmp_path, test=(-1,))
     done = subprocess.run(

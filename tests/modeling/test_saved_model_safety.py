@@ -48,7 +48,7 @@ WRITERS = {
 
 
 class Teacher(tf.Module):
-    """Takes pictures of 8 pixels, gives logits of ten classes, and does something else besides."""
+    """Takes images of 8 pixels, gives logits of ten classes, and does something else besides."""
 
     def __init__(self, besides=tf.no_op):
         super().__init__()
@@ -148,7 +148,7 @@ def test_a_run_whose_model_would_write_a_file_is_not_tried(tmp_path, capsys, mon
     target = tmp_path / 'written'
     write(tmp_path / 'run' / 'export', Teacher(lambda: tf.io.write_file(str(target), 'written')))
     (tmp_path / 'run' / 'export' / 'labels.txt').write_text('\n'.join(NAMES))
-    assert predict.main([str(tmp_path / 'run'), str(tmp_path / 'picture.png')]) == 1
+    assert predict.main([str(tmp_path / 'run'), str(tmp_path / 'image.png')]) == 1
     said = capsys.readouterr().err
     assert (
         said.startswith('error: ')
@@ -445,7 +445,11 @@ def exported(model, path):
 
 
 @pytest.mark.parametrize(
-    'name, write_out', [('EfficientNetV2B0', exported), ('MobileNetV3Small', tf.saved_model.save)]
+    'name, write_out',
+    [
+        ('MobileNetV3Small', tf.saved_model.save),
+        pytest.param('EfficientNetV2B0', exported, marks=pytest.mark.slow),
+    ],
 )
 def test_what_keras_exports_is_loaded(tmp_path, name, write_out):
     model = getattr(keras.applications, name)(weights=None, classes=10, input_shape=(32, 32, 3))

@@ -499,7 +499,7 @@ def test_unsynchronized_statistics_drift_apart_and_are_averaged(still):
             state, still, UNCHANGED, num_classes=10, num_replicas=2, jit_compile=True
         ),
     )
-    images = np.concatenate([IMAGES[:16] // 8, IMAGES[16:]])  # dark pictures for the first replica
+    images = np.concatenate([IMAGES[:16] // 8, IMAGES[16:]])  # dark images for the first replica
     loop(batches(strategy, 2, images=images), tf.constant(3))
     statistic = next(
         variable.value
@@ -564,7 +564,7 @@ def test_every_optimizer_trains(still, name):
 @pytest.mark.parametrize(
     'optimizer, says',
     [
-        ({'name': 'admw'}, 'did you mean adamw'),
+        ({'name': 'admw'}, '--config.optimizer.name=adamw'),
         ({'name': 'sgd', 'momentun': 0.9}, 'did you mean momentum'),
         ({'name': 'sgd', 'learning_rate': 0.1}, 'is set by config.schedule.peak_lr'),
         ({'name': 'sgd', 'momentum': 7.0}, 'momentum'),

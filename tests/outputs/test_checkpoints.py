@@ -235,15 +235,15 @@ def tensorflow_is_full(*arguments, **named):
             'the disk is full: free some space, and the same command continues',
         ),
         ('replace', fail_with(errno.ENOSPC), 'the disk is full'),
-        ('replace', fail_with(errno.EROFS), 'the disk can only be read: choose another --workdir'),
+        ('replace', fail_with(errno.EROFS), 'the disk is read-only: choose another --workdir'),
         ('replace', fail_with(errno.EDQUOT), 'your quota of disk space is used up'),
         ('makedirs', fail_with(errno.EACCES), 'you may not write there'),
         (
             'makedirs',
             fail_with(errno.ENOENT),
-            'its folder is not there any more: somebody has deleted or moved it',
+            'its folder does not exist any more: somebody has deleted or moved it',
         ),
-        ('fsync', fail_with(errno.EIO), 'the disk does not answer as it should'),
+        ('fsync', fail_with(errno.EIO), 'the disk fails'),
     ],
 )
 def test_a_failed_write_is_one_line_and_keeps_the_old_files(
@@ -321,7 +321,7 @@ def test_files_are_whole_also_when_writing_them_fails(tmp_path):
     with pytest.raises(RunError, match='file cannot be written: the disk is full: free some space'):
         storage.write(path, 'two\n')
     assert storage.read(path) == b'one\n'
-    with pytest.raises(RunError, match='cannot be written: its folder is not there any more'):
+    with pytest.raises(RunError, match='cannot be written: its folder does not exist any more'):
         storage.write(str(tmp_path / 'gone' / 'file'), 'x')
     with pytest.raises(RunError, match='cannot be written: a part of this path is a file'):
         storage.make_folder(path + '/below')

@@ -1,4 +1,4 @@
-"""What is written down: rows without doubles, pictures that can be opened, and runs side by
+"""What is written down: rows without doubles, images that can be opened, and runs side by
 side.
 """
 
@@ -14,7 +14,7 @@ import compare
 from common import storage
 from common.storage import write_json
 from outputs import plots, report
-from outputs.metrics_logger import Logbook, read_metrics, rewrite_board
+from outputs.metrics_logger import MetricsLogger, read_metrics, rewrite_board
 
 
 def write_run(folder, rows, dataset=None, **schedule):
@@ -34,7 +34,7 @@ def write_run(folder, rows, dataset=None, **schedule):
 
 def test_no_step_appears_twice_also_after_a_restart(tmp_path):
     folder = str(tmp_path)
-    logbook = Logbook(folder, 0, 100)
+    logbook = MetricsLogger(folder, 0, 100)
     for step in (10, 20, 30):
         logbook.write(step, {'train/loss': 1.0 / step})
     logbook.write(30, {'eval/loss': 0.5})
@@ -42,7 +42,7 @@ def test_no_step_appears_twice_also_after_a_restart(tmp_path):
     assert [row['step'] for row in read_metrics(folder)] == [10, 20, 30]
     assert read_metrics(folder)[-1]['eval/loss'] == 0.5 and 'train/loss' in read_metrics(folder)[-1]
 
-    logbook = Logbook(folder, 20, 100)  # the checkpoint was older than the last row
+    logbook = MetricsLogger(folder, 20, 100)  # the checkpoint was older than the last row
     assert [row['step'] for row in read_metrics(folder)] == [10, 20]
     logbook.write(30, {'train/loss': 0.25})
     logbook.close()
@@ -52,7 +52,7 @@ def test_no_step_appears_twice_also_after_a_restart(tmp_path):
 
 
 def test_an_accuracy_is_printed_in_percent(tmp_path, capsys):
-    logbook = Logbook(str(tmp_path), 0, 100)
+    logbook = MetricsLogger(str(tmp_path), 0, 100)
     logbook.write(10, {'eval/accuracy': 0.09722, 'eval/loss': 0.09722})
     logbook.close()
     assert capsys.readouterr().out == 'step 10/100  accuracy 9.72%\n'
@@ -223,8 +223,8 @@ def test_a_bare_file_name_is_in_the_current_folder(tmp_path, monkeypatch):
     storage.append('a.txt', 'b')
     storage.write_json('a.json', {'a': 1})
     storage.move('a.txt', 'b.txt')
-    storage.force('')
-    with storage.written_beside('export') as partial:
+    storage.fsync('')
+    with storage.atomic_directory('export') as partial:
         storage.write(os.path.join(partial, 'c'), 'c')
     assert (
         storage.read('b.txt') == b'ab'
@@ -266,7 +266,7 @@ def test_rows_that_are_not_numbers_are_json_and_can_be_read(tmp_path, capsys):
     write_run(
         tmp_path / 'run', [{'step': 10, 'eval/accuracy': 0.9, 'train/examples_per_second': 5.0}]
     )
-    logbook = Logbook(str(tmp_path / 'run'), 10, 100)
+    logbook = MetricsLogger(str(tmp_path / 'run'), 10, 100)
     logbook.write(
         20,
         {
@@ -277,7 +277,7 @@ def test_rows_that_are_not_numbers_are_json_and_can_be_read(tmp_path, capsys):
         },
     )
     logbook.close()
-    logbook = Logbook(str(tmp_path / 'run'), 20, 100)  # reads and writes them once more
+    logbook = MetricsLogger(str(tmp_path / 'run'), 20, 100)  # reads and writes them once more
     logbook.close()
     rows = [
         json.loads(line, parse_constant=pytest.fail)
@@ -372,7 +372,7 @@ def summary(tmp_path):
 
 
 def report_of(folder, summary, *notes):
-    report.write_report(str(folder), summary, 'strategy', *notes)
+    report.write_report(str(folder), summary, [('strategy', 'one device')], *notes)
     return (folder / 'report.md').read_text()
 
 
@@ -437,7 +437,7 @@ def test_changes_and_notes_on_data_have_headings_of_their_own(tmp_path, summary)
 @pytest.mark.parametrize('arguments', [['/no/such/run'], ['/']])
 def test_what_is_no_run_is_one_line(arguments, capsys):
     assert compare.main(arguments) == 1
-    assert capsys.readouterr().err == f'error: {arguments[0]} is no run: it has no config.json\n'
+    assert capsys.readouterr().err == f'error: {arguments[0]} is not a run: it has no config.json\n'
 
 
 @pytest.mark.parametrize('output', ['curves.xyz', 'no/such\0folder/curves.png'])

@@ -53,7 +53,7 @@ while turns < 40:
     try:
         with workdir_lock.hold(sys.argv[1]) as held:
             os.mkdir(sys.argv[2])  # fails if somebody else is inside
-            held.require()
+            held.check_ownership()
             os.rmdir(sys.argv[2])
             turns += 1
     except RunError as error:
@@ -118,7 +118,7 @@ def test_a_killed_run_keeps_nobody_out(tmp_path):
         process.wait()
         assert (tmp_path / '.lock').exists()
         with workdir_lock.hold(tmp_path) as held:
-            held.require()
+            held.check_ownership()
             with open(tmp_path / '.lock', 'rb') as file:
                 assert json.load(file)['pid'] == os.getpid()
 
@@ -130,7 +130,7 @@ def test_an_orphan_of_a_killed_run_keeps_nobody_out(tmp_path):
             process.wait()
             os.kill(process.child, 0)  # it is alive
             with workdir_lock.hold(tmp_path) as held:
-                held.require()
+                held.check_ownership()
         finally:
             os.kill(process.child, signal.SIGKILL)
 
@@ -186,19 +186,19 @@ def test_a_lock_removed_while_it_is_opened_is_not_taken(tmp_path, monkeypatch):
 
     monkeypatch.setattr(fcntl, 'lockf', removed_before)
     with workdir_lock.hold(tmp_path) as held:
-        held.require()
+        held.check_ownership()
         assert removed and 'is in use' in tried_by_another_process(tmp_path)
 
 
 def test_a_forked_child_does_not_release_the_folder(tmp_path):
-    held = workdir_lock._Lock(tmp_path)
+    held = workdir_lock.Lock(tmp_path)
     assert held.take()
     child = os.fork()
     if child == 0:
         held.release()
         os._exit(0)
     assert os.waitpid(child, 0)[1] == 0
-    held.require()
+    held.check_ownership()
     assert 'is in use' in tried_by_another_process(tmp_path)
     held.release()
     assert tried_by_another_process(tmp_path) == 'held'
@@ -209,7 +209,7 @@ def test_the_lock_survives_another_reader_in_the_process(tmp_path):
         shutil.copytree(
             tmp_path, tmp_path.with_name('copy')
         )  # the kernel lets go of a lock when its process closes the file
-        held.require()
+        held.check_ownership()
         assert 'is in use' in tried_by_another_process(tmp_path)
 
 
@@ -222,7 +222,7 @@ def test_a_vanished_folder_is_noticed_before_writing(tmp_path, what):
         ),
         workdir_lock.hold(folder) as held,
     ):
-        held.require()
+        held.check_ownership()
         if what == 'its lock removed':
             os.remove(folder / '.lock')
         elif what == 'deleted':
@@ -231,7 +231,7 @@ def test_a_vanished_folder_is_noticed_before_writing(tmp_path, what):
             os.rename(folder, tmp_path / 'moved')
         if what == 'replaced':
             shutil.copytree(tmp_path / 'moved', folder)
-        held.require()
+        held.check_ownership()
     with workdir_lock.hold(folder):  # a new run may begin there
         pass
 
@@ -246,7 +246,8 @@ def test_an_unwritable_folder_is_one_line_with_a_fix(tmp_path, monkeypatch, numb
 
     monkeypatch.setattr(os, function, fails)
     message = refusal(tmp_path)
-    assert message == f'{tmp_path}/.lock cannot be written: {storage.CAUSES[number]}'
+    reason, fix = storage.CAUSES[number]
+    assert message == f'{tmp_path}/.lock cannot be written: {reason}: {fix}'
     monkeypatch.undo()
     with workdir_lock.hold(tmp_path):
         pass
@@ -316,10 +317,10 @@ def test_a_second_run_in_a_bucket_is_refused_at_a_heartbeat(bucket, capsys):
             and '--workdir' in message
         )
         assert 'waiting   up to 1 s' in capsys.readouterr().out
-        held.require()
+        held.check_ownership()
     assert not tf.io.gfile.exists(os.path.join(bucket, '.lock'))
     with workdir_lock.hold(bucket) as held:
-        held.require()
+        held.check_ownership()
 
 
 def test_a_lease_of_a_run_killed_elsewhere_expires(bucket, capsys, monkeypatch):
@@ -328,7 +329,7 @@ def test_a_lease_of_a_run_killed_elsewhere_expires(bucket, capsys, monkeypatch):
     start = time.monotonic()
     with workdir_lock.hold(bucket) as held:
         assert time.monotonic() - start >= 0.3
-        held.require()
+        held.check_ownership()
         assert lease_in(bucket)['pid'] == os.getpid()
     out = capsys.readouterr().out
     assert (
@@ -344,7 +345,7 @@ def test_a_lease_of_a_run_killed_here_is_taken_over_at_once(bucket, capsys, monk
         bucket, host=socket.gethostname(), machine='this start of this container', pid=dead_pid()
     )
     with workdir_lock.hold(bucket) as held:
-        held.require()
+        held.check_ownership()
     assert 'waiting' not in capsys.readouterr().out
 
 
@@ -363,7 +364,7 @@ def test_a_waiting_run_starts_when_the_holder_ends(bucket, capsys, monkeypatch):
     end = threading.Timer(0.1, tf.io.gfile.remove, [path])
     end.start()
     with workdir_lock.hold(bucket) as held:
-        held.require()
+        held.check_ownership()
     assert 'is taken over' not in capsys.readouterr().out
 
 
@@ -374,7 +375,7 @@ def test_a_damaged_lease_keeps_nobody_out(bucket, monkeypatch, left):
     with tf.io.gfile.GFile(path, 'wb') as file:
         file.write(left.encode('latin-1'))
     with workdir_lock.hold(bucket) as held:
-        held.require()
+        held.check_ownership()
 
 
 def test_of_two_simultaneous_runs_the_last_writer_gets_a_bucket(bucket, monkeypatch):
@@ -397,7 +398,7 @@ def test_a_run_that_seemed_dead_writes_no_more(bucket):
         leave_behind(bucket)
         held._beats.join(2)
         assert not held._beats.is_alive()
-        held.require()
+        held.check_ownership()
     assert lease_in(bucket)['token'] == 'x'
 
 
@@ -424,7 +425,7 @@ def test_a_vanished_bucket_folder_is_noticed_and_not_recreated(bucket):
         tf.io.gfile.rmtree(bucket)
         held._beats.join(2)
         assert not held._beats.is_alive()
-        held.require()
+        held.check_ownership()
     assert not tf.io.gfile.exists(bucket)
 
 
@@ -441,7 +442,7 @@ def test_a_brief_network_outage_does_not_end_the_lease(bucket, monkeypatch):
     with workdir_lock.hold(bucket) as held:
         assert failed.wait(2)
         count = lease_in_rises(bucket)
-        held.require()
+        held.check_ownership()
     assert count > 0
 
 
@@ -460,7 +461,7 @@ def test_a_lease_works_in_a_file_system_that_appends(quick):
     folder = f'ram://{uuid.uuid4().hex}/run'
     with workdir_lock.hold(folder) as held:
         assert lease_in_rises(folder) > 0
-        held.require()
+        held.check_ownership()
     assert not tf.io.gfile.exists(os.path.join(folder, '.lock'))
 
 
@@ -478,6 +479,6 @@ def test_a_lease_protects_a_disk_without_locks(tmp_path, quick, monkeypatch, num
 
     monkeypatch.setattr(fcntl, 'lockf', no_locks)
     with workdir_lock.hold(tmp_path) as held:
-        held.require()
+        held.check_ownership()
         assert f'process {os.getpid()} on' in refusal(tmp_path)
     assert os.listdir(tmp_path) == []
