@@ -1,6 +1,4 @@
-"""Every command in README.md runs here, as a stranger would type it, on small data; or says why it
-does not.
-"""
+"""Every command in README.md and the pages that continue it runs here, or says why it does not."""
 
 import os
 import re
@@ -94,7 +92,9 @@ COMMANDS = {
     'main.py --config=... [--workdir=DIR]': Runs(
         whole=f'{OF_DIGITS} {DIGITS}', says='runs/digits is finished'
     ),
-    '... --mode=check': Runs(whole=f'{OF_DIGITS} --mode=check {DIGITS}', says='ready to train'),
+    '... --mode=check [--json]': Runs(
+        whole=f'{OF_DIGITS} --mode=check {DIGITS}', says='ready to train'
+    ),
     '... --mode=evaluate [--checkpoint=best]': Runs(
         whole=f'{OF_DIGITS} --mode=evaluate --checkpoint=best {DIGITS}', says='"eval/accuracy"'
     ),
@@ -153,9 +153,16 @@ COMMANDS = {
 }
 
 
+PAGES = ('README.md', *(f'docs/{name}.md' for name in ('training', 'data', 'resuming', 'transfer')))
+
+
 def readme():
-    with open(os.path.join(ROOT, 'README.md')) as file:
-        return file.read()
+    """README and the pages that continue it, one after the other."""
+    texts = []
+    for page in PAGES:
+        with open(os.path.join(ROOT, page)) as file:
+            texts.append(file.read())
+    return '\n'.join(texts)
 
 
 def blocks(text):
