@@ -1,11 +1,11 @@
-# make train   checks the machine, then trains configs/digits.py into runs/digits; again: does nothing that is done already
-# make lint    checks form, types and style; it needs neither TensorFlow nor anything else of the program
-# make test    runs the tests, in about ten minutes on two cores
-# make test-slow    runs the tests that make test leaves out: the longer ones, which repeat much of what the others look at
-# make test-tpu    traces the loops of every config for a TPU that is not there, with both TPU builds of TensorFlow
+# make train      checks the machine, then trains configs/digits.py into runs/digits; what is done is not done again
+# make lint       checks format, style and types; installs ruff and mypy only
+# make test       runs the tests, in about ten minutes on two cores
+# make test-slow  runs longer tests, which repeat much of what the others check
+# make test-tpu   traces the loops of every config for a TPU that is not there, with both TPU builds of TensorFlow
 #
-# make train and make test create .venv from the pinned versions first. PYTHON chooses the interpreter (3.10 to 3.13), ACCELERATOR one of
-# cpu, gpu and tpu: without it, gpu where nvidia-smi finds one, else cpu.
+# They create .venv from pinned versions first. PYTHON chooses the interpreter (3.10 to 3.13), ACCELERATOR one of cpu, gpu and tpu:
+# by default gpu if nvidia-smi finds one, else cpu.
 
 PYTHON ?= python3
 ACCELERATOR ?= $(shell if nvidia-smi -L >/dev/null 2>&1; then echo gpu; else echo cpu; fi)
