@@ -184,8 +184,8 @@ def _write_saved_model(session: Session, directory: str) -> None:
             model, session.config, os.path.join(directory, 'backbone.weights.h5')
         )
 
-    def answer(pictures: tf.Tensor) -> dict[str, tf.Tensor]:
-        logits = model(tf.cast(pictures, tf.float32), training=False)  # [batch, classes]
+    def answer(images: tf.Tensor) -> dict[str, tf.Tensor]:
+        logits = model(tf.cast(images, tf.float32), training=False)  # [batch, classes]
         best = tf.argmax(logits, -1)
         return {
             'logits': logits,
@@ -198,11 +198,11 @@ def _write_saved_model(session: Session, directory: str) -> None:
         return answer(resize_image(images, size, share))
 
     def classify_encoded(encoded: tf.Tensor) -> dict[str, tf.Tensor]:
-        def picture(file: tf.Tensor) -> tf.Tensor:
+        def decode_file(file: tf.Tensor) -> tf.Tensor:
             return resize_image(decode(file, white_level), size, share)
 
         shape = tf.TensorSpec([size, size, 3], tf.uint8)
-        return answer(tf.map_fn(picture, encoded, fn_output_signature=shape))
+        return answer(tf.map_fn(decode_file, encoded, fn_output_signature=shape))
 
     archive = keras.export.ExportArchive()
     archive.track(model)
@@ -335,9 +335,9 @@ def _expected_logits(session: Session, evaluated: str) -> np.ndarray:
     """Computes the logits of evaluation for a TFRecord file of images, float32 [files, classes]."""
     config, predict = session.config, steps.make_predict(session.state)
 
-    def picture(file: tf.Tensor) -> tf.Tensor:
+    def decode_file(file: tf.Tensor) -> tf.Tensor:
         image = decode(file, config.dataset.white_level)
         return resize_image(image, config.image_size, config.eval_crop)
 
-    images = tf.data.TFRecordDataset(evaluated).map(picture, tf.data.AUTOTUNE)
+    images = tf.data.TFRecordDataset(evaluated).map(decode_file, tf.data.AUTOTUNE)
     return np.concatenate([predict(batch).numpy() for batch in images.batch(100)])

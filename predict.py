@@ -162,14 +162,14 @@ def files_to_try(paths: list[str]) -> Iterator[Image]:
 
     for path in paths:
         if not storage.is_folder(path):
-            yield Image(image_folder.shown(path), functools.partial(read, path))
+            yield Image(console.printable(path), functools.partial(read, path))
             continue
         below = list(image_folder.image_paths(path))
         if not below:
-            yield Image(image_folder.shown(path), refuse_empty)
+            yield Image(console.printable(path), refuse_empty)
         for name in below:
             yield Image(
-                image_folder.shown(os.path.join(path, name)),
+                console.printable(os.path.join(path, name)),
                 functools.partial(read, os.path.join(path, name)),
             )
 
@@ -182,7 +182,7 @@ def evaluation_examples(run: str, labels: Sequence[str]) -> list[Image]:
     """
     from ml_collections import ConfigDict
 
-    from inputs import datasets, image_folder
+    from inputs import datasets
 
     dataset = ConfigDict(dataset_of(run))
     has_namespace = re.match(r'[\w-]+:[a-zA-Z]', dataset.name)  # a version begins with a digit
@@ -195,7 +195,7 @@ def evaluation_examples(run: str, labels: Sequence[str]) -> list[Image]:
     examples = source.examples(source.eval_split).take(EXAMPLES).as_numpy_iterator()
     return [
         Image(
-            f'evaluation example {number}, which is {image_folder.shown(labels[label])}',
+            f'evaluation example {number}, which is {console.printable(labels[label])}',
             functools.partial(_as_it_is, encoded),
         )
         for number, (encoded, label) in enumerate(examples)
@@ -213,7 +213,7 @@ def answer_all(
 
     Returns: the first answers, as many as are drawn; the number of images that cannot be read.
     """
-    from inputs import image_folder, image_validation
+    from inputs import image_validation
 
     drawn: list[Answer] = []
     num_failed = 0
@@ -229,8 +229,7 @@ def answer_all(
             advice = 'look at it, and copy it again if a part is grey'
             console.warning(f'note: {image.title} may be damaged ({doubt}): {advice}')
         likely = ', '.join(
-            f'{image_folder.shown(label)} {probability:.1%}'
-            for label, probability in answer.classes
+            f'{console.printable(label)} {probability:.1%}' for label, probability in answer.classes
         )
         console.line(f'{image.title}: {likely}')
         if len(drawn) < MOST_DRAWN:

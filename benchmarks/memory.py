@@ -113,11 +113,9 @@ def read_epoch(folder, memory_gib):
     from inputs import datasets, pipeline
 
     config = imagenet.get_config()
-    config.dataset.name, config.dataset.data_dir, config.dataset.eval_split = (
-        'made_up',
-        folder,
-        'test',
-    )
+    config.dataset.name = 'made_up'
+    config.dataset.data_dir = folder
+    config.dataset.eval_split = 'test'
     config.dataset.memory_gib, config.batch_size, config.image_size = memory_gib, 128, 224
     config.train_for, config.schedule.warmup = '1 epochs', '5%'
     source = datasets.load(config.dataset)

@@ -43,7 +43,7 @@ def estimate(name, topology):
         config, data.num_train, data.num_eval, data.num_classes, topology.num_replicas
     )
     try:
-        flights = preflight.fly(config, plan, topology)
+        compiled_steps = preflight.compile_steps(config, plan, topology)
     except DoesNotFit as error:
         return {
             'fits': False,
@@ -51,12 +51,12 @@ def estimate(name, topology):
             'needed_gib': error.needed / 2**30,
             'available_gib': error.available / 2**30,
         }
-    figures = [preflight.figures(flight, topology) for flight in flights]
+    figures = [preflight.figures(compiled_step, topology) for compiled_step in compiled_steps]
     return {
         'fits': True,
         'batch_size': config.batch_size,
         'hours': sum(figure['hours'] for figure in figures),
-        'compiler': flights[0].program.compiler,
+        'compiler': compiled_steps[0].program.compiler,
         'chip_hours': sum(figure['hours'] for figure in figures) * topology.num_chips,
         'training': figures[-2],
         'evaluation': figures[-1],

@@ -112,11 +112,9 @@ def first_losses(model, precision, num_steps, devices, jit_compile, order=None):
     config = digits.get_config()
     config.model.name, config.model.dropout, config.model.drop_path = model, 0.0, 0.0
     config.augment = {**config.augment.to_dict(), 'translate': 0.0, 'rotate': 0.0, 'zoom': 0.0}
-    config.virtual_devices, config.jit_compile, config.precision = (
-        int(devices),
-        jit_compile,
-        precision,
-    )
+    config.virtual_devices = int(devices)
+    config.jit_compile = jit_compile
+    config.precision = precision
     session = open_session(config, '/nonexistent')
     train_step = steps.make_train_step(
         session.state,

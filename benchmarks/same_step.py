@@ -52,19 +52,15 @@ def config_for(optimizer, feature, accumulate_steps=None):
     all.
     """
     config = digits.get_config()
-    config.model.name, config.image_size, config.batch_size, config.model.dropout = (
-        'tiny',
-        16,
-        BATCH_SIZE,
-        0.0,
-    )
+    config.model.name = 'tiny'
+    config.image_size = 16
+    config.batch_size = BATCH_SIZE
+    config.model.dropout = 0.0
     config.augment.translate = config.augment.rotate = config.augment.zoom = config.ema_decay = 0.0
     config.train_for, config.schedule.warmup = '100 steps', '3 steps'
-    config.optimizer, config.schedule.peak_lr, config.weight_decay = (
-        {'name': optimizer},
-        1e-2 if optimizer == 'sgd' else 1e-3,
-        0.01,
-    )
+    config.optimizer = {'name': optimizer}
+    config.schedule.peak_lr = 1e-2 if optimizer == 'sgd' else 1e-3
+    config.weight_decay = 0.01
     if feature in ('clip', 'all'):
         config.grad_clip_norm = 0.5
     if feature in ('accumulate', 'all'):
@@ -94,10 +90,8 @@ def ten_updates(config, strategy, jit_compile, dtype_policy):
         ),
     )
     random = np.random.RandomState(0)
-    images, labels = (
-        random.randint(0, 256, (UPDATES * BATCH_SIZE, 16, 16, 3)).astype(np.uint8),
-        random.randint(0, 10, UPDATES * BATCH_SIZE),
-    )
+    images = random.randint(0, 256, (UPDATES * BATCH_SIZE, 16, 16, 3)).astype(np.uint8)
+    labels = random.randint(0, 10, UPDATES * BATCH_SIZE)
 
     def share(context):
         rows = (

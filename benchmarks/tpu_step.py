@@ -34,10 +34,9 @@ from inputs import augment  # noqa: E402
 from modeling import fused_layers, models, steps  # noqa: E402
 
 BATCH, SIZE, CLASSES, TOPOLOGY = 128, 224, 1000, tpu_compiler.Topology.parse('v5e')
-EXCITED, KERNEL = (
-    (BATCH, 14, 14, 672),
-    (3, 3, 672, 1),
-)  # of a depthwise convolution of block 5, the most expensive kind
+# Of a depthwise convolution of block 5, the most expensive kind.
+EXCITED = (BATCH, 14, 14, 672)
+KERNEL = (3, 3, 672, 1)
 
 
 def ours(change=None, batch_size=BATCH, **values):

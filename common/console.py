@@ -11,6 +11,7 @@ import shutil
 import sys
 import tempfile
 import textwrap
+import unicodedata
 from collections.abc import Iterable, Iterator
 from typing import TextIO
 
@@ -20,6 +21,19 @@ UNLIMITED = 100_000  # columns, of what is no terminal
 BOLD, RED, GREEN, YELLOW = 1, 31, 32, 33  # of ANSI's "select graphic rendition"
 STATUS_COLORS = {'ok': GREEN, 'warn': YELLOW, 'FAIL': RED}
 STATUS_WIDTH, CHECK_NAME_WIDTH = 6, 14
+# Unicode Standard Annex 9, 2.1 to 2.5.
+EMBEDDINGS = (
+    'LRE',
+    'RLE',
+    'LRO',
+    'RLO',
+    'PDF',
+    'LRI',
+    'RLI',
+    'FSI',
+    'PDI',
+)
+UNSEEN = '\ufeff\u00ad'  # the mark of an encoding, and a soft hyphen: no name needs them
 
 
 def row(name: str, text: str) -> None:
@@ -150,3 +164,14 @@ def discard_output() -> int:
     """
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 1
+
+
+def printable(name: str) -> str:
+    """Returns the name of a file as it can be printed, on one line."""
+    return ascii(name) if any(_disturbs(letter) for letter in name) else name
+
+
+def _disturbs(letter: str) -> bool:
+    """Returns whether a letter ends a line, reorders what follows it, or is invisible."""
+    is_control = unicodedata.category(letter) in ('Cc', 'Cs', 'Zl', 'Zp')
+    return is_control or letter in UNSEEN or unicodedata.bidirectional(letter) in EMBEDDINGS

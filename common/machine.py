@@ -17,10 +17,8 @@ from common import tpu_environment
 from common.errors import counted
 
 # PCI vendor, and how the class of graphics and 3D controllers begins.
-NVIDIA, DISPLAY_CLASS = (
-    '0x10de',
-    '0x03',
-)
+NVIDIA = '0x10de'
+DISPLAY_CLASS = '0x03'
 
 
 class Gpu(NamedTuple):

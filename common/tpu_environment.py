@@ -17,17 +17,15 @@ from ml_collections import ConfigDict
 
 # Of Google's PCI devices, vendor 0x1ae0: those that are TPU chips. Source: cloud_tpu_init.py of
 # JAX.
-GOOGLE, CHIPS = (
-    '0x1ae0',
-    {
-        '0x0027': 'v2 or v3',
-        '0x005e': 'v4',
-        '0x0062': 'v5p',
-        '0x0063': 'v5e',
-        '0x006f': 'v6e',
-        '0x0076': 'v7x',
-    },
-)
+GOOGLE = '0x1ae0'
+CHIPS = {
+    '0x0027': 'v2 or v3',
+    '0x005e': 'v4',
+    '0x0062': 'v5p',
+    '0x0063': 'v5e',
+    '0x006f': 'v6e',
+    '0x0076': 'v7x',
+}
 CORES = {'v2 or v3': 2, 'v7x': 2}  # that a program sees of a chip; one of the others
 ACCELERATOR_TYPES = {
     'v2': 'v2 or v3',

@@ -37,10 +37,8 @@ from typing import Any
 from common import console
 
 # Between questions to the metadata server: 2 of the 30 that remain; and where nothing answers.
-SECONDS, MOST_SECONDS = (
-    2,
-    60,
-)
+SECONDS = 2
+MOST_SECONDS = 60
 TIMEOUT = 3  # seconds for an answer of the metadata server, as google-auth has it
 NOTICES = {  # key: (its value when the machine will be stopped, in words)
     'preempted': ('TRUE', 'Google Cloud takes this machine back'),
@@ -74,7 +72,7 @@ def watch(on_google_cloud: bool | None = None) -> Iterator[Stop]:
     stop, ended = Stop(), threading.Event()
     heard: list[int] = []
 
-    def tell(number: int, why: str) -> None:
+    def notify(number: int, why: str) -> None:
         if not ended.is_set() and _note(stop, heard, number, why):
             once_more = '; once more stops at once' if number == signal.SIGINT else ''
             # Whoever read the output may have gone: no reason to stop listening.
@@ -83,10 +81,13 @@ def watch(on_google_cloud: bool | None = None) -> Iterator[Stop]:
 
     with contextlib.ExitStack() as stack:
         if threading.current_thread() is threading.main_thread():
-            stack.enter_context(_signals(stop, tell, ended))
+            stack.enter_context(_signals(stop, notify, ended))
         if _on_google_cloud() if on_google_cloud is None else on_google_cloud:
             threading.Thread(
-                target=_ask_google, args=(tell, ended), name='notices of Google Cloud', daemon=True
+                target=_ask_google,
+                args=(notify, ended),
+                name='notices of Google Cloud',
+                daemon=True,
             ).start()
         stack.callback(ended.set)  # the first thing at the end
         yield stop
@@ -99,9 +100,9 @@ def exit_status(stop_signal: int) -> int:
 
 @contextlib.contextmanager
 def _signals(
-    stop: Stop, tell: Callable[[int, str], None], ended: threading.Event
+    stop: Stop, notify: Callable[[int, str], None], ended: threading.Event
 ) -> Iterator[None]:
-    """Calls `tell` in a thread for each SIGINT and SIGTERM; restores the previous handlers."""
+    """Calls `notify` in a thread for each SIGINT and SIGTERM; restores the previous handlers."""
     handled: dict[int, Any] = {}
     heard: list[int] = []
 
@@ -120,7 +121,7 @@ def _signals(
     with contextlib.ExitStack() as stack:
         reading, writing = os.pipe()
         os.set_blocking(writing, False)  # a handler must not wait
-        reader = threading.Thread(target=_read, args=(reading, tell), name='signals', daemon=True)
+        reader = threading.Thread(target=_read, args=(reading, notify), name='signals', daemon=True)
         reader.start()
         stack.callback(_end, writing, reader)
         stack.callback(
@@ -157,7 +158,7 @@ def _note(stop: Stop, heard: list[int], number: int, why: str) -> bool:
     return first
 
 
-def _read(reading: int, tell: Callable[[int, str], None]) -> None:
+def _read(reading: int, notify: Callable[[int, str], None]) -> None:
     """Runs the thread of the signals: each byte is a signal's number.
 
     Other signals arrive too, such as SIGCHLD and SIGWINCH.
@@ -167,7 +168,7 @@ def _read(reading: int, tell: Callable[[int, str], None]) -> None:
         numbers = os.read(reading, 4096)
         for number in numbers:
             if number in (signal.SIGINT, signal.SIGTERM):
-                tell(number, signal.Signals(number).name)
+                notify(number, signal.Signals(number).name)
     os.close(reading)
 
 
@@ -192,7 +193,7 @@ def _on_google_cloud(environ: Mapping[str, str] = os.environ, root: str = '/') -
         return False
 
 
-def _ask_google(tell: Callable[[int, str], None], ended: threading.Event) -> None:
+def _ask_google(notify: Callable[[int, str], None], ended: threading.Event) -> None:
     """Runs the thread of the notices: polls the metadata server until a notice comes.
 
     A server that does not answer, or answers with errors (Colab, containers), is polled less and
@@ -212,7 +213,7 @@ def _ask_google(tell: Callable[[int, str], None], ended: threading.Event) -> Non
             earlier_event = answers['maintenance-event']
         for key, (value, why) in NOTICES.items():
             if answers[key] == value and (key, value) != ('maintenance-event', earlier_event):
-                tell(signal.SIGTERM, why)
+                notify(signal.SIGTERM, why)
                 return
         pause = SECONDS if any(answers.values()) else min(2 * pause, MOST_SECONDS)
         ended.wait(pause)

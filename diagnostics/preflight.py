@@ -34,7 +34,7 @@ CLOSE = 0.03  # of the largest batch: how near the search for it comes
 
 
 @dataclasses.dataclass(frozen=True)
-class Flight:
+class CompiledStep:
     """A compiled step: one stage of training, or evaluation. Numbers are of one replica."""
 
     name: str
@@ -62,7 +62,7 @@ def run(config: ConfigDict, workdir: str, topology_name: str, largest_batch: boo
     for name, text in planning.summarize(config, plan).rows().items():
         console.row(name, text)
     try:
-        flights = fly(config, plan, topology)
+        compiled_steps = compile_steps(config, plan, topology)
     except DoesNotFit as error:
         key, what = 'batch_size', 'batch'
         if isinstance(error, EvaluationDoesNotFit):
@@ -73,11 +73,14 @@ def run(config: ConfigDict, workdir: str, topology_name: str, largest_batch: boo
             batch_that_fits(config, data, topology, error, key),
             key,
         ) from None
-    console.line(describe(flights, topology))
+    console.line(describe(compiled_steps, topology))
     if largest_batch:
         console.line('searching for the largest batch, by compiling others')
         per_replica, program = search_largest(
-            config, data, topology, max(flights[:-1], key=lambda flight: flight.image_size)
+            config,
+            data,
+            topology,
+            max(compiled_steps[:-1], key=lambda step: step.image_size),
         )
         memory = f'{program.memory_bytes / GIB:.2f} of {program.memory_available / GIB:g} GiB'
         flag = f'--config.batch_size={per_replica * topology.num_replicas}'
@@ -108,17 +111,17 @@ def plan_for(config: ConfigDict, data: DatasetStatus, topology: Topology) -> Pla
     )
 
 
-def fly(config: ConfigDict, plan: Plan, topology: Topology) -> list[Flight]:
+def compile_steps(config: ConfigDict, plan: Plan, topology: Topology) -> list[CompiledStep]:
     """Compiles the training step, for each image size of the run, and the evaluation step, last.
 
     Raises: DoesNotFit; EvaluationDoesNotFit; RunError.
     """
-    flights: list[Flight] = []
+    compiled_steps: list[CompiledStep] = []
     begin = 0
     for end, stage in planning.stages(config, plan):
         program = compile_training(stage, plan, topology)
-        flights.append(
-            Flight(
+        compiled_steps.append(
+            CompiledStep(
                 'training',
                 plan.batch_size // plan.num_replicas,
                 stage.image_size,
@@ -134,8 +137,8 @@ def fly(config: ConfigDict, plan: Plan, topology: Topology) -> list[Flight]:
         program = compile_evaluation(config, plan, topology)
     except DoesNotFit as error:
         raise EvaluationDoesNotFit(error.needed, error.available) from None
-    flights.append(
-        Flight(
+    compiled_steps.append(
+        CompiledStep(
             'evaluation',
             plan.eval_batch_size // plan.num_replicas,
             config.image_size,
@@ -143,7 +146,7 @@ def fly(config: ConfigDict, plan: Plan, topology: Topology) -> list[Flight]:
             program,
         )
     )
-    return flights
+    return compiled_steps
 
 
 def compile_training(config: ConfigDict, plan: Plan, topology: Topology) -> Program:
@@ -178,15 +181,13 @@ def lower_training(config: ConfigDict, plan: Plan, topology: Topology) -> bytes:
         on_tpu=True,
         teacher=teacher,
     )
-    batch, drawn = (
-        plan.batch_size // plan.num_replicas,
-        augment.draws(config.augment, tf.constant([0, 1], tf.int64)),
-    )
+    batch = plan.batch_size // plan.num_replicas
+    drawn = augment.draws(config.augment, tf.constant([0, 1], tf.int64))
     return lower(
         strategy,
         train_step,
         (
-            *pictures(batch, config.image_size),
+            *image_specs(batch, config.image_size),
             {
                 name: tf.TensorSpec((batch, *value.shape), value.dtype)
                 for name, value in drawn.items()
@@ -201,13 +202,13 @@ def lower_evaluation(config: ConfigDict, plan: Plan, topology: Topology) -> byte
     return lower(
         strategy,
         steps.make_eval_step(state, num_classes=plan.num_classes),
-        (*pictures(batch, config.image_size), tf.TensorSpec((batch,), tf.float32)),
+        (*image_specs(batch, config.image_size), tf.TensorSpec((batch,), tf.float32)),
     )
 
 
 def description(config: ConfigDict, plan: Plan) -> tuple[str, ...]:
     """Returns what a program follows from: config, plan, and the code that makes it."""
-    functions = (build, pictures, lower_training, lower_evaluation)
+    functions = (build, image_specs, lower_training, lower_evaluation)
     code = ''.join(inspect.getsource(function) for function in functions)
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     for pattern in (
@@ -238,7 +239,7 @@ def build(
     return strategy, state, teacher.predict if teacher else None
 
 
-def pictures(batch: int, size: int) -> tuple[tf.TensorSpec, tf.TensorSpec]:
+def image_specs(batch: int, size: int) -> tuple[tf.TensorSpec, tf.TensorSpec]:
     return tf.TensorSpec((batch, size, size, 3), tf.uint8), tf.TensorSpec((batch,), tf.int64)
 
 
@@ -249,7 +250,7 @@ def batch_that_fits(
 
     The compiler's figure predicts it, and compiling it makes sure.
     """
-    least = shares(config) if key == 'batch_size' else 1
+    least = batch_multiple(config) if key == 'batch_size' else 1
     per_replica = config[key] // topology.num_replicas
     while per_replica > least:
         expected = int(0.95 * per_replica * error.available / error.needed)
@@ -272,14 +273,14 @@ def batch_that_fits(
 
 
 def search_largest(
-    config: ConfigDict, data: DatasetStatus, topology: Topology, flight: Flight
+    config: ConfigDict, data: DatasetStatus, topology: Topology, compiled_step: CompiledStep
 ) -> tuple[int, Program]:
     """Returns (images on a replica, Program) of the largest training batch that fits.
 
     It bisects to within CLOSE, from a compiled step that fits.
     """
-    unit = math.lcm(MULTIPLE, shares(config))
-    fits, program, too_many = flight.batch, flight.program, None
+    unit = math.lcm(MULTIPLE, batch_multiple(config))
+    fits, program, too_many = compiled_step.batch, compiled_step.program, None
     while too_many is None or too_many - fits > max(unit, CLOSE * too_many):
         growth = (
             program.memory_available / program.memory_bytes
@@ -301,7 +302,7 @@ def search_largest(
     return fits, program
 
 
-def shares(config: ConfigDict) -> int:
+def batch_multiple(config: ConfigDict) -> int:
     """Returns what the batch of a replica must be a multiple of."""
     return math.lcm(
         config.accumulate_steps,
@@ -322,39 +323,39 @@ def compile_with_batch(
     return compile_training(planning.stages(config, plan)[-1][1], plan, topology)
 
 
-def figures(flight: Flight, topology: Topology) -> dict[str, Any]:
+def figures(compiled_step: CompiledStep, topology: Topology) -> dict[str, Any]:
     """Returns the figures of a compiled step: rates are images/s a chip, shares are of 1."""
-    chip, program = topology.chip, flight.program
-    per_chip = flight.batch * chip.replicas
+    chip, program = topology.chip, compiled_step.program
+    per_chip = compiled_step.batch * chip.replicas
     seconds = {
         "compiler's estimate": program.cycles / chip.clock,
         'HBM': program.hbm_traffic / (chip.hbm_bandwidth / chip.replicas),
         'matrix unit': program.flops / (chip.peak_flops / chip.replicas),
     }
     return {
-        'batch_per_replica': flight.batch,
-        'image_size': flight.image_size,
+        'batch_per_replica': compiled_step.batch,
+        'image_size': compiled_step.image_size,
         'compile_seconds': round(program.seconds, 1),
         'memory_gib': program.memory_bytes / GIB,
         'memory_available_gib': program.memory_available / GIB,
         'estimated_cycles': program.cycles,
-        'hbm_mb_per_image': program.hbm_traffic / flight.batch / 1e6,
-        'gflop_per_image': program.flops / flight.batch / 1e9,
+        'hbm_mb_per_image': program.hbm_traffic / compiled_step.batch / 1e6,
+        'gflop_per_image': program.flops / compiled_step.batch / 1e9,
         'images_per_second_per_chip': {name: per_chip / value for name, value in seconds.items()},
         'binds': max(seconds, key=lambda name: seconds[name]),
         'share_of_peak': seconds['matrix unit'] / max(seconds.values()),
         'all_reduces': len(program.all_reduce_bytes),
         'all_reduce_mb': sum(program.all_reduce_bytes) / 1e6,
-        'hours': flight.steps * max(seconds.values()) / 3600,
+        'hours': compiled_step.steps * max(seconds.values()) / 3600,
     }
 
 
-def describe(flights: Sequence[Flight], topology: Topology) -> str:
+def describe(compiled_steps: Sequence[CompiledStep], topology: Topology) -> str:
     """Returns the table, and the most expensive instructions for the largest images."""
-    columns = [figures(flight, topology) for flight in flights]
+    columns = [figures(step, topology) for step in compiled_steps]
     rows = {
-        '': [flight.name for flight in flights],
-        'images': [f'{flight.batch:,} of {flight.image_size} px' for flight in flights],
+        '': [step.name for step in compiled_steps],
+        'images': [f'{step.batch:,} of {step.image_size} px' for step in compiled_steps],
         'compiles': [f'yes, {column["compile_seconds"]:.0f} s' for column in columns],
         'memory of a replica': [
             f'{column["memory_gib"]:.3g} of {column["memory_available_gib"]:g} GiB'
@@ -381,18 +382,18 @@ def describe(flights: Sequence[Flight], topology: Topology) -> str:
     ]
     rows['time of the whole run'] = [duration(column['hours']) for column in columns]
     widths = [max(map(len, rows))] + [
-        max(len(row[index]) for row in rows.values()) for index in range(len(flights))
+        max(len(row[index]) for row in rows.values()) for index in range(len(compiled_steps))
     ]
     lines = ['  '.join(map(str.ljust, (name, *row), widths)).rstrip() for name, row in rows.items()]
     hours = sum(column['hours'] for column in columns)
-    largest = max(flights[:-1], key=lambda flight: flight.image_size)
+    largest = max(compiled_steps[:-1], key=lambda step: step.image_size)
     return os.linesep.join(
         (
             '',
             *lines,
             '',
             f'{duration(hours)}, {hours * topology.num_chips:.3g} chip-hours: what the compiler '
-            f'({flights[0].program.compiler}) estimates at {topology.chip.clock / 1e9:g} GHz.',
+            f'({largest.program.compiler}) estimates at {topology.chip.clock / 1e9:g} GHz.',
             'Nothing ran on a TPU; the time that all-reduces, the host and reading images '
             'take is not in it.',
             '',

@@ -16,7 +16,7 @@ from inputs import augment, datasets, pipeline
 from inputs.datasets import Source
 from outputs import plots
 
-MOST_PICTURES = 64  # of a batch that are drawn
+MAX_IMAGES = 64  # of a batch that are drawn
 
 
 def run(config: ConfigDict, workdir: str, step: int | None = None) -> None:
@@ -60,7 +60,7 @@ def run(config: ConfigDict, workdir: str, step: int | None = None) -> None:
         if begin <= drawn < end:
             images, labels = batch_of(stage, source, plan, strategy, drawn)
             path = os.path.join(folder, f'batch_{drawn}.png')
-            shown = min(len(images), MOST_PICTURES)
+            shown = min(len(images), MAX_IMAGES)
             title = (
                 f'{shown} of the {len(images)} images of update {drawn:,}, '
                 f'{stage.image_size} x {stage.image_size} pixels'

@@ -67,7 +67,7 @@ class Source:
     num_train: int
     num_eval: int
     memory_bytes: int
-    open_split: Callable[..., Any]  # Records or Singles of record_index
+    open_split: Callable[..., Any]  # RecordRanges or ExampleList of record_index
     identity: str
     notes: tuple[str, ...] = ()
     find_missing_files: Callable[[], str] = _nothing_missing
@@ -107,7 +107,7 @@ class Source:
         found = self.split(split)
         num_pieces = len(found.counts)
         chosen = np.linspace(0, num_pieces - 1, min(most, num_pieces)).round().astype(np.int64)
-        if isinstance(found, record_index.Records):
+        if isinstance(found, record_index.RecordRanges):
             # The first of each piece.
             found = dataclasses.replace(found, counts=np.ones_like(found.counts))
         for number, encoded, label in found.read(chosen).as_numpy_iterator():
@@ -256,9 +256,7 @@ def _folder(dataset_config: ConfigDict, needs_training: bool) -> Source:
     found = image_folder.find(dataset_config, needs_training)
     for note in found.notes:
         console.note(note)
-    named = [
-        f'  {image_folder.shown(path)}: {reason}' for path, reason in found.broken[:MOST_NAMED]
-    ]
+    named = [f'  {console.printable(path)}: {reason}' for path, reason in found.broken[:MOST_NAMED]]
     for first in named[:1]:
         console.row('', first.strip())
     num_more = len(found.broken) - MOST_NAMED
@@ -271,12 +269,12 @@ def _folder(dataset_config: ConfigDict, needs_training: bool) -> Source:
         num_train=len(found.splits.get(dataset_config.train_split, ())),
         num_eval=len(found.splits[dataset_config.eval_split]),
         memory_bytes=int(dataset_config.memory_gib * 2**30),
-        open_split=lambda split, share, longest=None: _singles(found.splits[split], share),
+        open_split=lambda split, share, longest=None: _example_list(found.splits[split], share),
         identity=hashlib.sha256(
             repr(
                 [
-                    (picture.digest, picture.label)
-                    for picture in found.splits.get(dataset_config.train_split, ())
+                    (example.digest, example.label)
+                    for example in found.splits.get(dataset_config.train_split, ())
                 ]
             ).encode()
         ).hexdigest(),
@@ -290,35 +288,35 @@ def _folder(dataset_config: ConfigDict, needs_training: bool) -> Source:
 
 def _find_missing_files(before: Any, dataset_config: ConfigDict, needs_training: bool) -> str:
     gone = [
-        picture.path
-        for pictures in before.splits.values()
-        for picture in pictures
-        if not tf.io.gfile.exists(os.fsencode(picture.path))
+        example.path
+        for examples in before.splits.values()
+        for example in examples
+        if not tf.io.gfile.exists(os.fsencode(example.path))
     ]
     known = set(before.broken)
     try:
         broken = [
-            f'{image_folder.shown(path)} ({reason})'
+            f'{console.printable(path)} ({reason})'
             for path, reason in image_folder.find(dataset_config, needs_training).broken
             if (path, reason) not in known
         ]
     except (ConfigError, RunError) as error:
         return str(error)
-    named = [f'{image_folder.shown(path)} (it has gone)' for path in gone] + broken
+    named = [f'{console.printable(path)} (it has gone)' for path in gone] + broken
     return ', '.join(named[: image_folder.NAMED]) + (
         f' and {len(named) - image_folder.NAMED:,} more' if len(named) > image_folder.NAMED else ''
     )
 
 
-def _singles(pictures: Sequence[Any], share: tuple[int, int]) -> record_index.Singles:
-    begin, end = record_index.share_of(len(pictures), share)
-    chosen = pictures[begin:end]
-    return record_index.Singles(
-        stored=tf.constant([os.fsencode(picture.path) for picture in chosen]),
-        labels=tf.constant([picture.label for picture in chosen], tf.int64),
+def _example_list(examples: Sequence[Any], share: tuple[int, int]) -> record_index.ExampleList:
+    begin, end = record_index.host_range(len(examples), share)
+    chosen = examples[begin:end]
+    return record_index.ExampleList(
+        stored=tf.constant([os.fsencode(example.path) for example in chosen]),
+        labels=tf.constant([example.label for example in chosen], tf.int64),
         ids=tf.range(begin, end, dtype=tf.int64),
         load=tf.io.read_file,
-        num_bytes=sum(picture.num_bytes for picture in chosen),
+        num_bytes=sum(example.num_bytes for example in chosen),
     )
 
 

@@ -4,10 +4,10 @@ import os
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from common.console import printable
 from common.errors import RunError
 from inputs import image_validation
 from inputs.folder_tree import Tree
-from inputs.image_validation import shown
 
 USUAL = frozenset(
     (  # names of splits
@@ -76,28 +76,28 @@ def find(tree: Tree, asked: Asked) -> tuple[dict[str, Split], list[str]]:
         return _find_in_classes(tree, folders, asked)
     if asked.train in splits and asked.eval in subfolders and asked.eval not in splits:
         raise RunError(
-            f'{shown(root)}/{asked.eval} has no class folders',
+            f'{printable(root)}/{asked.eval} has no class folders',
             'sort its images into them, or write '
             f'--config.dataset.eval_split={HELD_OUT} to hold out a part of '
             f'{asked.train}',
         )
-    chosen = _choose(shown(root), splits, asked, 'with class folders')
+    chosen = _choose(printable(root), splits, asked, 'with class folders')
     found = {}
     for name in chosen:
         found[name] = _with_classes(os.path.join(root, name), subfolders[name])
         _check_classes_of_split(tree, found[name], asked)
     unused = [name for name in folders if name not in chosen]
-    return found, [f'not used: {named(unused)} in {shown(root)}'] if unused else []
+    return found, [f'not used: {named(unused)} in {printable(root)}'] if unused else []
 
 
 def named(names: Iterable[str]) -> str:
     """Returns the first of these names, sorted, in words."""
     names = sorted(names)
     more = f' and {len(names) - NAMED:,} more' if len(names) > NAMED else ''
-    return ', '.join(map(shown, names[:NAMED])) + more
+    return ', '.join(map(printable, names[:NAMED])) + more
 
 
-def pictures_in(files: list[str]) -> list[str]:
+def image_names(files: list[str]) -> list[str]:
     """Returns the names that end like an image's."""
     return [name for name in files if name.lower().endswith(image_validation.SUFFIXES)]
 
@@ -107,7 +107,7 @@ def _is_like_split(name: str, asked: Asked) -> bool:
 
 
 def _with_classes(folder: str, names: list[str]) -> Split:
-    return Split(shown(folder), folder, {name: os.path.join(folder, name) for name in names})
+    return Split(printable(folder), folder, {name: os.path.join(folder, name) for name in names})
 
 
 def _choose(place: str, splits: list[str], asked: Asked, having: str) -> list[str]:
@@ -139,13 +139,13 @@ def _choose(place: str, splits: list[str], asked: Asked, having: str) -> list[st
 
 def _check_classes(tree: Tree, folders: list[str], like_splits: list[str]) -> None:
     """Raises RunError if the folders at the top, of which none is a split, can be no classes."""
-    root = shown(tree.root)
+    root = printable(tree.root)
     if folders and len(like_splits) == len(folders):
         raise RunError(f'{root} has {named(folders)}, but no class folders in them', SORT)
     if len(folders) == 1 and tree.entries(os.path.join(tree.root, folders[0]))[0]:
         raise RunError(
             f'{root} has one folder alone, which has folders itself',
-            f'--config.dataset.data_dir={os.path.join(root, shown(folders[0]))}',
+            f'--config.dataset.data_dir={os.path.join(root, printable(folders[0]))}',
         )
 
 
@@ -153,7 +153,7 @@ def _find_in_classes(
     tree: Tree, folders: list[str], asked: Asked
 ) -> tuple[dict[str, Split], list[str]]:
     """What `find` returns where the folders at the top are classes; splits may be below them."""
-    root = shown(tree.root)
+    root = printable(tree.root)
     everything = _with_classes(tree.root, folders)
     inside = [place for name in folders for place in _splits_inside(tree, everything, name, asked)]
     names = sorted({place.split for place in inside})
@@ -189,7 +189,7 @@ def _splits_inside(tree: Tree, split: Split, class_name: str, asked: Asked) -> l
     folder = split.classes[class_name]
     found = set()
     for place, _, files in tree.walk(folder, split.folder, tree.root):
-        if place == folder or not pictures_in(files):
+        if place == folder or not image_names(files):
             continue
         parts = os.path.relpath(place, folder).split(os.sep)
         depths = [depth for depth, part in enumerate(parts) if _is_like_split(part, asked)]
@@ -203,7 +203,7 @@ def _splits_inside(tree: Tree, split: Split, class_name: str, asked: Asked) -> l
 def _count_outside(tree: Tree, folder: str, splits: list[str]) -> int:
     """Counts the images of a class folder that are in none of these subfolders."""
     return sum(
-        len(pictures_in(files))
+        len(image_names(files))
         for place, _, files in tree.walk(folder, tree.root)
         if os.path.relpath(place, folder).split(os.sep)[0] not in splits
     )
@@ -216,8 +216,8 @@ def _check_splits_of_classes(tree: Tree, inside: list[_Inside], asked: Asked) ->
     if not deep and len({place.below for place in with_folders}) < 2:  # as `images` may be
         return
     place = (deep or with_folders)[0]
-    root, class_name = shown(tree.root), shown(place.class_name)
-    above = os.path.join(root, class_name, shown(place.above)).rstrip('/')
+    root, class_name = printable(tree.root), printable(place.class_name)
+    above = os.path.join(root, class_name, printable(place.above)).rstrip('/')
     splits = sorted({other.split for other in inside if other[:2] == place[:2]})
     places = f'{root}/{asked.train}/{class_name} and {root}/{asked.eval}/{class_name}'
     fix = f'if {class_name} is a class, sort its images into {places}'
@@ -241,7 +241,7 @@ def _check_classes_of_split(tree: Tree, split: Split, asked: Asked) -> None:
         inside = _splits_inside(tree, split, name, asked)
         found = {place.split: os.path.join(name, place.above, place.split) for place in inside}
         if len(found) > 1:
-            root = shown(tree.root)
+            root = printable(tree.root)
             raise RunError(
                 f'{split.place} holds {named(found.values())}, which would be mixed in one class',
                 f'sort the images into {root}/{asked.train}/CLASS and {root}/{asked.eval}/CLASS',

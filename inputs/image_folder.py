@@ -19,16 +19,16 @@ from typing import NamedTuple
 import tensorflow as tf
 from ml_collections import ConfigDict
 
+from common.console import printable
 from common.errors import ConfigError, RunError, counted, did_you_mean, one_line
 from inputs import file_signatures, folder_splits, image_validation
-from inputs.folder_splits import HELD_OUT, NAMED, SORT, Split, named, pictures_in
+from inputs.folder_splits import HELD_OUT, NAMED, SORT, Split, image_names, named
 from inputs.folder_tree import Tree
-from inputs.image_validation import shown
 
 DEEP_BITS = (10, 12, 14)  # that cameras and scanners have, and store in 16
 
 
-class Picture(NamedTuple):
+class ExampleFile(NamedTuple):
     """A file that `tf.io.decode_image` reads right; `label` is the index of its class."""
 
     path: str
@@ -51,19 +51,19 @@ class Folder:
     """
 
     class_names: tuple[str, ...]
-    splits: dict[str, list[Picture]]
+    splits: dict[str, list[ExampleFile]]
     broken: tuple[tuple[str, str], ...]
     notes: tuple[str, ...]
 
 
-NOT_EXAMINED = image_validation.Verdict()
+NOT_EXAMINED = image_validation.FileCheck()
 
 
 class _File(NamedTuple):
     split: str
     class_name: str
     path: str  # below data_dir
-    verdict: image_validation.Verdict = NOT_EXAMINED
+    check: image_validation.FileCheck = NOT_EXAMINED
 
 
 def find(dataset_config: ConfigDict, needs_training: bool = True) -> Folder:
@@ -82,15 +82,13 @@ def find(dataset_config: ConfigDict, needs_training: bool = True) -> Folder:
     train_split, eval_split = dataset_config.train_split, dataset_config.eval_split
     bases, notes, files, class_names = _survey(dataset_config, needs_training)
     label_of = {name: label for label, name in enumerate(class_names)}
-    verdicts = image_validation.examine(
+    checks = image_validation.examine(
         root, sorted(file.path for file in files), dataset_config.white_level
     )
-    broken = tuple((path, verdict.broken) for path, verdict in verdicts.items() if verdict.broken)
-    notes += _check_broken(root, broken, len(verdicts), dataset_config.max_broken)
+    broken = tuple((path, check.broken) for path, check in checks.items() if check.broken)
+    notes += _check_broken(root, broken, len(checks), dataset_config.max_broken)
     files = [
-        file._replace(verdict=verdicts[file.path])
-        for file in files
-        if not verdicts[file.path].broken
+        file._replace(check=checks[file.path]) for file in files if not checks[file.path].broken
     ]
     if eval_split not in bases:
         files = _hold_out(files, eval_split, dataset_config.eval_share, dataset_config.split_seed)
@@ -100,18 +98,18 @@ def find(dataset_config: ConfigDict, needs_training: bool = True) -> Folder:
             f'config.dataset.split_seed={dataset_config.split_seed} says which images'
         )
     _check_enough(root, bases, files, class_names, eval_split)
-    notes += _notes_on_pictures(files, class_names, eval_split)
-    notes += _notes_on_deep_pictures(files, dataset_config.white_level)
+    notes += _content_notes(files, class_names, eval_split)
+    notes += _white_level_notes(files, dataset_config.white_level)
     notes += _notes_on_odd_jpegs(files)
 
-    splits: dict[str, list[Picture]] = {split: [] for split in (*bases, eval_split)}
+    splits: dict[str, list[ExampleFile]] = {split: [] for split in (*bases, eval_split)}
     # As good as shuffled: any part has all classes.
-    for file in sorted(files, key=lambda file: (file.verdict.digest, file.path)):
+    for file in sorted(files, key=lambda file: (file.check.digest, file.path)):
         original = os.path.join(root, file.path)
-        path = file.verdict.copy or original
-        label, verdict = label_of[file.class_name], file.verdict
-        picture = Picture(path, label, verdict.num_bytes, verdict.digest, original)
-        splits[file.split].append(picture)
+        path = file.check.copy or original
+        label, check = label_of[file.class_name], file.check
+        image = ExampleFile(path, label, check.num_bytes, check.digest, original)
+        splits[file.split].append(image)
     return Folder(class_names, splits, broken, tuple(notes))
 
 
@@ -144,11 +142,9 @@ def count(dataset_config: ConfigDict) -> tuple[tuple[str, ...], dict[str, int], 
 
 def _survey(dataset_config: ConfigDict, needs_training: bool) -> tuple:
     """Returns ({split name: Split}, notes, files, class names), from names alone."""
-    root, train_split, eval_split = (
-        os.path.expanduser(dataset_config.data_dir),
-        dataset_config.train_split,
-        dataset_config.eval_split,
-    )
+    root = os.path.expanduser(dataset_config.data_dir)
+    train_split = dataset_config.train_split
+    eval_split = dataset_config.eval_split
     _check_config(root, train_split, eval_split)
     tree = Tree(root)
     try:
@@ -157,7 +153,7 @@ def _survey(dataset_config: ConfigDict, needs_training: bool) -> tuple:
         files, endings = _files(tree, bases)
         class_names = _class_names(tree, bases, files)
     except (OSError, tf.errors.OpError) as error:
-        raise RunError(f'{shown(root)} cannot be read: {shown(one_line(error))}') from error
+        raise RunError(f'{printable(root)} cannot be read: {printable(one_line(error))}') from error
     return bases, notes + _notes_on_names(tree, bases, endings), files, class_names
 
 
@@ -169,7 +165,7 @@ def _check_config(root: str, train_split: str, eval_split: str) -> None:
         )
 
     for key, split in (('train_split', train_split), ('eval_split', eval_split)):
-        if split in ('', '.', '..') or set(split) & set('[]+%:/\\') or shown(split) != split:
+        if split in ('', '.', '..') or set(split) & set('[]+%:/\\') or printable(split) != split:
             raise ConfigError(
                 f'config.dataset.{key}={split!r} is not a split of a folder, which is a subfolder',
                 "write its name, as in 'train'; for a part of the images leave the "
@@ -184,14 +180,14 @@ def _check_config(root: str, train_split: str, eval_split: str) -> None:
         )
     if os.path.isfile(root):
         raise RunError(
-            f'config.dataset.data_dir={shown(root)} is a file',
+            f'config.dataset.data_dir={printable(root)} is a file',
             f'unpack it, and name the folder with {expected("DIR")}',
             'dataset.data_dir',
         )
     if not (tf.io.gfile.isdir if '://' in root else os.path.isdir)(root):
         raise RunError(
-            f'config.dataset.data_dir={shown(root)} is not a folder',
-            f'it should hold {expected(shown(root))}',
+            f'config.dataset.data_dir={printable(root)} is not a folder',
+            f'it should hold {expected(printable(root))}',
             'dataset.data_dir',
         )
 
@@ -213,10 +209,11 @@ def _notes_on_names(tree: Tree, bases: dict[str, Split], endings: collections.Co
             f"not used, as their names do not end like an image's: {_counted(others, NAMED)}"
         )
     for folder in dict.fromkeys(split.folder for split in bases.values()):
-        loose = len(pictures_in(tree.entries(folder)[1]))
+        loose = len(image_names(tree.entries(folder)[1]))
         if loose:
             notes.append(
-                f'not used: {loose:,} images that lie in {shown(folder)} itself, in no class folder'
+                f'not used: {loose:,} images that lie in {printable(folder)} itself, in no class '
+                'folder'
             )
     return notes
 
@@ -262,7 +259,9 @@ def _too_few_classes(tree: Tree, base: Split, others: list[tuple[str, Split]]) -
         problem = f'{base.place} has {number}, but no class folder; a classifier needs at least two'
         return RunError(problem, SORT)
     ((name, folder),) = base.classes.items()
-    problem = f'{base.place} has one class folder, {shown(name)}; a classifier needs at least two'
+    problem = (
+        f'{base.place} has one class folder, {printable(name)}; a classifier needs at least two'
+    )
     richer = next((split for split, other in others if len(other.classes) > 1), None)
     if richer:  # as in data sets for anomaly detection
         splits = f'--config.dataset.train_split={richer} --config.dataset.eval_split={HELD_OUT}'
@@ -289,7 +288,7 @@ def _empty_classes(tree: Tree, base: Split, names: list[str]) -> RunError:
 
 def _is_one_line(name: str) -> bool:
     """Returns whether a name is text without line breaks and other control characters."""
-    return shown(name) == name
+    return printable(name) == name
 
 
 def _check_broken(
@@ -305,11 +304,11 @@ def _check_broken(
     if len(broken) > allowed:
         share = math.ceil(100 * len(broken) / num_files) / 100
         allow = f', or write --config.dataset.max_broken={share}' if share < 1 else ''
-        some = '; '.join(f'{shown(path)}: {reason}' for path, reason in broken[:NAMED])
+        some = '; '.join(f'{printable(path)}: {reason}' for path, reason in broken[:NAMED])
         if len(broken) > NAMED:
             some += '; ...'
         raise RunError(
-            f'{len(broken):,} of {num_files:,} files in {shown(root)} are broken '
+            f'{len(broken):,} of {num_files:,} files in {printable(root)} are broken '
             f'({len(broken) / num_files:.2%}, allowed are {max_broken:.2%}): {some}. '
             f'All of them are listed in {image_validation.list_of_broken(root)}',
             f'replace or remove them{allow}',
@@ -328,7 +327,7 @@ def _hold_out(files: list[_File], eval_split: str, share: float, seed: int) -> l
     """
     digests: dict[str, set[str]] = collections.defaultdict(set)
     for file in files:
-        digests[file.class_name].add(file.verdict.digest)
+        digests[file.class_name].add(file.check.digest)
     held_out = set()
     for name, found in digests.items():
         order = sorted(
@@ -337,7 +336,7 @@ def _hold_out(files: list[_File], eval_split: str, share: float, seed: int) -> l
         held_out |= {(name, digest) for digest in order[: _number_held_out(len(order), share)]}
     return [
         file._replace(split=eval_split)
-        if (file.class_name, file.verdict.digest) in held_out
+        if (file.class_name, file.check.digest) in held_out
         else file
         for file in files
     ]
@@ -368,26 +367,24 @@ def _check_enough(
             if eval_split in bases
             else 'a class of one image needs it for training; add some'
         )
-        place = bases[eval_split].place if eval_split in bases else shown(root)
+        place = bases[eval_split].place if eval_split in bases else printable(root)
         raise RunError(f'{place} has no image to evaluate', advice)
 
 
-def _notes_on_pictures(
-    files: list[_File], class_names: Sequence[str], eval_split: str
-) -> list[str]:
+def _content_notes(files: list[_File], class_names: Sequence[str], eval_split: str) -> list[str]:
     """Notes classes that are not evaluated, and images that are in two places by their content."""
     notes, twins = [], collections.defaultdict(list)
     missing = set(class_names) - {file.class_name for file in files if file.split == eval_split}
     if missing:
         notes.append(f'no image to evaluate of {named(missing)}')
     for file in files:
-        twins[file.verdict.digest].append(file)
+        twins[file.check.digest].append(file)
     both = [same for same in twins.values() if len({file.split for file in same}) > 1]
     leaked = [file.path for same in both for file in same if file.split == eval_split]
     if leaked:
         notes.append(
             f'{len(leaked):,} evaluation images are training images as well, byte for byte, '
-            f'such as {shown(leaked[0])}: '
+            f'such as {printable(leaked[0])}: '
             'they make the accuracy look better than it is'
         )
     torn = [same for same in twins.values() if len({file.class_name for file in same}) > 1]
@@ -399,18 +396,18 @@ def _notes_on_pictures(
     return notes
 
 
-def _notes_on_deep_pictures(files: list[_File], white_level: int) -> list[str]:
+def _white_level_notes(files: list[_File], white_level: int) -> list[str]:
     """Notes images of more than 8 bits whose values are far from what counts as white."""
-    deep = [file for file in files if file.verdict.peak]
+    deep = [file for file in files if file.check.peak]
     if not deep:
         return []
-    brightest = max(deep, key=lambda file: file.verdict.peak)
-    peak = brightest.verdict.peak
-    num_cut = sum(file.verdict.peak > white_level for file in deep)
+    brightest = max(deep, key=lambda file: file.check.peak)
+    peak = brightest.check.peak
+    num_cut = sum(file.check.peak > white_level for file in deep)
     if num_cut:
         return [
             f'{num_cut:,} of {len(deep):,} images of 16 bits have values that are cut off at '
-            f'config.dataset.white_level={white_level}, such as {shown(brightest.path)}, up to '
+            f'config.dataset.white_level={white_level}, such as {printable(brightest.path)}, up to '
             f'{peak:,}'
         ]
     used = next((2**bits - 1 for bits in DEEP_BITS if peak < 2**bits), white_level)
@@ -426,21 +423,21 @@ def _notes_on_deep_pictures(files: list[_File], white_level: int) -> list[str]:
 def _notes_on_odd_jpegs(files: list[_File]) -> list[str]:
     """Notes JPEG files that break the format and are read all the same."""
     notes = []
-    remarkable = [file for file in files if file.verdict.remark and not file.verdict.doubt]
+    remarkable = [file for file in files if file.check.remark and not file.check.doubt]
     if remarkable:
         first = remarkable[0]
         notes.append(
             f'{len(remarkable):,} JPEG files break the format where no pixel can suffer, such '
-            f'as {shown(first.path)} '
-            f'({first.verdict.remark}): they are used'
+            f'as {printable(first.path)} '
+            f'({first.check.remark}): they are used'
         )
-    doubtful = [file for file in files if file.verdict.doubt]
+    doubtful = [file for file in files if file.check.doubt]
     if doubtful:
         first = doubtful[0]
         notes.append(
             f'{len(doubtful):,} JPEG files, nearly all, have the same fault, such as '
-            f'{shown(first.path)} '
-            f'({first.verdict.doubt}): it is taken for a habit of what wrote them, and they are '
+            f'{printable(first.path)} '
+            f'({first.check.doubt}): it is taken for a habit of what wrote them, and they are '
             'used'
         )
     return notes
@@ -453,7 +450,7 @@ def image_paths(root: str) -> Iterator[str]:
     """
     for folder, _, names in Tree(root).walk(root):
         yield from (
-            os.path.relpath(os.path.join(folder, name), root) for name in pictures_in(names)
+            os.path.relpath(os.path.join(folder, name), root) for name in image_names(names)
         )
 
 
@@ -465,10 +462,10 @@ def _files(tree: Tree, bases: dict[str, Split]) -> tuple[list[_File], collection
         for class_name, class_folder in base.classes.items():
             for folder, _, names in tree.walk(class_folder, base.folder, tree.root):
                 below = os.path.relpath(folder, tree.root)
-                pictures = pictures_in(names)
-                found += [_File(split, class_name, os.path.join(below, name)) for name in pictures]
-                if len(pictures) < len(names):
-                    known = set(pictures)
+                images = image_names(names)
+                found += [_File(split, class_name, os.path.join(below, name)) for name in images]
+                if len(images) < len(names):
+                    known = set(images)
                     endings.update(_ending(name) for name in names if name not in known)
     return found, endings
 

@@ -1,6 +1,6 @@
 """Finds out how an image file can be used: as it is, as a converted copy, or not at all.
 
-Training, evaluation and `predict.py` see a file through `as_decodable`. Verdicts and copies are
+Training, evaluation and `predict.py` see a file through `as_decodable`. Checks and copies are
 kept in TFDS' data folder, so that a file is examined once, and again when it has changed.
 """
 
@@ -13,7 +13,6 @@ import os
 import re
 import stat
 import tempfile
-import unicodedata
 import uuid
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -27,6 +26,7 @@ import tqdm
 from PIL import ExifTags, Image
 
 from common import console
+from common.console import printable
 from common.errors import RunError, counted, one_line
 from inputs import file_signatures, heif, image_ops, jpeg_files
 
@@ -89,23 +89,8 @@ TURNS = {  # EXIF orientation (EXIF 2.32, tag 0x0112) -> what a viewer does
 }
 BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # TIFF 6.0, pages 29 and 37
 # Share and number of JPEG files with one fault that make it a habit of their writer.
-NEARLY_ALL, LEAST_HABIT = (
-    0.9,
-    3,
-)
-# Unicode Standard Annex 9, 2.1 to 2.5.
-EMBEDDINGS = (
-    'LRE',
-    'RLE',
-    'LRO',
-    'RLO',
-    'PDF',
-    'LRI',
-    'RLI',
-    'FSI',
-    'PDI',
-)
-UNSEEN = '\ufeff\u00ad'  # the mark of an encoding, and a soft hyphen: no name needs them
+NEARLY_ALL = 0.9
+LEAST_HABIT = 3
 CHUNK = 64  # files that are examined between two looks at what was said to standard error
 ENDS_TOO_EARLY = 'the file ends too early: copy or download it again'
 READERS = [
@@ -113,14 +98,14 @@ READERS = [
     f'TensorFlow {tf.__version__}',
     *([f'pillow-heif {heif.VERSION}'] if heif.VERSION else []),
 ]
-RULES = ', '.join(['5', *READERS])  # that verdicts were found by; count up what changes them
+RULES = ', '.join(['5', *READERS])  # that checks were found by; count up what changes them
 
 
 class Broken(Exception):
     """Why a file cannot be used."""
 
 
-class Verdict(NamedTuple):
+class FileCheck(NamedTuple):
     """On one file.
 
     Attributes:
@@ -147,7 +132,7 @@ class Verdict(NamedTuple):
 
 
 class Decodable(NamedTuple):
-    """A JPEG or PNG file that TensorFlow reads as a viewer shows it; see `Verdict`."""
+    """A JPEG or PNG file that TensorFlow reads as a viewer shows it; see `FileCheck`."""
 
     content: bytes
     file_format: str
@@ -195,7 +180,7 @@ def decodable(content: bytes) -> Decodable:
 
 def examine(
     root: str, paths: Sequence[str], white_level: int = image_ops.WHITE_LEVEL
-) -> dict[str, Verdict]:
+) -> dict[str, FileCheck]:
     """Finds out which files can be used; converts those that TensorFlow would refuse or misread.
 
     Args:
@@ -204,18 +189,18 @@ def examine(
         white_level: of images of 16 bits, as in `image_ops.decode`: some can only be read with all
             16.
 
-    Returns: {path: Verdict}, in the order of `paths`. `list_of_broken(root)` then has those that
+    Returns: {path: FileCheck}, in the order of `paths`. `list_of_broken(root)` then has those that
         are broken, if any are.
 
     Raises: RunError if the data folder cannot be written.
     """
     try:
         tf.io.gfile.makedirs(_copies(root))
-        verdicts = _without_doubts(_examine_new(root, paths))
+        checks = _without_doubts(_examine_new(root, paths))
         if white_level != image_ops.WHITE_LEVEL:
-            verdicts = _without_upper_bits(verdicts)
+            checks = _without_upper_bits(checks)
         broken = [
-            f'{shown(path)}: {verdicts[path].broken}\n' for path in paths if verdicts[path].broken
+            f'{printable(path)}: {checks[path].broken}\n' for path in paths if checks[path].broken
         ]
         if broken:
             _write(list_of_broken(root), ''.join(broken).encode())
@@ -225,23 +210,12 @@ def examine(
             'set the environment variable TFDS_DATA_DIR to a folder that can be, '
             'with room for converted images',
         ) from error
-    return {path: verdicts[path] for path in paths}
+    return {path: checks[path] for path in paths}
 
 
 def list_of_broken(root: str) -> str:
     """Returns the path of the text file with all broken files, one a line."""
     return os.path.join(_cache(root), 'broken.txt')
-
-
-def shown(name: str) -> str:
-    """Returns the name of a file as it can be printed, on one line."""
-    return ascii(name) if any(_disturbs(letter) for letter in name) else name
-
-
-def _disturbs(letter: str) -> bool:
-    """Returns whether a letter ends a line, reorders what follows it, or is invisible."""
-    is_control = unicodedata.category(letter) in ('Cc', 'Cs', 'Zl', 'Zp')
-    return is_control or letter in UNSEEN or unicodedata.bidirectional(letter) in EMBEDDINGS
 
 
 def _write(path: str, content: bytes) -> None:
@@ -266,13 +240,13 @@ def _copies(root: str) -> str:
     return os.path.join(_cache(root), 'copies')
 
 
-def _examine_new(root: str, paths: Sequence[str]) -> dict[str, Verdict]:
-    """Returns verdicts on all files; those of unchanged files are known from before."""
+def _examine_new(root: str, paths: Sequence[str]) -> dict[str, FileCheck]:
+    """Returns checks on all files; those of unchanged files are known from before."""
     manifest = os.path.join(_cache(root), 'manifest.json')
     known = _read_manifest(manifest)
     folder = _copies(root)
     copies = {'', *(os.path.join(folder, name) for name in tf.io.gfile.listdir(folder))}
-    verdicts, changed = {}, []
+    checks, changed = {}, []
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
         # On a disk the answer takes less time than to ask for it in a thread.
         ask: Callable[..., Iterable] = pool.map if '://' in root else map
@@ -280,66 +254,64 @@ def _examine_new(root: str, paths: Sequence[str]) -> dict[str, Verdict]:
         stamps: dict[str, Any] = dict(zip(paths, found_stamps, strict=True))
     for path, stamp in stamps.items():
         if isinstance(stamp, Broken):
-            verdicts[path] = Verdict(broken=str(stamp))
+            checks[path] = FileCheck(broken=str(stamp))
         elif path in known and known[path][0] == stamp and known[path][1].copy in copies:
-            verdicts[path] = known[path][1]
+            checks[path] = known[path][1]
         else:
             changed.append(path)
     if changed:
-        console.line(f'examining {counted(len(changed), "file")} of {shown(root)}, once')
+        console.line(f'examining {counted(len(changed), "file")} of {printable(root)}, once')
         try:
             found = _examine_all([os.path.join(root, path) for path in changed], _copies(root))
             bar = tqdm.tqdm(total=len(changed), unit=' files', disable=None, delay=2, leave=False)
             # Its threads end here, also if this is interrupted.
             with contextlib.closing(found), bar:
-                for path, verdict in zip(changed, found, strict=True):
-                    verdicts[path] = verdict
+                for path, check in zip(changed, found, strict=True):
+                    checks[path] = check
                     bar.update()
         finally:  # also what an interrupted start has found out
             known |= {
-                path: (stamps[path], verdicts[path])
+                path: (stamps[path], checks[path])
                 for path in changed
-                if path in verdicts and verdicts[path].digest
+                if path in checks and checks[path].digest
             }
             _write(manifest, json.dumps({'rules': RULES, 'files': known}).encode())
-    return verdicts
+    return checks
 
 
-def _without_doubts(verdicts: dict[str, Verdict]) -> dict[str, Verdict]:
+def _without_doubts(checks: dict[str, FileCheck]) -> dict[str, FileCheck]:
     """Marks files broken whose complaint is not one that nearly all JPEG files have."""
-    doubtful = {path: verdict for path, verdict in verdicts.items() if verdict.doubt}
-    num_jpegs = sum(verdict.file_format in JPEGS for verdict in verdicts.values())
+    doubtful = {path: check for path, check in checks.items() if check.doubt}
+    num_jpegs = sum(check.file_format in JPEGS for check in checks.values())
     if len(doubtful) >= max(LEAST_HABIT, NEARLY_ALL * num_jpegs):
-        return verdicts
-    return verdicts | {
-        path: Verdict(verdict.digest, broken=f'damaged: {verdict.doubt}')
-        for path, verdict in doubtful.items()
+        return checks
+    return checks | {
+        path: FileCheck(check.digest, broken=f'damaged: {check.doubt}')
+        for path, check in doubtful.items()
     }
 
 
-def _without_upper_bits(verdicts: dict[str, Verdict]) -> dict[str, Verdict]:
+def _without_upper_bits(checks: dict[str, FileCheck]) -> dict[str, FileCheck]:
     """Marks files broken of which only the upper eight of 16 bits can be read."""
     reason = (
         '16-bit colours, of which only the upper eight bits can be read: save it as a PNG of 16 '
         'bits, '
         'so that config.dataset.white_level can count'
     )
-    coarse = {path: verdict for path, verdict in verdicts.items() if verdict.has_upper_bits_only}
-    return verdicts | {
-        path: Verdict(verdict.digest, broken=reason) for path, verdict in coarse.items()
-    }
+    coarse = {path: check for path, check in checks.items() if check.has_upper_bits_only}
+    return checks | {path: FileCheck(check.digest, broken=reason) for path, check in coarse.items()}
 
 
-def _read_manifest(path: str) -> dict[str, tuple[tuple, Verdict]]:
-    """Returns {path: (stamp, Verdict)}; nothing if the manifest is missing or damaged."""
+def _read_manifest(path: str) -> dict[str, tuple[tuple, FileCheck]]:
+    """Returns {path: (stamp, FileCheck)}; nothing if the manifest is missing or damaged."""
     try:
         with tf.io.gfile.GFile(path, 'rb') as file:
             manifest = json.loads(file.read())
         if manifest['rules'] != RULES:
             return {}
         return {
-            path: (tuple(stamp), Verdict(*verdict))
-            for path, (stamp, verdict) in manifest['files'].items()
+            path: (tuple(stamp), FileCheck(*check))
+            for path, (stamp, check) in manifest['files'].items()
         }
     except (tf.errors.OpError, ValueError, TypeError, KeyError, AttributeError):
         return {}
@@ -367,25 +339,24 @@ def _require_regular(status: os.stat_result) -> None:
         raise Broken('no regular file')
 
 
-def _examine_all(paths: Sequence[str], copies: str) -> Generator[Verdict, None, None]:
-    """Yields the Verdict on each file, in order.
+def _examine_all(paths: Sequence[str], copies: str) -> Generator[FileCheck, None, None]:
+    """Yields the FileCheck on each file, in order.
 
     Raises: tf.errors.OpError if a copy cannot be written.
     """
     Image.init()
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool, warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # of Pillow: each file has its verdict
+        warnings.simplefilter('ignore')  # of Pillow: each file has its check
         for begin in range(0, len(paths), CHUNK):
             chunk = paths[begin : begin + CHUNK]
             with standard_error() as said:
-                verdicts = list(pool.map(lambda path: _verdict(path, copies), chunk))
+                checks = list(pool.map(lambda path: _check_file(path, copies), chunk))
                 complains = bool(said())  # some of them: libjpeg does not say which
             if complains:
-                verdicts = [
-                    _listen(path, verdict, copies)
-                    for path, verdict in zip(chunk, verdicts, strict=True)
+                checks = [
+                    _listen(path, check, copies) for path, check in zip(chunk, checks, strict=True)
                 ]
-            yield from verdicts
+            yield from checks
 
 
 @contextlib.contextmanager
@@ -412,7 +383,7 @@ def standard_error() -> Iterator[Callable[[], bytes]]:
             os.close(usual)
 
 
-def _verdict(path: str, copies: str, listens: bool = False) -> Verdict:
+def _check_file(path: str, copies: str, listens: bool = False) -> FileCheck:
     """Examines one file, writes its copy if needed; with `listens`, hears libjpeg."""
     content, digest, file_format = b'', '', ''
     try:
@@ -423,23 +394,23 @@ def _verdict(path: str, copies: str, listens: bool = False) -> Verdict:
         if listens:
             found = _without_complaint(content, found)
     except MemoryError:  # there may be enough another time, so without digest
-        return Verdict(broken='too large for the memory that is free')
+        return FileCheck(broken='too large for the memory that is free')
     except Exception as error:  # a damaged file can make Pillow raise anything
-        return Verdict(digest, broken=_fault(error, content), file_format=file_format)
+        return FileCheck(digest, broken=_fault(error, content), file_format=file_format)
     copy = ''
     if found.content is not content:
         ending = '.png' if found.content.startswith(image_ops.PNG_SIGNATURE) else '.jpg'
         copy = os.path.join(copies, digest + ending)
         _write(copy, found.content)
-    return Verdict(digest, len(found.content), copy, '', *found[1:])
+    return FileCheck(digest, len(found.content), copy, '', *found[1:])
 
 
-def _listen(path: str, verdict: Verdict, copies: str) -> Verdict:
+def _listen(path: str, check: FileCheck, copies: str) -> FileCheck:
     """Examines a file again, by itself, if it may be the one that libjpeg complained about."""
-    if verdict.broken or verdict.file_format not in JPEGS:
-        return verdict
+    if check.broken or check.file_format not in JPEGS:
+        return check
     with standard_error():
-        return _verdict(path, copies, listens=True)
+        return _check_file(path, copies, listens=True)
 
 
 def read(path: str) -> bytes:
@@ -655,4 +626,4 @@ def _fault(error: Exception, content: bytes) -> str:
 def _reason(error: Exception) -> str:
     # TensorFlow adds its own names.
     text = getattr(error, 'strerror', None) or re.sub(r'\{\{.*?\}\}|\[Op:.*?\]', '', str(error))
-    return shown(one_line(text, 200)) or type(error).__name__
+    return printable(one_line(text, 200)) or type(error).__name__

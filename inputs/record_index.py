@@ -29,7 +29,7 @@ RECORD_OVERHEAD = 16  # bytes around each record of a TFRecord file: length, two
 
 
 @dataclasses.dataclass(frozen=True)
-class Records:
+class RecordRanges:
     """Pieces of TFRecord files that TFDS prepared.
 
     Attributes:
@@ -84,7 +84,7 @@ class Records:
         values = batches.map(lambda numbers, records: tf.io.parse_example(records, specs)[path])
         return np.concatenate(list(values.as_numpy_iterator()))
 
-    def sample(self, num_examples: int) -> 'Records':
+    def sample(self, num_examples: int) -> 'RecordRanges':
         """Returns at most so many examples, of evenly spread pieces with the first and last."""
         at_a_place = min(EXAMPLES_AT_A_PLACE, int(self.counts.max()))
         last = len(self.counts) - 1
@@ -124,7 +124,7 @@ class Records:
 
 
 @dataclasses.dataclass(frozen=True)
-class Singles:
+class ExampleList:
     """Examples that can be had one by one, from memory or from image files: each is a piece.
 
     Attributes:
@@ -146,17 +146,17 @@ class Singles:
         return np.ones(len(self.labels), np.int64)
 
     def read(self, pieces: tf.Tensor) -> tf.data.Dataset:
-        """See `Records.read`; in the order of `pieces`."""
+        """See `RecordRanges.read`; in the order of `pieces`."""
         return self.entries(pieces).map(
             lambda number, index: (number, *self.fetch(index)), tf.data.AUTOTUNE
         )
 
     def entries(self, pieces: tf.Tensor) -> tf.data.Dataset:
-        """See `Records.entries`: an entry is an index; files are read where they are decoded."""
+        """See `RecordRanges.entries`: an entry is an index; decoding reads the file."""
         return tf.data.Dataset.from_tensor_slices((tf.gather(self.ids, pieces), pieces))
 
     def fetch(self, index: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """See `Records.fetch`."""
+        """See `RecordRanges.fetch`."""
         return self.load(self.stored[index]), self.labels[index]
 
 
@@ -175,8 +175,8 @@ def of_builder(
     split: str,
     share: tuple[int, int] = (0, 1),
     longest: int | None = None,
-) -> Records:
-    """Returns the `Records` of a prepared TFDS split.
+) -> RecordRanges:
+    """Returns the `RecordRanges` of a prepared TFDS split.
 
     Args:
         builder: prepared as TFRecord files.
@@ -188,7 +188,7 @@ def of_builder(
             `PIECES`. With 1 their order is that of examples in memory.
     """
     info = builder.info.splits[split]
-    begin, end = share_of(info.num_examples, share)
+    begin, end = host_range(info.num_examples, share)
     whole = builder.info.splits[re.split(r'[\[+]', split)[0].strip()]
     whole_bytes = whole.num_bytes
     if not whole_bytes:  # some data sets do not say
@@ -206,7 +206,7 @@ def of_builder(
         found = pool.map(lambda run: _pieces_of_run(*run, longest=most), runs)
         pieces = list(itertools.chain.from_iterable(found))
     filenames, offsets, counts, first_ids = map(np.array, zip(*pieces, strict=True))
-    return Records(
+    return RecordRanges(
         counts=counts.astype(np.int64),
         first_ids=first_ids.astype(np.int64),
         filenames=filenames,
@@ -218,16 +218,16 @@ def of_builder(
     )
 
 
-def in_memory(split: Records) -> Singles:
+def in_memory(split: RecordRanges) -> ExampleList:
     """Returns all examples of a split, kept in memory."""
     columns = next(iter(split.read(np.arange(len(split.counts))).batch(int(split.counts.sum()))))
     ids, encoded, labels = (tf.gather(column, tf.argsort(columns[0])) for column in columns)
-    return Singles(
+    return ExampleList(
         stored=encoded, labels=labels, ids=ids, num_bytes=split.num_bytes, load=tf.identity
     )
 
 
-def share_of(num_examples: int, share: tuple[int, int]) -> tuple[int, int]:
+def host_range(num_examples: int, share: tuple[int, int]) -> tuple[int, int]:
     """Returns (begin, end) of share (index, number): shares differ by one example at most.
 
     Raises: RunError if there are more hosts than examples.

@@ -47,7 +47,7 @@ def require_usable(
     """Checks the labels and some images of the split that `dataset_config` names under `key`.
 
     Every label is checked in a split of up to `READ_WHOLE` bytes, and a sample in a larger one. The
-    others are checked when they are read: see `record_index.Records.read`.
+    others are checked when they are read: see `record_index.RecordRanges.read`.
 
     Returns: what the user may not expect of its images, or ''.
 
@@ -75,7 +75,7 @@ def require_usable(
 
 def _require_labels(
     builder: tfds.core.DatasetBuilder,
-    records: record_index.Records,
+    records: record_index.RecordRanges,
     labels: np.ndarray,
     key: str,
     dataset_config: ConfigDict,
@@ -129,7 +129,7 @@ def _why_unreadable(encoded: bytes) -> str:
 
 
 def _note_on_stored_images(
-    records: record_index.Records, images: np.ndarray, white_level: int
+    records: record_index.RecordRanges, images: np.ndarray, white_level: int
 ) -> str:
     """Returns a note if `predict.py` would show the model other pixels than training does; else ''.
 
@@ -158,7 +158,9 @@ def _is_seen_otherwise(encoded: bytes, white_level: int) -> bool:
     return stored.shape != seen.shape or bool(tf.reduce_any(stored != seen))
 
 
-def _require_readable(records: record_index.Records, images: np.ndarray, white_level: int) -> None:
+def _require_readable(
+    records: record_index.RecordRanges, images: np.ndarray, white_level: int
+) -> None:
     """Raises RunError if one of some encoded images cannot be read as it was meant."""
     feature = feature_at(records.features, records.columns.image)
     has_alpha = feature.shape[-1] in (2, 4)

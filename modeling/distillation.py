@@ -168,7 +168,7 @@ def _saved_teacher(source: str, class_names: Sequence[str]) -> _Network:
             'distill.teacher',
         ) from error
     inputs, outputs = signature.structured_input_signature[1], signature.structured_outputs
-    _require_pictures_to_answers(path, name, inputs, outputs, len(class_names))
+    _require_classifier_signature(path, name, inputs, outputs, len(class_names))
     ((argument, wanted),) = inputs.items()
     output = 'logits' if 'logits' in outputs else next(iter(outputs))
 
@@ -194,7 +194,7 @@ def _saved_model_in(source: str) -> str:
     )
 
 
-def _require_pictures_to_answers(
+def _require_classifier_signature(
     path: str,
     name: str,
     inputs: Mapping[str, tf.TensorSpec],
@@ -212,12 +212,12 @@ def _require_pictures_to_answers(
             )
         )
 
-    takes_pictures = len(inputs) == 1 and all(
+    takes_images = len(inputs) == 1 and all(
         fits(spec, (None, None, None, 3)) and spec.dtype in (tf.float32, tf.uint8)
         for spec in inputs.values()
     )
     answers = [outputs['logits']] if 'logits' in outputs else list(outputs.values())
-    if not takes_pictures or len(answers) != 1 or not fits(answers[0], (None, num_classes)):
+    if not takes_images or len(answers) != 1 or not fits(answers[0], (None, num_classes)):
         has = [
             ', '.join(f'{key} {spec.dtype.name} {spec.shape}' for key, spec in specs.items())
             for specs in (inputs, outputs)

@@ -124,10 +124,8 @@ class Checkpoints:
         """
         step, missing = self.latest_step(), 'train first'
         if which == 'best' and step is not None:
-            step, missing = (
-                self._good[step]['best_step'],
-                'no evaluation of this run is the best yet',
-            )
+            step = self._good[step]['best_step']
+            missing = 'no evaluation of this run is the best yet'
         if step is None:
             raise RunError(f'there is no {which} checkpoint in {self.directory}', missing)
         if not self._is_good(step):
@@ -228,7 +226,7 @@ class Checkpoints:
         self._damaged.pop(step, None)
         self._delete_old()
 
-    def _write_variables(self, folder: str, step: int, values: list[np.ndarray]) -> dict[str, dict]:
+    def _write_variables(self, folder: str, step: int, values: list[tf.Tensor]) -> dict[str, dict]:
         """Writes the values and reads them back; returns {file name: its size and checksum}."""
         spoiled = [
             key

@@ -76,7 +76,7 @@ def drawable(text: str) -> str:
 def plot_learning_rate(
     path: str,
     planned_steps: Sequence[int],
-    planned: Sequence[float],
+    planned: Sequence[float] | np.ndarray,
     rows: list[dict],
     warmup_steps: int,
     hold_steps: int,
@@ -223,8 +223,8 @@ def plot_curves(path: str, runs: Mapping[str, list[dict]]) -> None:
 
 
 def _save(figure: Figure, path: str) -> None:
-    picture = io.BytesIO()
-    figure.savefig(picture, format=os.path.splitext(path)[1][1:])
+    encoded = io.BytesIO()
+    figure.savefig(encoded, format=os.path.splitext(path)[1][1:])
     storage.make_folder(os.path.dirname(path))
-    storage.write(path, picture.getvalue())
+    storage.write(path, encoded.getvalue())
     plt.close(figure)

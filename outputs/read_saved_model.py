@@ -20,19 +20,19 @@ def main(directory: str, encoded: str, opaque_pngs: str, answers: str) -> None:
         model.signatures['classify_encoded'](encoded=batch)['logits'].numpy()
         for batch in tf.data.TFRecordDataset(encoded).batch(100)
     ]
-    pictures = [
+    images = [
         tf.io.decode_png(file, channels=3)[None] for file in tf.data.TFRecordDataset(opaque_pngs)
     ]
     np.savez(
         answers,
         classify_encoded=np.concatenate(logits),
         classify=np.concatenate(
-            [model.signatures['serving_default'](images=picture)['logits'] for picture in pictures]
+            [model.signatures['serving_default'](images=batch)['logits'] for batch in images]
         ),
         classify_float=np.concatenate(
             [
-                model.signatures['classify_float'](images=tf.cast(picture, tf.float32))['logits']
-                for picture in pictures
+                model.signatures['classify_float'](images=tf.cast(batch, tf.float32))['logits']
+                for batch in images
             ]
         ),
     )

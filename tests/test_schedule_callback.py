@@ -89,10 +89,8 @@ def test_callback_uses_and_keeps_the_rates_of_the_function():
 @pytest.mark.parametrize('jit_compile', [False, True])
 def test_callback_and_schedule_end_in_the_same_weights(jit_compile):
     compiled = {'run_eagerly': False, 'jit_compile': jit_compile}
-    with_callback, with_schedule = (
-        a_model(**compiled),
-        a_model(WarmupCosineDecay(**ARGUMENTS), **compiled),
-    )
+    with_callback = a_model(**compiled)
+    with_schedule = a_model(WarmupCosineDecay(**ARGUMENTS), **compiled)
     fit(with_callback, WarmupCosineDecayCallback(**ARGUMENTS), epochs=3)
     fit(with_schedule, epochs=3)
     for one, other in zip(with_callback.get_weights(), with_schedule.get_weights(), strict=True):
@@ -110,10 +108,8 @@ def test_callback_sets_its_own_models_rate_and_resumes(tmp_path):
     assert rate_of(bystander) == 0.25
     assert rate_of(model) == pytest.approx(PLANNED[3])
     model.save(tmp_path / 'model.keras')
-    resumed, callback = (
-        keras.models.load_model(tmp_path / 'model.keras'),
-        WarmupCosineDecayCallback(**ARGUMENTS),
-    )
+    resumed = keras.models.load_model(tmp_path / 'model.keras')
+    callback = WarmupCosineDecayCallback(**ARGUMENTS)
     fit(resumed, callback, initial_epoch=1, epochs=3)
     np.testing.assert_allclose(callback.lrs, PLANNED[4:12], rtol=1e-6)
 
@@ -188,10 +184,8 @@ def test_without_total_steps_the_callback_only_warms_up(tmp_path):
         callback.lrs, [0.01, 0.055] + 6 * [0.1] + 4 * [0.01] + 4 * [0.005], rtol=1e-6
     )
     model.save(tmp_path / 'model.keras')
-    resumed, callback = (
-        keras.models.load_model(tmp_path / 'model.keras'),
-        WarmupCosineDecayCallback(**arguments),
-    )
+    resumed = keras.models.load_model(tmp_path / 'model.keras')
+    callback = WarmupCosineDecayCallback(**arguments)
     fit(resumed, callback, epochs=1)
     np.testing.assert_allclose(callback.lrs, 4 * [0.005], rtol=1e-6)
 

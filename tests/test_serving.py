@@ -20,7 +20,7 @@ from PIL import Image
 import export
 import predict
 import train
-from common import storage
+from common import console, storage
 from common.errors import RunError
 from configs import default
 from configs import folder as folder_config
@@ -843,7 +843,7 @@ def test_who_stops_reading_sees_no_error(trained, tmp_path, program):
     ],
 )
 def test_a_name_is_printed_as_it_is_unless_it_disturbs_the_line(name, printed):
-    assert image_validation.shown(name) == (ascii(name) if printed else name)
+    assert console.printable(name) == (ascii(name) if printed else name)
 
 
 def test_titles_are_shortened_as_they_are_drawn(trained, tmp_path, monkeypatch):

@@ -89,13 +89,11 @@ def operations(function):
 
 def test_the_training_step_adds_up_over_the_cores(still, strategy):
     still.grad_clip_norm = 1.0
-    (
-        still.augment.flip,
-        still.augment.color_jitter,
-        still.augment.random_erasing,
-        still.augment.mixup,
-        still.augment.cutmix,
-    ) = True, 0.4, 0.25, 0.2, 1.0
+    still.augment.flip = True
+    still.augment.color_jitter = 0.4
+    still.augment.random_erasing = 0.25
+    still.augment.mixup = 0.2
+    still.augment.cutmix = 1.0
     state = build(still, strategy)
     train_step = steps.make_train_step(
         state,
@@ -219,19 +217,15 @@ def test_the_loops_of_every_config_are_fit_for_a_tpu(strategy, change, name):
 )
 def test_everything_at_once_fits_a_tpu_with_every_optimizer(tiny, strategy, name, tmp_path):
     write_foreign_teacher(str(tmp_path / 'teacher'))
-    tiny.distill.teacher, tiny.model.freeze, tiny.model.layer_decay, tiny.accumulate_steps = (
-        str(tmp_path / 'teacher'),
-        'block1',
-        0.8,
-        2,
-    )
-    tiny.optimizer, tiny.weight_decay, tiny.grad_clip_norm, tiny.ema_decay, tiny.model.dropout = (
-        {'name': name},
-        0.1,
-        1.0,
-        0.99,
-        0.2,
-    )
+    tiny.distill.teacher = str(tmp_path / 'teacher')
+    tiny.model.freeze = 'block1'
+    tiny.model.layer_decay = 0.8
+    tiny.accumulate_steps = 2
+    tiny.optimizer = {'name': name}
+    tiny.weight_decay = 0.1
+    tiny.grad_clip_norm = 1.0
+    tiny.ema_decay = 0.99
+    tiny.model.dropout = 0.2
     source, state = datasets.load(tiny.dataset), build(tiny, strategy)
     plan = planning.make_plan(tiny, source.num_train, source.num_eval, 10, REPLICAS)
     with strategy.scope():

@@ -277,12 +277,10 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(
 def test_the_host_calls_once_per_loop_without_retracing(
     tiny, tmp_path, monkeypatch, virtual_devices
 ):
-    tiny.virtual_devices, tiny.steps_per_loop, tiny.log_every, tiny.eval_every = (
-        virtual_devices,
-        7,
-        '10 steps',
-        '15 steps',
-    )
+    tiny.virtual_devices = virtual_devices
+    tiny.steps_per_loop = 7
+    tiny.log_every = '10 steps'
+    tiny.eval_every = '15 steps'
     made = {'make_train_loop': [], 'make_eval_loop': []}
     for name in made:
         original = getattr(train.loops, name)
@@ -317,12 +315,10 @@ def test_the_host_calls_once_per_loop_without_retracing(
 @pytest.mark.slow
 @pytest.mark.usefixtures('read_here')
 def test_a_progressive_run_traces_once_per_size_and_resumes(tiny, tmp_path, monkeypatch):
-    tiny.image_size, tiny.progressive.stages, tiny.progressive.image_size, tiny.augment.mixup = (
-        96,
-        3,
-        32,
-        0.2,
-    )
+    tiny.image_size = 96
+    tiny.progressive.stages = 3
+    tiny.progressive.image_size = 32
+    tiny.augment.mixup = 0.2
     sizes, original = [], train.steps.make_train_step
 
     def watched(*arguments, **options):
@@ -392,11 +388,9 @@ def test_images_lost_during_a_stop_are_noted_and_schedule_stays(
     grey_pictures, tmp_path, monkeypatch, capsys
 ):
     data, config = grey_pictures
-    config.train_for, config.steps_per_loop, config.log_every = (
-        '12 epochs',
-        1,
-        '20 steps',
-    )  # 60 steps of 40 images
+    config.train_for = '12 epochs'  # 60 steps of 40 images
+    config.steps_per_loop = 1
+    config.log_every = '20 steps'
     with monkeypatch.context() as patch:
         stop_at(patch, 20)
         assert train.run(config, str(tmp_path / 'run')) == 143
@@ -425,11 +419,9 @@ def test_a_picture_that_is_spoilt_while_it_is_in_use_is_named(
     grey_pictures, tmp_path, monkeypatch, harm, says
 ):
     data, config = grey_pictures
-    config.train_for, config.steps_per_loop, config.dataset.memory_gib = (
-        '5000 steps',
-        1,
-        0.001,
-    )  # not kept in memory
+    config.train_for = '5000 steps'
+    config.steps_per_loop = 1
+    config.dataset.memory_gib = 0.001  # not kept in memory
     config.dataset.max_broken = 0.1
     for name in ('dark', 'light'):
         for index in range(20):

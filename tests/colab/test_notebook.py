@@ -101,10 +101,8 @@ def test_an_own_image_is_classified_as_the_export_does(executed, tmp_path, capsy
     assert predict.main([run, str(tmp_path / 'mine.png'), f'--output={tmp_path}/drawn.png']) == 0
     model = tf.saved_model.load(os.path.join(run, 'export'))
     answer = model.signatures['serving_default'](images=tf.constant(picture[None]))
-    label, probability = (
-        answer['label'][0].numpy().decode(),
-        float(tf.reduce_max(answer['probabilities'])),
-    )
+    label = answer['label'][0].numpy().decode()
+    probability = float(tf.reduce_max(answer['probabilities']))
     assert capsys.readouterr().out.startswith(f'{tmp_path}/mine.png: {label} {probability:.1%}, ')
     assert (tmp_path / 'drawn.png').stat().st_size > 5_000
 

@@ -157,10 +157,8 @@ def test_what_comes_next_in_the_main_thread_sees_the_signal():
 
 
 def test_afterwards_all_is_as_before(capsys):
-    handlers, before = (
-        [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)],
-        len(os.listdir('/dev/fd')),
-    )
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    before = len(os.listdir('/dev/fd'))
     with contextlib.suppress(ZeroDivisionError), preemption.watch(on_google_cloud=False):
         raise ZeroDivisionError
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers

@@ -966,11 +966,9 @@ def test_unprepared_digits_are_ok_with_their_numbers(tmp_path, tiny):
 
 def test_imagenet_that_is_missing_is_named_with_how_to_get_it(tmp_path):
     config = default.get_config()
-    config.dataset.name, config.dataset.eval_split, config.dataset.data_dir = (
-        'imagenet2012',
-        'validation',
-        str(tmp_path),
-    )
+    config.dataset.name = 'imagenet2012'
+    config.dataset.eval_split = 'validation'
+    config.dataset.data_dir = str(tmp_path)
     found = dataset_status.find_status(config.dataset)
     assert (found.num_classes, found.num_train, found.num_eval) == (1000, 1_281_167, 50_000)
     assert_mended(

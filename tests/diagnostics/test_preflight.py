@@ -113,7 +113,7 @@ def test_a_config_is_compiled_once_with_its_all_reduces(tiny, text, sums, capsys
     monkeypatch.setattr(tpu_compiler, '_compile', lambda *arguments: pytest.fail('compiled again'))
     topology, data = Topology.parse(text), preflight.known_data(tiny)
     plan = planning.make_plan(tiny, data.num_train, data.num_eval, 10, topology.num_replicas)
-    training, evaluation = preflight.fly(tiny, plan, topology)
+    training, evaluation = preflight.compile_steps(tiny, plan, topology)
     weights = 4 * (9 * 3 * 16 + 2 * 16 + 9 * 16 * 32 + 2 * 32 + 33 * 10)  # bytes of all gradients
     assert (
         sum(training.program.all_reduce_bytes) == (weights if sums else 0)
@@ -201,11 +201,11 @@ def test_a_batch_that_fits_keeps_the_shares_of_a_replica(tiny, memory_for, limit
 def test_the_largest_batch_keeps_multiples_and_ends_with_data(tiny, memory_for, capsys):
     tiny.batch_size, tiny.augment.repeats, tiny.train_for = 48, 3, '1 epochs'
     tried = memory_for(10**6)
-    flight = preflight.Flight(
+    compiled_step = preflight.CompiledStep(
         'training', 48, 16, 30, hlo_cost.Program('libtpu', 1.0, 1.0, 548, 10**6, 1, (), ())
     )
     found, _ = preflight.search_largest(
-        tiny, preflight.known_data(tiny), Topology.parse('v5e'), flight
+        tiny, preflight.known_data(tiny), Topology.parse('v5e'), compiled_step
     )
     assert (
         not any(batch % 24 for batch in tried) and 0.9 * 1437 < found <= 1437
@@ -217,10 +217,10 @@ def test_the_largest_batch_is_found_to_within_a_few_percent(tiny, memory_for):
     limit = 3000
     memory_for(limit)
     topology, data = Topology.parse('v5e'), preflight.known_data(tiny)
-    flight = preflight.Flight(
+    compiled_step = preflight.CompiledStep(
         'training', 32, 16, 30, hlo_cost.Program('libtpu', 1.0, 1.0, 532, limit + 500, 1, (), ())
     )
-    found, program = preflight.search_largest(tiny, data, topology, flight)
+    found, program = preflight.search_largest(tiny, data, topology, compiled_step)
     assert 0.96 * limit <= found <= limit and program.memory_bytes == found + 500
 
 

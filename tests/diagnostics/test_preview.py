@@ -24,12 +24,10 @@ def drawn(monkeypatch):
 
 @pytest.mark.parametrize('virtual_devices', [0, 2])
 def test_a_batch_is_drawn_as_the_model_gets_it(tiny, tmp_path, drawn, virtual_devices):
-    tiny.augment.flip, tiny.augment.mixup, tiny.augment.random_erasing, tiny.virtual_devices = (
-        True,
-        0.5,
-        0.5,
-        virtual_devices,
-    )
+    tiny.augment.flip = True
+    tiny.augment.mixup = 0.5
+    tiny.augment.random_erasing = 0.5
+    tiny.virtual_devices = virtual_devices
     preview.run(tiny, str(tmp_path), step=3)
     ((path, images, captions, _),) = drawn
     source = datasets.load(tiny.dataset)

@@ -138,10 +138,8 @@ def test_half_the_batch_leaves_as_many_epochs():
     assert numbers.total_steps - 303 == 606
     assert numbers.epochs == pytest.approx(27, abs=32 / 1437)
     assert (numbers.total_steps - 303) * 32 / 1437 == pytest.approx(13.5, abs=64 / 1437)
-    rate, of_before = (
-        planning.learning_rate_of(config, numbers),
-        planning.learning_rate_of(*at_batch(64)),
-    )
+    rate = planning.learning_rate_of(config, numbers)
+    of_before = planning.learning_rate_of(*at_batch(64))
     for examples in range(303 * 64, 27 * 1437 - 64, 64 * 17):
         assert rate(303 + (examples - 303 * 64) // 32) == pytest.approx(
             of_before(examples // 64), abs=1e-6
@@ -264,11 +262,9 @@ def test_an_unknown_key_suggests_the_nearest(key, suggestion):
 
 def test_a_schedule_longer_than_the_run_is_refused():
     config = default.get_config()
-    config.train_for, config.schedule.warmup, config.schedule.hold = (
-        '100 steps',
-        '80 steps',
-        '30 steps',
-    )
+    config.train_for = '100 steps'
+    config.schedule.warmup = '80 steps'
+    config.schedule.hold = '30 steps'
     with pytest.raises(ConfigError, match='80 . 30 steps, but the run has 100'):
         planning.make_plan(config, 1_000, 10, 10, 1)
 
@@ -307,11 +303,9 @@ def test_an_unknown_argument_of_the_curve_is_refused():
 def test_a_progressive_run_grows_in_equal_stages_to_the_config():
     config = default.get_config()
     config.train_for, config.image_size, config.augment.mixup = '1_000 steps', 224, 0.4
-    config.progressive.stages, config.progressive.image_size, config.progressive.strength = (
-        4,
-        128,
-        0.25,
-    )
+    config.progressive.stages = 4
+    config.progressive.image_size = 128
+    config.progressive.strength = 0.25
     numbers = planning.make_plan(config, 10_000, 10, 10, 1)
     ends, stages = zip(*planning.stages(config, numbers), strict=True)
     assert ends == (250, 500, 750, 1000)

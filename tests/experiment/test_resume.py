@@ -116,12 +116,10 @@ def test_a_signal_interrupts_evaluation_which_is_made_up_for(tiny, workdir, refe
 
 @pytest.mark.slow
 def test_an_interrupted_last_evaluation_may_be_the_best(tiny, workdir, monkeypatch):
-    tiny.eval_every, tiny.checkpoint_every, tiny.steps_per_loop, tiny.eval_batch_size = (
-        '30 steps',
-        '30 steps',
-        1,
-        12,
-    )
+    tiny.eval_every = '30 steps'
+    tiny.checkpoint_every = '30 steps'
+    tiny.steps_per_loop = 1
+    tiny.eval_batch_size = 12
     make = train.evaluate.make_evaluation
     with monkeypatch.context() as patch:
         patch.setattr(
@@ -392,12 +390,10 @@ def test_too_many_skips_end_the_run_and_keep_a_good_checkpoint(
 
 @pytest.mark.slow
 def test_a_run_out_of_patience_ends_and_remembers_its_best(tiny, workdir, monkeypatch, capsys):
-    tiny.train_for, tiny.eval_every, tiny.patience, tiny.best_metric = (
-        '60 steps',
-        '5 steps',
-        '10 steps',
-        'eval/loss',
-    )
+    tiny.train_for = '60 steps'
+    tiny.eval_every = '5 steps'
+    tiny.patience = '10 steps'
+    tiny.best_metric = 'eval/loss'
     values = iter([2.0, 1.5, 1.7, 1.6, 1.4])
     make = train.evaluate.make_evaluation
 
@@ -451,11 +447,11 @@ def test_a_run_out_of_patience_ends_and_remembers_its_best(tiny, workdir, monkey
         f'{summary["eval/accuracy"]:.2%} are right; '
         '`--mode=export --checkpoint=last` exports those weights.'
     ) in report.replace('\n', ' ')
-    said, printed = (
+    said = (
         'ended at step 20 of 60: no eval/loss was better than that of step 10 for 10 steps, '
-        "config.patience; to train on, raise it or set it to '', and add --resume=changed",
-        capsys.readouterr().out,
+        "config.patience; to train on, raise it or set it to '', and add --resume=changed"
     )
+    printed = capsys.readouterr().out
     assert (
         said in printed
         and said in report.partition('## Changes during the run')[2].partition('## ')[0]
@@ -768,12 +764,10 @@ def test_what_was_forgotten_stays_so_when_the_start_is_killed(tiny, workdir, mon
 
 @pytest.mark.slow
 def test_patience_counts_from_the_change_of_what_is_best(tiny, workdir, monkeypatch, capsys):
-    tiny.train_for, tiny.eval_every, tiny.patience, tiny.best_metric = (
-        '60 steps',
-        '5 steps',
-        '10 steps',
-        'eval/loss',
-    )
+    tiny.train_for = '60 steps'
+    tiny.eval_every = '5 steps'
+    tiny.patience = '10 steps'
+    tiny.best_metric = 'eval/loss'
     losses = iter([1.0, 2.0, 2.0, *[float('nan')] * 3, 1.5, 1.6, 1.6])
     make = train.evaluate.make_evaluation
     monkeypatch.setattr(
@@ -942,12 +936,10 @@ def test_tensorboards_files_stay_where_nothing_is_done_again(tiny, workdir, monk
 
 def one_epoch(tiny, batch_size):
     """One epoch of batches of this size, with a row and a loop for each."""
-    tiny.batch_size, tiny.train_for, tiny.steps_per_loop, tiny.checkpoint_every = (
-        batch_size,
-        '1 epochs',
-        1,
-        '100%',
-    )
+    tiny.batch_size = batch_size
+    tiny.train_for = '1 epochs'
+    tiny.steps_per_loop = 1
+    tiny.checkpoint_every = '100%'
     tiny.log_every, tiny.eval_every = '1 steps', '100%'
 
 

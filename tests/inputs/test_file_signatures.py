@@ -343,8 +343,8 @@ def test_a_tiff_file_whose_directory_is_at_its_end_is_read(tmp_path):
 )
 def test_other_tiff_files_with_such_tags_are_read(tmp_path, tags):
     write(tmp_path / 'x.tif', tiff(tags))
-    verdict, pixels = of_file(str(tmp_path / 'x.tif'))
-    assert verdict.broken == ''
+    check, pixels = of_file(str(tmp_path / 'x.tif'))
+    assert check.broken == ''
     np.testing.assert_array_equal(pixels, PICTURE)
 
 
@@ -476,10 +476,8 @@ HEIC = {
 def test_heic_is_read_as_it_was_made(tmp_path, kind, name):
     make, expected = HEIC[kind]
     write(tmp_path / name, make())
-    verdict, pixels = of_file(str(tmp_path / name))
-    assert verdict.broken == '' and verdict.copy.endswith(
-        '.png' if kind == 'of 16 bits' else '.jpg'
-    )
+    check, pixels = of_file(str(tmp_path / name))
+    assert check.broken == '' and check.copy.endswith('.png' if kind == 'of 16 bits' else '.jpg')
     assert pixels.shape == expected.shape and np.abs(pixels - expected.astype(float)).max() <= 16
 
 

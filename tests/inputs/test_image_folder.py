@@ -82,13 +82,11 @@ def fill(root, classes=('cat', 'dog'), count=5, split=''):
 
 
 def of_file(path):
-    """The Verdict on a file, and the uint8 [height, width, 3] that TensorFlow reads then."""
+    """The FileCheck on a file, and the uint8 [height, width, 3] that TensorFlow reads then."""
     name = os.path.basename(path)
-    verdict = image_validation.examine(os.path.dirname(path), [name])[name]
-    pixels = (
-        None if verdict.broken else image_ops.decode(tf.io.read_file(verdict.copy or path)).numpy()
-    )
-    return verdict, pixels
+    check = image_validation.examine(os.path.dirname(path), [name])[name]
+    pixels = None if check.broken else image_ops.decode(tf.io.read_file(check.copy or path)).numpy()
+    return check, pixels
 
 
 # Images that are read, and how.
@@ -292,16 +290,16 @@ if features.check('avif'):
 def test_tensorflow_reads_it_as_it_was_made(tmp_path, kind):
     name, content, expected, tolerance, converted = READ[kind]
     write(tmp_path / name, content)
-    verdict, pixels = of_file(str(tmp_path / name))
-    assert verdict.broken == '' and bool(verdict.copy) == converted
+    check, pixels = of_file(str(tmp_path / name))
+    assert check.broken == '' and bool(check.copy) == converted
     assert (
         pixels.shape == expected.shape
         and np.abs(pixels - expected.astype(float)).max() <= tolerance
     )
-    read = tf.io.read_file(verdict.copy or str(tmp_path / name))
+    read = tf.io.read_file(check.copy or str(tmp_path / name))
     if tf.io.is_jpeg(read):  # a random crop asks for its size
         assert tuple(tf.io.extract_jpeg_shape(read))[:2] == expected.shape[:2]
-    assert verdict.num_bytes == os.path.getsize(verdict.copy or tmp_path / name)
+    assert check.num_bytes == os.path.getsize(check.copy or tmp_path / name)
     assert os.listdir(tmp_path) == [name] and (tmp_path / name).read_bytes() == content
 
 
@@ -537,8 +535,8 @@ def test_every_picture_among_damaged_ones_is_judged_by_itself(tmp_path):
     }
     for name, content in contents.items():
         write(tmp_path / name, content)
-    verdicts = image_validation.examine(str(tmp_path), list(contents))
-    assert [name for name in contents if not verdicts[name].broken] == [
+    checks = image_validation.examine(str(tmp_path), list(contents))
+    assert [name for name in contents if not checks[name].broken] == [
         name for number, name in enumerate(contents) if number % 5 in (0, 2)
     ]
 
@@ -548,8 +546,8 @@ def test_a_damaged_jpeg_is_hardly_ever_taken_for_whole(tmp_path):
     for number in range(100):
         begin, length = random.randint(1000, len(LARGE) - 2000), random.randint(1, 1000)
         write(tmp_path / f'{number}.jpg', changed(LARGE, begin, random.bytes(length)))
-    verdicts = image_validation.examine(str(tmp_path), sorted(os.listdir(tmp_path)))
-    assert sum(not verdict.broken for verdict in verdicts.values()) <= 3
+    checks = image_validation.examine(str(tmp_path), sorted(os.listdir(tmp_path)))
+    assert sum(not check.broken for check in checks.values()) <= 3
 
 
 # Folders.
@@ -1385,12 +1383,12 @@ def test_evaluation_images_suffice_without_training(tmp_path):
 @pytest.fixture
 def examined(monkeypatch):
     """The files that were decoded."""
-    names, verdict = [], image_validation._verdict
+    names, check = [], image_validation._verdict
     monkeypatch.setattr(
         image_validation,
         '_verdict',
         lambda path, *rest, **more: (
-            names.append(os.path.basename(path)) or verdict(path, *rest, **more)
+            names.append(os.path.basename(path)) or check(path, *rest, **more)
         ),
     )
     return names
@@ -1454,17 +1452,17 @@ def test_what_is_kept_may_be_damaged(tmp_path, examined, content):
 def test_an_interrupted_examination_goes_on(tmp_path, examined, monkeypatch):
     fill(tmp_path, count=50)
     monkeypatch.setattr(image_validation, 'CHUNK', 8)
-    verdict = image_validation._verdict
+    check = image_validation._verdict
 
     def interrupt(path, *rest, **more):
         if len(examined) == 40:
             raise KeyboardInterrupt
-        return verdict(path, *rest, **more)
+        return check(path, *rest, **more)
 
     monkeypatch.setattr(image_validation, '_verdict', interrupt)
     with pytest.raises(KeyboardInterrupt):
         image_folder.find(dataset_config(tmp_path))
-    monkeypatch.setattr(image_validation, '_verdict', verdict)
+    monkeypatch.setattr(image_validation, '_verdict', check)
     examined.clear()
     image_folder.find(dataset_config(tmp_path))
     assert 50 <= len(examined) <= 70

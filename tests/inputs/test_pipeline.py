@@ -141,12 +141,10 @@ def test_a_resumed_stream_rereads_at_most_two_percent(split):
 
 
 def test_a_resumed_run_gets_the_batch_that_would_have_come(tiny, source):
-    tiny.train_for, tiny.augment.flip, tiny.augment.random_erasing, tiny.augment.mixup = (
-        '2 epochs',
-        True,
-        0.5,
-        0.2,
-    )
+    tiny.train_for = '2 epochs'
+    tiny.augment.flip = True
+    tiny.augment.random_erasing = 0.5
+    tiny.augment.mixup = 0.2
     plan = plan_for(tiny, source)
     batches = [batch_digest(batch) for batch in training_batches(tiny, source)]
     assert len(batches) == plan.total_steps == len(set(batches))
@@ -163,11 +161,9 @@ def test_a_resumed_run_gets_the_batch_that_would_have_come(tiny, source):
 
 
 def test_repeated_examples_differ_and_come_equally_often(tiny, source):
-    tiny.augment.repeats, tiny.batch_size, tiny.train_for = (
-        3,
-        48,
-        '60 steps',
-    )  # 2 epochs and 6 examples
+    tiny.augment.repeats = 3
+    tiny.batch_size = 48
+    tiny.train_for = '60 steps'  # 2 epochs and 6 examples
     split = source.split('train')
     seen = [
         (int(repeat), int(epoch), int(number))
@@ -192,12 +188,10 @@ def test_repeated_examples_differ_and_come_equally_often(tiny, source):
 
 @pytest.mark.parametrize('batch_size', [32, 30, 31])
 def test_batches_do_not_depend_on_group_size(tiny, source, batch_size, monkeypatch):
-    tiny.train_for, tiny.batch_size, tiny.augment.flip, tiny.augment.random_erasing = (
-        '6 steps',
-        batch_size,
-        True,
-        0.5,
-    )
+    tiny.train_for = '6 steps'
+    tiny.batch_size = batch_size
+    tiny.augment.flip = True
+    tiny.augment.random_erasing = 0.5
     batches = [batch_digest(batch) for batch in training_batches(tiny, source)]
     monkeypatch.setattr(service, 'MOST_IN_GROUP', 1)
     assert batches == [batch_digest(batch) for batch in training_batches(tiny, source)]

@@ -70,12 +70,10 @@ def assert_equal(batches, expected):
 def test_two_workers_match_the_local_pipeline_after_a_resume(
     tiny, start, monkeypatch, dispatchers, workers
 ):
-    tiny.train_for, tiny.augment.flip, tiny.augment.mixup, tiny.augment.policy.name = (
-        '47 steps',
-        True,
-        0.2,
-        'rand_augment',
-    )  # more than an epoch
+    tiny.train_for = '47 steps'  # more than an epoch
+    tiny.augment.flip = True
+    tiny.augment.mixup = 0.2
+    tiny.augment.policy.name = 'rand_augment'
     monkeypatch.setattr(
         record_index, 'PIECES', 100
     )  # runs of 14 examples in a file, of which the local pipeline keeps each in memory

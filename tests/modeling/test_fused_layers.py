@@ -124,10 +124,8 @@ def test_a_fused_bfloat16_model_is_as_exact_as_keras():
 )
 def test_statistics_are_right_where_the_mean_is_far_from_zero(activation, theirs):
     inputs = (1e4 + np.random.RandomState(0).randn(512, 4)).astype('float32')
-    ours, plain = (
-        BatchNormalization(activation=activation, momentum=0.5),
-        keras.layers.BatchNormalization(momentum=0.5),
-    )
+    ours = BatchNormalization(activation=activation, momentum=0.5)
+    plain = keras.layers.BatchNormalization(momentum=0.5)
     for _ in range(30):  # the moving mean comes near
         ours(inputs, training=True)
     np.testing.assert_allclose(

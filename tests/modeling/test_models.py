@@ -61,10 +61,8 @@ def test_efficientnetv2b0_answers_as_keras_own_does():
 def test_a_progressive_model_is_the_same_network_at_any_size():
     any_size = config_for('EfficientNetV2B0', image_size=64)
     any_size.progressive.stages = 2
-    progressive, fixed = (
-        models.build_model(any_size, 10),
-        models.build_model(config_for('EfficientNetV2B0', image_size=32), 10),
-    )
+    progressive = models.build_model(any_size, 10)
+    fixed = models.build_model(config_for('EfficientNetV2B0', image_size=32), 10)
     for ours, theirs in zip(
         models.float_variables(progressive), models.float_variables(fixed), strict=True
     ):

@@ -84,10 +84,8 @@ def updates(config, number=3, count=1, jit_compile=False, dtype_policy='float64'
             )
         }
 
-    before, losses = (
-        evaluated(),
-        [float(loop(batches, tf.constant(1))['loss']) for _ in range(number)],
-    )
+    before = evaluated()
+    losses = [float(loop(batches, tf.constant(1))['loss']) for _ in range(number)]
     return before, evaluated(), losses
 
 
@@ -169,11 +167,9 @@ def test_keras_applications_weights_are_taken_without_the_head(tmp_path, tiny):
     theirs = keras.applications.MobileNetV2(
         include_top=False, weights=None, input_shape=(32, 32, 3), pooling='avg'
     )
-    tiny.model.name, tiny.model.weights, tiny.image_size = (
-        'MobileNetV2',
-        str(tmp_path / 'backbone.weights.h5'),
-        32,
-    )
+    tiny.model.name = 'MobileNetV2'
+    tiny.model.weights = str(tmp_path / 'backbone.weights.h5')
+    tiny.image_size = 32
     theirs.save_weights(tiny.model.weights)
     model = models.build_model(tiny, 7)
     assert (
@@ -283,12 +279,10 @@ def test_a_run_from_other_weights_says_so_and_resumes_without(digits_run, tiny, 
 def test_frozen_layers_stay_as_they_are_with_their_statistics(
     still, frozen, kept, count, jit_compile, ema_decay
 ):
-    still.model.freeze, still.weight_decay, still.optimizer, still.ema_decay = (
-        frozen,
-        0.1,
-        {'name': 'adamw'},
-        ema_decay,
-    )
+    still.model.freeze = frozen
+    still.weight_decay = 0.1
+    still.optimizer = {'name': 'adamw'}
+    still.ema_decay = ema_decay
     before, after, _ = updates(still, count=count, jit_compile=jit_compile, dtype_policy='float32')
     for path in before:
         same = np.array_equal(before[path], after[path])
@@ -296,12 +290,10 @@ def test_frozen_layers_stay_as_they_are_with_their_statistics(
 
 
 def test_frozen_layers_compute_as_in_evaluation(still):
-    still.model.name, still.image_size, still.model.drop_path, still.model.freeze = (
-        'EfficientNetV2B0',
-        32,
-        0.5,
-        'block6',
-    )
+    still.model.name = 'EfficientNetV2B0'
+    still.image_size = 32
+    still.model.drop_path = 0.5
+    still.model.freeze = 'block6'
     model = models.build_model(still, 10)
     images = IMAGES[:4].repeat(2, 1).repeat(2, 2).astype('float32')
     backbone = models._backbone(model)
@@ -373,13 +365,11 @@ def test_the_rate_of_a_block_is_that_of_a_run_with_this_rate(still, name):
     """Every block of a run with layer-wise decay moves as in a run whose whole rate is multiplied
     by its factor.
     """
-    (
-        still.optimizer,
-        still.weight_decay,
-        still.ema_decay,
-        still.schedule.peak_lr,
-        still.schedule.start_lr,
-    ) = {'name': name}, 0.1, 0.0, 1e-3, 1e-4
+    still.optimizer = {'name': name}
+    still.weight_decay = 0.1
+    still.ema_decay = 0.0
+    still.schedule.peak_lr = 1e-3
+    still.schedule.start_lr = 1e-4
     policy = 'float32' if name == 'muon' else 'float64'
     still.model.layer_decay = 0.5
     before, after, _ = updates(still, number=1, dtype_policy=policy)
@@ -416,11 +406,9 @@ def test_frozen_layers_and_layer_rates_match_on_several_devices(still, count, ji
 def test_the_loss_of_a_taught_model_is_that_of_hinton(
     digits_run, still, alpha, temperature, count, jit_compile
 ):
-    still.distill.teacher, still.distill.alpha, still.distill.temperature = (
-        digits_run,
-        alpha,
-        temperature,
-    )
+    still.distill.teacher = digits_run
+    still.distill.alpha = alpha
+    still.distill.temperature = temperature
     still.label_smoothing = 0.1
     *_, losses = updates(
         still, number=1, count=count, jit_compile=jit_compile, dtype_policy='float32'
@@ -439,10 +427,8 @@ def test_the_loss_of_a_taught_model_is_that_of_hinton(
     )
     targets = 0.9 * np.eye(10)[LABELS] + 0.01
     hard = -(targets * special.log_softmax(logits, -1)).sum(-1).mean()
-    wanted, given = (
-        special.softmax(taught / temperature, -1),
-        special.softmax(logits / temperature, -1),
-    )
+    wanted = special.softmax(taught / temperature, -1)
+    given = special.softmax(logits / temperature, -1)
     soft = special.rel_entr(wanted, given).sum(-1).mean() * temperature**2
     assert losses[0] == pytest.approx((1 - alpha) * hard + alpha * soft, rel=1e-4)
 
@@ -624,12 +610,10 @@ def test_a_teacher_that_cannot_be_had_is_one_line(
 
 @pytest.mark.usefixtures('read_here')
 def test_a_taught_run_is_trained_and_exported_as_any_other(digits_run, tiny, tmp_path, capsys):
-    tiny.distill.teacher, tiny.model.weights, tiny.model.freeze, tiny.model.layer_decay = (
-        digits_run,
-        digits_run,
-        'block1',
-        0.5,
-    )
+    tiny.distill.teacher = digits_run
+    tiny.model.weights = digits_run
+    tiny.model.freeze = 'block1'
+    tiny.model.layer_decay = 0.5
     tiny.train_for = '6 steps'
     workdir = str(tmp_path / 'run')
     assert train.run(tiny, workdir) == 0

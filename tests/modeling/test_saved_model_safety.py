@@ -52,10 +52,8 @@ class Teacher(tf.Module):
 
     def __init__(self, besides=tf.no_op):
         super().__init__()
-        self.kernel, self._besides = (
-            tf.Variable(tf.random.stateless_normal([192, 10], [0, 1])),
-            besides,
-        )
+        self.kernel = tf.Variable(tf.random.stateless_normal([192, 10], [0, 1]))
+        self._besides = besides
 
     @tf.function(input_signature=[tf.TensorSpec([None, 8, 8, 3], tf.float32, name='images')])
     def serve(self, images):
@@ -381,10 +379,8 @@ def test_a_classifier_with_tables_of_names_is_loaded(tmp_path, names_file):
     module = Labelled(names_file)
     loaded = saved_model_safety.load(write(tmp_path / 'model', module))
     names_file.unlink()
-    answer, expected = (
-        loaded.signatures['serving_default'](images=tf.constant(PICTURES)),
-        module.serve(PICTURES),
-    )
+    answer = loaded.signatures['serving_default'](images=tf.constant(PICTURES))
+    expected = module.serve(PICTURES)
     for key in ('label', 'number', 'count'):
         np.testing.assert_array_equal(answer[key], expected[key])
 
@@ -484,11 +480,9 @@ def test_a_keras_file_gives_weights_and_runs_no_layer(tmp_path, tiny, monkeypatc
         lambda features: (__import__('pathlib').Path('written').touch(), features)[1]
     )
     whole = keras.Model(theirs.input, writes(theirs.output))
-    tiny.model.name, tiny.model.weights, tiny.image_size = (
-        'MobileNetV2',
-        str(tmp_path / 'theirs.keras'),
-        32,
-    )
+    tiny.model.name = 'MobileNetV2'
+    tiny.model.weights = str(tmp_path / 'theirs.keras')
+    tiny.image_size = 32
     whole.save(tiny.model.weights)
     target.unlink()
     model = models.build_model(tiny, 10)
@@ -503,11 +497,9 @@ def test_a_keras_file_gives_weights_and_runs_no_layer(tmp_path, tiny, monkeypatc
 
 
 def test_weights_that_refer_to_another_file_are_refused(tmp_path, tiny):
-    tiny.model.name, tiny.model.weights, tiny.image_size = (
-        'MobileNetV2',
-        str(tmp_path / 'theirs.weights.h5'),
-        32,
-    )
+    tiny.model.name = 'MobileNetV2'
+    tiny.model.weights = str(tmp_path / 'theirs.weights.h5')
+    tiny.image_size = 32
     backbone().save_weights(tiny.model.weights)
     secret = tmp_path / 'secret'
     secret.write_bytes(bytes(4 * 3 * 3 * 3 * 32))
@@ -556,10 +548,8 @@ def test_nothing_that_is_read_becomes_a_program(name):
         assert name in MODULES.get(module.split('.')[0], (name,)), module
     for node in nodes:
         if isinstance(node, ast.Call):
-            function, keywords = (
-                ast.unparse(node.func),
-                {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords},
-            )
+            function = ast.unparse(node.func)
+            keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
             assert name in FUNCTIONS.get(function, (name,)), f'{function}, line {node.lineno}'
             for keyword, harmless in (
                 ('shell', 'False'),

@@ -146,12 +146,10 @@ def test_first_losses_match_on_1_2_and_4_devices_and_with_xla(still, changes):
 )
 def test_the_gradient_is_that_of_plain_keras_in_float64(still, devices, jit_compile):
     still.optimizer, still.weight_decay, still.ema_decay = {'name': 'sgd'}, 0.0, 0.0
-    still.schedule.name, still.schedule.warmup, still.schedule.peak_lr, still.schedule.start_lr = (
-        'constant',
-        '0%',
-        1.0,
-        1.0,
-    )
+    still.schedule.name = 'constant'
+    still.schedule.warmup = '0%'
+    still.schedule.peak_lr = 1.0
+    still.schedule.start_lr = 1.0
     still.model.sync_batch_norm = False
     _, plain, _ = build(still, dtype_policy='float64')  # Keras' own layers
     model, before = plain.model, [variable.numpy() for variable in plain.model.trainable_variables]
@@ -271,12 +269,10 @@ def test_xla_compiles_forward_and_backward_without_optimizer(still):
 
 def test_the_gradient_is_clipped_after_it_is_summed(still):
     still.optimizer, still.weight_decay = {'name': 'sgd'}, 0.0
-    still.schedule.name, still.schedule.warmup, still.schedule.peak_lr, still.schedule.start_lr = (
-        'constant',
-        '0%',
-        1.0,
-        1.0,
-    )
+    still.schedule.name = 'constant'
+    still.schedule.warmup = '0%'
+    still.schedule.peak_lr = 1.0
+    still.schedule.start_lr = 1.0
     for clip in (0.0, 0.05):
         still.grad_clip_norm = clip
         _, before, _ = build(still, 2)
@@ -406,12 +402,10 @@ def spoiling(bad):
     [('adamw', 2), *((name, 1) for name in sorted(optimizers.OPTIMIZERS) if name != 'muon')],
 )
 def test_a_nan_loss_changes_nothing_and_is_counted(still, name, devices):
-    still.optimizer, still.ema_decay, still.grad_clip_norm, still.model.layer_decay = (
-        {'name': name},
-        0.9,
-        1.0,
-        0.9,
-    )
+    still.optimizer = {'name': name}
+    still.ema_decay = 0.9
+    still.grad_clip_norm = 1.0
+    still.model.layer_decay = 0.9
     strategy, state, plan = build(still, devices)
     step = steps.make_train_step(
         state, still, spoiling([7]), num_classes=10, num_replicas=devices, jit_compile=False
