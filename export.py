@@ -28,9 +28,8 @@ MAX_DECODED = 8  # of them that are also given decoded, one at a time, because t
 # Largest difference of a logit, as share of the largest logit: a few roundings of the type that the
 # model computes in.
 TOLERANCE = {'float64': 1e-6, 'float32': 1e-4, 'mixed_bfloat16': 5e-2, 'mixed_float16': 1e-2}
-TOLERANCE_TF32 = (
-    1e-2  # of float32 on a GPU: TensorFlow multiplies with 10 bits there, as many as float16 has
-)
+# Of float32 on a GPU: TensorFlow multiplies with 10 bits there, as many as float16 has.
+TOLERANCE_TF32 = 1e-2
 READER = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'outputs', 'read_saved_model.py')
 
 

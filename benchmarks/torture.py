@@ -54,9 +54,8 @@ AIMS = (
 TIMES = re.compile(
     'seconds|per_second|wait_fraction|wall_time|resumed_from'
 )  # what differs between any two runs
-EVALUATION_SECONDS = (
-    0.1  # so long after the last row before an evaluation, the few steps up to it are done
-)
+# So long after the last row before an evaluation, the few steps up to it are done.
+EVALUATION_SECONDS = 0.1
 
 
 class Difference(Exception):

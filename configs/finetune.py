@@ -30,9 +30,8 @@ def get_config() -> ConfigDict:
     config.eval_batch_size = 64
     config.train_for = '30 epochs'  # 30 x 2,040 / 64 = 956 steps
 
-    config.schedule.peak_lr = (
-        3e-4  # a few times below that of training from scratch, so that the weights stay near
-    )
+    # A few times below that of training from scratch, so that the weights stay near.
+    config.schedule.peak_lr = 3e-4
     config.schedule.start_lr = 3e-6
     config.weight_decay = 0.05
     config.label_smoothing = 0.1

@@ -40,17 +40,15 @@ def get_config() -> ConfigDict:
     # In Keras' terms: rho is the decay of the squared gradient.
     config.optimizer = {'name': 'rmsprop', 'rho': 0.9, 'momentum': 0.9, 'epsilon': 1e-3}
     config.weight_decay = 0.0
-    config.l2_regularization = (
-        1e-5  # the paper's weight decay is L2 in the loss, which RMSProp divides like a gradient
-    )
+    # The paper's weight decay is L2 in the loss, which RMSProp divides like a gradient.
+    config.l2_regularization = 1e-5
     config.label_smoothing = 0.1
     config.ema_decay = 0.9999
 
     config.model.dropout = 0.2
     config.model.drop_path = 0.2
-    config.model.sync_batch_norm = (
-        False  # 512 images per replica are enough; saves 2 all-reduces a layer
-    )
+    # 512 images per replica are enough; saves 2 all-reduces a layer.
+    config.model.sync_batch_norm = False
 
     config.augment.crop = 'random'
     config.augment.flip = True

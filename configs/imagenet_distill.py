@@ -17,15 +17,12 @@ from configs import imagenet_strong
 
 def get_config() -> ConfigDict:
     config = imagenet_strong.get_config()
-    config.distill.teacher = (
-        'ConvNeXtBase'  # 85.8 % at 224 pixels (Liu et al. 2022): as many as the student sees
-    )
-    config.distill.alpha = (
-        1.0  # the teacher's answers alone: a label says nothing about a crop that misses its object
-    )
+    # 85.8 % at 224 pixels (Liu et al. 2022): as many as the student sees.
+    config.distill.teacher = 'ConvNeXtBase'
+    # The teacher's answers alone: a label says nothing about a crop that misses its object.
+    config.distill.alpha = 1.0
     config.label_smoothing = 0.0
-    config.augment.policy.name = (
-        ''  # patient and consistent: crops, flips and mixtures, of which the teacher sees the same
-    )
+    # Patient and consistent: crops, flips and mixtures, of which the teacher sees the same.
+    config.augment.policy.name = ''
     config.augment.mixup = 1.0
     return config

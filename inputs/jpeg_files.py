@@ -25,9 +25,8 @@ START, END, SCAN_HEADER, JFIF, ADOBE = 0xD8, 0xD9, 0xDA, 0xE0, 0xEE
 NO_LENGTH = (*RESTARTS, START, END, 0x01)
 SCAN, STRAY = -1, -2  # kinds of parts that are no segments
 MOST_REPAIRS = 64  # of a file: libjpeg reports one fault at a time
-MOST_STUFFED = (
-    8  # zeros behind a byte of 0xff, which libjpeg counts in one place and not in another
-)
+# Zeros behind a byte of 0xff, which libjpeg counts in one place and not in another.
+MOST_STUFFED = 8
 BIT_BUFFER = 8  # bytes that libjpeg reads ahead
 MOST_UNREAD = 8  # bytes of the image's own that it may count, as it had no need of them
 MOST_INTERVALS = 16  # places that are tried one by one

@@ -7,9 +7,8 @@ from common import console, storage
 from common.errors import counted
 from common.storage import read_json
 
-INPUT_BOUND = (
-    0.2  # from this share of the time spent waiting for batches on, the input is what limits
-)
+# From this share of the time spent waiting for batches on, the input is what limits.
+INPUT_BOUND = 0.2
 EXPORTED_AGAIN = '*Exported again since this report was written'
 
 

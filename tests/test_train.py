@@ -494,9 +494,8 @@ def test_a_loss_that_is_not_a_number_ends_the_run_with_advice(tiny, tmp_path):
     with pytest.raises(RunError, match='not finite in one of the updates 0 to 3: look at'):
         train.run(tiny, str(tmp_path / 'run'))
     assert os.listdir(tmp_path / 'run' / 'checkpoints') == []
-    tiny.schedule.peak_lr = tiny.schedule.start_lr = (
-        1e-3  # nothing was trained there, so nothing is in the way
-    )
+    # Nothing was trained there, so nothing is in the way.
+    tiny.schedule.peak_lr = tiny.schedule.start_lr = 1e-3
     assert train.run(tiny, str(tmp_path / 'run')) == 0
 
 

@@ -1203,9 +1203,8 @@ def test_a_run_behind_tensorflows_file_system_is_the_same_run(
     tiny, tmp_path, reference, monkeypatch
 ):
     monkeypatch.setattr(bucket_lease, 'SETTLE', 0.1)
-    workdir = (
-        f'file://{tmp_path}/bucket/runs/digits'  # everything goes through tf.io.gfile, as for gs://
-    )
+    # Everything goes through tf.io.gfile, as for gs://.
+    workdir = f'file://{tmp_path}/bucket/runs/digits'
     stopped_at(tiny, workdir, 14, monkeypatch)
     assert train.run(tiny, workdir) == 0
     assert_same_run(workdir, reference)
