@@ -400,7 +400,7 @@ def test_heic_is_named_with_what_reads_it(tmp_path, kind):
     )
 
 
-def test_verdicts_are_those_of_what_was_installed():
+def test_checks_are_those_of_what_was_installed():
     """With pillow-heif installed or taken away, files are examined again."""
     show = (
         'import sys; {}; from inputs import image_validation; print(image_validation.RULES, '

@@ -1383,10 +1383,10 @@ def test_evaluation_images_suffice_without_training(tmp_path):
 @pytest.fixture
 def examined(monkeypatch):
     """The files that were decoded."""
-    names, check = [], image_validation._verdict
+    names, check = [], image_validation._check_file
     monkeypatch.setattr(
         image_validation,
-        '_verdict',
+        '_check_file',
         lambda path, *rest, **more: (
             names.append(os.path.basename(path)) or check(path, *rest, **more)
         ),
@@ -1452,17 +1452,17 @@ def test_what_is_kept_may_be_damaged(tmp_path, examined, content):
 def test_an_interrupted_examination_goes_on(tmp_path, examined, monkeypatch):
     fill(tmp_path, count=50)
     monkeypatch.setattr(image_validation, 'CHUNK', 8)
-    check = image_validation._verdict
+    check = image_validation._check_file
 
     def interrupt(path, *rest, **more):
         if len(examined) == 40:
             raise KeyboardInterrupt
         return check(path, *rest, **more)
 
-    monkeypatch.setattr(image_validation, '_verdict', interrupt)
+    monkeypatch.setattr(image_validation, '_check_file', interrupt)
     with pytest.raises(KeyboardInterrupt):
         image_folder.find(dataset_config(tmp_path))
-    monkeypatch.setattr(image_validation, '_verdict', check)
+    monkeypatch.setattr(image_validation, '_check_file', check)
     examined.clear()
     image_folder.find(dataset_config(tmp_path))
     assert 50 <= len(examined) <= 70
