@@ -19,7 +19,7 @@ from common.errors import RunError, counted, one_line
 from experiment.resume import SUMMARY, is_finished, require_same_config
 from experiment.session import Session, open_session
 from inputs import image_validation
-from inputs.image_ops import decode, resize_image
+from inputs.image_ops import center_crop_and_resize, decode
 from modeling import labels_file, models, pretrained, steps
 from outputs import report
 
@@ -194,11 +194,11 @@ def _write_saved_model(session: Session, directory: str) -> None:
         }
 
     def classify(images: tf.Tensor) -> dict[str, tf.Tensor]:
-        return answer(resize_image(images, size, share))
+        return answer(center_crop_and_resize(images, size, share))
 
     def classify_encoded(encoded: tf.Tensor) -> dict[str, tf.Tensor]:
         def decode_file(file: tf.Tensor) -> tf.Tensor:
-            return resize_image(decode(file, white_level), size, share)
+            return center_crop_and_resize(decode(file, white_level), size, share)
 
         shape = tf.TensorSpec([size, size, 3], tf.uint8)
         return answer(tf.map_fn(decode_file, encoded, fn_output_signature=shape))
@@ -336,7 +336,7 @@ def _expected_logits(session: Session, evaluated: str) -> np.ndarray:
 
     def decode_file(file: tf.Tensor) -> tf.Tensor:
         image = decode(file, config.dataset.white_level)
-        return resize_image(image, config.image_size, config.eval_crop)
+        return center_crop_and_resize(image, config.image_size, config.eval_crop)
 
     images = tf.data.TFRecordDataset(evaluated).map(decode_file, tf.data.AUTOTUNE)
     return np.concatenate([predict(batch).numpy() for batch in images.batch(100)])

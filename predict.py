@@ -21,7 +21,7 @@ from common.errors import RunError, UserError, one_line
 
 EXAMPLES = 3  # of the evaluation split
 CLASSES = 5  # the most likely of them are shown
-MOST_DRAWN = 40  # images in one drawing
+MAX_DRAWN = 40  # images in one drawing
 TITLE_LENGTH = 40  # letters above a drawn image
 DRAWN_SIZE = 500  # pixels of the longer side of a drawn image, about
 
@@ -232,7 +232,7 @@ def answer_all(
             f'{console.printable(label)} {probability:.1%}' for label, probability in answer.classes
         )
         console.line(f'{image.title}: {likely}')
-        if len(drawn) < MOST_DRAWN:
+        if len(drawn) < MAX_DRAWN:
             drawn.append(answer)
     return drawn, num_failed
 

@@ -206,7 +206,7 @@ def begin_stage(
     train_step = steps.make_train_step(
         session.state,
         config,
-        augment.on_device(config.augment, plan.num_classes),
+        augment.make_device_augment(config.augment, plan.num_classes),
         num_classes=plan.num_classes,
         num_replicas=plan.num_replicas,
         jit_compile=session.jit_compile,

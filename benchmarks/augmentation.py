@@ -121,9 +121,9 @@ def on_device(images, labels):
     for name, (values, layer) in layers.items():
         settings = default.get_config().augment
         settings.update(values)
-        drawn = [augment.draws(settings, seed) for seed in seeds]
+        drawn = [augment.draw_numbers(settings, seed) for seed in seeds]
         drawn = {key: tf.stack([one[key] for one in drawn]) for key in drawn[0]}
-        ours = tf.function(augment.on_device(settings, CLASSES), autograph=False)
+        ours = tf.function(augment.make_device_augment(settings, CLASSES), autograph=False)
         if name in ('mixup', 'cutmix'):
             theirs = tf.function(
                 lambda images, labels, layer=layer: layer(

@@ -61,7 +61,7 @@ CHECK_RATE = 1e-3  # of the updates that are compared: a warmup would hardly mov
 BATCHES = 8  # that take turns as input; together larger than a GPU's cache
 WARMUP = 5  # updates
 PROFILED = 3  # updates
-MOST_ROWS = 300  # of a profile
+MAX_ROWS = 300  # of a profile
 RESERVE = 30  # seconds before the end: what is ready by then can still be timed
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 LOSS_TOLERANCE = {'float32': 1e-4, 'mixed_bfloat16': 1e-2}  # relative, of every loss
@@ -264,7 +264,7 @@ def build(program: Program, size: int, classes: int) -> Built:
     step = steps.make_train_step(
         state,
         config,
-        augment.on_device(config.augment, classes),
+        augment.make_device_augment(config.augment, classes),
         num_classes=classes,
         num_replicas=1,
         jit_compile=False,
@@ -915,7 +915,7 @@ def serve(kind: str, arguments: dict) -> None:
             if 'profile' in request:
                 rows = profile()
                 total = sum(row[2] for row in rows)
-                answer({'updates': PROFILED, 'ms': total, 'rows': rows[:MOST_ROWS]})
+                answer({'updates': PROFILED, 'ms': total, 'rows': rows[:MAX_ROWS]})
             else:
                 answer(time_stream(streams, request['stream'], request['seconds'], estimates))
         except Exception:

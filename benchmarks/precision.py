@@ -43,7 +43,7 @@ def make_run(config, strategy, dtype_policy, jit_compile):
         steps.make_train_step(
             state,
             config,
-            augment.on_device(config.augment, 10),
+            augment.make_device_augment(config.augment, 10),
             num_classes=10,
             num_replicas=1,
             jit_compile=jit_compile,
@@ -58,7 +58,9 @@ def make_run(config, strategy, dtype_policy, jit_compile):
     labels = tf.range(config.batch_size, dtype=tf.int64) % 10
     draws = {
         name: tf.repeat(value[None], config.batch_size, 0)
-        for name, value in augment.draws(config.augment, tf.constant([0, 8], tf.int64)).items()
+        for name, value in augment.draw_numbers(
+            config.augment, tf.constant([0, 8], tf.int64)
+        ).items()
     }
     batches = iter(
         strategy.distribute_datasets_from_function(

@@ -119,7 +119,7 @@ def first_losses(model, precision, num_steps, devices, jit_compile, order=None):
     train_step = steps.make_train_step(
         session.state,
         config,
-        augment.on_device(config.augment, session.plan.num_classes),
+        augment.make_device_augment(config.augment, session.plan.num_classes),
         num_classes=session.plan.num_classes,
         num_replicas=session.plan.num_replicas,
         jit_compile=session.jit_compile,

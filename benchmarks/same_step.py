@@ -82,7 +82,7 @@ def ten_updates(config, strategy, jit_compile, dtype_policy):
     sessions.random.seed(0)
     with strategy.scope():
         state = sessions.build_state(models.build_model(config, 10), config, plan, dtype_policy)
-    unchanged = augment.on_device(config.augment, 10)
+    unchanged = augment.make_device_augment(config.augment, 10)
     loop = loops.make_train_loop(
         strategy,
         steps.make_train_step(

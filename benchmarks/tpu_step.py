@@ -77,7 +77,7 @@ def with_a_draw_for_each_branch():
 
 def flips_after_the_cast():
     """The flip of floating-point pictures, as any layer for pictures does it."""
-    usual = augment.on_device
+    usual = augment.make_device_augment
 
     def on_device(settings, num_classes):
         change = usual(settings, num_classes)

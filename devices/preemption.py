@@ -38,7 +38,7 @@ from common import console
 
 # Between questions to the metadata server: 2 of the 30 that remain; and where nothing answers.
 SECONDS = 2
-MOST_SECONDS = 60
+MAX_SECONDS = 60
 TIMEOUT = 3  # seconds for an answer of the metadata server, as google-auth has it
 NOTICES = {  # key: (its value when the machine will be stopped, in words)
     'preempted': ('TRUE', 'Google Cloud takes this machine back'),
@@ -215,7 +215,7 @@ def _ask_google(notify: Callable[[int, str], None], ended: threading.Event) -> N
             if answers[key] == value and (key, value) != ('maintenance-event', earlier_event):
                 notify(signal.SIGTERM, why)
                 return
-        pause = SECONDS if any(answers.values()) else min(2 * pause, MOST_SECONDS)
+        pause = SECONDS if any(answers.values()) else min(2 * pause, MAX_SECONDS)
         ended.wait(pause)
 
 

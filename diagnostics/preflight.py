@@ -174,7 +174,7 @@ def lower_training(config: ConfigDict, plan: Plan, topology: Topology) -> bytes:
     train_step = steps.make_train_step(
         state,
         config,
-        augment.on_device(config.augment, plan.num_classes),
+        augment.make_device_augment(config.augment, plan.num_classes),
         num_classes=plan.num_classes,
         num_replicas=plan.num_replicas,
         jit_compile=False,
@@ -182,7 +182,7 @@ def lower_training(config: ConfigDict, plan: Plan, topology: Topology) -> bytes:
         teacher=teacher,
     )
     batch = plan.batch_size // plan.num_replicas
-    drawn = augment.draws(config.augment, tf.constant([0, 1], tf.int64))
+    drawn = augment.draw_numbers(config.augment, tf.constant([0, 1], tf.int64))
     return lower(
         strategy,
         train_step,

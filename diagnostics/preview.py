@@ -86,7 +86,7 @@ def batch_of(
 
     Returns: images float32 [batch, size, size, 3] in 0..255, labels float32 [batch, classes].
     """
-    change = augment.on_device(config.augment, plan.num_classes)
+    change = augment.make_device_augment(config.augment, plan.num_classes)
     parts = []
     for _, batch in zip(
         range(1),

@@ -14,7 +14,7 @@ import schedules
 from common.errors import ConfigError, counted
 from experiment.config_schema import KEYS, parse_duration
 
-MOST_STEPS = 2**31 - 1  # a loop's steps are counted in 32 bits
+MAX_STEPS = 2**31 - 1  # a loop's steps are counted in 32 bits
 
 
 class Ahead(NamedTuple):
@@ -248,10 +248,10 @@ def _check_length(config: ConfigDict, total_steps: int) -> None:
             f'--config.progressive.stages={total_steps}',
             'progressive.stages',
         )
-    if total_steps > MOST_STEPS:
+    if total_steps > MAX_STEPS:
         raise ConfigError(
             f'config.train_for={config.train_for!r} is {float(total_steps):.3g} steps',
-            f'write at most {MOST_STEPS:,}, which is what can be counted',
+            f'write at most {MAX_STEPS:,}, which is what can be counted',
             'train_for',
         )
 

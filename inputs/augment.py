@@ -1,15 +1,15 @@
-"""What makes a training image differ each time it is seen.
+"""Augments training images at random.
 
-What changes where a pixel lies is done on the host, image by image, while it is uint8: the crop (of
-a JPEG only the crop is decoded), rotations and the like, RandAugment and TrivialAugment. What is
-arithmetic on whole batches is done on the device, inside the compiled step: flips, colours,
-erasing, mixing. The device draws nothing: its random numbers come with the batch, each a function
-of (seed, epoch, example), so it does not matter how many replicas share a batch.
+Operations on single images run on the host, in uint8: the crop (of a JPEG, only the crop is
+decoded), rotations and the like, RandAugment and TrivialAugment. Arithmetic on whole batches runs
+on the device, inside the compiled step: flips, colours, erasing, mixing. The device draws no random
+numbers: they come with the batch, each a function of (seed, epoch, example), so it does not matter
+how many replicas share a batch.
 
-All of it is ours and not Keras' layers. Those draw from a state that is the same on each replica
-and in no checkpoint, so neither order nor resume could be exact; that rules out MixUp, CutMix and
-RandomFlip too, which are as fast as these. RandAugment there computes all operations for each image
-and keeps one (benchmarks/augmentation.py measures them side by side).
+Keras' layers are not used: they draw from a state that is the same on every replica and saved in no
+checkpoint, so neither order nor resume could be exact. That rules out even MixUp, CutMix and
+RandomFlip, which are as fast as the functions here. Keras' RandAugment also computes all operations
+for each image and keeps one (benchmarks/augmentation.py compares them).
 """
 
 import math
@@ -18,15 +18,15 @@ from collections.abc import Callable
 import tensorflow as tf
 from ml_collections import ConfigDict
 
-from inputs.image_ops import WHITE_LEVEL, decode, resize, resize_image, to_uint8
+from inputs.image_ops import WHITE_LEVEL, center_crop_and_resize, decode, resize, to_uint8
 
 LUMA = (0.299, 0.587, 0.114)  # grey from red, green and blue: ITU-R BT.601
-SEEDS = 8  # of each example: `seed + (0, n)` for n below
+SEEDS_PER_EXAMPLE = 8  # reserved for each example: seed + (0, n) for n < 8
 GEOMETRY = ('rotate', 'shear_x', 'shear_y', 'translate_x', 'translate_y')
-# What strength 1 is, of RandAugment at magnitude 10 (Cubuk et al. 2019) and of TrivialAugment's
-# wide space (Müller and Hutter 2021): degrees, slope, share of the image, change of a factor,
-# bits taken away, share of the range.
-RANGES = {
+# Amount of each operation at full strength: (RandAugment at magnitude 10, Cubuk et al. 2019;
+# TrivialAugment's wide space, Müller and Hutter 2021). Units: degrees, slope, share of the image,
+# change of a factor, bits removed, share of the range.
+FULL_STRENGTH = {
     'identity': (0.0, 0.0),
     'autocontrast': (0.0, 0.0),
     'equalize': (0.0, 0.0),
@@ -44,23 +44,23 @@ RANGES = {
 }
 
 
-def on_host(
+def make_host_augment(
     settings: ConfigDict, size: int, white_level: int = WHITE_LEVEL
 ) -> Callable[[tf.Tensor, tf.Tensor, float], tf.Tensor]:
-    """Returns the part of `config.augment` that is done while an image is prepared.
+    """Returns the function that does the host's part of `config.augment`.
 
-    It is a function of an encoded image, string [], a seed, int64 [2], and the central share that
-    evaluation takes, and returns uint8 [size, size, 3]: cropped, resized and changed.
+    It takes an encoded image, string [], a seed, int64 [2], and the central share that evaluation
+    crops, and returns the cropped, resized and augmented image, uint8 [size, size, 3].
     """
-    moves = settings.translate or settings.rotate or settings.zoom
+    uses_affine = settings.translate or settings.rotate or settings.zoom
 
     def prepare(encoded: tf.Tensor, seed: tf.Tensor, central_share: float) -> tf.Tensor:
         if settings.crop == 'random':
             crop = random_crop(encoded, seed, settings.crop_area, size, white_level)
             image = to_uint8(resize(crop, (size, size)))
         else:
-            image = resize_image(decode(encoded, white_level), size, central_share)
-        if moves:
+            image = center_crop_and_resize(decode(encoded, white_level), size, central_share)
+        if uses_affine:
             image = random_affine(image, seed + (0, 1), settings)
         if settings.policy.name:
             image = apply_policy(image, seed + (0, 2), settings.policy)
@@ -76,17 +76,17 @@ def random_crop(
     size: int,
     white_level: int = WHITE_LEVEL,
 ) -> tf.Tensor:
-    """Returns the window of a random resized crop (Szegedy et al. 2015), aspect 3/4 to 4/3.
+    """Cuts out the window of a random resized crop (Szegedy et al. 2015), aspect ratio 3/4 to 4/3.
 
     Args:
-        encoded: a JPEG, PNG, GIF or BMP file, string []. Of a JPEG only the window is decoded.
+        encoded: a JPEG, PNG, GIF or BMP file, string []. Only the window of a JPEG is decoded.
         seed: int64 [2].
         area: (low, high) shares of the image.
         size: pixels, height and width, to which the crop will be resized.
         white_level: see `image_ops.decode`.
 
-    Returns: uint8 [height, width, 3]: the window as it is, or of a JPEG shrunk to 1/2, 1/4 or 1/8
-        where both sides stay at least `size`.
+    Returns: uint8 [height, width, 3]: the window at its own size; that of a JPEG is shrunk to 1/2,
+        1/4 or 1/8 where both sides stay at least `size`.
     """
 
     def window(shape: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
@@ -109,7 +109,7 @@ def random_crop(
         (top, left), (height, width) = map(tf.unstack, window(tf.shape(image)))
         return image[top : top + height, left : left + width]
 
-    # In a map of tf.data this takes less time than tf.cond, which would do as well.
+    # Faster in a tf.data map than the equivalent tf.cond.
     kind = tf.cast(tf.io.is_jpeg(encoded), tf.int32)
     return tf.ensure_shape(tf.switch_case(kind, [crop_decoded, crop_jpeg]), [None, None, 3])
 
@@ -119,9 +119,10 @@ def decode_jpeg_window(
 ) -> tf.Tensor:
     """Decodes a window of a JPEG, shrunk by the largest ratio that leaves no side below `size`.
 
-    With a ratio the decoder computes means of ratio x ratio pixels from the frequencies, at less
-    cost. The window is rounded to such pixels, which moves it by half a pixel of the result at
-    most; sides of at least `ratio * size` remain at least `size` pixels then.
+    At a ratio above 1 the decoder computes the means of blocks of ratio x ratio pixels directly
+    from the frequencies, which costs less. The window is rounded to whole blocks, which moves it by
+    at most half a pixel of the result; sides of at least `ratio * size` still have at least `size`
+    pixels.
 
     Args:
         encoded: string [].
@@ -132,8 +133,8 @@ def decode_jpeg_window(
     Returns: uint8 [height / ratio, width / ratio, 3].
     """
     ratios = (1, 2, 4, 8)  # what libjpeg offers
-    is_enough = tf.reduce_min(extent) >= [size * ratio for ratio in ratios[1:]]
-    chosen = tf.reduce_sum(tf.cast(is_enough, tf.int32))
+    is_large_enough = tf.reduce_min(extent) >= [size * ratio for ratio in ratios[1:]]
+    chosen = tf.reduce_sum(tf.cast(is_large_enough, tf.int32))
     ratio = tf.gather(ratios, chosen)
     first = (begin + ratio // 2) // ratio
     last = (begin + extent + ratio // 2) // ratio
@@ -148,19 +149,20 @@ def decode_jpeg_window(
 def apply_policy(image: tf.Tensor, seed: tf.Tensor, policy: ConfigDict) -> tf.Tensor:
     """Applies RandAugment or TrivialAugment to an image, uint8 [size, size, 3].
 
-    It does so with probability `policy.rate`. `rand_augment` takes `num_ops` operations of
-    `magnitude` (10 is what RANGES says), `trivial_augment` one of any magnitude of its wide ranges.
+    An image is changed with probability `policy.rate`. `rand_augment` applies `num_ops` operations
+    of strength `magnitude` (10 is full strength), `trivial_augment` one of random strength.
     """
     wide = policy.name == 'trivial_augment'
+    column = 1 if wide else 0
     num_ops = 1 if wide else policy.num_ops
-    names = list(RANGES)
+    names = list(FULL_STRENGTH)
     drawn = tf.random.stateless_uniform([1 + 3 * num_ops], seed)
     chosen = drawn[0] < policy.rate
 
     def branch(
         name: str, image: tf.Tensor, strength: tf.Tensor | float, sign: tf.Tensor
     ) -> Callable[[], tf.Tensor]:
-        return lambda: apply_operation(name, image, RANGES[name][wide] * strength, sign)
+        return lambda: apply_operation(name, image, FULL_STRENGTH[name][column] * strength, sign)
 
     for index in range(num_ops):
         kind = tf.cast(drawn[3 * index + 1] * len(names), tf.int32)
@@ -174,7 +176,7 @@ def apply_policy(image: tf.Tensor, seed: tf.Tensor, policy: ConfigDict) -> tf.Te
 def apply_operation(
     name: str, image: tf.Tensor, amount: tf.Tensor | float, sign: tf.Tensor | float
 ) -> tf.Tensor:
-    """Applies one operation of RANGES to an image, uint8 [size, size, 3].
+    """Applies one operation of FULL_STRENGTH to an image, uint8 [size, size, 3].
 
     `sign` is 1.0 or -1.0 where the operation has a direction.
     """
@@ -183,15 +185,15 @@ def apply_operation(
     if name == 'identity':
         return image
     if name in GEOMETRY:
-        towards = sign * amount
-        turn = towards * math.pi / 180 if name == 'rotate' else 0.0
+        signed_amount = sign * amount
+        turn = signed_amount * math.pi / 180 if name == 'rotate' else 0.0
         return affine(
             image,
             turn=turn,
-            shear_x=towards if name == 'shear_x' else 0.0,
-            shear_y=towards if name == 'shear_y' else 0.0,
-            left=towards * size if name == 'translate_x' else 0.0,
-            up=towards * size if name == 'translate_y' else 0.0,
+            shear_x=signed_amount if name == 'shear_x' else 0.0,
+            shear_y=signed_amount if name == 'shear_y' else 0.0,
+            left=signed_amount * size if name == 'translate_x' else 0.0,
+            up=signed_amount * size if name == 'translate_y' else 0.0,
         )
     if name == 'autocontrast':
         low, high = tf.reduce_min(values, (0, 1)), tf.reduce_max(values, (0, 1))  # [3]
@@ -204,13 +206,13 @@ def apply_operation(
         return to_uint8(tf.floor(values / step) * step)
     if name == 'solarize':
         return tf.where(values >= 256 * (1 - amount), 255 - image, image)
-    plain = {
+    degenerate = {
         'color': lambda: tf.tensordot(values, LUMA, 1)[..., None],
         'contrast': lambda: tf.reduce_mean(tf.tensordot(values, LUMA, 1)),
         'brightness': lambda: 0.0,
         'sharpness': lambda: _smoothed(values),
     }[name]()
-    return to_uint8(plain + (1 + sign * amount) * (values - plain))
+    return to_uint8(degenerate + (1 + sign * amount) * (values - degenerate))
 
 
 def affine(
@@ -226,7 +228,7 @@ def affine(
     """Turns, shears, moves and zooms an image about its centre in one bilinear step.
 
     Args:
-        image: uint8 [height, width, 3]; what comes in from outside is black.
+        image: uint8 [height, width, 3]; pixels from outside it are black.
         turn: radians.
         shear_x, shear_y: slopes.
         left, up: pixels.
@@ -252,10 +254,10 @@ def affine(
     return tf.ensure_shape(moved[0], image.shape)
 
 
-def draws(settings: ConfigDict, seed: tf.Tensor) -> dict[str, tf.Tensor]:
+def draw_numbers(settings: ConfigDict, seed: tf.Tensor) -> dict[str, tf.Tensor]:
     """Draws the random numbers that `on_device` needs for one example.
 
-    Returns: a dict of float32 tensors, uniform in [0, 1) or of Beta.
+    Returns: a dict of float32 tensors, uniform in [0, 1) or Beta-distributed.
     """
     uniform = tf.random.stateless_uniform([15], seed + (0, 3))
     flip, jitter, erase, mix = tf.split(uniform, [1, 3, 8, 3])
@@ -273,22 +275,22 @@ def draws(settings: ConfigDict, seed: tf.Tensor) -> dict[str, tf.Tensor]:
     return drawn
 
 
-def on_device(
+def make_device_augment(
     settings: ConfigDict, num_classes: int
 ) -> Callable[[tf.Tensor, tf.Tensor, dict[str, tf.Tensor]], tuple[tf.Tensor, tf.Tensor]]:
-    """Returns the part of `config.augment` that is done inside the compiled step.
+    """Returns the function that does the device's part of `config.augment`, in the compiled step.
 
-    It is a function of images uint8 [batch, size, size, 3], labels int64 [batch] and `draws`, each
-    float32 [batch, n], and returns images float32 in 0..255 and labels float32 [batch,
-    num_classes]. Mixing takes neighbours: images 0 and 1, 2 and 3, and so on, so the batch of a
-    replica must be even.
+    It takes images uint8 [batch, size, size, 3], labels int64 [batch] and the numbers of `draws`,
+    each float32 [batch, n], and returns images float32 in 0..255 and labels float32 [batch,
+    num_classes]. Mixing pairs neighbours (images 0 and 1, 2 and 3, and so on), so a replica's batch
+    size must be even.
     """
 
     def change(
         images: tf.Tensor, labels: tf.Tensor, drawn: dict[str, tf.Tensor]
     ) -> tuple[tf.Tensor, tf.Tensor]:
         labels = tf.one_hot(labels, num_classes)
-        if settings.flip:  # while a pixel is a byte
+        if settings.flip:  # before the cast, while a value is still one byte
             stays = drawn['flip'][:, :, None, None] < 0.5
             images = tf.where(stays, images, tf.reverse(images, [2]))
         images = tf.cast(images, tf.float32)
@@ -319,7 +321,7 @@ def jitter(images: tf.Tensor, factors: tf.Tensor) -> tf.Tensor:
 def erase(images: tf.Tensor, drawn: tf.Tensor, probability: float) -> tf.Tensor:
     """Fills a rectangle with one random colour (Zhong et al. 2020).
 
-    It is 2 to 33 % of the image, its aspect 0.3 to 1 / 0.3.
+    It covers 2 to 33 % of the image, with an aspect ratio of 0.3 to 1 / 0.3.
     """
     area, aspect = 0.02 + 0.31 * drawn[:, 1], tf.exp(math.log(0.3) * (1 - 2 * drawn[:, 2]))
     height = tf.minimum(1.0, tf.sqrt(area * aspect))
@@ -334,7 +336,7 @@ def mix(
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """Mixes neighbours by Mixup (Zhang et al. 2018) or CutMix (Yun et al. 2019).
 
-    With both, each pair takes one of them by a coin.
+    With both, a coin flip chooses for each pair.
     """
     drawn = tf.repeat(drawn[::2], 2, axis=0)  # a pair shares its numbers
     coin, across, down, mixup_share, cutmix_share = tf.unstack(drawn, axis=1)  # [batch]
@@ -361,27 +363,27 @@ def mix(
 
 
 def random_affine(image: tf.Tensor, seed: tf.Tensor, settings: ConfigDict) -> tf.Tensor:
-    """Moves, turns and zooms an image at random, each by at most its share both ways."""
-    by = tf.random.stateless_uniform([5], seed, -1.0, 1.0)
+    """Moves, rotates and zooms an image at random, each by at most its share either way."""
+    amounts = tf.random.stateless_uniform([5], seed, -1.0, 1.0)
     height, width = tf.unstack(tf.cast(tf.shape(image)[:2], tf.float32))
-    zoom_x, zoom_y = 1 + by[3] * settings.zoom, 1 + by[4] * settings.zoom
+    zoom_x, zoom_y = 1 + amounts[3] * settings.zoom, 1 + amounts[4] * settings.zoom
     if settings.zoom > 0.5:
         image = _without_details(image, tf.stack([zoom_y, zoom_x]))
     return affine(
         image,
-        turn=by[0] * settings.rotate * 2 * math.pi,
-        left=by[1] * settings.translate * width,
-        up=by[2] * settings.translate * height,
+        turn=amounts[0] * settings.rotate * 2 * math.pi,
+        left=amounts[1] * settings.translate * width,
+        up=amounts[2] * settings.translate * height,
         zoom_x=zoom_x,
         zoom_y=zoom_y,
     )
 
 
 def _without_details(image: tf.Tensor, zoom: tf.Tensor) -> tf.Tensor:
-    """Takes out of an image what will be too small to see at `zoom`, float32 [2], down and across.
+    """Removes details that would alias at `zoom`, float32 [2]: (vertical, horizontal).
 
-    `affine` takes each pixel from the nearest two by two, so it skips none down to a zoom of 1/2.
-    Below that, a side is averaged to as many pixels as it will have.
+    `affine` interpolates each pixel from the nearest 2x2, so it skips none down to a zoom of 1/2.
+    Below that, a side is first averaged to the number of pixels it will have.
     """
     shape = tf.shape(image)[:2]
     zoomed = tf.cast(tf.math.ceil(tf.cast(shape, tf.float32) * zoom), tf.int32)
@@ -392,9 +394,9 @@ def _without_details(image: tf.Tensor, zoom: tf.Tensor) -> tf.Tensor:
 def _rectangle(
     shape: tf.Tensor, height: tf.Tensor, width: tf.Tensor, down: tf.Tensor, across: tf.Tensor
 ) -> tf.Tensor:
-    """Returns whether a pixel lies in a rectangle, bool [batch, height, width, 1].
+    """Returns which pixels lie in a rectangle, bool [batch, height, width, 1].
 
-    Sides and place are shares, float32 [batch].
+    Its sides and position are shares of the image, float32 [batch].
     """
 
     def covers(pixels: tf.Tensor, side: tf.Tensor, place: tf.Tensor) -> tf.Tensor:
@@ -426,7 +428,7 @@ def _equalized(channel: tf.Tensor) -> tf.Tensor:
 
 
 def _smoothed(values: tf.Tensor) -> tf.Tensor:
-    """Applies PIL's SMOOTH filter to float32 [height, width, 3]; the outermost pixels stay."""
+    """Applies PIL's SMOOTH filter to float32 [height, width, 3], save the outermost pixels."""
     kernel = tf.constant([[1.0, 1, 1], [1, 5, 1], [1, 1, 1]]) / 13
     kernels = tf.tile(kernel[:, :, None, None], [1, 1, 3, 1])
     inner = tf.nn.depthwise_conv2d(values[None], kernels, [1, 1, 1, 1], 'VALID')[0]

@@ -1,4 +1,4 @@
-"""Whether a data set is there and can be used, and how large it is; gets and prepares nothing."""
+"""Finds out whether a data set is present and usable, and how large it is; downloads nothing."""
 
 import dataclasses
 import os
@@ -13,9 +13,9 @@ from common.errors import RunError, one_line
 from inputs import datasets, image_folder, record_index, tfds_checks, tfds_features
 from inputs.digits import Digits
 
-# That are put there by hand; of others TFDS knows the page only.
+# Archives that users download by hand. For other data sets TFDS knows only the web page.
 ARCHIVES = {'imagenet2012': ('ILSVRC2012_img_train.tar', 'ILSVRC2012_img_val.tar')}
-# Of the splits of what configs/ names, for before they are prepared. Source: the catalog of TFDS.
+# Split sizes of the data sets in configs/, until they are prepared. Source: the TFDS catalog.
 SIZES = {
     'cifar10': {'train': 50_000, 'test': 10_000},
     'digits': {'train': Digits.NUM_EXAMPLES - Digits.NUM_TEST, 'test': Digits.NUM_TEST},
@@ -27,20 +27,20 @@ SIZES = {
 
 @dataclasses.dataclass(frozen=True)
 class DatasetStatus:
-    """What is known of a data set.
+    """The state of a data set.
 
     Attributes:
-        state: 'here', 'made' (from what is installed), 'downloaded' (at the first start),
-            'unpacked' (archives that are here), or 'missing'.
+        state: 'ready', 'to_generate' (from an installed package), 'to_download' (at the first
+            start), 'to_unpack' (its archives are present), or 'missing'.
         place: the folder where it is, or is looked for.
-        class_names: in the order of the labels; numbers where TFDS learns them while it prepares
-            the data.
-        num_train, num_eval: examples, or None where only preparing it will tell.
-        num_bytes: of its images as they are stored, or None; before it is prepared, what is
-            downloaded: images stay as compressed as they were.
-        room_bytes: of disk that preparing it takes, at most: the archives, what comes out of them,
-            what is made of that.
-        how: for a person: how to get it.
+        class_names: in the order of the labels; numbers if TFDS learns the names only while
+            preparing the data.
+        num_train, num_eval: numbers of examples, or None if unknown until it is prepared.
+        num_bytes: size of the stored images, or None; before preparation the download size, as
+            images stay compressed.
+        room_bytes: most disk space that preparing it takes: archives, their contents, prepared
+            files.
+        how: instructions to the user for getting it.
     """
 
     state: str
@@ -75,12 +75,12 @@ def find_status(dataset_config: ConfigDict) -> DatasetStatus:
         )
     builder, columns = datasets.find_builder(dataset_config)
     if builder.is_prepared():
-        return _prepared(builder, columns, dataset_config)
+        return _status_if_prepared(builder, columns, dataset_config)
     label = tfds_features.feature_at(builder.info.features, columns.label)
-    return _not_prepared(builder, label, dataset_config)
+    return _status_if_not_prepared(builder, label, dataset_config)
 
 
-def _prepared(
+def _status_if_prepared(
     builder: tfds.core.DatasetBuilder, columns: tfds_features.Columns, dataset_config: ConfigDict
 ) -> DatasetStatus:
     record_index.require_tfrecord(builder)
@@ -100,11 +100,11 @@ def _prepared(
     for name, split in builder.info.splits.items():
         if is_local and _size_on_disk(split) < split.num_bytes:
             raise RunError(
-                f'files of {builder.name} are shorter than they were, of its split {name}',
+                f'files of split {name} of {builder.name} are truncated',
                 f'rm -r {builder.data_dir}',
             )
     class_names = tfds_checks.names_of_classes(builder, columns)
-    num_train, num_eval = _sizes(builder.name, builder.info.splits, dataset_config)
+    num_train, num_eval = _split_sizes(builder.name, builder.info.splits, dataset_config)
     try:
         for key in ('train_split', 'eval_split'):
             tfds_checks.require_usable(builder, columns, key, dataset_config)
@@ -122,22 +122,22 @@ def _size_on_disk(split: tfds.core.SplitInfo) -> int:
     return sum(os.path.getsize(path) for path in split.filepaths)
 
 
-def _not_prepared(
+def _status_if_not_prepared(
     builder: tfds.core.DatasetBuilder,
     label: tfds.features.FeatureConnector,
     dataset_config: ConfigDict,
 ) -> DatasetStatus:
     download = int(builder.info.download_size or 0)
-    if not download:  # of all variants that it has
+    if not download:  # the sum over all its variants
         download = sum(int(info.size or 0) for info in (builder.url_infos or {}).values())
     stored = int(builder.info.dataset_size or 0) or download
     sizes: Sequence[int | None] = (None, None)
     if builder.name in SIZES:
-        sizes = _sizes(builder.name, _splits(builder), dataset_config)
+        sizes = _split_sizes(builder.name, _catalog_splits(builder), dataset_config)
     if label.num_classes is None:
         raise RunError(
-            f'how many classes {builder.name} has is known when it is prepared',
-            'let a first start do it, without --mode=check',
+            f'the number of classes of {builder.name} is known only once it is prepared',
+            'start once without --mode=check',
         )
     known: dict[str, Any] = {
         'place': str(builder.data_dir),
@@ -163,7 +163,7 @@ def _not_prepared(
     )
 
 
-def _splits(builder: tfds.core.DatasetBuilder) -> tfds.core.SplitDict:
+def _catalog_splits(builder: tfds.core.DatasetBuilder) -> tfds.core.SplitDict:
     template = tfds.core.ShardedFileTemplate(
         data_dir=builder.data_dir, dataset_name=builder.name, filetype_suffix='tfrecord'
     )
@@ -180,7 +180,7 @@ def _splits(builder: tfds.core.DatasetBuilder) -> tfds.core.SplitDict:
     )
 
 
-def _sizes(name: str, splits: Mapping[str, Any], dataset_config: ConfigDict) -> list[int]:
+def _split_sizes(name: str, splits: Mapping[str, Any], dataset_config: ConfigDict) -> list[int]:
     return [
         datasets.split_size(name, splits, key, dataset_config, needed=True)
         for key in ('train_split', 'eval_split')

@@ -21,7 +21,7 @@ from common import console, machine
 from common.errors import ConfigError, RunError, nearest, one_line
 from inputs import digits, image_folder, image_validation, record_index, tfds_checks, tfds_features
 
-MOST_NAMED = 50  # broken files in the report
+MAX_BROKEN_LISTED = 50  # in the report
 
 
 class Sampled(NamedTuple):
@@ -50,14 +50,14 @@ class Source:
     """A prepared data set: its splits, its sizes and its class names.
 
     Attributes:
-        num_train: 0 if there is nothing to train on and nothing was needed.
-        memory_bytes: of host memory for what is read ahead; from the config alone, because the
-            order of examples depends on it.
-        open_split: from (split, share, longest) to the examples of a host's share (index, number).
-        identity: says which training examples these are: another text, other examples.
-        notes: what the user may not expect, for the report.
-        find_missing_files: names the files that were lost or damaged since, or returns ''.
-        original: from (split, number of an example) to the user's file, if it is one.
+        num_train: 0 if there is no training split and none was needed.
+        memory_bytes: host memory for reading ahead; from the config alone, because the order of
+            examples depends on it.
+        open_split: maps (split, share, longest) to the examples of a host's share (index, count).
+        identity: text that changes when the training examples do.
+        notes: surprises for the user, for the report.
+        find_missing_files: names files lost or damaged since loading, or returns ''.
+        original: maps (split, number of an example) to the content of the user's file, or None.
     """
 
     name: str
@@ -75,12 +75,12 @@ class Source:
     _kept: dict = dataclasses.field(default_factory=dict)
 
     def split(self, name: str, share: tuple[int, int] = (0, 1), in_memory: bool = True) -> Any:
-        """Returns a host's share (index, number) of a split, to be read from any position on.
+        """Returns a host's share (index, count) of a split, readable from any position.
 
-        See `record_index`. If a quarter of the budget is enough for it, it is kept `in_memory`,
-        encoded, or read in the order that it had there.
+        If it fits into a quarter of the budget, it is kept `in_memory`, encoded; with
+        `in_memory=False` it is read from disk in the same order. See `record_index`.
 
-        Raises: RunError if less memory is free than the budget says.
+        Raises: RunError if less memory is free than both the budget and the split take.
         """
         if (name, share, in_memory) not in self._kept:
             found = self.open_split(name, share)
@@ -93,7 +93,7 @@ class Source:
                     'dataset.memory_gib',
                 )
             if found.num_bytes <= self.memory_bytes // 4:
-                # Once from end to end is fastest in whole files: each piece opens its file anew.
+                # Read whole files, which is fastest: every piece would reopen its file.
                 if in_memory:
                     whole = self.open_split(name, share, longest=sys.maxsize)
                     found = record_index.in_memory(whole)
@@ -114,7 +114,7 @@ class Source:
             yield Sampled(encoded, self.original(split, number), int(label))
 
     def examples(self, split: str) -> tf.data.Dataset:
-        """Returns (image, label), encoded string [] and int64 [], always in the same order."""
+        """Returns (encoded image string [], label int64 []) pairs, always in the same order."""
         found = self.split(split)
         return found.read(np.arange(len(found.counts))).map(
             lambda number, encoded, label: (encoded, label)
@@ -132,10 +132,11 @@ def load(dataset_config: ConfigDict, needs_training: bool = True) -> Source:
         ConfigError: there is no such data set or split.
         RunError: the data are missing and the user has to get them, or preparing them failed.
     """
-    return (_folder if dataset_config.name == 'folder' else _tfds)(dataset_config, needs_training)
+    load_source = _load_folder if dataset_config.name == 'folder' else _load_tfds
+    return load_source(dataset_config, needs_training)
 
 
-def _tfds(dataset_config: ConfigDict, needs_training: bool) -> Source:
+def _load_tfds(dataset_config: ConfigDict, needs_training: bool) -> Source:
     builder, columns = find_builder(dataset_config)
     if not builder.is_prepared():
         _prepare(builder, data_folder(dataset_config))
@@ -162,7 +163,7 @@ def _tfds(dataset_config: ConfigDict, needs_training: bool) -> Source:
         num_train=num_train,
         num_eval=num_eval,
         memory_bytes=int(dataset_config.memory_gib * 2**30),
-        open_split=functools.partial(record_index.of_builder, builder, columns),
+        open_split=functools.partial(record_index.from_builder, builder, columns),
         identity=' '.join(
             [
                 builder.info.full_name,
@@ -221,7 +222,7 @@ def _prepare(builder: tfds.core.DatasetBuilder, data_dir: str) -> None:
     if isinstance(builder, digits.Digits):
         tfds.disable_progress_bar()  # it takes a second
     logging.getLogger('urllib3').setLevel(logging.ERROR)  # it tries ten times, and warns each time
-    console.line(f'preparing {builder.name} in {builder.data_dir}, once')
+    console.line(f'preparing {builder.name} in {builder.data_dir} (first use only)')
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             builder.download_and_prepare(download_config=download)
@@ -229,38 +230,43 @@ def _prepare(builder: tfds.core.DatasetBuilder, data_dir: str) -> None:
         offline = isinstance(error, OSError) and re.search(
             'HTTPS?Connection|resolve|unreachable', str(error)
         )
-        mend = (
-            ': this machine has to be online for it, or --config.dataset.data_dir=DIR a folder '
+        fix = (
+            'connect this machine to the internet, or point --config.dataset.data_dir at a folder '
             f'that has {builder.name} prepared'
-            if offline
-            else ''
         )
         raise RunError(
-            f'{builder.name} could not be prepared in {builder.data_dir} '
-            f'({one_line(error, 200)}){mend}'
+            f'{builder.name} could not be prepared in {builder.data_dir} ({one_line(error, 200)})',
+            fix if offline else '',
         ) from error
 
 
 def how_to_get(builder: tfds.core.DatasetBuilder) -> str:
-    """Returns what the user has to do for a data set that cannot be downloaded."""
+    """Returns how the user can get a data set that TFDS cannot download."""
     if builder.name == 'imagenet2012':
         return (
-            'Register at https://image-net.org/download-images, put ILSVRC2012_img_train.tar '
-            'and ILSVRC2012_img_val.tar '
-            'there (145 GB; preparing them takes as much again).'
+            'Register at https://image-net.org/download-images, and put ILSVRC2012_img_train.tar '
+            'and ILSVRC2012_img_val.tar into that folder (145 GB; preparing them takes as much '
+            'again).'
         )
     return f'TFDS says: {one_line(builder.MANUAL_DOWNLOAD_INSTRUCTIONS)}'
 
 
-def _folder(dataset_config: ConfigDict, needs_training: bool) -> Source:
+def _load_folder(dataset_config: ConfigDict, needs_training: bool) -> Source:
     found = image_folder.find(dataset_config, needs_training)
     for note in found.notes:
         console.note(note)
-    named = [f'  {console.printable(path)}: {reason}' for path, reason in found.broken[:MOST_NAMED]]
-    for first in named[:1]:
-        console.row('', first.strip())
-    num_more = len(found.broken) - MOST_NAMED
+    named = [
+        f'  {console.printable(path)}: {reason}'
+        for path, reason in found.broken[:MAX_BROKEN_LISTED]
+    ]
+    if named:
+        console.row('', named[0].strip())
+    num_more = len(found.broken) - MAX_BROKEN_LISTED
     more = [f'  and {num_more:,} more'] if num_more > 0 else []
+    training = [
+        (example.digest, example.label)
+        for example in found.splits.get(dataset_config.train_split, ())
+    ]
     return Source(
         name=dataset_config.name,
         class_names=found.class_names,
@@ -270,14 +276,7 @@ def _folder(dataset_config: ConfigDict, needs_training: bool) -> Source:
         num_eval=len(found.splits[dataset_config.eval_split]),
         memory_bytes=int(dataset_config.memory_gib * 2**30),
         open_split=lambda split, share, longest=None: _example_list(found.splits[split], share),
-        identity=hashlib.sha256(
-            repr(
-                [
-                    (example.digest, example.label)
-                    for example in found.splits.get(dataset_config.train_split, ())
-                ]
-            ).encode()
-        ).hexdigest(),
+        identity=hashlib.sha256(repr(training).encode()).hexdigest(),
         notes=(*found.notes, *named, *more),
         find_missing_files=functools.partial(
             _find_missing_files, found, dataset_config, needs_training
@@ -302,9 +301,11 @@ def _find_missing_files(before: Any, dataset_config: ConfigDict, needs_training:
         ]
     except (ConfigError, RunError) as error:
         return str(error)
-    named = [f'{console.printable(path)} (it has gone)' for path in gone] + broken
-    return ', '.join(named[: image_folder.NAMED]) + (
-        f' and {len(named) - image_folder.NAMED:,} more' if len(named) > image_folder.NAMED else ''
+    named = [f'{console.printable(path)} (no longer there)' for path in gone] + broken
+    return ', '.join(named[: image_folder.MAX_NAMES]) + (
+        f' and {len(named) - image_folder.MAX_NAMES:,} more'
+        if len(named) > image_folder.MAX_NAMES
+        else ''
     )
 
 
@@ -325,7 +326,7 @@ def split_size(
 ) -> int:
     """Returns the number of examples in the split that `config.dataset` names under `key`.
 
-    0 if there is none and none is needed.
+    Returns 0 if there is no such split and none is needed.
     """
     split = dataset_config[key]
     try:

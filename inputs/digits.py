@@ -7,7 +7,7 @@ import tensorflow_datasets as tfds
 
 
 class Digits(tfds.core.GeneratorBasedBuilder):
-    """scikit-learn's 1,797 handwritten digits of 8x8 pixels, as TFDS data set: no download.
+    """scikit-learn's 1,797 handwritten digits, 8x8 pixels each, as a TFDS data set: no download.
 
     Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI (1998). A
     fixed permutation puts 360 examples into `test` and 1,437 into `train`.

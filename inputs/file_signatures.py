@@ -1,4 +1,4 @@
-"""Says by its first bytes what a file is that is not read, and what to do about it.
+"""Identifies an unreadable file by its first bytes, and says what to do about it.
 
 Sources: the formats' own documents, the register of ISO base media brands (mp4ra.org), and the
 magic file of `file`.
@@ -11,16 +11,16 @@ from PIL import Image, TiffImagePlugin, features
 from inputs import heif, jpeg_files
 
 DAMAGED = 'it is damaged: copy or download it again'
-UNREAD = 'it is damaged, or of a kind that is not read: save it as PNG'
-UNKNOWN = 'get it again, or take it away'
+UNREAD = 'it is damaged, or of an unsupported kind: save it as PNG'
+UNKNOWN = 'download it again, or remove it'
 CONVERT = 'convert it: magick FILE.{0} FILE.png'
 RAW = 'convert it: darktable-cli FILE.{0} FILE.jpg'
 FRAMES = 'extract frames: ffmpeg -i FILE.{0} -vf fps=1 FILE-%04d.jpg'
 UNPACK = 'unpack it, and name the folder'
 
-# Formats that Pillow reads, of files that it has refused all the same: (pattern of the first bytes,
-# name, the feature of Pillow that it takes).
-READ = (
+# Formats that Pillow reads, for files that it refused all the same: (pattern of the first bytes,
+# name, Pillow feature required).
+SUPPORTED = (
     (rb'\xff\xd8\xff', 'a JPEG file', None),
     (rb'\x89PNG', 'a PNG file', None),
     (rb'GIF8', 'a GIF file', None),
@@ -30,8 +30,8 @@ READ = (
     (rb'BM....\x00\x00\x00\x00', 'a BMP file', None),
     (rb'P[1-7][ \t\r\n]', 'a PPM file', None),
 )
-# What is not read: (pattern, name, what to do). The first that fits counts.
-OTHERS = (
+# Formats that are not read: (pattern, name, what to do). The first match counts.
+UNSUPPORTED = (
     (rb'\xff\xd8\xff\xf7', 'a JPEG-LS image', CONVERT.format('jls')),
     (rb'\xff\x0a|\x00\x00\x00\x0cJXL ', 'a JPEG XL image', 'convert it: djxl FILE.jxl FILE.png'),
     (rb'II\xbc', 'a JPEG XR image', 'convert it: JxrDecApp -i FILE.jxr -o FILE.tif'),
@@ -39,7 +39,7 @@ OTHERS = (
     (rb'FLIF', 'a FLIF image', 'convert it: flif -d FILE.flif FILE.png'),
     (rb'qoif', 'a QOI image', CONVERT.format('qoi')),
     (rb'8BPS', 'a Photoshop file (PSD)', "convert it: magick 'FILE.psd[0]' FILE.png"),
-    (rb'gimp xcf', 'a file of GIMP (XCF)', CONVERT.format('xcf')),
+    (rb'gimp xcf', 'a GIMP file (XCF)', CONVERT.format('xcf')),
     (rb'\x00\x00[\x01\x02]\x00[^\x00]\x00', 'a Windows icon or cursor', CONVERT.format('ico')),
     (rb'icns', 'a Mac icon', CONVERT.format('icns')),
     (rb'DDS ', 'a DDS texture', CONVERT.format('dds')),
@@ -51,24 +51,24 @@ OTHERS = (
     (rb'AT&TFORM', 'a DjVu document', 'convert it: ddjvu -format=tiff FILE.djvu FILE.tif'),
     (rb'%!PS|\xc5\xd0\xd3\xc6', 'PostScript', 'convert it: magick -density 300 FILE.eps FILE.png'),
     (rb'.{0,64}%PDF', 'a PDF document', 'convert it: pdftoppm -png FILE.pdf FILE'),
-    (rb'FUJIFILMCCD-RAW', 'a raw file of a Fujifilm camera (RAF)', RAW.format('raf')),
-    (rb'IIU\x00', 'a raw file of a Panasonic camera (RW2)', RAW.format('rw2')),
-    (rb'IIR[OS]|MMOR', 'a raw file of an Olympus camera (ORF)', RAW.format('orf')),
-    (rb'FOVb', 'a raw file of a Sigma camera (X3F)', RAW.format('x3f')),
-    (rb'\x00MRM', 'a raw file of a Minolta camera (MRW)', RAW.format('mrw')),
+    (rb'FUJIFILMCCD-RAW', 'a Fujifilm raw file (RAF)', RAW.format('raf')),
+    (rb'IIU\x00', 'a Panasonic raw file (RW2)', RAW.format('rw2')),
+    (rb'IIR[OS]|MMOR', 'a Olympus raw file (ORF)', RAW.format('orf')),
+    (rb'FOVb', 'a Sigma raw file (X3F)', RAW.format('x3f')),
+    (rb'\x00MRM', 'a Minolta raw file (MRW)', RAW.format('mrw')),
     (rb'RIFF....AVI ', 'an AVI video', FRAMES.format('avi')),
     (rb'\x1aE\xdf\xa3', 'a Matroska or WebM video', FRAMES.format('mkv')),
     (rb'\x00\x00\x01[\xb3\xba]', 'an MPEG video', FRAMES.format('mpg')),
     (rb'FLV\x01', 'a Flash video', FRAMES.format('flv')),
     (rb'0&\xb2u\x8ef\xcf\x11', 'a Windows Media video', FRAMES.format('wmv')),
     (rb'[\x00-\x1f]...(moov|mdat|wide|free|skip|pnot)', 'a QuickTime video', FRAMES.format('mov')),
-    (rb'version https://git-lfs', 'a pointer of Git LFS', 'the image is elsewhere: git lfs pull'),
+    (rb'version https://git-lfs', 'a Git LFS pointer', 'the image is elsewhere: git lfs pull'),
     (
         rb'[./]*(git/)?annex/objects/',
-        'a pointer of git-annex',
+        'a git-annex pointer',
         'the image is elsewhere: git annex get .',
     ),
-    (rb'\x00\x05\x16[\x00\x07]', 'what a Mac keeps beside a file (AppleDouble)', 'delete it'),
+    (rb'\x00\x05\x16[\x00\x07]', "a Mac's metadata file (AppleDouble)", 'delete it'),
     (rb'PK(\x03\x04|\x05\x06)', 'a zip archive', UNPACK),
     (rb'\x1f\x8b', 'a gzip archive', UNPACK),
     (rb'BZh[1-9]', 'a bzip2 archive', UNPACK),
@@ -89,16 +89,16 @@ MARKUP = (
         'a web page (HTML)',
         'the download failed, or needs a login: get it again',
     ),
-    (rb'<\?xml|<error', 'XML', 'the download failed, perhaps: look at it, and get it again'),
+    (rb'<\?xml|<error', 'XML', 'the download may have failed: look at it, and download it again'),
     (rb'[{\[]\s*["{\[\]}]', 'JSON', 'the download failed, perhaps: look at it, and get it again'),
 )
 HEIC = (b'heic', b'heix', b'heim', b'heis', b'hevc', b'hevx', b'hevm', b'hevs')
-HEIF = (b'mif1', b'mif2', b'msf1', b'miaf')  # one of several ways to compress is inside
+HEIF = (b'mif1', b'mif2', b'msf1', b'miaf')  # generic brands: the codec varies
 AVIF = (b'avif', b'avis')
 
-# Of images that are not looked at, because no reader of ours knows them. They do not count as
-# broken: cameras write raw files beside their JPEG files.
-ENDINGS = frozenset(
+# Extensions of images that are skipped, because none of our readers supports them. They do not
+# count as broken: cameras write raw files next to their JPEG files.
+SKIPPED_EXTENSIONS = frozenset(
     [
         '.3fr',
         '.arw',
@@ -153,12 +153,12 @@ ENDINGS = frozenset(
 )
 
 
-def reason(content: bytes) -> str:
-    """Returns why a file that Pillow does not recognize cannot be read, in at most 200 letters."""
-    what, advice = _name(content)
+def why_unreadable(content: bytes) -> str:
+    """Returns why Pillow cannot read a file that it does not recognize, in 200 characters."""
+    what, advice = _identify(content)
     if not what:
-        return f'no image that can be read: it begins with {content[:16]!r}; {UNKNOWN}'
-    return f'no image that can be read: {what}, which begins with {content[:16]!r}; {advice}'
+        return f'not a readable image: it begins with {content[:16]!r}; {UNKNOWN}'
+    return f'not a readable image: {what}, which begins with {content[:16]!r}; {advice}'
 
 
 def ends_too_early(content: bytes) -> bool:
@@ -182,7 +182,7 @@ def lacks_directory(content: bytes) -> bool:
 
 
 def depth_of_jpeg2000(content: bytes) -> int:
-    """Returns the bits of the first channel: of the marker SIZ, ISO/IEC 15444-1, A.5.1."""
+    """Returns the bit depth of the first channel, from the SIZ marker (ISO/IEC 15444-1, A.5.1)."""
     sizes = content.find(b'\xff\x4f\xff\x51') + 2
     return (content[sizes + 40] & 0x7F) + 1
 
@@ -190,8 +190,8 @@ def depth_of_jpeg2000(content: bytes) -> int:
 def reason_of_raw(image: Image.Image, content: bytes) -> str:
     """Returns why a camera's raw file, which Pillow takes for TIFF, cannot be read; else ''.
 
-    DNG, NEF, ARW and others are TIFF/EP: their first page is a thumbnail, which says that it is a
-    reduced one, and where the whole one is.
+    DNG, NEF, ARW and others are TIFF/EP: their first page is a thumbnail, marked as reduced, which
+    points to the full image.
     """
     if not isinstance(image, TiffImagePlugin.TiffImageFile):
         return ''
@@ -202,25 +202,29 @@ def reason_of_raw(image: Image.Image, content: bytes) -> str:
     is_cr2 = content[8:10] == b'CR'
     if not (is_dng or is_cr2 or (is_reduced and has_others)):
         return ''
-    ending = {(True, False): 'dng', (False, True): 'cr2'}.get((is_dng, is_cr2), 'nef')
+    extension = 'nef'
+    if is_cr2:
+        extension = 'cr2'
+    if is_dng:
+        extension = 'dng'
     return (
-        "no image that can be read: a camera's raw file, of which a TIFF reader sees the "
-        f'thumbnail; {RAW.format(ending)}'
+        "not a readable image: a camera's raw file, of which a TIFF reader sees the "
+        f'thumbnail; {RAW.format(extension)}'
     )
 
 
-def _name(content: bytes) -> tuple[str, str]:
+def _identify(content: bytes) -> tuple[str, str]:
     """Returns (what the file is, what to do about it), or ('', '')."""
     if content[4:8] == b'ftyp':
         return _name_of_brands(content)
-    for pattern, what, advice in OTHERS:
+    for pattern, what, advice in UNSUPPORTED:
         if re.match(pattern, content[:512], re.DOTALL):
             return what, advice
     if content[-18:-2] == b'TRUEVISION-XFILE':
         return 'a TGA image', CONVERT.format('tga')
-    for pattern, what, feature in READ:
+    for pattern, what, feature in SUPPORTED:
         if re.match(pattern, content[:16], re.DOTALL):
-            return what, _of_read(feature)
+            return what, _advice_on_supported(feature)
     begin = content[:1024].removeprefix(b'\xef\xbb\xbf').lstrip().lower()
     is_xml = begin.startswith((b'<?xml', b'<!--', b'<!doctype svg'))
     if is_xml and b'<svg' in content[:4096].lower():
@@ -231,25 +235,25 @@ def _name(content: bytes) -> tuple[str, str]:
     return ('nothing but zeros', DAMAGED) if not content.strip(b'\0') else ('', '')
 
 
-def _of_read(feature: str | None) -> str:
+def _advice_on_supported(feature: str | None) -> str:
     if feature and not features.check(feature):
-        return 'this build of Pillow reads none: python -m pip install --force-reinstall pillow'
+        return 'this build of Pillow cannot read it: python -m pip install --force-reinstall pillow'
     return UNREAD
 
 
 def _name_of_brands(content: bytes) -> tuple[str, str]:
-    """Returns the same for an ISO base media file, by its brands: ISO/IEC 14496-12, 4.3."""
+    """Identifies an ISO base media file by its brands (ISO/IEC 14496-12, 4.3)."""
     length = min(int.from_bytes(content[:4], 'big'), len(content), 256)
     main = content[8:12]
     compatible = {content[begin : begin + 4] for begin in range(16, length - 3, 4)}
     if main in AVIF or (main in HEIF and compatible.intersection(AVIF)):
-        return 'an AVIF image', _of_read('avif')
+        return 'an AVIF image', _advice_on_supported('avif')
     if main in HEIC or (main in HEIF and compatible.intersection(HEIC)):
-        return 'an HEIC image', _of_heif('heic')
+        return 'an HEIC image', _advice_on_heif('heic')
     if main in HEIF:
-        return 'an HEIF image', _of_heif('heif')
+        return 'an HEIF image', _advice_on_heif('heif')
     if main == b'crx ':
-        return 'a raw file of a Canon camera (CR3)', RAW.format('cr3')
+        return 'a Canon raw file (CR3)', RAW.format('cr3')
     if main == b'jxl ':
         return 'a JPEG XL image', 'convert it: djxl FILE.jxl FILE.png'
     if main == b'qt  ':
@@ -257,7 +261,7 @@ def _name_of_brands(content: bytes) -> tuple[str, str]:
     return 'an MP4 video', FRAMES.format('mp4')
 
 
-def _of_heif(ending: str) -> str:
+def _advice_on_heif(ending: str) -> str:
     if heif.VERSION:
         return DAMAGED
     return (

@@ -9,7 +9,7 @@ from common.errors import RunError
 from inputs import image_validation
 from inputs.folder_tree import Tree
 
-USUAL = frozenset(
+USUAL_SPLITS = frozenset(
     (  # names of splits
         'train',
         'training',
@@ -23,12 +23,13 @@ USUAL = frozenset(
         'evaluation',
     )
 )
-HELD_OUT = 'held_out'  # an evaluation split that is not a folder, whatever folders there are
-NAMED = 10  # names in one line
+# An evaluation split that is held out of the training images even if there are other splits.
+HELD_OUT = 'held_out'
+MAX_NAMES = 10  # listed in one line
 SORT = 'put the images of each class into a folder of its own'
 
 
-class Asked(NamedTuple):
+class RequestedSplits(NamedTuple):
     """The splits that the config names."""
 
     train: str
@@ -50,19 +51,19 @@ class Split(NamedTuple):
     classes: dict[str, str]
 
 
-class _Inside(NamedTuple):
-    """A folder that is called as a split is, below a class folder, with images in or below it."""
+class _SplitInClass(NamedTuple):
+    """A folder below a class folder that is named like a split and has images in or below it."""
 
     class_name: str
-    above: str  # between the class folder and it, '' for nothing
+    above: str  # path from the class folder to it, '' if none
     split: str
-    below: str  # the first folder between it and the images, '' for nothing
+    below: str  # the first folder between it and the images, '' if none
 
 
-def find(tree: Tree, asked: Asked) -> tuple[dict[str, Split], list[str]]:
+def find(tree: Tree, asked: RequestedSplits) -> tuple[dict[str, Split], list[str]]:
     """Finds the splits.
 
-    Returns: ({name: Split}, without `asked.eval` where it is to be held out of the other; notes).
+    Returns: ({name: Split}, without `asked.eval` if it is to be held out of `asked.train`; notes).
 
     Raises: RunError, with what to do, where splits would be mixed or one of `asked` is not there.
     """
@@ -70,7 +71,8 @@ def find(tree: Tree, asked: Asked) -> tuple[dict[str, Split], list[str]]:
     folders, _ = tree.entries(root)
     like_splits = [name for name in folders if _is_like_split(name, asked)]
     subfolders = {name: tree.entries(os.path.join(root, name))[0] for name in like_splits}
-    splits = [name for name in like_splits if subfolders[name]]  # 'train' may be a class: of trains
+    # Without subfolders, 'train' may be a class: trains.
+    splits = [name for name in like_splits if subfolders[name]]
     if not splits:
         _check_classes(tree, folders, like_splits)
         return _find_in_classes(tree, folders, asked)
@@ -91,10 +93,10 @@ def find(tree: Tree, asked: Asked) -> tuple[dict[str, Split], list[str]]:
 
 
 def named(names: Iterable[str]) -> str:
-    """Returns the first of these names, sorted, in words."""
+    """Lists the first names in sorted order, and the number of others."""
     names = sorted(names)
-    more = f' and {len(names) - NAMED:,} more' if len(names) > NAMED else ''
-    return ', '.join(map(printable, names[:NAMED])) + more
+    more = f' and {len(names) - MAX_NAMES:,} more' if len(names) > MAX_NAMES else ''
+    return ', '.join(map(printable, names[:MAX_NAMES])) + more
 
 
 def image_names(files: list[str]) -> list[str]:
@@ -102,16 +104,16 @@ def image_names(files: list[str]) -> list[str]:
     return [name for name in files if name.lower().endswith(image_validation.SUFFIXES)]
 
 
-def _is_like_split(name: str, asked: Asked) -> bool:
-    return name in (asked.train, asked.eval) or name.casefold() in USUAL
+def _is_like_split(name: str, asked: RequestedSplits) -> bool:
+    return name in (asked.train, asked.eval) or name.casefold() in USUAL_SPLITS
 
 
 def _with_classes(folder: str, names: list[str]) -> Split:
     return Split(printable(folder), folder, {name: os.path.join(folder, name) for name in names})
 
 
-def _choose(place: str, splits: list[str], asked: Asked, having: str) -> list[str]:
-    """Returns those of `splits` that are used: `asked`, or training alone to hold a part out of."""
+def _choose(place: str, splits: list[str], asked: RequestedSplits, having: str) -> list[str]:
+    """Returns the splits to use: `asked`, or the training split alone, to hold a part out of it."""
     for split in (asked.train, asked.eval):
         same = [name for name in splits if name.casefold() == split.casefold()]
         if len(same) > 1:
@@ -126,33 +128,33 @@ def _choose(place: str, splits: list[str], asked: Asked, having: str) -> list[st
         train_like = next((name for name in splits if name.casefold().startswith('train')), 'NAME')
         eval_like = next((name for name in splits if name != train_like), HELD_OUT)
         raise RunError(
-            f'{place} has no {asked.train} {having}, but {named(splits)}',
+            f'{place} has no split {asked.train} {having}, only {named(splits)}',
             f'--config.dataset.train_split={train_like} --config.dataset.eval_split={eval_like}',
         )
     if others and asked.eval != HELD_OUT:
         raise RunError(
-            f'{place} has no {asked.eval}, but {named(others)}',
+            f'{place} has no split {asked.eval}, but has {named(others)}',
             f'--config.dataset.eval_split={others[0]}',
         )
     return [asked.train]
 
 
 def _check_classes(tree: Tree, folders: list[str], like_splits: list[str]) -> None:
-    """Raises RunError if the folders at the top, of which none is a split, can be no classes."""
+    """Raises RunError if the top-level folders, none of which is a split, cannot be classes."""
     root = printable(tree.root)
     if folders and len(like_splits) == len(folders):
         raise RunError(f'{root} has {named(folders)}, but no class folders in them', SORT)
     if len(folders) == 1 and tree.entries(os.path.join(tree.root, folders[0]))[0]:
         raise RunError(
-            f'{root} has one folder alone, which has folders itself',
+            f'{root} has only one folder, which has subfolders',
             f'--config.dataset.data_dir={os.path.join(root, printable(folders[0]))}',
         )
 
 
 def _find_in_classes(
-    tree: Tree, folders: list[str], asked: Asked
+    tree: Tree, folders: list[str], asked: RequestedSplits
 ) -> tuple[dict[str, Split], list[str]]:
-    """What `find` returns where the folders at the top are classes; splits may be below them."""
+    """Does the work of `find` where the top-level folders are classes; splits may be below them."""
     root = printable(tree.root)
     everything = _with_classes(tree.root, folders)
     inside = [place for name in folders for place in _splits_inside(tree, everything, name, asked)]
@@ -166,9 +168,9 @@ def _find_in_classes(
     lacking = [name for name in folders if name not in having[chosen[0]]]
     if lacking:
         raise RunError(
-            f'{root} has {" and ".join(names)} in its class folders, but '
-            f'{named(lacking)} without {chosen[0]}',
-            'sort the images of every class into such folders, or of none',
+            f'{root} has {" and ".join(names)} in its class folders, but no {chosen[0]} in '
+            f'{named(lacking)}',
+            'use such folders in every class, or in none',
         )
     found = {}
     for split in chosen:
@@ -179,12 +181,15 @@ def _find_in_classes(
     unused = sum(_count_outside(tree, folder, chosen) for folder in everything.classes.values())
     if unused:
         notes.append(
-            f'not used: {unused:,} images in class folders of {root}, in no {" or ".join(chosen)}'
+            f'not used: {unused:,} images in class folders of {root}, but not in '
+            f'{" or ".join(chosen)}'
         )
     return found, notes
 
 
-def _splits_inside(tree: Tree, split: Split, class_name: str, asked: Asked) -> list[_Inside]:
+def _splits_inside(
+    tree: Tree, split: Split, class_name: str, asked: RequestedSplits
+) -> list[_SplitInClass]:
     """Returns the folders below a class folder that are named like splits and hold images."""
     folder = split.classes[class_name]
     found = set()
@@ -196,7 +201,7 @@ def _splits_inside(tree: Tree, split: Split, class_name: str, asked: Asked) -> l
         if depths:
             depth = depths[0]
             above, below = os.sep.join(parts[:depth]), ''.join(parts[depth + 1 : depth + 2])
-            found.add(_Inside(class_name, above, parts[depth], below))
+            found.add(_SplitInClass(class_name, above, parts[depth], below))
     return sorted(found)
 
 
@@ -209,16 +214,25 @@ def _count_outside(tree: Tree, folder: str, splits: list[str]) -> int:
     )
 
 
-def _check_splits_of_classes(tree: Tree, inside: list[_Inside], asked: Asked) -> None:
-    """Raises RunError unless every split is right in a class folder, and has no classes itself."""
+def _check_splits_of_classes(
+    tree: Tree, inside: list[_SplitInClass], asked: RequestedSplits
+) -> None:
+    """Raises RunError unless all splits are directly in class folders and have no classes."""
     deep = [place for place in inside if place.above]
     with_folders = [place for place in inside if place.below]
-    if not deep and len({place.below for place in with_folders}) < 2:  # as `images` may be
+    # A single subfolder, such as train/images, is fine.
+    if not deep and len({place.below for place in with_folders}) < 2:
         return
     place = (deep or with_folders)[0]
     root, class_name = printable(tree.root), printable(place.class_name)
     above = os.path.join(root, class_name, printable(place.above)).rstrip('/')
-    splits = sorted({other.split for other in inside if other[:2] == place[:2]})
+    splits = sorted(
+        {
+            other.split
+            for other in inside
+            if (other.class_name, other.above) == (place.class_name, place.above)
+        }
+    )
     places = f'{root}/{asked.train}/{class_name} and {root}/{asked.eval}/{class_name}'
     fix = f'if {class_name} is a class, sort its images into {places}'
     if not place.below:
@@ -228,13 +242,12 @@ def _check_splits_of_classes(tree: Tree, inside: list[_Inside], asked: Asked) ->
     raise RunError(problem, f'--config.dataset.data_dir={above}; or, {fix}')
 
 
-def _check_classes_of_split(tree: Tree, split: Split, asked: Asked) -> None:
-    """Raises RunError if the class folders of a split are splits again, or hold some."""
+def _check_classes_of_split(tree: Tree, split: Split, asked: RequestedSplits) -> None:
+    """Raises RunError if the class folders of a split are themselves splits, or hold some."""
     names = list(split.classes)
     if len(names) > 1 and all(_is_like_split(name, asked) for name in names):
         raise RunError(
-            f'{split.place} has no class folders, but {named(names)}, which are '
-            'called as splits are',
+            f'{split.place} has no class folders, but {named(names)}, which are named like splits',
             f'--config.dataset.data_dir={split.place}',
         )
     for name in names:

@@ -1,4 +1,4 @@
-"""Lists the user's folder: each folder once, and nothing that systems leave there."""
+"""Lists the user's folder: each subfolder once, and nothing that operating systems leave there."""
 
 import os
 import re
@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import tensorflow as tf
 
-# What systems leave in any folder or at the top of a disk, in small letters: Mac archives, Windows,
-# ext4, disks of Synology, QNAP and NetApp, Android's cards. Some of these may not even be read.
-NOT_OURS = frozenset(
+# What systems leave in any folder or at the root of a disk, in lower case: Mac archives, Windows,
+# ext4, disks of Synology, QNAP and NetApp, Android's memory cards. Some of it is not even readable.
+SYSTEM_NAMES = frozenset(
     (
         '__macosx',
         'network trash folder',
@@ -42,13 +42,13 @@ NOT_OURS = frozenset(
         '@__thumb',
     )
 )
-NOT_OURS_PATTERN = re.compile(r'found\.[0-9]{3}')  # of Windows, after a repair of the disk
-# Of Windows; in small letters they may be classes.
-NOT_OURS_IN_CAPITALS = frozenset(('RECYCLER', 'RECYCLED'))
+SYSTEM_NAMES_PATTERN = re.compile(r'found\.[0-9]{3}')  # from Windows, after a disk repair
+# From Windows; in lower case they may be classes.
+SYSTEM_NAMES_IN_CAPITALS = frozenset(('RECYCLER', 'RECYCLED'))
 
 
 class Tree:
-    """A folder on any file system. What is hidden, or in NOT_OURS, is left out and never read."""
+    """A folder on any file system, without reading what is hidden or in SYSTEM_NAMES."""
 
     def __init__(self, root: str) -> None:
         self.root = root
@@ -59,11 +59,11 @@ class Tree:
         """Returns (folders, files): sorted names. Raises OSError or tf.errors.OpError."""
         if folder not in self._entries:
             folders, files = _read_remote(folder) if '://' in folder else _read_local(folder)
-            self._entries[folder] = _sorted_ours(folders), _sorted_ours(files)
+            self._entries[folder] = _sorted_users(folders), _sorted_users(files)
         return self._entries[folder]
 
     def walk(self, folder: str, *above: str) -> Iterator[tuple[str, list[str], list[str]]]:
-        """Yields what os.walk does, sorted. No place comes twice by links, nor those `above`."""
+        """Yields what os.walk does, sorted. Links lead to no folder twice, nor to those `above`."""
         entered = {self._place(place) for place in above}
         waiting = [folder]
         while waiting:
@@ -82,14 +82,16 @@ class Tree:
         return self._places[folder]
 
 
-def _sorted_ours(names: list[str]) -> list[str]:
-    return sorted(name for name in names if _is_ours(name))
+def _sorted_users(names: list[str]) -> list[str]:
+    return sorted(name for name in names if _is_users(name))
 
 
-def _is_ours(name: str) -> bool:
+def _is_users(name: str) -> bool:
     folded = name.casefold()
     is_of_system = (
-        folded in NOT_OURS or NOT_OURS_PATTERN.fullmatch(folded) or name in NOT_OURS_IN_CAPITALS
+        folded in SYSTEM_NAMES
+        or SYSTEM_NAMES_PATTERN.fullmatch(folded)
+        or name in SYSTEM_NAMES_IN_CAPITALS
     )
     return not name.startswith('.') and not is_of_system
 

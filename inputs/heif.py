@@ -1,4 +1,4 @@
-"""HEIC and HEIF images, as phones write them: read where the extra `heif` is installed."""
+"""Lets Pillow read HEIC and HEIF images, as phones write them, if the extra `heif` is installed."""
 
 try:
     import pillow_heif
@@ -8,4 +8,4 @@ else:
     VERSION = pillow_heif.__version__
     pillow_heif.register_heif_opener()
 
-FORMATS = ('HEIF',) if VERSION else ()  # as Pillow calls what it reads with it
+FORMATS = ('HEIF',) if VERSION else ()  # Pillow's names for what the plugin reads

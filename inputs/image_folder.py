@@ -22,14 +22,14 @@ from ml_collections import ConfigDict
 from common.console import printable
 from common.errors import ConfigError, RunError, counted, did_you_mean, one_line
 from inputs import file_signatures, folder_splits, image_validation
-from inputs.folder_splits import HELD_OUT, NAMED, SORT, Split, image_names, named
+from inputs.folder_splits import HELD_OUT, MAX_NAMES, SORT, Split, image_names, named
 from inputs.folder_tree import Tree
 
-DEEP_BITS = (10, 12, 14)  # that cameras and scanners have, and store in 16
+DEEP_BITS = (10, 12, 14)  # depths of cameras and scanners, stored in 16 bits
 
 
 class ExampleFile(NamedTuple):
-    """A file that `tf.io.decode_image` reads right; `label` is the index of its class."""
+    """A file that `tf.io.decode_image` reads correctly; `label` is the index of its class."""
 
     path: str
     label: int
@@ -40,7 +40,7 @@ class ExampleFile(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Folder:
-    """What was found.
+    """The classes and images of a folder.
 
     Attributes:
         class_names: sorted.
@@ -74,13 +74,13 @@ def find(dataset_config: ConfigDict, needs_training: bool = True) -> Folder:
         needs_training: False if images to evaluate are enough.
 
     Raises:
-        ConfigError: no folder is named, or a split that no folder can have.
+        ConfigError: no folder is given, or a split has a name that no subfolder can have.
         RunError: there are no classes of images, too many files are broken, or something cannot be
             read or written.
     """
     root = os.path.expanduser(dataset_config.data_dir)
     train_split, eval_split = dataset_config.train_split, dataset_config.eval_split
-    bases, notes, files, class_names = _survey(dataset_config, needs_training)
+    split_folders, notes, files, class_names = _survey(dataset_config, needs_training)
     label_of = {name: label for label, name in enumerate(class_names)}
     checks = image_validation.examine(
         root, sorted(file.path for file in files), dataset_config.white_level
@@ -90,19 +90,19 @@ def find(dataset_config: ConfigDict, needs_training: bool = True) -> Folder:
     files = [
         file._replace(check=checks[file.path]) for file in files if not checks[file.path].broken
     ]
-    if eval_split not in bases:
+    if eval_split not in split_folders:
         files = _hold_out(files, eval_split, dataset_config.eval_share, dataset_config.split_seed)
         notes.append(
-            f'{dataset_config.eval_share:.3g} of each class in {bases[train_split].place} is '
-            f'held out as {eval_split}; '
+            f'{dataset_config.eval_share:.3g} of each class in '
+            f'{split_folders[train_split].place} is held out as {eval_split}; '
             f'config.dataset.split_seed={dataset_config.split_seed} says which images'
         )
-    _check_enough(root, bases, files, class_names, eval_split)
+    _check_enough(root, split_folders, files, class_names, eval_split)
     notes += _content_notes(files, class_names, eval_split)
     notes += _white_level_notes(files, dataset_config.white_level)
     notes += _notes_on_odd_jpegs(files)
 
-    splits: dict[str, list[ExampleFile]] = {split: [] for split in (*bases, eval_split)}
+    splits: dict[str, list[ExampleFile]] = {split: [] for split in (*split_folders, eval_split)}
     # As good as shuffled: any part has all classes.
     for file in sorted(files, key=lambda file: (file.check.digest, file.path)):
         original = os.path.join(root, file.path)
@@ -122,7 +122,7 @@ def count(dataset_config: ConfigDict) -> tuple[tuple[str, ...], dict[str, int], 
     Returns: (class names, {split: files that may be images}, bytes of all or None).
     """
     root = os.path.expanduser(dataset_config.data_dir)
-    bases, _, files, class_names = _survey(dataset_config, needs_training=True)
+    split_folders, _, files, class_names = _survey(dataset_config, needs_training=True)
     num_bytes = (
         None
         if '://' in root
@@ -130,11 +130,12 @@ def count(dataset_config: ConfigDict) -> tuple[tuple[str, ...], dict[str, int], 
     )
     counts = collections.Counter((file.split, file.class_name) for file in files)
     sizes = {
-        split: sum(number for (of, _), number in counts.items() if of == split) for split in bases
+        split: sum(count for (owner, _), count in counts.items() if owner == split)
+        for split in split_folders
     }
-    if dataset_config.eval_split not in bases:
+    if dataset_config.eval_split not in split_folders:
         sizes[dataset_config.eval_split] = sum(
-            _number_held_out(number, dataset_config.eval_share) for number in counts.values()
+            _num_held_out(number, dataset_config.eval_share) for number in counts.values()
         )
         sizes[dataset_config.train_split] -= sizes[dataset_config.eval_split]
     return class_names, sizes, num_bytes
@@ -148,13 +149,13 @@ def _survey(dataset_config: ConfigDict, needs_training: bool) -> tuple:
     _check_config(root, train_split, eval_split)
     tree = Tree(root)
     try:
-        asked = folder_splits.Asked(train_split, eval_split, needs_training)
-        bases, notes = folder_splits.find(tree, asked)
-        files, endings = _files(tree, bases)
-        class_names = _class_names(tree, bases, files)
+        asked = folder_splits.RequestedSplits(train_split, eval_split, needs_training)
+        split_folders, notes = folder_splits.find(tree, asked)
+        files, endings = _files(tree, split_folders)
+        class_names = _class_names(tree, split_folders, files)
     except (OSError, tf.errors.OpError) as error:
         raise RunError(f'{printable(root)} cannot be read: {printable(one_line(error))}') from error
-    return bases, notes + _notes_on_names(tree, bases, endings), files, class_names
+    return split_folders, notes + _notes_on_names(tree, split_folders, endings), files, class_names
 
 
 def _check_config(root: str, train_split: str, eval_split: str) -> None:
@@ -167,9 +168,10 @@ def _check_config(root: str, train_split: str, eval_split: str) -> None:
     for key, split in (('train_split', train_split), ('eval_split', eval_split)):
         if split in ('', '.', '..') or set(split) & set('[]+%:/\\') or printable(split) != split:
             raise ConfigError(
-                f'config.dataset.{key}={split!r} is not a split of a folder, which is a subfolder',
-                "write its name, as in 'train'; for a part of the images leave the "
-                'subfolder out, and config.dataset.eval_share of each class is evaluated',
+                f'config.dataset.{key}={split!r} cannot be a split: the splits of a folder are '
+                'subfolders',
+                "write its name, such as 'train'; without that subfolder, "
+                'config.dataset.eval_share of each class is held out for evaluation',
                 f'dataset.{key}',
             )
     if not root:
@@ -192,35 +194,43 @@ def _check_config(root: str, train_split: str, eval_split: str) -> None:
         )
 
 
-def _notes_on_names(tree: Tree, bases: dict[str, Split], endings: collections.Counter) -> list[str]:
-    """Notes what is left out because of its name or place."""
+def _notes_on_names(
+    tree: Tree, split_folders: dict[str, Split], endings: collections.Counter
+) -> list[str]:
+    """Returns notes on what is left out because of its name or place."""
     notes = []
     unread = collections.Counter(
-        {ending: count for ending, count in endings.items() if ending in file_signatures.ENDINGS}
+        {
+            ending: count
+            for ending, count in endings.items()
+            if ending in file_signatures.SKIPPED_EXTENSIONS
+        }
     )
     others = endings - unread
     if unread:
         notes.append(
-            'not used, images in formats that are not read: '
-            f'{_counted(unread, NAMED)}; convert them to JPEG or PNG'
+            'not used, as their formats are not supported: '
+            f'{_counted(unread, MAX_NAMES)}; convert them to JPEG or PNG'
         )
     if others:
         notes.append(
-            f"not used, as their names do not end like an image's: {_counted(others, NAMED)}"
+            f"not used, as their names do not end like an image's: {_counted(others, MAX_NAMES)}"
         )
-    for folder in dict.fromkeys(split.folder for split in bases.values()):
+    for folder in dict.fromkeys(split.folder for split in split_folders.values()):
         loose = len(image_names(tree.entries(folder)[1]))
         if loose:
             notes.append(
-                f'not used: {loose:,} images that lie in {printable(folder)} itself, in no class '
+                f'not used: {loose:,} images in {printable(folder)} itself, outside any class '
                 'folder'
             )
     return notes
 
 
-def _class_names(tree: Tree, bases: dict[str, Split], files: list[_File]) -> tuple[str, ...]:
+def _class_names(
+    tree: Tree, split_folders: dict[str, Split], files: list[_File]
+) -> tuple[str, ...]:
     """Returns the sorted names of the class folders. Raises RunError if they are unusable."""
-    (split, base), *others = bases.items()
+    (split, base), *others = split_folders.items()
     names = list(base.classes)
     if len(names) < 2:
         raise _too_few_classes(tree, base, others)
@@ -252,7 +262,7 @@ def _class_names(tree: Tree, bases: dict[str, Split], files: list[_File]) -> tup
 
 
 def _too_few_classes(tree: Tree, base: Split, others: list[tuple[str, Split]]) -> RunError:
-    """Returns the error of a split that has no class folder or a single one."""
+    """Returns the error for a split that has no class folder or a single one."""
     if not base.classes:
         _, files = tree.entries(base.folder)
         number = counted(len(files), 'file')
@@ -277,10 +287,12 @@ def _too_few_classes(tree: Tree, base: Split, others: list[tuple[str, Split]]) -
 
 
 def _empty_classes(tree: Tree, base: Split, names: list[str]) -> RunError:
-    """Returns the error of a split that has class folders without images."""
+    """Returns the error for a split that has class folders without images."""
     held = {name: _content(tree, base.classes[name], base.folder) for name in names}
     empty = [f'{name} ({_counted(endings, 3) or "empty"})' for name, endings in held.items()]
-    unread = {ending for endings in held.values() for ending in endings} & file_signatures.ENDINGS
+    unread = {
+        ending for endings in held.values() for ending in endings
+    } & file_signatures.SKIPPED_EXTENSIONS
     advice = f'convert {named(unread)} to JPEG or PNG, ' if unread else ''
     problem = f'{base.place} has class folders without images, {named(empty)}'
     return RunError(problem, f'{advice}fill them, or remove them')
@@ -296,7 +308,7 @@ def _check_broken(
 ) -> list[str]:
     """Returns notes on the broken files. Raises RunError if there are too many of them.
 
-    A single one is not too many, unless none may be.
+    A single one is tolerated unless `max_broken` is 0.
     """
     if not broken:
         return []
@@ -304,12 +316,12 @@ def _check_broken(
     if len(broken) > allowed:
         share = math.ceil(100 * len(broken) / num_files) / 100
         allow = f', or write --config.dataset.max_broken={share}' if share < 1 else ''
-        some = '; '.join(f'{printable(path)}: {reason}' for path, reason in broken[:NAMED])
-        if len(broken) > NAMED:
+        some = '; '.join(f'{printable(path)}: {reason}' for path, reason in broken[:MAX_NAMES])
+        if len(broken) > MAX_NAMES:
             some += '; ...'
         raise RunError(
             f'{len(broken):,} of {num_files:,} files in {printable(root)} are broken '
-            f'({len(broken) / num_files:.2%}, allowed are {max_broken:.2%}): {some}. '
+            f'({len(broken) / num_files:.2%}, {max_broken:.2%} are allowed): {some}. '
             f'All of them are listed in {image_validation.list_of_broken(root)}',
             f'replace or remove them{allow}',
         )
@@ -322,8 +334,8 @@ def _check_broken(
 def _hold_out(files: list[_File], eval_split: str, share: float, seed: int) -> list[_File]:
     """Returns the files, with `share` of each class in `eval_split`.
 
-    That is at least one image, and at least one is left. The content decides: duplicates stay
-    together, and it does not matter what a file is called or what lies beside it.
+    That is at least one image, unless the class has only one. The choice depends on content, not on
+    file names, so duplicates stay together.
     """
     digests: dict[str, set[str]] = collections.defaultdict(set)
     for file in files:
@@ -333,7 +345,7 @@ def _hold_out(files: list[_File], eval_split: str, share: float, seed: int) -> l
         order = sorted(
             found, key=lambda digest: hashlib.sha256(f'{seed} {digest}'.encode()).digest()
         )
-        held_out |= {(name, digest) for digest in order[: _number_held_out(len(order), share)]}
+        held_out |= {(name, digest) for digest in order[: _num_held_out(len(order), share)]}
     return [
         file._replace(split=eval_split)
         if (file.class_name, file.check.digest) in held_out
@@ -342,62 +354,66 @@ def _hold_out(files: list[_File], eval_split: str, share: float, seed: int) -> l
     ]
 
 
-def _number_held_out(number: int, share: float) -> int:
+def _num_held_out(number: int, share: float) -> int:
     return min(max(1, round(share * number)), number - 1)
 
 
 def _check_enough(
     root: str,
-    bases: Mapping[str, Split],
+    split_folders: Mapping[str, Split],
     files: list[_File],
     class_names: Sequence[str],
     eval_split: str,
 ) -> None:
     """Raises RunError if a class, or the evaluation, is left without images."""
-    split, base = next(iter(bases.items()))
+    split, base = next(iter(split_folders.items()))
     spoilt = set(class_names) - {file.class_name for file in files if file.split == split}
     if spoilt:
         raise RunError(
-            f'{base.place} has classes of broken files alone',
+            f'{base.place} has classes whose files are all broken',
             f'{named(spoilt)}; see {image_validation.list_of_broken(root)}',
         )
     if not any(file.split == eval_split for file in files):
         advice = (
             'fill its class folders'
-            if eval_split in bases
-            else 'a class of one image needs it for training; add some'
+            if eval_split in split_folders
+            else 'a class with a single image keeps it for training; add more'
         )
-        place = bases[eval_split].place if eval_split in bases else printable(root)
+        place = split_folders[eval_split].place if eval_split in split_folders else printable(root)
         raise RunError(f'{place} has no image to evaluate', advice)
 
 
 def _content_notes(files: list[_File], class_names: Sequence[str], eval_split: str) -> list[str]:
-    """Notes classes that are not evaluated, and images that are in two places by their content."""
-    notes, twins = [], collections.defaultdict(list)
+    """Returns notes on classes that are not evaluated, and on images that are in two places."""
+    notes, same_content = [], collections.defaultdict(list)
     missing = set(class_names) - {file.class_name for file in files if file.split == eval_split}
     if missing:
-        notes.append(f'no image to evaluate of {named(missing)}')
+        notes.append(f'no image to evaluate for {named(missing)}')
     for file in files:
-        twins[file.check.digest].append(file)
-    both = [same for same in twins.values() if len({file.split for file in same}) > 1]
-    leaked = [file.path for same in both for file in same if file.split == eval_split]
+        same_content[file.check.digest].append(file)
+    in_both_splits = [
+        same for same in same_content.values() if len({file.split for file in same}) > 1
+    ]
+    leaked = [file.path for same in in_both_splits for file in same if file.split == eval_split]
     if leaked:
         notes.append(
             f'{len(leaked):,} evaluation images are training images as well, byte for byte, '
             f'such as {printable(leaked[0])}: '
             'they make the accuracy look better than it is'
         )
-    torn = [same for same in twins.values() if len({file.class_name for file in same}) > 1]
-    if torn:
+    in_several_classes = [
+        same for same in same_content.values() if len({file.class_name for file in same}) > 1
+    ]
+    if in_several_classes:
         notes.append(
-            f'{len(torn):,} images are in more than one class, byte for byte, such as '
-            f'{named(file.path for file in torn[0])}'
+            f'{len(in_several_classes):,} images are in more than one class, byte for byte, such '
+            f'as {named(file.path for file in in_several_classes[0])}'
         )
     return notes
 
 
 def _white_level_notes(files: list[_File], white_level: int) -> list[str]:
-    """Notes images of more than 8 bits whose values are far from what counts as white."""
+    """Returns notes on images of more than 8 bits whose values are far from the white level."""
     deep = [file for file in files if file.check.peak]
     if not deep:
         return []
@@ -421,24 +437,22 @@ def _white_level_notes(files: list[_File], white_level: int) -> list[str]:
 
 
 def _notes_on_odd_jpegs(files: list[_File]) -> list[str]:
-    """Notes JPEG files that break the format and are read all the same."""
+    """Returns notes on JPEG files that violate the format and are read all the same."""
     notes = []
-    remarkable = [file for file in files if file.check.remark and not file.check.doubt]
-    if remarkable:
-        first = remarkable[0]
+    harmless = [file for file in files if file.check.remark and not file.check.doubt]
+    if harmless:
+        first = harmless[0]
         notes.append(
-            f'{len(remarkable):,} JPEG files break the format where no pixel can suffer, such '
-            f'as {printable(first.path)} '
-            f'({first.check.remark}): they are used'
+            f'{len(harmless):,} JPEG files violate the format without affecting any pixel, such as '
+            f'{printable(first.path)} ({first.check.remark}): they are used'
         )
     doubtful = [file for file in files if file.check.doubt]
     if doubtful:
         first = doubtful[0]
         notes.append(
-            f'{len(doubtful):,} JPEG files, nearly all, have the same fault, such as '
-            f'{printable(first.path)} '
-            f'({first.check.doubt}): it is taken for a habit of what wrote them, and they are '
-            'used'
+            f'{len(doubtful):,} JPEG files, nearly all, have a fault, such as '
+            f'{printable(first.path)} ({first.check.doubt}): it is taken for a quirk of the '
+            'program that wrote them, and they are used'
         )
     return notes
 
@@ -454,11 +468,11 @@ def image_paths(root: str) -> Iterator[str]:
         )
 
 
-def _files(tree: Tree, bases: dict[str, Split]) -> tuple[list[_File], collections.Counter]:
+def _files(tree: Tree, split_folders: dict[str, Split]) -> tuple[list[_File], collections.Counter]:
     """Returns the files below the class folders that may be images, and other files by ending."""
     found: list[_File] = []
     endings: collections.Counter = collections.Counter()
-    for split, base in bases.items():
+    for split, base in split_folders.items():
         for class_name, class_folder in base.classes.items():
             for folder, _, names in tree.walk(class_folder, base.folder, tree.root):
                 below = os.path.relpath(folder, tree.root)

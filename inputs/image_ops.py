@@ -1,32 +1,32 @@
-"""What evaluation and the exported model do with an image: decode, crop its centre, resize."""
+"""Decodes, centre-crops and resizes images, for evaluation and the exported model."""
 
 import tensorflow as tf
 
 PNG_SIGNATURE = b'\x89PNG\r\n\x1a\n'
-PNG_DEPTH_AT = 24  # the byte that says how many bits a channel has
+PNG_DEPTH_OFFSET = 24  # of the byte with the bits per channel
 BMP_SIGNATURE = b'BM'
 GIF_SIGNATURE = b'GIF8'
-WHITE_LEVEL = 2**16 - 1  # of a PNG file of 16 bits, unless its makers used fewer of them
-BMP_HEADER = 34  # bytes, up to what says whether it is compressed
-# From byte 28 on: 24 or 32 bits a pixel, neither compressed nor with masks.
+WHITE_LEVEL = 2**16 - 1  # of a 16-bit PNG file, unless its values use fewer bits
+BMP_HEADER = 34  # bytes, up to and including the compression field
+# Bytes 28 to 33: 24 or 32 bits per pixel, no compression, no masks.
 PLAIN_BMP = (b'\x18\0\0\0\0\0', b'\x20\0\0\0\0\0')
 
 
 def decode(encoded: tf.Tensor, white_level: int = WHITE_LEVEL) -> tf.Tensor:
     """Decodes an image file for training, evaluation and the exported model alike.
 
-    What is transparent in a PNG file is laid over white. A graph cannot follow the orientation in
-    EXIF, and sees the transparent parts of a GIF as black: `image_validation.as_decodable` does
-    both, to files, before they come here.
+    Transparent parts of a PNG file are laid over white. A graph ignores the EXIF orientation and
+    sees transparent parts of a GIF as black: `image_validation.as_decodable` corrects both
+    beforehand.
 
     Args:
-        encoded: string [], a JPEG or PNG file, the first frame of a GIF, or a BMP file without
-            palette and masks.
+        encoded: string [], a JPEG, PNG or GIF file (its first frame), or a BMP file without palette
+            or masks.
         white_level: the value of white in PNG files of 16 bits, `config.dataset.white_level`.
 
     Returns: uint8 [height, width, 3].
 
-    Raises: tf.errors.InvalidArgumentError: not such a file, or a damaged one.
+    Raises: tf.errors.InvalidArgumentError: it is none of these, or damaged.
     """
 
     def decode_png() -> tf.Tensor:
@@ -35,7 +35,7 @@ def decode(encoded: tf.Tensor, white_level: int = WHITE_LEVEL) -> tf.Tensor:
     def decode_opaque() -> tf.Tensor:
         return _decode_opaque(encoded)
 
-    is_png = _begins_with(encoded, PNG_SIGNATURE) & (tf.strings.length(encoded) > PNG_DEPTH_AT)
+    is_png = _begins_with(encoded, PNG_SIGNATURE) & (tf.strings.length(encoded) > PNG_DEPTH_OFFSET)
     image = tf.cond(is_png, decode_png, decode_opaque)
     return tf.ensure_shape(image, [None, None, 3])
 
@@ -43,7 +43,7 @@ def decode(encoded: tf.Tensor, white_level: int = WHITE_LEVEL) -> tf.Tensor:
 def _decode_opaque(encoded: tf.Tensor) -> tf.Tensor:
     """Decodes a JPEG, GIF or BMP file, string [], to uint8 [height, width, 3]."""
     is_bmp = _begins_with(encoded, BMP_SIGNATURE) & (tf.strings.length(encoded) >= BMP_HEADER)
-    # TensorFlow would take the numbers of a palette for greys, and pass over masks.
+    # TensorFlow would read palette indices as greys, and ignore masks.
     is_plain_bmp = tf.cond(
         is_bmp, lambda: tf.reduce_any(tf.strings.substr(encoded, 28, 6) == PLAIN_BMP), lambda: False
     )
@@ -60,21 +60,21 @@ def _begins_with(encoded: tf.Tensor, signature: bytes) -> tf.Tensor:
 
 
 def _decode_png(encoded: tf.Tensor, white_level: int) -> tf.Tensor:
-    """Decodes a PNG file, string [], to uint8 [height, width, 3]: over white."""
+    """Decodes a PNG file, string [], to uint8 [height, width, 3], laid over white."""
     depth = tf.cast(
-        tf.io.decode_raw(tf.strings.substr(encoded, PNG_DEPTH_AT, 1), tf.uint8)[0], tf.int32
+        tf.io.decode_raw(tf.strings.substr(encoded, PNG_DEPTH_OFFSET, 1), tf.uint8)[0], tf.int32
     )
 
-    def decode_shallow() -> tf.Tensor:
+    def decode_8_bits() -> tf.Tensor:
         return tf.io.decode_png(encoded, channels=4)
 
-    def decode_deep() -> tf.Tensor:
+    def decode_16_bits() -> tf.Tensor:
         return _with_white_at(white_level, tf.io.decode_png(encoded, channels=4, dtype=tf.uint16))
 
     if white_level == WHITE_LEVEL:  # TensorFlow takes the upper eight bits
-        image = decode_shallow()
+        image = decode_8_bits()
     else:
-        image = tf.cond(depth == 16, decode_deep, decode_shallow)
+        image = tf.cond(depth == 16, decode_16_bits, decode_8_bits)
     # TensorFlow gives an opaque file of 1, 2 or 4 bits an alpha of 1, 3 or 15.
     opaque = tf.cast(2 ** tf.minimum(depth, 8) - 1, tf.uint8)
     return tf.cond(
@@ -95,13 +95,13 @@ def over_white(image: tf.Tensor) -> tf.Tensor:
     return tf.cast((blended + 127) // 255, tf.uint8)  # rounded: 255 is odd, so nothing lies halfway
 
 
-def resize_image(images: tf.Tensor, size: int, central_share: float = 1.0) -> tf.Tensor:
-    """Takes the central square of images, resized by `resize`.
+def center_crop_and_resize(images: tf.Tensor, size: int, central_share: float = 1.0) -> tf.Tensor:
+    """Crops the central square of images and resizes it.
 
     Args:
         images: uint8 or float in 0..255, [..., height, width, 3].
         size: pixels of the result.
-        central_share: side of the square as share of the shorter side.
+        central_share: side of the square as a share of the shorter side.
 
     Returns: uint8 [..., size, size, 3].
     """
@@ -117,9 +117,9 @@ def resize(images: tf.Tensor, shape: tf.Tensor | tuple[int, int]) -> tf.Tensor:
     """Resizes images: by a box filter along a side that shrinks, linearly along one that grows.
 
     Where a side shrinks, a pixel is the mean of what it covers, so none is skipped and fine
-    patterns do not turn into coarse ones. A JPEG decoder that shrinks does the same. What this
-    costs over plain bilinear is a tenth (500x375 pixels to 224) to 40 % (1600x1200) of what
-    `antialias=True` costs over it.
+    patterns do not turn into coarse ones. A JPEG decoder that shrinks does the same. The filter's
+    extra cost over plain bilinear is 10 % (500x375 pixels to 224) to 40 % (1600x1200) of that of
+    `antialias=True`.
 
     Args:
         images: uint8 or float, [height, width, channels] or [batch, height, width, channels].
@@ -139,17 +139,17 @@ def resize(images: tf.Tensor, shape: tf.Tensor | tuple[int, int]) -> tf.Tensor:
         smaller = tf.image.resize(images, tf.minimum(sides, shape), method='area')
         return tf.image.resize(smaller, shape)
 
-    # The last would do for all; a filter that changes nothing takes its time too.
+    # shrink_and_enlarge would do for all, but even a filter that changes nothing takes time.
     grows, shrinks = tf.reduce_any(sides < shape), tf.reduce_any(sides > shape)
     kind = tf.where(grows, tf.where(shrinks, 2, 1), 0)
     return tf.switch_case(kind, [shrink, enlarge, shrink_and_enlarge])
 
 
 def to_uint8(images: tf.Tensor) -> tf.Tensor:
-    """Rounds numbers in 0..255 to whole ones; what lies outside is clipped."""
+    """Rounds values to integers and clips them to 0..255."""
     if images.dtype == tf.uint8:
         return images
-    # One pass where rounding, clipping and casting take three.
+    # One pass; rounding, clipping and casting would take three.
     quantized = tf.raw_ops.QuantizeV2(
         input=tf.cast(images, tf.float32), min_range=0.0, max_range=255.0, T=tf.quint8
     )

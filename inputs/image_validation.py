@@ -30,8 +30,8 @@ from common.console import printable
 from common.errors import RunError, counted, one_line
 from inputs import file_signatures, heif, image_ops, jpeg_files
 
-# What is looked at; what a file then is, its content decides. The last two are there to be named:
-# Pillow reads none of them.
+# Extensions of files that are examined; the content decides what a file is. The last two are here
+# only to be reported: Pillow cannot read them.
 SUFFIXES = (
     '.jpg',
     '.jpeg',
@@ -74,10 +74,10 @@ FORMATS = (
     'PPM',
     *heif.FORMATS,
 )
-JPEGS = ('JPEG', 'MPO')  # MPO: a JPEG file with further images behind the first
+JPEGS = ('JPEG', 'MPO')  # MPO: a JPEG file with more images after the first
 LOSSY = (*JPEGS, 'WEBP', 'AVIF', 'JPEG2000', 'HEIF')
-MOST_PIXELS = 2**27  # 400 MB as uint8 [height, width, 3]
-MOST_BYTES = 8 * MOST_PIXELS  # of a file: as many pixels, with four channels of 16 bits
+MAX_PIXELS = 2**27  # 400 MB as uint8 [height, width, 3]
+MAX_BYTES = 8 * MAX_PIXELS  # per file: MAX_PIXELS pixels of four 16-bit channels
 TURNS = {  # EXIF orientation (EXIF 2.32, tag 0x0112) -> what a viewer does
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -88,35 +88,37 @@ TURNS = {  # EXIF orientation (EXIF 2.32, tag 0x0112) -> what a viewer does
     8: Image.Transpose.ROTATE_90,
 }
 BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # TIFF 6.0, pages 29 and 37
-# Share and number of JPEG files with one fault that make it a habit of their writer.
+# A doubt on at least this share and number of the JPEG files is taken for their writer's habit.
 NEARLY_ALL = 0.9
 LEAST_HABIT = 3
-CHUNK = 64  # files that are examined between two looks at what was said to standard error
+CHUNK = 64  # files examined between two looks at standard error
 ENDS_TOO_EARLY = 'the file ends too early: copy or download it again'
 READERS = [
     f'Pillow {PIL.__version__}',
     f'TensorFlow {tf.__version__}',
     *([f'pillow-heif {heif.VERSION}'] if heif.VERSION else []),
 ]
-RULES = ', '.join(['5', *READERS])  # that checks were found by; count up what changes them
+RULES = ', '.join(
+    ['5', *READERS]
+)  # version of the checks: increase the number when their results change
 
 
 class Broken(Exception):
-    """Why a file cannot be used."""
+    """Raised for a file that cannot be used; the message says why."""
 
 
 class FileCheck(NamedTuple):
-    """On one file.
+    """The result of examining one file.
 
     Attributes:
         digest: SHA-256 of its content; '' where that could not be read.
-        num_bytes: of what is to be read.
+        num_bytes: size of the file to be read.
         copy: path of the converted copy that is to be read, or '' for the file itself.
         broken: why it cannot be used, or ''.
-        file_format: Pillow's name of it, such as 'JPEG'; of a broken file 'JPEG' or ''.
-        peak: the largest value of an image with more than 8 bits, 0 of others.
+        file_format: Pillow's name for the format, such as 'JPEG'; for a broken file 'JPEG' or ''.
+        peak: the largest value of an image with more than 8 bits, 0 for others.
         remark: what libjpeg complains of although no pixel can have changed, or ''.
-        doubt: what it complains of that may be damage, or the habit of a camera, or ''.
+        doubt: a warning that may mean damage or be a habit of the camera, or ''.
         has_upper_bits_only: whether its colours have 16 bits of which only eight can be read.
     """
 
@@ -146,7 +148,7 @@ def as_decodable(content: bytes) -> bytes:
     """Returns a file as training reads it: itself, if TensorFlow shows it as viewers do.
 
     Otherwise a JPEG or PNG file: turned as EXIF says, in colours or greys that `image_ops.decode`
-    reads. What may be damage is passed over: `decodable` reports it.
+    reads. Possible damage is ignored; `decodable` reports it.
 
     Args:
         content: an image file of any of `FORMATS`.
@@ -157,7 +159,9 @@ def as_decodable(content: bytes) -> bytes:
 
 
 def decodable(content: bytes) -> Decodable:
-    """Returns `as_decodable` with what was found; other files decide if a doubt counts.
+    """Does what `as_decodable` does, and returns what it found.
+
+    Other files decide whether a doubt counts.
 
     Raises: Broken: it cannot be used; the message says why.
     """
@@ -166,7 +170,7 @@ def decodable(content: bytes) -> Decodable:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # Pillow's: what matters of them is an error here
-            with standard_error() as said:
+            with captured_stderr() as said:
                 found = _convert(content)
                 complains = bool(said())
             return _without_complaint(content, found) if complains else found
@@ -186,8 +190,8 @@ def examine(
     Args:
         root: the user's folder.
         paths: of files below it.
-        white_level: of images of 16 bits, as in `image_ops.decode`: some can only be read with all
-            16.
+        white_level: of 16-bit images, as in `image_ops.decode`; if it is not the default, images of
+            which only the upper eight bits can be read are broken.
 
     Returns: {path: FileCheck}, in the order of `paths`. `list_of_broken(root)` then has those that
         are broken, if any are.
@@ -207,8 +211,8 @@ def examine(
     except tf.errors.OpError as error:
         raise RunError(
             f'{_cache(root)} cannot be written ({_reason(error)})',
-            'set the environment variable TFDS_DATA_DIR to a folder that can be, '
-            'with room for converted images',
+            'set the environment variable TFDS_DATA_DIR to a writable folder with room for '
+            'converted images',
         ) from error
     return {path: checks[path] for path in paths}
 
@@ -241,14 +245,14 @@ def _copies(root: str) -> str:
 
 
 def _examine_new(root: str, paths: Sequence[str]) -> dict[str, FileCheck]:
-    """Returns checks on all files; those of unchanged files are known from before."""
+    """Returns the checks of all files; unchanged files keep their earlier ones."""
     manifest = os.path.join(_cache(root), 'manifest.json')
     known = _read_manifest(manifest)
     folder = _copies(root)
     copies = {'', *(os.path.join(folder, name) for name in tf.io.gfile.listdir(folder))}
     checks, changed = {}, []
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
-        # On a disk the answer takes less time than to ask for it in a thread.
+        # On a disk a stat takes less time than starting it in a thread.
         ask: Callable[..., Iterable] = pool.map if '://' in root else map
         found_stamps = ask(lambda path: _stamp(os.path.join(root, path)), paths)
         stamps: dict[str, Any] = dict(zip(paths, found_stamps, strict=True))
@@ -260,16 +264,18 @@ def _examine_new(root: str, paths: Sequence[str]) -> dict[str, FileCheck]:
         else:
             changed.append(path)
     if changed:
-        console.line(f'examining {counted(len(changed), "file")} of {printable(root)}, once')
+        console.line(
+            f'examining {counted(len(changed), "file")} of {printable(root)} (first use only)'
+        )
         try:
             found = _examine_all([os.path.join(root, path) for path in changed], _copies(root))
             bar = tqdm.tqdm(total=len(changed), unit=' files', disable=None, delay=2, leave=False)
-            # Its threads end here, also if this is interrupted.
+            # Ends its threads, even on an interrupt.
             with contextlib.closing(found), bar:
                 for path, check in zip(changed, found, strict=True):
                     checks[path] = check
                     bar.update()
-        finally:  # also what an interrupted start has found out
+        finally:  # even an interrupted start keeps what it found
             known |= {
                 path: (stamps[path], checks[path])
                 for path in changed
@@ -280,7 +286,7 @@ def _examine_new(root: str, paths: Sequence[str]) -> dict[str, FileCheck]:
 
 
 def _without_doubts(checks: dict[str, FileCheck]) -> dict[str, FileCheck]:
-    """Marks files broken whose complaint is not one that nearly all JPEG files have."""
+    """Marks doubtful files as broken, unless nearly all JPEG files are doubtful."""
     doubtful = {path: check for path, check in checks.items() if check.doubt}
     num_jpegs = sum(check.file_format in JPEGS for check in checks.values())
     if len(doubtful) >= max(LEAST_HABIT, NEARLY_ALL * num_jpegs):
@@ -292,11 +298,10 @@ def _without_doubts(checks: dict[str, FileCheck]) -> dict[str, FileCheck]:
 
 
 def _without_upper_bits(checks: dict[str, FileCheck]) -> dict[str, FileCheck]:
-    """Marks files broken of which only the upper eight of 16 bits can be read."""
+    """Marks files as broken if only the upper eight of their 16 bits can be read."""
     reason = (
-        '16-bit colours, of which only the upper eight bits can be read: save it as a PNG of 16 '
-        'bits, '
-        'so that config.dataset.white_level can count'
+        '16-bit colours, of which only the upper eight bits can be read: save it as a 16-bit PNG, '
+        'so that config.dataset.white_level applies'
     )
     coarse = {path: check for path, check in checks.items() if check.has_upper_bits_only}
     return checks | {path: FileCheck(check.digest, broken=reason) for path, check in coarse.items()}
@@ -334,64 +339,65 @@ def _stamp(path: str) -> 'tuple[int, int] | Broken':
 
 
 def _require_regular(status: os.stat_result) -> None:
-    """Raises Broken for what is no regular file: opening a pipe would block for ever."""
+    """Raises Broken unless it is a regular file: opening a pipe would block forever."""
     if not stat.S_ISREG(status.st_mode):
-        raise Broken('no regular file')
+        raise Broken('not a regular file')
 
 
 def _examine_all(paths: Sequence[str], copies: str) -> Generator[FileCheck, None, None]:
-    """Yields the FileCheck on each file, in order.
+    """Yields the FileCheck of each file, in order.
 
     Raises: tf.errors.OpError if a copy cannot be written.
     """
     Image.init()
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool, warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # of Pillow: each file has its check
+        warnings.simplefilter('ignore')  # Pillow's: each file gets its own check
         for begin in range(0, len(paths), CHUNK):
             chunk = paths[begin : begin + CHUNK]
-            with standard_error() as said:
+            with captured_stderr() as read_new:
                 checks = list(pool.map(lambda path: _check_file(path, copies), chunk))
-                complains = bool(said())  # some of them: libjpeg does not say which
+                complains = bool(read_new())  # some file: libjpeg does not say which
             if complains:
                 checks = [
-                    _listen(path, check, copies) for path, check in zip(chunk, checks, strict=True)
+                    _recheck_alone(path, check, copies)
+                    for path, check in zip(chunk, checks, strict=True)
                 ]
             yield from checks
 
 
 @contextlib.contextmanager
-def standard_error() -> Iterator[Callable[[], bytes]]:
+def captured_stderr() -> Iterator[Callable[[], bytes]]:
     """Collects what this process writes to standard error, C libraries included.
 
     Yields a function that returns what is new.
     """
     usual = os.dup(2)
-    with tempfile.TemporaryFile(buffering=0) as said:
-        os.dup2(said.fileno(), 2)
-        heard = 0
+    with tempfile.TemporaryFile(buffering=0) as file:
+        os.dup2(file.fileno(), 2)
+        num_read = 0
 
-        def new() -> bytes:
-            nonlocal heard
-            text = os.pread(said.fileno(), os.fstat(said.fileno()).st_size - heard, heard)
-            heard += len(text)
+        def read_new() -> bytes:
+            nonlocal num_read
+            text = os.pread(file.fileno(), os.fstat(file.fileno()).st_size - num_read, num_read)
+            num_read += len(text)
             return text
 
         try:
-            yield new
+            yield read_new
         finally:
             os.dup2(usual, 2)
             os.close(usual)
 
 
-def _check_file(path: str, copies: str, listens: bool = False) -> FileCheck:
-    """Examines one file, writes its copy if needed; with `listens`, hears libjpeg."""
+def _check_file(path: str, copies: str, checks_warnings: bool = False) -> FileCheck:
+    """Examines one file, libjpeg's warnings too if asked; writes its copy if it needs one."""
     content, digest, file_format = b'', '', ''
     try:
         content = read(path)
         digest = hashlib.sha256(content).hexdigest()
         file_format = 'JPEG' if content.startswith(jpeg_files.START_OF_IMAGE) else ''
         found = _convert(content)
-        if listens:
+        if checks_warnings:
             found = _without_complaint(content, found)
     except MemoryError:  # there may be enough another time, so without digest
         return FileCheck(broken='too large for the memory that is free')
@@ -405,12 +411,12 @@ def _check_file(path: str, copies: str, listens: bool = False) -> FileCheck:
     return FileCheck(digest, len(found.content), copy, '', *found[1:])
 
 
-def _listen(path: str, check: FileCheck, copies: str) -> FileCheck:
+def _recheck_alone(path: str, check: FileCheck, copies: str) -> FileCheck:
     """Examines a file again, by itself, if it may be the one that libjpeg complained about."""
     if check.broken or check.file_format not in JPEGS:
         return check
-    with standard_error():
-        return _check_file(path, copies, listens=True)
+    with captured_stderr():
+        return _check_file(path, copies, checks_warnings=True)
 
 
 def read(path: str) -> bytes:
@@ -420,20 +426,20 @@ def read(path: str) -> bytes:
     """
     if '://' not in path:
         _require_regular(os.stat(path))
-    # GFile takes no name that is not UTF-8.
+    # GFile accepts only UTF-8 names.
     with tf.io.gfile.GFile(path, 'rb') if '://' in path else open(path, 'rb') as file:
-        content = file.read(MOST_BYTES + 1)
+        content = file.read(MAX_BYTES + 1)
     if not content:
         raise Broken('empty: 0 bytes')
-    if len(content) > MOST_BYTES:
-        raise Broken(f'too large: more than {MOST_BYTES:,} bytes')
+    if len(content) > MAX_BYTES:
+        raise Broken(f'too large: more than {MAX_BYTES:,} bytes')
     return content
 
 
 def _convert(content: bytes) -> Decodable:
-    """Returns the file as TensorFlow can read it: with this very `content` if it reads it right.
+    """Returns the file in a form that TensorFlow reads correctly; `content` itself if it does.
 
-    Raises anything.
+    May raise any exception.
     """
     recognizable = jpeg_files.with_marker_first(content)
     if recognizable is not content:
@@ -444,16 +450,16 @@ def _convert(content: bytes) -> Decodable:
     except PIL.UnidentifiedImageError:
         if file_signatures.lacks_directory(content):
             raise Broken(ENDS_TOO_EARLY) from None
-        raise Broken(file_signatures.reason(content)) from None
+        raise Broken(file_signatures.why_unreadable(content)) from None
     except Image.DecompressionBombError:
-        raise Broken(f'too large: more than {MOST_PIXELS:,} pixels') from None
+        raise Broken(f'too large: more than {MAX_PIXELS:,} pixels') from None
     raw = file_signatures.reason_of_raw(image, content)
     if raw:
         raise Broken(raw)
     width, height = image.size
-    if not 0 < width * height <= MOST_PIXELS:
+    if not 0 < width * height <= MAX_PIXELS:
         raise Broken(
-            f'too large: {width} x {height} is more than {MOST_PIXELS:,} pixels'
+            f'too large: {width} x {height} is more than {MAX_PIXELS:,} pixels'
             if width * height
             else 'no pixels'
         )
@@ -461,24 +467,24 @@ def _convert(content: bytes) -> Decodable:
         return _convert_decodable(content, image)
     image.load()
     if image.mode.startswith('I;16') or (image.format, image.mode) == ('PPM', 'I'):
-        greys = _as_seen(_deep_greys(image), image)
-        if _leaves_white_open(image, content):
+        greys = _oriented(_deep_greys(image), image)
+        if _white_is_unknown(image, content):
             return Decodable(_encoded_deep(greys), image.format, int(greys.max()))
         # Pillow has scaled them by the white that the file names.
         shallow = np.rint(greys / 257).astype(np.uint8)
         return Decodable(_encoded(shallow.repeat(3, axis=-1), 'PNG'), image.format)
     colors = np.asarray(_over_white(image))
-    if _leaves_white_open(image, content):  # Pillow keeps the upper eight bits
-        deep = _as_seen(colors, image).astype(np.uint16) * 257
+    if _white_is_unknown(image, content):  # Pillow keeps the upper eight bits
+        deep = _oriented(colors, image).astype(np.uint16) * 257
         brightest = int(colors.max())
-        # Rounded; cut off.
+        # Pillow rounds the values of a PPM file, and truncates others.
         peak = int((brightest - 0.5) * 257) if image.format == 'PPM' else brightest * 256 + 255
         return Decodable(_encoded_deep(deep), image.format, max(0, peak), has_upper_bits_only=True)
-    return Decodable(_encoded(_as_seen(colors, image), image.format), image.format)
+    return Decodable(_encoded(_oriented(colors, image), image.format), image.format)
 
 
 def _convert_decodable(content: bytes, image: Image.Image) -> Decodable:
-    """Converts a JPEG or PNG file with TensorFlow alone, so that no decoders can differ."""
+    """Converts a JPEG or PNG file with TensorFlow alone, so that decoders cannot disagree."""
     # Also notices damage that Pillow does not, such as a wrong checksum.
     decoded = image_ops.decode(content).numpy()
     width, height = image.size
@@ -488,16 +494,16 @@ def _convert_decodable(content: bytes, image: Image.Image) -> Decodable:
             'TensorFlow'
         )
     if _png_depth(content) != 16:
-        turned = _encoded(_as_seen(decoded, image), image.format) if _is_turned(image) else content
+        turned = _encoded(_oriented(decoded, image), image.format) if _is_turned(image) else content
         return Decodable(turned, image.format)
     deep = tf.io.decode_png(content, channels=4, dtype=tf.uint16).numpy()  # [height, width, 4]
-    turned = _encoded_deep(_as_seen(deep, image)) if _is_turned(image) else content
+    turned = _encoded_deep(_oriented(deep, image)) if _is_turned(image) else content
     return Decodable(turned, image.format, int(deep[..., :3].max()))
 
 
 def _png_depth(content: bytes) -> int:
     """Returns the bits of a channel, or 0 for a file that is not PNG."""
-    return content[image_ops.PNG_DEPTH_AT] if content.startswith(image_ops.PNG_SIGNATURE) else 0
+    return content[image_ops.PNG_DEPTH_OFFSET] if content.startswith(image_ops.PNG_SIGNATURE) else 0
 
 
 def _encoded(pixels: np.ndarray, file_format: str) -> bytes:
@@ -511,11 +517,11 @@ def _encoded(pixels: np.ndarray, file_format: str) -> bytes:
 
 
 def _encoded_deep(pixels: np.ndarray) -> bytes:
-    """Encodes uint16 [height, width, 1, 3 or 4], without a word on the value of white."""
+    """Encodes uint16 [height, width, 1, 3 or 4] as PNG, which does not say which value is white."""
     return tf.io.encode_png(pixels).numpy()
 
 
-def _as_seen(pixels: np.ndarray, image: Image.Image) -> np.ndarray:
+def _oriented(pixels: np.ndarray, image: Image.Image) -> np.ndarray:
     """Turns pixels [height, width, channels] as the EXIF data of `image` say."""
     if not _is_turned(image):
         return pixels
@@ -533,12 +539,12 @@ def _turn(image: Image.Image) -> Any:
 def _is_turned(image: Image.Image) -> bool:
     try:
         return _turn(image) is not None
-    except Exception:  # an image is no worse for damage in what lies beside it
+    except Exception:  # damaged EXIF data does not harm the pixels
         return False
 
 
 def _over_white(image: Image.Image) -> Image.Image:
-    """Returns the first frame of an image that TensorFlow cannot read, as mode RGB and over white.
+    """Returns the first frame of an image that TensorFlow cannot read, as RGB over white.
 
     Raises: Broken: the file does not say which value is white.
     """
@@ -559,7 +565,7 @@ def _deep_greys(image: Image.Image) -> np.ndarray:
     return greys
 
 
-def _leaves_white_open(image: Image.Image, content: bytes) -> bool:
+def _white_is_unknown(image: Image.Image, content: bytes) -> bool:
     """Returns whether a file has 16 bits a channel, of which it may use fewer.
 
     Then nothing in it says which value is white.
@@ -589,15 +595,15 @@ def _without_complaint(content: bytes, found: Decodable) -> Decodable:
         content: the file.
         found: what `_convert` made of it.
 
-    Returns: `found` with a remark or a doubt: whether the complaint matters. Its content has the
-        same pixels, and causes no complaint.
+    Returns: `found`, with the warning as a remark (harmless) or a doubt. Its content has the same
+        pixels, and causes no warning.
 
-    Raises: Broken: the complaint is of damage.
+    Raises: Broken: the warning is of damage.
     """
     if found.file_format not in JPEGS:
         return found
     recognizable = jpeg_files.with_marker_first(content)
-    quiet = jpeg_files.without_stray_bytes(recognizable, _decode_aloud)
+    quiet = jpeg_files.without_faults(recognizable, _decode_with_warning)
     if quiet.damage:
         raise Broken(f'damaged: {quiet.damage}')
     if found.content != recognizable:  # a converted copy is quiet anyway
@@ -605,9 +611,9 @@ def _without_complaint(content: bytes, found: Decodable) -> Decodable:
     return found._replace(content=quiet.content, remark=quiet.remark, doubt=quiet.doubt)
 
 
-def _decode_aloud(content: bytes) -> tuple[np.ndarray, str]:
-    """Returns a JPEG file's pixels, uint8 [height, width, 3], and libjpeg's complaint."""
-    with standard_error() as said:
+def _decode_with_warning(content: bytes) -> tuple[np.ndarray, str]:
+    """Returns a JPEG file's pixels, uint8 [height, width, 3], and libjpeg's warning."""
+    with captured_stderr() as said:
         pixels = image_ops.decode(content).numpy()
         return pixels, one_line(said().decode(errors='replace'))
 
@@ -617,7 +623,7 @@ def _fault(error: Exception, content: bytes) -> str:
     reason = _reason(error)
     if isinstance(error, Broken) or not content:
         return reason
-    # A word of Pillow's.
+    # 'truncated' is Pillow's word.
     if file_signatures.ends_too_early(content) or 'truncated' in reason.lower():
         return ENDS_TOO_EARLY
     return f'it cannot be decoded ({reason}): copy or download it again, or convert it to PNG'

@@ -1,9 +1,9 @@
-"""From encoded examples to batches on the devices, for training and for evaluation.
+"""Turns encoded examples into batches on the devices, for training and for evaluation.
 
 Training examples form one endless stream: epoch 0 in an order of its own, then epoch 1, and so on,
 cut into batches without regard to the ends of epochs, so every example is seen exactly once per
-epoch. The order is a function of (seed, epoch), what happens to an image one of (seed, epoch,
-example); a resumed run needs nothing but its step.
+epoch. The order is a function of (seed, epoch), and an image's augmentation of (seed, epoch,
+example), so a resumed run needs only its step.
 """
 
 import math
@@ -15,10 +15,10 @@ from ml_collections import ConfigDict
 
 from inputs import augment, service
 from inputs.datasets import Source
-from inputs.image_ops import decode, resize_image
+from inputs.image_ops import center_crop_and_resize, decode
 
 AUTOTUNE = tf.data.AUTOTUNE
-SHUFFLE_WINDOW = 0.02  # of an epoch: shuffled at a time, and read again after a resume
+SHUFFLE_WINDOW = 0.02  # share of an epoch that is shuffled together, and reread after a resume
 
 
 def training_batches(
@@ -36,18 +36,20 @@ def training_batches(
         config: of these updates: `image_size` and `augment` differ between the stages of a
             progressive run.
         plan: planning.Plan.
-        begin_step, end_step: 0-based; the batch of `end_step` is not among them.
+        begin_step, end_step: 0-based; `end_step` is excluded.
         strategy: tf.distribute.Strategy.
 
     Returns: a distributed dataset of (images, labels, draws) per replica: uint8 [batch, size, size,
-        3], int64 [batch], and the dict of random numbers that `augment.on_device` takes, float32
-        [batch, ...].
+        3], int64 [batch], and the dict of random numbers that `augment.make_device_augment` takes,
+        float32 [batch, ...].
     """
-    change = augment.on_host(config.augment, config.image_size, config.dataset.white_level)
+    change = augment.make_host_augment(
+        config.augment, config.image_size, config.dataset.white_level
+    )
     repeats = config.augment.repeats
     per_replica = plan.batch_size // plan.num_replicas
 
-    def on_host(context: tf.distribute.InputContext) -> tf.data.Dataset:
+    def make_dataset(context: tf.distribute.InputContext) -> tf.data.Dataset:
         in_memory = not config.dataset.service
         split = source.split(source.train_split, _share(context), in_memory=in_memory)
         begin = plan.stream_position(begin_step, repeats) // context.num_input_pipelines
@@ -55,10 +57,10 @@ def training_batches(
         def prepare_image(repeat: tf.Tensor, example: tuple) -> tuple:
             epoch, (number, *entry) = example
             encoded, label = split.fetch(*entry)
-            own_seed = (number * repeats + repeat) * augment.SEEDS
+            own_seed = (number * repeats + repeat) * augment.SEEDS_PER_EXAMPLE
             seed = tf.stack([config.seed * 2**31 + epoch, own_seed])
             image = change(encoded, seed, config.eval_crop)
-            return image, label, augment.draws(config.augment, seed)
+            return image, label, augment.draw_numbers(config.augment, seed)
 
         entries = ordered_entries(split, config.seed, source.memory_bytes // 4, begin)
         entries = repeated(entries, per_replica, repeats)
@@ -69,7 +71,7 @@ def training_batches(
         wanted = batches.take((end_step - begin_step) * replicas)
         return wanted.prefetch(AUTOTUNE).with_options(_options(source.memory_bytes))
 
-    return strategy.distribute_datasets_from_function(on_host)
+    return strategy.distribute_datasets_from_function(make_dataset)
 
 
 def evaluation_batches(
@@ -82,13 +84,13 @@ def evaluation_batches(
         of steps.
     """
     size, white_level = config.image_size, config.dataset.white_level
-    steps: list[int] = []  # of each host: all take as many
+    steps: list[int] = []  # of each host: all equal
 
     def prepare_image(number: tf.Tensor, encoded: tf.Tensor, label: tf.Tensor) -> tuple:
-        image = resize_image(decode(encoded, white_level), size, config.eval_crop)
+        image = center_crop_and_resize(decode(encoded, white_level), size, config.eval_crop)
         return image, label, tf.constant(1.0)
 
-    def on_host(context: tf.distribute.InputContext) -> tf.data.Dataset:
+    def make_dataset(context: tf.distribute.InputContext) -> tf.data.Dataset:
         split = source.split(source.eval_split, _share(context))
         batch_size = plan.eval_batch_size // context.num_input_pipelines
         largest_share = math.ceil(plan.eval_examples / context.num_input_pipelines)
@@ -103,17 +105,17 @@ def evaluation_batches(
         )
         return batches.prefetch(AUTOTUNE).with_options(_options(source.memory_bytes))
 
-    return strategy.distribute_datasets_from_function(on_host), steps[0]
+    return strategy.distribute_datasets_from_function(make_dataset), steps[0]
 
 
 def ordered_entries(split: Any, seed: int, window_bytes: int, begin: int) -> tf.data.Dataset:
-    """Returns the endless stream of training examples from example `begin` on: where each is.
+    """Returns the endless stream of training entries, which locate examples, from `begin` on.
 
     An epoch is a random order of the split's pieces. Where a piece has several examples, as many
     pieces as fit into `window_bytes`, but no more than 2 % of the epoch, are shuffled together.
 
-    Returns: a tf.data.Dataset of (epoch int64 [], (id int64 [], ...)), with what `split.fetch`
-        takes behind.
+    Returns: a tf.data.Dataset of (epoch int64 [], (id int64 [], ...)); `split.fetch` takes the
+        rest.
     """
     num_pieces, num_examples = len(split.counts), int(split.counts.sum())
     longest = int(split.counts.max())
@@ -125,7 +127,7 @@ def ordered_entries(split: Any, seed: int, window_bytes: int, begin: int) -> tf.
 
     def pieces_of(epoch: tf.Tensor, window: tf.Tensor | int) -> tf.Tensor:
         order = tf.random.experimental.stateless_shuffle(
-            tf.range(num_pieces, dtype=tf.int64), _pair(seed, epoch)
+            tf.range(num_pieces, dtype=tf.int64), _mixed_seed(seed, epoch)
         )
         return order[window * pieces_per_window : (window + 1) * pieces_per_window]
 
@@ -145,7 +147,7 @@ def ordered_entries(split: Any, seed: int, window_bytes: int, begin: int) -> tf.
         else:
             chosen = split.entries(pieces).shuffle(
                 pieces_per_window * longest,
-                seed=_pair(seed, number)[1],
+                seed=_mixed_seed(seed, number)[1],
                 reshuffle_each_iteration=False,
             )
         return _preceded_by(epoch, chosen)
@@ -153,7 +155,7 @@ def ordered_entries(split: Any, seed: int, window_bytes: int, begin: int) -> tf.
     numbers = tf.data.Dataset.range(first, 2**62)
     if longest == 1:
         return numbers.flat_map(examples)
-    # While one window is used up the next one is read.
+    # The next window is read while this one is consumed.
     return numbers.interleave(examples, cycle_length=1, num_parallel_calls=1).skip(in_window)
 
 
@@ -175,7 +177,7 @@ def repeated(examples: tf.data.Dataset, batch_size: int, repeats: int) -> tf.dat
 
 
 def _preceded_by(number: tf.Tensor, examples: tf.data.Dataset) -> tf.data.Dataset:
-    """Returns a dataset of (number, example): without a map, whose calls would cost more."""
+    """Returns a dataset of (number, example); a map would cost more."""
     return tf.data.Dataset.zip(tf.data.Dataset.from_tensors(number).repeat(), examples)
 
 
@@ -183,7 +185,7 @@ def _share(context: tf.distribute.InputContext) -> tuple[int, int]:
     return context.input_pipeline_id, context.num_input_pipelines
 
 
-def _pair(seed: int, number: tf.Tensor) -> tf.Tensor:
+def _mixed_seed(seed: int, number: tf.Tensor) -> tf.Tensor:
     """Mixes both into int64 [2], so that neighbouring seeds and numbers have nothing in common."""
     pair = tf.stack([tf.cast(seed, tf.int64), tf.cast(number, tf.int64)])
     return tf.random.stateless_uniform([2], pair, minval=None, maxval=None, dtype=tf.int64)
@@ -193,6 +195,6 @@ def _options(memory_bytes: int) -> tf.data.Options:
     options = tf.data.Options()
     options.deterministic = True  # the same batches whatever the parallelism
     options.autotune.ram_budget = memory_bytes // 4  # bytes for prefetched batches
-    sharding = tf.data.experimental.AutoShardPolicy.OFF  # done here
+    sharding = tf.data.experimental.AutoShardPolicy.OFF  # `Source.split` shards
     options.experimental_distribute.auto_shard_policy = sharding
     return options

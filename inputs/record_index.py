@@ -1,9 +1,8 @@
-"""Reads encoded examples of a split from any place on: what makes an exact resume cheap.
+"""Reads encoded examples of a split from any position, which makes an exact resume cheap.
 
 A split is a list of pieces. A piece is a run of neighbouring records of a TFRecord file, one file
-of a folder, or one example that is kept in memory. The order of an epoch is an order of pieces;
-only a window of them is ever shuffled record by record, so a resumed run reads again at most the
-window that it stopped in.
+of a folder, or one example that is kept in memory. An epoch is an order of pieces; records are
+shuffled only within a window of pieces, so a resumed run rereads at most the window it stopped in.
 """
 
 import concurrent.futures
@@ -22,8 +21,8 @@ from common.errors import RunError
 from inputs import tfds_features
 from inputs.tfds_features import Columns
 
-PIECES = 1000  # per epoch, at least, where there are as many examples
-EXAMPLES_AT_A_PLACE = 4  # of a sample, where a piece has so many
+MIN_PIECES = 1000  # per epoch, about, if it has that many examples
+EXAMPLES_AT_A_PLACE = 4  # that a sample takes from a piece
 PARSED_TOGETHER = 1024  # records, where one feature is wanted: ten times as fast as one by one
 RECORD_OVERHEAD = 16  # bytes around each record of a TFRecord file: length, two checksums
 
@@ -37,10 +36,10 @@ class RecordRanges:
         first_ids: int64 [pieces], the number in the split of the first example of each.
         filenames: string [pieces].
         offsets: int64 [pieces], where in its file each begins, in bytes.
-        features: of the data set; parse a record.
+        features: of the data set, to parse a record.
         columns: which of them are the image and the label.
         name: of the data set and the split.
-        num_bytes: of all encoded examples, about.
+        num_bytes: approximate size of all encoded examples.
     """
 
     counts: np.ndarray
@@ -55,8 +54,8 @@ class RecordRanges:
     def read(self, pieces: tf.Tensor) -> tf.data.Dataset:
         """Returns (id int64 [], encoded string [], label int64 []) of `pieces`, int64 [n].
 
-        The order is its own. A label that is none of the classes is an error: see
-        `tfds_features.require_class`.
+        The order is fixed, but not that of `pieces`. A label that is none of the classes is an
+        error: see `tfds_features.require_class`.
         """
         num_classes = tfds_features.feature_at(self.features, self.columns.label).num_classes
         specs = self._specs(*self.columns)
@@ -78,14 +77,14 @@ class RecordRanges:
         return encoded, label
 
     def column(self, path: str) -> np.ndarray:
-        """Reads one feature of all examples, images or labels of any value, in some order."""
+        """Reads one feature of all examples, unchecked and in no particular order."""
         specs = self._specs(path)
         batches = self._serialized(np.arange(len(self.counts))).batch(PARSED_TOGETHER)
         values = batches.map(lambda numbers, records: tf.io.parse_example(records, specs)[path])
         return np.concatenate(list(values.as_numpy_iterator()))
 
     def sample(self, num_examples: int) -> 'RecordRanges':
-        """Returns at most so many examples, of evenly spread pieces with the first and last."""
+        """Returns up to `num_examples` examples of evenly spread pieces, the outermost included."""
         at_a_place = min(EXAMPLES_AT_A_PLACE, int(self.counts.max()))
         last = len(self.counts) - 1
         places = np.unique(np.linspace(0, last, num_examples // at_a_place).astype(np.int64))
@@ -98,7 +97,7 @@ class RecordRanges:
         )
 
     def _specs(self, *paths: str) -> dict[str, tf.io.FixedLenFeature]:
-        """What of a record is parsed: these features, and nothing is decoded."""
+        """Returns the specs that parse these features of a record; images stay encoded."""
         return {path: self.features.tf_example_spec[path] for path in paths}
 
     def _serialized(self, pieces: tf.Tensor) -> tf.data.Dataset:
@@ -108,8 +107,7 @@ class RecordRanges:
         )
 
         def piece(index: tf.Tensor) -> tf.data.Dataset:
-            # The class tf.data.TFRecordDataset does not offer what its operation can: to begin
-            # inside of a file.
+            # The operation can begin inside a file; tf.data.TFRecordDataset does not expose that.
             variant = tf.raw_ops.TFRecordDatasetV2(
                 filenames=filenames[index][None],
                 compression_type='',
@@ -125,11 +123,10 @@ class RecordRanges:
 
 @dataclasses.dataclass(frozen=True)
 class ExampleList:
-    """Examples that can be had one by one, from memory or from image files: each is a piece.
+    """Examples that are read one by one, from memory or from image files: each is a piece.
 
     Attributes:
-        stored: string [examples], what `load` makes encoded images of: themselves, or the paths
-            of files.
+        stored: string [examples], what `load` turns into encoded images: the images, or file paths.
         labels, ids: int64 [examples].
         num_bytes: of all encoded examples.
         load: `tf.identity` or `tf.io.read_file`.
@@ -169,7 +166,7 @@ def require_tfrecord(builder: tfds.core.DatasetBuilder) -> None:
         )
 
 
-def of_builder(
+def from_builder(
     builder: tfds.core.DatasetBuilder,
     columns: Columns,
     split: str,
@@ -184,8 +181,9 @@ def of_builder(
         split: a TFDS split, such as 'train[:90%]'.
         share: (index, number) of a host: which of how many even shares, as `tfds.even_splits` cuts
             them.
-        longest: the most examples of a piece; by default so many that an epoch has at least
-            `PIECES`. With 1 their order is that of examples in memory.
+        longest: the most examples of a piece (a whole file may have twice as many); by default,
+            chosen for about `MIN_PIECES` pieces per epoch. With 1 the order is the one of examples
+            in memory.
     """
     info = builder.info.splits[split]
     begin, end = host_range(info.num_examples, share)
@@ -193,7 +191,7 @@ def of_builder(
     whole_bytes = whole.num_bytes
     if not whole_bytes:  # some data sets do not say
         whole_bytes = sum(tf.io.gfile.stat(path).length for path in whole.filepaths)
-    most = longest or max(1, info.num_examples // PIECES)
+    most = longest or max(1, info.num_examples // MIN_PIECES)
     # (filename, records to skip, records to take, id of the first) of each.
     runs: list[tuple[str, int, int, int]] = []
     first_id = 0
@@ -246,7 +244,7 @@ def _pieces_of_run(
 ) -> list[tuple]:
     """Returns (filename, offset, count, first id) of the pieces of one run of records.
 
-    Only a run that is cut needs its offsets.
+    Record offsets are read only if the run is cut.
     """
     if skip == 0 and take <= (2 * longest if longest > 1 else 1):
         return [(filename, 0, take, first_id)]

@@ -1,6 +1,6 @@
 """Training images prepared by other machines, with tf.data service.
 
-They come in the order and with the bytes of the local pipeline. On each machine that helps:
+Order and bytes are those of the local pipeline. On each machine that helps:
 
     python -m inputs.service --port=5050
 
@@ -8,9 +8,9 @@ and on the one that trains:
 
     python main.py ... --config.dataset.service=MACHINE1:5050,MACHINE2:5050
 
-Of n services each decodes every n-th batch. All of them read the encoded examples, from the same
-paths as here. Anyone who reaches the port can use it, as tf.data service knows no passwords: keep
-it inside a private network.
+Each of n services decodes every n-th batch. All of them read all encoded examples, from the same
+paths as the training machine. Anyone who reaches the port can use it, as tf.data service has no
+passwords: keep it inside a private network.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from common import console
 from common.errors import RunError, counted
 
 PATIENCE = 60  # seconds
-MOST_IN_GROUP = 8  # images that one call prepares
+MAX_IN_GROUP = 8  # images that one call prepares
 
 
 def prepare(
@@ -43,8 +43,8 @@ def prepare(
         examples: endless, and the same each time it is read.
         prepare_image: a function of an example that can be serialized.
         batch_size: of each batch.
-        addresses: 'HOST:PORT,HOST:PORT' of dispatchers, or '' for here. One that has several
-            workers can be named as often.
+        addresses: 'HOST:PORT,HOST:PORT' of dispatchers, or '' for this process. Name one with
+            several workers once for each.
         parallel_calls: of `prepare_image`.
 
     Returns: an endless tf.data.Dataset.
@@ -67,7 +67,7 @@ def prepare(
         distribute = tf.data.experimental.service.distribute(
             tf.data.experimental.service.ShardingPolicy.DYNAMIC, f'grpc://{address}'
         )
-        # What is handed out is one split, so a single worker takes it whole and the order stays.
+        # There is one split to hand out, so a single worker takes it whole and keeps the order.
         batches = tf.data.Dataset.range(1).flat_map(lambda _: every_nth(index))
         return batches.apply(distribute).prefetch(2)
 
@@ -82,11 +82,11 @@ def _in_groups(
     batch_size: int,
     parallel_calls: int,
 ) -> tf.data.Dataset:
-    """Returns the batches of `prepare`, made of groups of examples that one call prepares in turn.
+    """Returns the batches of `prepare`; each call prepares a group of examples, one by one.
 
-    It saves calls: each takes tf.data a tenth of the time that an image of 500x375 pixels takes.
+    That saves calls: each costs tf.data a tenth of the time of an image of 500x375 pixels.
     """
-    size = max(size for size in range(1, MOST_IN_GROUP + 1) if batch_size % size == 0)
+    size = max(size for size in range(1, MAX_IN_GROUP + 1) if batch_size % size == 0)
     signature = examples.map(prepare_image).element_spec
 
     def prepare_group(*columns: tf.Tensor) -> tuple:
@@ -112,8 +112,8 @@ def _in_groups(
 def watch(addresses: str) -> Iterator[None]:
     """Ends this process with one line when a service has not answered for `PATIENCE` seconds.
 
-    tf.data itself would wait for an hour. What waits is TensorFlow's, in the main thread, so
-    neither an exception nor a signal would be noticed there.
+    tf.data itself would wait for an hour. The main thread waits inside TensorFlow, where it notices
+    neither an exception nor a signal.
     """
     ended = threading.Event()
 
@@ -138,7 +138,9 @@ def watch(addresses: str) -> Iterator[None]:
 
 def _stop(error: RunError) -> None:
     silence = f'it has been silent for {PATIENCE} s'
-    console.warning(f'error: {error}; {silence}. The same command continues at the last checkpoint')
+    console.warning(
+        f'error: {error}; {silence}. The same command continues from the last checkpoint'
+    )
     os._exit(1)
 
 
@@ -156,13 +158,13 @@ def _require_dispatcher(address: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description='A tf.data service of a dispatcher and its workers, until it is stopped.'
+        description='Runs a tf.data service, a dispatcher and its workers, until it is stopped.'
     )
     parser.add_argument(
-        '--port', type=int, default=0, help='of the dispatcher; 0: any that is free'
+        '--port', type=int, default=0, help='port of the dispatcher; 0 picks a free one'
     )
     parser.add_argument(
-        '--host', default='localhost', help='the name under which the others reach this machine'
+        '--host', default='localhost', help='the name by which other machines reach this one'
     )
     parser.add_argument(
         '--workers', type=int, default=1, help='how many streams it can serve at a time'
@@ -173,7 +175,7 @@ def main() -> None:
     _, _, port = dispatcher.target.rpartition(':')
     worker_config = api.WorkerConfig(f'localhost:{port}', worker_address=f'{options.host}:%port%')
     workers = [api.WorkerServer(worker_config) for _ in range(options.workers)]
-    console.line(f'serves at {options.host}:{port} with {counted(len(workers), "worker")}')
+    console.line(f'serving at {options.host}:{port} with {counted(len(workers), "worker")}')
     dispatcher.join()
 
 

@@ -1,6 +1,6 @@
-"""Whether a run can use a prepared TFDS data set: its labels are known, and its images can be read.
+"""Checks that a run can use a prepared TFDS data set: labels are known, images can be read.
 
-It is found out before the run begins, and without reading all of a large data set.
+The checks precede the run, and read only a sample of a large data set.
 """
 
 import re
@@ -16,10 +16,11 @@ from inputs import image_validation, record_index
 from inputs.image_ops import PNG_SIGNATURE, decode
 from inputs.tfds_features import Columns, feature_at
 
-READ_WHOLE = 2**30  # bytes of a split whose labels are all looked at: 4 s for images of 3 KB
-SAMPLE = 256  # examples of a larger one: a share of 2 % is missed by one sample in 170, 0.98 ** 256
-DECODED = 16  # images of a split that are tried
-# Of white: uint16 images below it have 16 shades of grey when they are read as uint8.
+# Bytes: all labels of a split up to this size are checked, in 4 s for images of 3 KB.
+READ_WHOLE = 2**30
+SAMPLE = 256  # examples checked of a larger one; misses faults in 2 % once in 170 (0.98 ** 256)
+DECODED = 16  # images of a split that are decoded as a test
+# Share of white: darker uint16 images have at most 16 shades of grey when read as uint8.
 DARKEST_SHARE = 1 / 16
 
 
@@ -54,9 +55,9 @@ def require_usable(
     Raises: RunError: the split cannot be trained or evaluated on.
     """
     split = dataset_config[key]
-    records = record_index.of_builder(builder, columns, split)
+    records = record_index.from_builder(builder, columns, split)
     if records.num_bytes <= READ_WHOLE:
-        looked_at = record_index.of_builder(builder, columns, split, longest=sys.maxsize)
+        looked_at = record_index.from_builder(builder, columns, split, longest=sys.maxsize)
     else:
         looked_at = records.sample(SAMPLE)
     try:
@@ -64,8 +65,7 @@ def require_usable(
         images = records.sample(DECODED).column(columns.image)
     except tf.errors.InvalidArgumentError as error:
         raise RunError(
-            f'{records.name}: its records are not what its features.json says '
-            f'({one_line(error, 150)})',
+            f'{records.name}: its records do not match its features.json ({one_line(error, 150)})',
             'prepare it again',
         ) from error
     _require_labels(builder, records, labels, key, dataset_config)
@@ -80,21 +80,20 @@ def _require_labels(
     key: str,
     dataset_config: ConfigDict,
 ) -> None:
-    """Raises RunError if labels are no classes; TFDS writes -1 where a label is not known."""
+    """Raises RunError if a label is not a class; TFDS writes -1 for an unknown label."""
     num_classes = feature_at(records.features, records.columns.label).num_classes
-    strange = labels[(labels < 0) | (labels >= num_classes)]
-    if not strange.size:
+    invalid = labels[(labels < 0) | (labels >= num_classes)]
+    if not invalid.size:
         return
     num_examples = int(records.counts.sum())
-    looked_at = '' if len(labels) == num_examples else f' of {len(labels):,} that were looked at'
-    values = ', '.join(map(str, np.unique(strange)[:3]))
-    is_unknown = (strange == -1).any()
-    meaning = ', which TFDS writes where a label is not known' if is_unknown else ''
+    checked = '' if len(labels) == num_examples else f' of {len(labels):,} checked'
+    values = ', '.join(map(str, np.unique(invalid)[:3]))
+    is_unknown = (invalid == -1).any()
+    meaning = ', which TFDS writes for unknown labels' if is_unknown else ''
     raise RunError(
         f'config.dataset.{key}={dataset_config[key]!r} of {builder.name} has '
-        f'{num_examples:,} examples, and {len(strange):,}{looked_at} have a label '
-        f'that is none of the {num_classes:,} classes: {values}{meaning}. Name a '
-        'split without them',
+        f'{num_examples:,} examples, and {len(invalid):,}{checked} have a label '
+        f'outside the {num_classes:,} classes: {values}{meaning}. Choose a split without them',
         _labeled_instead(builder, key, dataset_config),
         f'dataset.{key}',
     )
@@ -116,7 +115,9 @@ def _labeled_instead(
             f"--config.dataset.train_split='{train_split}[:90%]' "
             f"--config.dataset.eval_split='{train_split}[90%:]'"
         )
-    return f'a part that has none, as in {train_split}[:50%], or prepare the data set without them'
+    return (
+        f'a part that has none, such as {train_split}[:50%], or prepare the data set without them'
+    )
 
 
 def _why_unreadable(encoded: bytes) -> str:
@@ -139,11 +140,10 @@ def _note_on_stored_images(
     if not differing:
         return ''
     return (
-        f'{records.name}: {differing} of {len(images)} images that were looked at are turned by '
-        'their '
-        'EXIF data, or transparent in a way that TensorFlow does not read: training and evaluation '
-        'take them as they are stored, and predict.py as a viewer shows them. Prepare the data set '
-        'with images that are turned, on white'
+        f'{records.name}: {differing} of {len(images)} images checked are rotated by their EXIF '
+        'data, or have transparency that TensorFlow does not read: training and evaluation use '
+        'them as stored, predict.py as a viewer shows them. Prepare the data set with images '
+        'already rotated, and laid over white'
     )
 
 
@@ -161,21 +161,21 @@ def _is_seen_otherwise(encoded: bytes, white_level: int) -> bool:
 def _require_readable(
     records: record_index.RecordRanges, images: np.ndarray, white_level: int
 ) -> None:
-    """Raises RunError if one of some encoded images cannot be read as it was meant."""
+    """Raises RunError if any of these encoded images cannot be read as intended."""
     feature = feature_at(records.features, records.columns.image)
     has_alpha = feature.shape[-1] in (2, 4)
     brightest = 0
     for encoded in images:
         try:
-            with image_validation.standard_error():  # what libjpeg says besides
+            with image_validation.captured_stderr():  # hides libjpeg's warnings
                 decode(encoded)
         except tf.errors.OpError as error:
             reason = _why_unreadable(encoded)
             raise RunError(f'{records.name}: an image cannot be decoded: {reason}') from error
         if has_alpha and not encoded.startswith(PNG_SIGNATURE):
             raise RunError(
-                f'{records.name}: an image of {feature.shape[-1]} channels is no PNG '
-                'file, and of others transparency is not read',
+                f'{records.name}: an image of {feature.shape[-1]} channels is not a '
+                'PNG file, and transparency is read from PNG files only',
                 'prepare it as PNG files',
             )
         if feature.np_dtype == np.uint16:
@@ -184,7 +184,7 @@ def _require_readable(
     white = max(255, 2 ** brightest.bit_length() - 1)
     if 0 < brightest < white_level * DARKEST_SHARE:
         raise RunError(
-            f'{records.name}: its uint16 images go up to {brightest:,} of '
-            f'{white_level:,}, nearly black',
+            f'{records.name}: its uint16 images have no value above {brightest:,} of '
+            f'{white_level:,}: they are nearly black',
             f'--config.dataset.white_level={white}',
         )

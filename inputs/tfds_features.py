@@ -10,12 +10,12 @@ from ml_collections import ConfigDict
 
 from common.errors import ConfigError, did_you_mean
 
-# Of images; float32 is stored as the four bytes of a colour with alpha.
+# Of images that can be read; TFDS stores float32 as the four bytes of an RGBA pixel.
 DTYPES = (
     'uint8',
     'uint16',
 )
-MOST_CHANNELS = 4  # grey, grey with alpha, RGB, RGB with alpha
+MAX_CHANNELS = 4  # grey, grey with alpha, RGB, RGB with alpha
 
 
 class Columns(NamedTuple):
@@ -63,16 +63,16 @@ def describe_choice(
     supervised_keys: tuple | None,
     dataset_config: ConfigDict,
 ) -> str:
-    """Returns a line on a choice that neither the data set nor the user has made plainly, or ''."""
+    """Returns a note if neither the data set nor the config states the choice, else ''."""
     stated = supervised_keys or (None, None)
-    image_is_plain = dataset_config.image_key or stated[0] == columns.image
-    label_is_plain = dataset_config.label_key or stated[1] == columns.label
+    image_is_stated = dataset_config.image_key or stated[0] == columns.image
+    label_is_stated = dataset_config.label_key or stated[1] == columns.label
     weights = ', '.join(tf.nest.flatten(stated[2])) if len(stated) == 3 else ''
-    if image_is_plain and label_is_plain and not weights:
+    if image_is_stated and label_is_stated and not weights:
         return ''
     name = dataset_config.name
-    note = f'of {name} the image is {columns.image!r} and the class label {columns.label!r}'
-    return f'{note}; its weights of examples, {weights}, are not used' if weights else note
+    note = f'{name}: the image is {columns.image!r}, the class label {columns.label!r}'
+    return f'{note}; its example weights, {weights}, are not used' if weights else note
 
 
 def feature_at(features: tfds.features.FeaturesDict, path: str) -> tfds.features.FeatureConnector:
@@ -83,17 +83,16 @@ def feature_at(features: tfds.features.FeaturesDict, path: str) -> tfds.features
 
 
 def require_class(label: tf.Tensor, num_classes: int, name: str, number: tf.Tensor) -> tf.Tensor:
-    """Returns a label, int64 [], where a graph computes it only if it is one of the classes.
+    """Returns a label, int64 []; the graph fails if it is not one of the classes.
 
-    `name`, of the data set and its split, and `number`, of the example, are for the error.
+    `name` (of data set and split) and `number` (of the example) are for the error message.
     """
     is_class = (label >= 0) & (label < num_classes)
-    says = (
-        f'an example has a label that is none of the {num_classes:,} classes, as TFDS writes '
-        'where it is not known; '
-        f'name another split: {name}, example'
+    message = (
+        f'an example has a label outside the {num_classes:,} classes, which TFDS writes for '
+        f'unknown labels; choose another split: {name}, example'
     )
-    check = tf.debugging.Assert(is_class, [says, number, 'has', label])
+    check = tf.debugging.Assert(is_class, [message, number, 'has', label])
     with tf.control_dependencies([check]):
         return tf.identity(label)
 
@@ -120,18 +119,18 @@ def _pixel_problem(feature: tfds.features.Image) -> str:
     dtype, shape = np.dtype(feature.np_dtype).name, feature.shape
     if dtype not in DTYPES:
         return (
-            f'is of {dtype}, which TFDS stores in a way that only TFDS can read: '
-            f'make the data set with images of {" or ".join(DTYPES)}'
+            f'has dtype {dtype}, which TFDS stores in a way that only TFDS can read: build the '
+            f'data set with images of {" or ".join(DTYPES)}'
         )
     if len(shape) != 3:
         return (
             f'has the shape {shape}, several frames: '
             'make the data set with images of height, width and channels'
         )
-    if shape[-1] is not None and not 1 <= shape[-1] <= MOST_CHANNELS:
+    if shape[-1] is not None and not 1 <= shape[-1] <= MAX_CHANNELS:
         return (
             f'has {shape[-1]} channels: '
-            f'make the data set with images of 1 to {MOST_CHANNELS} channels'
+            f'make the data set with images of 1 to {MAX_CHANNELS} channels'
         )
     return ''
 
@@ -139,7 +138,7 @@ def _pixel_problem(feature: tfds.features.Image) -> str:
 def _choose(
     what: str, candidates: set[str], named: set[str], leaves: dict, key: str, name: str
 ) -> str:
-    """Returns the one of `candidates` that the config names, that TFDS names, or that there is."""
+    """Returns the candidate that the config names, else the one TFDS names, else the only one."""
     config_key = {'image': 'image_key', 'class label': 'label_key'}[what]
     if key:
         if key in candidates:
@@ -147,14 +146,14 @@ def _choose(
         article = 'an' if what == 'image' else 'a'
         problem = f'is not {article} {what}' if key in leaves else 'does not exist'
         if _is_in_sequence(key, leaves):
-            problem = f'is in a sequence of any length, and a classifier needs one {what}'
+            problem = f'is in a sequence of any length, but a classifier needs a single {what}'
         raise ConfigError(
             f'config.dataset.{config_key}={key!r} {problem}',
             f'{name} has {_listed(candidates)}{did_you_mean(key, sorted(candidates))}',
             f'dataset.{config_key}',
         )
     readable = {path for path in candidates if what != 'image' or not _pixel_problem(leaves[path])}
-    found = candidates & named or readable or candidates
+    found = (candidates & named) or readable or candidates
     if len(found) == 1:
         return next(iter(found))
     if not found:

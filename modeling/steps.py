@@ -126,7 +126,7 @@ def make_train_step(
             grad_clip_norm, ema_decay, max_skipped_updates, model.layer_decay and distill.
         augment: a function of images, labels and draws as they come in, that returns images float32
             [batch, size, size, 3] in 0..255 and labels float32 [batch, num_classes]:
-            `inputs.augment.on_device`.
+            `inputs.augment.make_device_augment`.
         num_classes: width of the logits.
         num_replicas: how many replicas share the batch.
         jit_compile: whether XLA compiles forward and backward. The sum over replicas stays outside

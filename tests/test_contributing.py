@@ -12,7 +12,7 @@ import yaml
 
 from tests.test_layout import ROOT
 
-MOST_LINES = 30  # of a recipe
+MAX_LINES = 30  # of a recipe
 CHOICES = (
     '--config.dataset.name=stripes',
     '--config.model.name=patches',
@@ -58,7 +58,7 @@ def test_there_are_recipes_for_what_people_add():
 
 @pytest.mark.parametrize('diff', [diff for _, diff in RECIPES], ids=[name for name, _ in RECIPES])
 def test_a_recipe_is_short_and_applies_by_itself(diff, tmp_path):
-    assert len(diff.splitlines()) <= MOST_LINES
+    assert len(diff.splitlines()) <= MAX_LINES
     copy_of_repository(str(tmp_path))
     apply(diff, str(tmp_path), '--check')
 

@@ -261,7 +261,7 @@ def test_filling_before_any_marker_is_no_damage(kind, marker, junk, capfd):
     read = image_validation.as_decodable(content)
     np.testing.assert_array_equal(image_ops.decode(read), image_ops.decode(whole))
     assert capfd.readouterr().err == ''  # nor does TensorFlow complain of what is read
-    quiet = jpeg_files.without_stray_bytes(
+    quiet = jpeg_files.without_faults(
         jpeg_files.with_marker_first(content), image_validation._decode_aloud
     )
     assert quiet.damage == quiet.doubt == ''
@@ -286,7 +286,7 @@ def test_zeros_before_a_marker_are_no_damage_however_many(kind):
         whole = image_kinds.encoded(pixels, 'JPEG', quality=75, **options)
         own_zeros += len(re.findall(rb'[^\xff]\0\xff[\xd0-\xd9]', whole))
         content = image_kinds.put_before_markers(whole, bytes(number), markers)
-        quiet = jpeg_files.without_stray_bytes(content, image_validation._decode_aloud)
+        quiet = jpeg_files.without_faults(content, image_validation._decode_aloud)
         assert not quiet.damage and not quiet.doubt, number
         found, said = image_validation._decode_aloud(quiet.content)
         assert said == ''
@@ -315,7 +315,7 @@ def test_stray_bytes_in_a_progressive_file_take_few_decodes(junk_of):
             decoded.append(file)
             return image_validation._decode_aloud(file)
 
-        quiet = jpeg_files.without_stray_bytes(content, decode)
+        quiet = jpeg_files.without_faults(content, decode)
         assert not quiet.damage, number
         assert junk_of is not bytes or not quiet.doubt, number
         most_decodes = max(most_decodes, len(decoded))
@@ -340,7 +340,7 @@ def test_damage_behind_stray_bytes_is_damage():
         except tf.errors.InvalidArgumentError:
             continue
         if complaint:
-            quiet = jpeg_files.without_stray_bytes(content, image_validation._decode_aloud)
+            quiet = jpeg_files.without_faults(content, image_validation._decode_aloud)
             num_refused += bool(quiet.damage)
             num_doubted += bool(quiet.doubt)
     assert num_refused >= 10 * num_doubted
@@ -355,7 +355,7 @@ def test_bytes_in_the_header_are_no_damage_whatever_they_are(kind):
         content, _ = image_kinds.with_junk(b'\x12\xff\x00\x34', {marker}, **options)(
             image_kinds.pixels_of(2)
         )
-        quiet = jpeg_files.without_stray_bytes(content, image_validation._decode_aloud)
+        quiet = jpeg_files.without_faults(content, image_validation._decode_aloud)
         assert quiet.remark and not quiet.damage and not quiet.doubt
         np.testing.assert_array_equal(image_ops.decode(quiet.content), image_ops.decode(content))
 
@@ -364,7 +364,7 @@ def test_exif_data_of_a_wrong_length_are_no_damage():
     """What is left over may hold what looks like a marker."""
     whole = image_kinds.encoded(image_kinds.pixels_of(2), 'JPEG', quality=95)
     content = image_kinds.put_before_markers(whole, b'\x12\x34\xff\xd0\x56\xff\xd1\x78', {0xC0})
-    quiet = jpeg_files.without_stray_bytes(content, image_validation._decode_aloud)
+    quiet = jpeg_files.without_faults(content, image_validation._decode_aloud)
     assert quiet.remark and not quiet.damage and not quiet.doubt
     np.testing.assert_array_equal(image_ops.decode(quiet.content), image_ops.decode(whole))
 
@@ -876,12 +876,12 @@ def test_a_file_may_have_any_name(trained, tmp_path, name):
 
 
 def test_many_answers_are_drawn_in_part(trained, tmp_path):
-    for number in range(predict.MOST_DRAWN + 5):
+    for number in range(predict.MAX_DRAWN + 5):
         (tmp_path / f'{number:03}.png').write_bytes(
             image_kinds.encoded(image_kinds.pixels_of(number), 'PNG')
         )
     status, out, _ = run_predict(trained, tmp_path)
-    assert status == 0 and len(out) == predict.MOST_DRAWN + 6
+    assert status == 0 and len(out) == predict.MAX_DRAWN + 6
     assert out[-1].startswith(
-        f'the first {predict.MOST_DRAWN} of {predict.MOST_DRAWN + 5} are drawn in '
+        f'the first {predict.MAX_DRAWN} of {predict.MAX_DRAWN + 5} are drawn in '
     )

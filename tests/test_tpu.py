@@ -98,7 +98,7 @@ def test_the_training_step_adds_up_over_the_cores(still, strategy):
     train_step = steps.make_train_step(
         state,
         still,
-        augment.on_device(still.augment, 10),
+        augment.make_device_augment(still.augment, 10),
         num_classes=10,
         num_replicas=REPLICAS,
         jit_compile=False,
@@ -109,7 +109,9 @@ def test_the_training_step_adds_up_over_the_cores(still, strategy):
     def step():
         drawn = {
             name: tf.stack([value] * 4)
-            for name, value in augment.draws(still.augment, tf.constant([0, 1], tf.int64)).items()
+            for name, value in augment.draw_numbers(
+                still.augment, tf.constant([0, 1], tf.int64)
+            ).items()
         }
         return loops.sum_over_replicas(
             strategy,
@@ -187,7 +189,7 @@ def test_the_loops_of_every_config_are_fit_for_a_tpu(strategy, change, name):
     train_step = steps.make_train_step(
         state,
         config,
-        augment.on_device(config.augment, 10),
+        augment.make_device_augment(config.augment, 10),
         num_classes=10,
         num_replicas=replicas,
         jit_compile=False,
@@ -233,7 +235,7 @@ def test_everything_at_once_fits_a_tpu_with_every_optimizer(tiny, strategy, name
     train_step = steps.make_train_step(
         state,
         tiny,
-        augment.on_device(tiny.augment, 10),
+        augment.make_device_augment(tiny.augment, 10),
         num_classes=10,
         num_replicas=REPLICAS,
         jit_compile=False,

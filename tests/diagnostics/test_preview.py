@@ -35,7 +35,7 @@ def test_a_batch_is_drawn_as_the_model_gets_it(tiny, tmp_path, drawn, virtual_de
     (batch,) = pipeline.training_batches(
         source, tiny, plan, 3, 4, tf.distribute.OneDeviceStrategy('CPU:0')
     )
-    expected, labels = augment.on_device(tiny.augment, 10)(*batch)
+    expected, labels = augment.make_device_augment(tiny.augment, 10)(*batch)
     np.testing.assert_allclose(images, expected, atol=1e-3)
     assert os.path.basename(path) == 'batch_3.png'
     for text, label in zip(captions, labels.numpy(), strict=True):

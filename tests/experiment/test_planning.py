@@ -59,9 +59,11 @@ def test_a_shipped_config_is_valid_and_wastes_no_update(name):
     )
     drawn = {
         name: tf.stack([value] * 2)
-        for name, value in augment.draws(config.augment, tf.constant([0, 1], tf.int64)).items()
+        for name, value in augment.draw_numbers(
+            config.augment, tf.constant([0, 1], tf.int64)
+        ).items()
     }
-    assert augment.on_device(config.augment, 10)(
+    assert augment.make_device_augment(config.augment, 10)(
         tf.zeros([2, 8, 8, 3], tf.uint8), tf.constant([3, 4]), drawn
     )[1].shape == (2, 10)
 

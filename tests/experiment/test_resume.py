@@ -317,7 +317,7 @@ def test_a_run_is_moved_aside_and_nothing_of_it_is_lost(tiny, workdir, reference
 
 def spoil_updates(monkeypatch, first, last):
     """Makes the labels of updates `first` to `last` what is not a number; of one replica."""
-    original = train.augment.on_device
+    original = train.augment.make_device_augment
 
     def on_device(*arguments):
         change = original(*arguments)

@@ -11,7 +11,7 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from configs import default
 from inputs import augment
-from inputs.image_ops import decode, resize, resize_image
+from inputs.image_ops import center_crop_and_resize, decode, resize
 
 PICTURE = (
     np.random.RandomState(0).rand(24, 24, 3) * np.linspace(40, 200, 24)[:, None, None] + 20
@@ -20,7 +20,7 @@ UPRIGHT = 1.0
 
 
 def seeds(count):
-    return [tf.constant([7, index * augment.SEEDS], tf.int64) for index in range(count)]
+    return [tf.constant([7, index * augment.SEEDS_PER_EXAMPLE], tf.int64) for index in range(count)]
 
 
 @pytest.mark.parametrize(
@@ -111,9 +111,9 @@ def batch_of(settings, size=12, count=64):
     """(images, labels, draws, images and labels as the device makes them)."""
     images = np.random.RandomState(1).randint(0, 256, (count, size, size, 3)).astype(np.uint8)
     labels = np.arange(count) % 10
-    drawn = [augment.draws(settings, seed) for seed in seeds(count)]
+    drawn = [augment.draw_numbers(settings, seed) for seed in seeds(count)]
     drawn = {name: tf.stack([one[name] for one in drawn]) for name in drawn[0]}
-    changed, soft = tf.function(augment.on_device(settings, 10), jit_compile=True)(
+    changed, soft = tf.function(augment.make_device_augment(settings, 10), jit_compile=True)(
         images, tf.constant(labels), drawn
     )
     return (
@@ -197,7 +197,7 @@ def test_mixup_and_cutmix_share_the_pairs(settings):
 
 def test_the_draws_of_mixing_are_of_the_beta_distribution(settings):
     settings.mixup = 0.4
-    drawn = np.array([augment.draws(settings, seed)['mix'][3] for seed in seeds(400)])
+    drawn = np.array([augment.draw_numbers(settings, seed)['mix'][3] for seed in seeds(400)])
     assert drawn.mean() == pytest.approx(0.5, abs=0.06) and drawn.var() == pytest.approx(
         0.25 / 1.8, abs=0.02
     )  # 1 / (4 (2 alpha + 1))
@@ -215,7 +215,7 @@ def test_color_jitter_of_grey_changes_its_brightness_only(settings):
 
 
 def test_nothing_asked_for_is_nothing_changed(settings):
-    untouched, hard = augment.on_device(settings, 10)(PICTURE[None], tf.constant([3]), {})
+    untouched, hard = augment.make_device_augment(settings, 10)(PICTURE[None], tf.constant([3]), {})
     np.testing.assert_array_equal(untouched, PICTURE[None])
     np.testing.assert_array_equal(hard, np.eye(10)[[3]])
 
@@ -225,12 +225,12 @@ def test_small_moves_keep_the_picture_where_it_is(settings):
     smooth = tf.io.encode_png(
         np.tile(np.linspace(0, 250, 32).astype(np.uint8), (32, 1))[..., None].repeat(3, -1)
     )
-    moved = augment.on_host(settings, 32)
+    moved = augment.make_host_augment(settings, 32)
     pictures = np.stack([moved(smooth, seed, 1.0) for seed in seeds(40)]).astype(float)
     assert pictures.std(0).max() > 1
     np.testing.assert_allclose(
         pictures.mean(0)[4:-4, 4:-4],
-        resize_image(tf.io.decode_png(smooth), 32)[4:-4, 4:-4],
+        center_crop_and_resize(tf.io.decode_png(smooth), 32)[4:-4, 4:-4],
         atol=6,
     )
 
@@ -238,15 +238,15 @@ def test_small_moves_keep_the_picture_where_it_is(settings):
 def test_evaluation_takes_the_central_square():
     picture = np.zeros((40, 100, 3), np.uint8)
     picture[:, 30:70] = 200
-    np.testing.assert_array_equal(resize_image(picture, 8), np.full((8, 8, 3), 200))
+    np.testing.assert_array_equal(center_crop_and_resize(picture, 8), np.full((8, 8, 3), 200))
     np.testing.assert_array_equal(
-        resize_image(picture[None].astype(np.float32), 8, 0.5), np.full((1, 8, 8, 3), 200)
+        center_crop_and_resize(picture[None].astype(np.float32), 8, 0.5), np.full((1, 8, 8, 3), 200)
     )
 
 
 def test_resizing_down_averages_instead_of_skipping():
     stripes = np.tile(np.array([[0], [240]], np.uint8), (64, 128))[..., None].repeat(3, -1)
-    np.testing.assert_allclose(resize_image(stripes, 16).numpy()[1:-1], 120, atol=2)
+    np.testing.assert_allclose(center_crop_and_resize(stripes, 16).numpy()[1:-1], 120, atol=2)
 
 
 def encode(image, file_format='PNG', **options):
@@ -295,7 +295,7 @@ def random_crops(settings):
 
     def crops(encoded, size, crop_area=(0.08, 1.0), number=20):
         settings.crop, settings.crop_area = 'random', crop_area
-        prepare = tf.function(augment.on_host(settings, size), autograph=False)
+        prepare = tf.function(augment.make_host_augment(settings, size), autograph=False)
         encoded = tf.constant(encoded)
         return np.stack([prepare(encoded, seed, 1.0) for seed in seeds(number)]).astype(float)
 
@@ -469,7 +469,7 @@ def test_a_crop_of_the_whole_is_the_evaluation_picture(random_crops, encode_as, 
     """Exactly, and within rounding where the JPEG decoder shrinks."""
     encoded = encode_as(photograph()[:400, :400])
     crops = random_crops(encoded, size, (1.0, 1.0), number=2)  # nothing smaller fits: the whole
-    expected = resize_image(decode(encoded), size).numpy().astype(float)
+    expected = center_crop_and_resize(decode(encoded), size).numpy().astype(float)
     assert np.abs(crops - expected).mean() <= tolerance
 
 
@@ -504,7 +504,7 @@ def test_a_grey_jpeg_is_shrunk_while_it_is_decoded():
 
 def test_what_a_zoom_makes_much_smaller_is_averaged(settings):
     settings.zoom = 0.97
-    moved = tf.function(augment.on_host(settings, 128), autograph=False)
+    moved = tf.function(augment.make_host_augment(settings, 128), autograph=False)
     encoded = tf.constant(encode(checkerboard(128, 128)))
     checked = 0
     for seed in seeds(200):

@@ -252,7 +252,7 @@ def test_a_file_is_called_what_it_is_whatever_its_ending(tmp_path, kind, ending)
 )
 def test_what_begins_with_no_sign_is_shown(content):
     assert (
-        file_signatures.reason(content)
+        file_signatures.why_unreadable(content)
         == f'no image that can be read: it begins with {content[:16]!r}; get it again, or '
         'take it away'
     )
@@ -270,7 +270,7 @@ def test_no_picture_that_is_read_is_taken_for_something_else(name):
 
 def test_every_reason_fits_a_line():
     for what, advice in [
-        (what, advice) for _, what, advice in file_signatures.OTHERS + file_signatures.MARKUP
+        (what, advice) for _, what, advice in file_signatures.UNSUPPORTED + file_signatures.MARKUP
     ]:
         assert (
             len(f'no image that can be read: {what}, which begins with {bytes(16)!r}; {advice}')
@@ -288,7 +288,7 @@ def test_every_reason_fits_a_line():
 )
 def test_a_pillow_that_lacks_a_format_is_named(monkeypatch, feature, content):
     monkeypatch.setattr(features, 'check', lambda name: name != feature)
-    assert file_signatures.reason(content).endswith(
+    assert file_signatures.why_unreadable(content).endswith(
         'this build of Pillow reads none: python -m pip install --force-reinstall pillow'
     )
 

@@ -516,7 +516,7 @@ def test_an_unreadable_file_is_skipped_and_tried_again(tmp_path, monkeypatch, ca
 
 
 def test_a_picture_that_is_too_large_is_not_decoded(tmp_path, monkeypatch):
-    monkeypatch.setattr(image_validation, 'MOST_PIXELS', 48 * 64 - 1)
+    monkeypatch.setattr(image_validation, 'MAX_PIXELS', 48 * 64 - 1)
     monkeypatch.setattr(image_validation.tf.io, 'decode_image', None)
     write(tmp_path / 'x.png', encoded(PICTURE))
     assert 'too large: 64 x 48' in of_file(str(tmp_path / 'x.png'))[0].broken

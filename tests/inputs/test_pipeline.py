@@ -18,7 +18,7 @@ from common.errors import RunError
 from configs import folder
 from experiment import planning
 from inputs import datasets, pipeline, record_index, service
-from inputs.image_ops import decode, resize_image
+from inputs.image_ops import center_crop_and_resize, decode
 
 ONE_DEVICE = tf.distribute.OneDeviceStrategy('CPU:0')
 
@@ -36,7 +36,7 @@ def split(request, source, monkeypatch):
     in a file.
     """
     monkeypatch.setattr(
-        record_index, 'PIECES', 1437 // 7 if request.param == 'long records' else 2000
+        record_index, 'MIN_PIECES', 1437 // 7 if request.param == 'long records' else 2000
     )
     records = source.open_split('train')
     return record_index.in_memory(records) if request.param == 'memory' else records
@@ -193,7 +193,7 @@ def test_batches_do_not_depend_on_group_size(tiny, source, batch_size, monkeypat
     tiny.augment.flip = True
     tiny.augment.random_erasing = 0.5
     batches = [batch_digest(batch) for batch in training_batches(tiny, source)]
-    monkeypatch.setattr(service, 'MOST_IN_GROUP', 1)
+    monkeypatch.setattr(service, 'MAX_IN_GROUP', 1)
     assert batches == [batch_digest(batch) for batch in training_batches(tiny, source)]
 
 
@@ -288,7 +288,7 @@ def test_evaluation_reads_every_example_exactly_once(still, source, devices, eva
     assert len(batches) == num_steps
     images, labels, mask = (np.concatenate(parts) for parts in zip(*batches, strict=True))
     expected = collections.Counter(
-        (digest(resize_image(decode(encoded), 16)), int(label))
+        (digest(center_crop_and_resize(decode(encoded), 16)), int(label))
         for encoded, label in source.examples('test')
     )
     assert (
@@ -309,7 +309,7 @@ def test_without_augmentation_training_and_evaluation_match(still, source):
     entries = pipeline.ordered_entries(split, still.seed, 10**9, 0).take(32)
     examples = [split.fetch(*entry) for _, (_, *entry) in entries]
     np.testing.assert_array_equal(
-        images, tf.stack([resize_image(decode(encoded), 16) for encoded, _ in examples])
+        images, tf.stack([center_crop_and_resize(decode(encoded), 16) for encoded, _ in examples])
     )
     assert draws == {} and images.dtype == tf.uint8
 

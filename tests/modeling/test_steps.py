@@ -15,7 +15,7 @@ from inputs import augment
 from modeling import loops, models, optimizers, steps
 
 RANDOM = np.random.RandomState(0)
-UNCHANGED = augment.on_device(default.get_config().augment, 10)
+UNCHANGED = augment.make_device_augment(default.get_config().augment, 10)
 IMAGES, LABELS = RANDOM.randint(0, 256, (32, 16, 16, 3)).astype(np.uint8), RANDOM.randint(0, 10, 32)
 
 
@@ -383,7 +383,7 @@ def spoiling(bad):
     """A loss that is not a number, on the first replica alone, in batches whose first label is in
     `bad`.
     """
-    change = augment.on_device(default.get_config().augment, 10)
+    change = augment.make_device_augment(default.get_config().augment, 10)
 
     def spoiled(images, labels, draws):
         images, targets = change(images, labels, draws)
