@@ -54,7 +54,7 @@ def without_gates_in_one_layer():
 
 
 def with_choices_apart():
-    return mock.patch.object(steps, 'SHARED', 10_000)
+    return mock.patch.object(steps, 'MIN_SHARED', 10_000)
 
 
 def with_a_sum_for_each_vector():
@@ -83,7 +83,7 @@ def flips_after_the_cast():
         change = usual(settings, num_classes)
         return lambda images, labels, drawn: change(tf.cast(images, tf.float32), labels, drawn)
 
-    return mock.patch.object(augment, 'on_device', on_device)
+    return mock.patch.object(augment, 'make_device_augment', on_device)
 
 
 def keras_on_tensorflow(policy, optimizer):

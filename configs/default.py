@@ -89,7 +89,9 @@ def get_config() -> ConfigDict:
     config.augment.policy = ConfigDict()
     config.augment.policy.name = ''  # '', 'rand_augment' or 'trivial_augment'
     config.augment.policy.num_ops = 2  # of rand_augment
-    config.augment.policy.magnitude = 10.0  # of rand_augment: 10 is RANGES of inputs/augment.py
+    config.augment.policy.magnitude = (
+        10.0  # of rand_augment: 10 is full strength: FULL_STRENGTH in inputs/augment.py
+    )
     config.augment.policy.rate = 1.0  # probability that an image is changed at all
     config.augment.color_jitter = 0.0  # brightness, contrast, saturation: at most this share
     config.augment.random_erasing = 0.0  # probability

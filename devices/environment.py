@@ -1,4 +1,4 @@
-"""What a run ran on."""
+"""Describes the packages, devices and commit that a run used."""
 
 import importlib.metadata
 import os

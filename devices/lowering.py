@@ -13,12 +13,11 @@ HOST = '/job:localhost/replica:0/task:0/device:CPU:0'
 
 
 class OneOfMany(tf.distribute.Strategy):
-    """One replica of `num_replicas` that are not there.
+    """Stands for one of `num_replicas` replicas, without the others.
 
-    What is traced in it sums over them with XLA's own all-reduce.
+    Sums over replicas are traced as XLA's own all-reduce.
 
-    For tracing and lowering only; what it makes cannot run here. Variables are created on the
-    processor.
+    For tracing and lowering only; the result cannot run here. Variables are created on the CPU.
     """
 
     def __init__(self, num_replicas: int) -> None:
@@ -28,22 +27,22 @@ class OneOfMany(tf.distribute.Strategy):
 class _OneOfMany(one_device_strategy.OneDeviceExtended):
     def __init__(self, strategy: OneOfMany, num_replicas: int) -> None:
         super().__init__(strategy, HOST)
-        self._all = num_replicas
+        self._num_replicas = num_replicas
 
     @property
     def _num_replicas_in_sync(self) -> int:
-        return self._all
+        return self._num_replicas
 
     def _use_merge_call(self) -> bool:
         return False  # all sums over replicas come through here
 
     def _replica_ctx_all_reduce(self, reduce_op: Any, value: Any, options: Any = None) -> Any:
-        share = 1 / self._all if reduce_op == tf.distribute.ReduceOp.MEAN else 1
+        share = 1 / self._num_replicas if reduce_op == tf.distribute.ReduceOp.MEAN else 1
 
         def total(tensor: tf.Tensor) -> tf.Tensor:
-            everyone = tf.constant([list(range(self._all))], tf.int32)
+            group = tf.constant([list(range(self._num_replicas))], tf.int32)
             summed = gen_xla_ops.xla_all_reduce(
-                input=tensor, group_assignment=everyone, reduce_op='Add', mode='CrossReplica'
+                input=tensor, group_assignment=group, reduce_op='Add', mode='CrossReplica'
             )
             return summed * tf.cast(share, tensor.dtype)
 
@@ -74,6 +73,5 @@ def lower(strategy: OneOfMany, step: Callable[..., Any], specs: tuple) -> bytes:
     except (tf.errors.OpError, ValueError) as error:
         raise RunError(
             f'this build of TensorFlow cannot lower the step ({one_line(error, 300)})',
-            'preflight takes the build for processors or for GPUs, pip install '
-            "'.[cpu]' in an environment of its own",
+            "preflight needs the CPU or GPU build: pip install '.[cpu]' in a separate environment",
         ) from error

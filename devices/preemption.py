@@ -3,8 +3,8 @@
 It imports no TensorFlow.
 
 TensorFlow computes for seconds or minutes within one call, and a signal handler in Python would
-wait for its end. So the signals are read by a thread, from the pipe into which Python's own
-handler, in C, writes their numbers (`signal.set_wakeup_fd`).
+have to wait until it returns. So the signals are read by a thread, from the pipe into which
+Python's own handler, in C, writes their numbers (`signal.set_wakeup_fd`).
 
 What Google documents:
 - Spot and preemptible machines: the metadata `instance/preempted` becomes TRUE, and about 30 s
@@ -12,15 +12,15 @@ What Google documents:
   docs.cloud.google.com/compute/docs/instances/create-use-spot
 - `instance/maintenance-event` is NONE, MIGRATE_ON_HOST_MAINTENANCE (the machine moves while it
   runs: nothing to do) or TERMINATE_ON_HOST_MAINTENANCE: an hour remains on machines with GPUs, else
-  60 s, and these only for who has asked since the event before.
+      60 s, and those only if the value has been queried since the previous event.
   docs.cloud.google.com/compute/docs/metadata/getting-live-migration-notice,
   docs.cloud.google.com/compute/docs/gpus/gpu-host-maintenance
 - TPU VMs are machines of Compute Engine and cannot move while they run; a host that is stopped
   interrupts its whole slice.
   docs.cloud.google.com/kubernetes-engine/docs/concepts/handle-disruption-gpu-tpu,
   docs.cloud.google.com/tpu/docs/spot
-- `?wait_for_change=true` would let the server answer at the change. Two requests every two seconds
-  cost less than two that hang for days.
+- `?wait_for_change=true` would make the server answer only when the value changes. Two requests
+  every two seconds cost less than two that hang for days.
 """
 
 import contextlib
@@ -36,15 +36,16 @@ from typing import Any
 
 from common import console
 
-# Between questions to the metadata server: 2 of the 30 that remain; and where nothing answers.
-SECONDS = 2
-MAX_SECONDS = 60
+# Seconds between requests to the metadata server, after whose notice 30 remain; at most, if it
+# does not answer.
+POLL_SECONDS = 2
+MAX_POLL_SECONDS = 60
 TIMEOUT = 3  # seconds for an answer of the metadata server, as google-auth has it
-NOTICES = {  # key: (its value when the machine will be stopped, in words)
-    'preempted': ('TRUE', 'Google Cloud takes this machine back'),
+NOTICES = {  # key: (the value that announces a stop, message)
+    'preempted': ('TRUE', 'Google Cloud is reclaiming this machine'),
     'maintenance-event': (
         'TERMINATE_ON_HOST_MAINTENANCE',
-        'Google Cloud stops this machine for maintenance',
+        'Google Cloud is stopping this machine for maintenance',
     ),
 }
 END = 0  # no signal has this number
@@ -64,7 +65,7 @@ def watch(on_google_cloud: bool | None = None) -> Iterator[Stop]:
 
     A second SIGINT, or one after something else, ends the process immediately with status 130, even
     while TensorFlow computes. Further SIGTERMs change nothing: Slurm and Kubernetes send several.
-    Outside the main thread, where Python allows no handlers, only a notice sets it.
+    Outside the main thread, where Python allows no handlers, only a notice sets the `Stop`.
 
     Args:
         on_google_cloud: whether to poll the metadata server; None detects it.
@@ -74,8 +75,8 @@ def watch(on_google_cloud: bool | None = None) -> Iterator[Stop]:
 
     def notify(number: int, why: str) -> None:
         if not ended.is_set() and _note(stop, heard, number, why):
-            once_more = '; once more stops at once' if number == signal.SIGINT else ''
-            # Whoever read the output may have gone: no reason to stop listening.
+            once_more = '; interrupt again to stop at once' if number == signal.SIGINT else ''
+            # The reader of the output may be gone, which is no reason to stop listening.
             with contextlib.suppress(OSError, ValueError):
                 console.line(f'\n{why}: finishing the loop, then saving{once_more}')
 
@@ -89,7 +90,7 @@ def watch(on_google_cloud: bool | None = None) -> Iterator[Stop]:
                 name='notices of Google Cloud',
                 daemon=True,
             ).start()
-        stack.callback(ended.set)  # the first thing at the end
+        stack.callback(ended.set)  # runs first on exit
         yield stop
 
 
@@ -106,10 +107,10 @@ def _signals(
     handled: dict[int, Any] = {}
     heard: list[int] = []
 
-    def cover(number: int, frame: FrameType | None) -> None:
-        # Without it the default action would end the process. It runs when TensorFlow returns,
-        # mostly after the thread, so that what comes next sees the signal in any case: also if the
-        # thread has not run yet, waits for a terminal, or something else has taken the wakeup.
+    def handle(number: int, frame: FrameType | None) -> None:
+        # Without a handler the default action would end the process. It runs when TensorFlow
+        # returns, mostly after the thread, and sets `stop` even if the thread has not run yet, is
+        # blocked on a terminal, or something else has taken the wakeup descriptor.
         _note(stop, heard, number, signal.Signals(number).name)
 
     def in_forked_process() -> None:
@@ -130,13 +131,13 @@ def _signals(
         os.register_at_fork(after_in_child=in_forked_process)  # for good: it cannot be undone
         for number in (signal.SIGINT, signal.SIGTERM):
             usual = signal.getsignal(number)
-            # A script without job control starts its background jobs with SIGINT ignored: Ctrl-C
-            # is meant for what is in front. Python leaves it so, and so do we. (nohup ignores
+            # A script without job control starts its background jobs with SIGINT ignored: Ctrl-C is
+            # meant for the foreground. Python leaves it ignored, and so do we. (nohup ignores
             # SIGHUP alone.)
             if usual != signal.SIG_IGN:
                 # None is a handler of a C library, which Python cannot restore.
                 handled[number] = usual or signal.SIG_DFL
-                signal.signal(number, cover)
+                signal.signal(number, handle)
                 stack.callback(signal.signal, number, handled[number])
         yield
 
@@ -173,9 +174,9 @@ def _read(reading: int, notify: Callable[[int, str], None]) -> None:
 
 
 def _end(writing: int, reader: threading.Thread) -> None:
-    with contextlib.suppress(BlockingIOError):  # full: it does not read any more
+    with contextlib.suppress(BlockingIOError):  # full: the reader has stopped reading
         os.write(writing, bytes([END]))
-    reader.join(1)  # not for good: it may wait for a terminal that takes nothing
+    reader.join(1)  # not forever: it may be blocked on a terminal
     os.close(writing)
 
 
@@ -203,19 +204,20 @@ def _ask_google(notify: Callable[[int, str], None], ended: threading.Event) -> N
     open_url = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
     # The address of metadata.google.internal, whose look-up has no time limit.
     host = os.environ.get('GCE_METADATA_HOST') or '169.254.169.254'
-    pause, earlier_event = SECONDS, None
+    pause = POLL_SECONDS
+    earlier_event = None
     while not ended.is_set():
         answers = {
             key: _answer(open_url, f'http://{host}/computeMetadata/v1/instance/{key}')
             for key in NOTICES
         }
-        if earlier_event is None:  # of an earlier start, which stopped for it up to an hour ago
+        if earlier_event is None:  # one that an earlier start stopped for, up to an hour ago
             earlier_event = answers['maintenance-event']
         for key, (value, why) in NOTICES.items():
             if answers[key] == value and (key, value) != ('maintenance-event', earlier_event):
                 notify(signal.SIGTERM, why)
                 return
-        pause = SECONDS if any(answers.values()) else min(2 * pause, MAX_SECONDS)
+        pause = POLL_SECONDS if any(answers.values()) else min(2 * pause, MAX_POLL_SECONDS)
         ended.wait(pause)
 
 

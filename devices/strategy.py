@@ -1,4 +1,4 @@
-"""A tf.distribute strategy for whatever hardware is there."""
+"""Chooses a tf.distribute strategy for the hardware at hand."""
 
 import contextlib
 import json
@@ -38,9 +38,9 @@ def make_strategy(config: ConfigDict) -> tuple[tf.distribute.Strategy, str]:
     cpus = [cpu.name for cpu in tf.config.list_logical_devices('CPU')][
         : max(1, config.virtual_devices)
     ]
-    devices, kind = (
-        (gpus, 'GPU') if gpus else (cpus, 'virtual CPU' if config.virtual_devices else 'CPU')
-    )
+    cpu_kind = 'virtual CPU' if config.virtual_devices else 'CPU'
+    devices, kind = (gpus, 'GPU') if gpus else (cpus, cpu_kind)
+    reason = _reason(wanted, f'found {_found()}')
     if wanted == 'mirrored' or (wanted == 'auto' and len(devices) > 1):
         if len(devices) < 2:
             raise RunError(
@@ -48,15 +48,13 @@ def make_strategy(config: ConfigDict) -> tuple[tf.distribute.Strategy, str]:
                 '--config.strategy=auto, or try it on a CPU with --config.virtual_devices=2',
                 'strategy',
             )
-        # Of CPUs one adds up, in a fixed order: repeatable, and two strategies in one process do
-        # not meet in a collective.
+        # On CPUs one device sums, in a fixed order: that is repeatable, and two strategies in one
+        # process do not share a collective.
         sums = None if gpus else tf.distribute.ReductionToOneDevice()
-        return tf.distribute.MirroredStrategy(
-            devices, sums
-        ), f'MirroredStrategy on {len(devices)} {kind}s: {_reason(wanted, f"found {_found()}")}'
-    return tf.distribute.OneDeviceStrategy(
-        devices[0]
-    ), f'OneDeviceStrategy on one {kind}: {_reason(wanted, f"found {_found()}")}'
+        strategy = tf.distribute.MirroredStrategy(devices, sums)
+        return strategy, f'MirroredStrategy on {len(devices)} {kind}s: {reason}'
+    strategy = tf.distribute.OneDeviceStrategy(devices[0])
+    return strategy, f'OneDeviceStrategy on one {kind}: {reason}'
 
 
 def device_kind(strategy: tf.distribute.Strategy) -> str:
@@ -67,9 +65,9 @@ def device_kind(strategy: tf.distribute.Strategy) -> str:
 
 
 def runs_as_chief(config: ConfigDict) -> bool:
-    """Returns whether this process is the worker that writes: the chief, or without one worker 0.
+    """Returns whether this process is the worker that writes; no strategy is needed.
 
-    It needs no strategy.
+    That is the chief, or worker 0 if there is no chief.
     """
     if config.strategy not in ('auto', 'multi_worker') or num_workers() < 2:
         return True
@@ -82,7 +80,7 @@ def runs_as_chief(config: ConfigDict) -> bool:
 def make_sum_over_workers(
     strategy: tf.distribute.Strategy,
 ) -> Callable[[Sequence[float]], list[float]]:
-    """Returns a collective sum over the workers, with which they decide together.
+    """Returns a function that sums over the workers, so that they can decide together.
 
     It takes numbers, float [n], and returns their sums; every worker must call it at the same
     point. With one process it returns the numbers themselves.
@@ -187,7 +185,7 @@ def num_workers() -> int:
     except (ValueError, AttributeError) as error:
         raise RunError(
             f'the environment variable TF_CONFIG is not the JSON of a cluster ({error})',
-            'mend it or unset it',
+            'fix it or unset it',
         ) from None
 
 
@@ -199,7 +197,7 @@ def _multi_worker(workers: int) -> tuple[tf.distribute.Strategy, str]:
             f'{_found()}',
             key='strategy',
         )
-    # A worker that has gone is an error for the others, not something to wait for.
+    # The loss of a worker is an error for the others, not something to wait for.
     os.environ.setdefault('GRPC_FAIL_FAST', 'use_caller')
     if workers > 1:
         console.warning(f'waiting for the other workers that TF_CONFIG names, {workers} in all')
@@ -210,7 +208,7 @@ def _multi_worker(workers: int) -> tuple[tf.distribute.Strategy, str]:
         # ValueError for a wrong task, an OpError for an address that cannot be used.
         raise RunError(
             f'the environment variable TF_CONFIG does not work here ({one_line(error)})',
-            'mend it or unset it',
+            'fix it or unset it',
         ) from error
     return (
         strategy,
@@ -223,10 +221,9 @@ def _multi_worker(workers: int) -> tuple[tf.distribute.Strategy, str]:
 def _ended_by_signals() -> Iterator[None]:
     """Lets signals end the process at once while TensorFlow waits for other workers.
 
-    Nothing has begun yet, and no Python handler would run during that wait. This holds for SIGINT;
-    SIGTERM ends the process only until TensorFlow has set a handler of its own, which records it
-    for
-    whoever asks: while it waits, nobody does. The previous handlers are restored afterwards.
+    Nothing has begun yet, and no Python handler would run during that wait. SIGINT always works,
+    SIGTERM only until TensorFlow sets a handler of its own, which merely records it. The previous
+    handlers are restored afterwards.
     """
     usual = {}
     if threading.current_thread() is threading.main_thread():

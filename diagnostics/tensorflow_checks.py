@@ -142,7 +142,7 @@ def check_tpu_compile(config: ConfigDict) -> CheckResult:
 def check_data(config: ConfigDict, data: 'DatasetStatus') -> CheckResult:
     """Checks whether the data set is there, and if not says how to get it."""
     name, place = config.dataset.name, data.place
-    if data.state == 'here':
+    if data.state == 'ready':
         return ok('data set', f'{name} in {place}')
     in_the_way = machine.nearest(place) if '://' not in place else ''
     if in_the_way and not (os.path.isdir(in_the_way) and os.access(in_the_way, os.W_OK)):
@@ -151,16 +151,16 @@ def check_data(config: ConfigDict, data: 'DatasetStatus') -> CheckResult:
             f'{name} is not prepared, and {in_the_way} is not a folder that can be written to',
             '--config.dataset.data_dir=DIR, or export TFDS_DATA_DIR=DIR',
         )
-    if data.state == 'made':
+    if data.state == 'to_generate':
         source = 'created at the first start from what scikit-learn contains'
         return ok('data set', f'{name}: {source}, in {place}')
-    if data.state == 'downloaded':
+    if data.state == 'to_download':
         size = 'a size that TFDS does not know'
         if data.num_bytes:
             size = f'at most {machine.gib(data.num_bytes)}'
         message = f'{name} is not in {place}: the first start downloads {size} and prepares it'
         return warn('data set', message, _build_command(config, data))
-    if data.state == 'unpacked':
+    if data.state == 'to_unpack':
         message = (
             f'{name} is not prepared in {place}, but its archives are here: '
             'the first start unpacks them, which takes hours'
@@ -403,7 +403,7 @@ def check_disk(
     place = shlex.quote(machine.nearest(largest.place))
     fix = f'df -h {place}   # then make room there, or write {largest.elsewhere}'
     # TFDS adds up all variants that can be downloaded.
-    is_guess = largest.name != 'checkpoints' and data.state == 'downloaded'
+    is_guess = largest.name != 'checkpoints' and data.state == 'to_download'
     return warn('disk', f'{message} at most', fix) if is_guess else fail('disk', message, fix)
 
 

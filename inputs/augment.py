@@ -255,7 +255,7 @@ def affine(
 
 
 def draw_numbers(settings: ConfigDict, seed: tf.Tensor) -> dict[str, tf.Tensor]:
-    """Draws the random numbers that `on_device` needs for one example.
+    """Draws the random numbers that `make_device_augment` needs for one example.
 
     Returns: a dict of float32 tensors, uniform in [0, 1) or Beta-distributed.
     """
@@ -280,9 +280,9 @@ def make_device_augment(
 ) -> Callable[[tf.Tensor, tf.Tensor, dict[str, tf.Tensor]], tuple[tf.Tensor, tf.Tensor]]:
     """Returns the function that does the device's part of `config.augment`, in the compiled step.
 
-    It takes images uint8 [batch, size, size, 3], labels int64 [batch] and the numbers of `draws`,
-    each float32 [batch, n], and returns images float32 in 0..255 and labels float32 [batch,
-    num_classes]. Mixing pairs neighbours (images 0 and 1, 2 and 3, and so on), so a replica's batch
+    It takes images uint8 [batch, size, size, 3], labels int64 [batch] and the numbers of
+    `draw_numbers`, each float32 [batch, n], and returns images float32 in 0..255 and labels float32
+    [batch, num_classes]. Mixing pairs neighbours (images 0 and 1, 2 and 3, and so on), so a replica's batch
     size must be even.
     """
 

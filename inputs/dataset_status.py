@@ -66,7 +66,7 @@ def find_status(dataset_config: ConfigDict) -> DatasetStatus:
     if dataset_config.name == 'folder':
         class_names, sizes, num_bytes = image_folder.count(dataset_config)
         return DatasetStatus(
-            'here',
+            'ready',
             os.path.expanduser(dataset_config.data_dir),
             class_names,
             sizes[dataset_config.train_split],
@@ -115,7 +115,7 @@ def _status_if_prepared(
         ) from error
     num_bytes = int(builder.info.dataset_size or 0) or None
     place = str(builder.data_dir)
-    return DatasetStatus('here', place, class_names, num_train, num_eval, num_bytes)
+    return DatasetStatus('ready', place, class_names, num_train, num_eval, num_bytes)
 
 
 def _size_on_disk(split: tfds.core.SplitInfo) -> int:
@@ -148,13 +148,13 @@ def _status_if_not_prepared(
     }
     if builder.name == 'digits':
         known['num_bytes'] = 2**20  # 0.4 MiB of PNG files
-        return DatasetStatus('made', room_bytes=2**20, **known)
+        return DatasetStatus('to_generate', room_bytes=2**20, **known)
     if not builder.MANUAL_DOWNLOAD_INSTRUCTIONS:
-        return DatasetStatus('downloaded', room_bytes=2 * download + stored, **known)
+        return DatasetStatus('to_download', room_bytes=2 * download + stored, **known)
     manual = os.path.join(datasets.data_folder(dataset_config), 'downloads', 'manual')
     here = set(tf.io.gfile.listdir(manual)) if tf.io.gfile.isdir(manual) else set()
     if here and here.issuperset(ARCHIVES.get(builder.name, ())):
-        return DatasetStatus('unpacked', room_bytes=stored, **known)
+        return DatasetStatus('to_unpack', room_bytes=stored, **known)
     return DatasetStatus(
         'missing',
         room_bytes=download + stored,

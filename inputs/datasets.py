@@ -80,7 +80,7 @@ class Source:
         If it fits into a quarter of the budget, it is kept `in_memory`, encoded; with
         `in_memory=False` it is read from disk in the same order. See `record_index`.
 
-        Raises: RunError if less memory is free than both the budget and the split take.
+        Raises: RunError if free memory is below the budget and below the size of the split.
         """
         if (name, share, in_memory) not in self._kept:
             found = self.open_split(name, share)

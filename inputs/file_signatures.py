@@ -53,7 +53,7 @@ UNSUPPORTED = (
     (rb'.{0,64}%PDF', 'a PDF document', 'convert it: pdftoppm -png FILE.pdf FILE'),
     (rb'FUJIFILMCCD-RAW', 'a Fujifilm raw file (RAF)', RAW.format('raf')),
     (rb'IIU\x00', 'a Panasonic raw file (RW2)', RAW.format('rw2')),
-    (rb'IIR[OS]|MMOR', 'a Olympus raw file (ORF)', RAW.format('orf')),
+    (rb'IIR[OS]|MMOR', 'an Olympus raw file (ORF)', RAW.format('orf')),
     (rb'FOVb', 'a Sigma raw file (X3F)', RAW.format('x3f')),
     (rb'\x00MRM', 'a Minolta raw file (MRW)', RAW.format('mrw')),
     (rb'RIFF....AVI ', 'an AVI video', FRAMES.format('avi')),
@@ -90,7 +90,11 @@ MARKUP = (
         'the download failed, or needs a login: get it again',
     ),
     (rb'<\?xml|<error', 'XML', 'the download may have failed: look at it, and download it again'),
-    (rb'[{\[]\s*["{\[\]}]', 'JSON', 'the download failed, perhaps: look at it, and get it again'),
+    (
+        rb'[{\[]\s*["{\[\]}]',
+        'JSON',
+        'the download may have failed: look at it, and download it again',
+    ),
 )
 HEIC = (b'heic', b'heix', b'heim', b'heis', b'hevc', b'hevx', b'hevm', b'hevs')
 HEIF = (b'mif1', b'mif2', b'msf1', b'miaf')  # generic brands: the codec varies

@@ -98,9 +98,8 @@ READERS = [
     f'TensorFlow {tf.__version__}',
     *([f'pillow-heif {heif.VERSION}'] if heif.VERSION else []),
 ]
-RULES = ', '.join(
-    ['5', *READERS]
-)  # version of the checks: increase the number when their results change
+# Version of the checks: increase the number when their results change.
+RULES = ', '.join(['5', *READERS])
 
 
 class Broken(Exception):
@@ -117,7 +116,7 @@ class FileCheck(NamedTuple):
         broken: why it cannot be used, or ''.
         file_format: Pillow's name for the format, such as 'JPEG'; for a broken file 'JPEG' or ''.
         peak: the largest value of an image with more than 8 bits, 0 for others.
-        remark: what libjpeg complains of although no pixel can have changed, or ''.
+        remark: what libjpeg warns of although no pixel can have changed, or ''.
         doubt: a warning that may mean damage or be a habit of the camera, or ''.
         has_upper_bits_only: whether its colours have 16 bits of which only eight can be read.
     """
@@ -172,8 +171,8 @@ def decodable(content: bytes) -> Decodable:
             warnings.simplefilter('ignore')  # Pillow's: what matters of them is an error here
             with captured_stderr() as said:
                 found = _convert(content)
-                complains = bool(said())
-            return _without_complaint(content, found) if complains else found
+                warns = bool(said())
+            return _without_warning(content, found) if warns else found
     except Broken:
         raise
     except MemoryError:
@@ -356,8 +355,8 @@ def _examine_all(paths: Sequence[str], copies: str) -> Generator[FileCheck, None
             chunk = paths[begin : begin + CHUNK]
             with captured_stderr() as read_new:
                 checks = list(pool.map(lambda path: _check_file(path, copies), chunk))
-                complains = bool(read_new())  # some file: libjpeg does not say which
-            if complains:
+                warns = bool(read_new())  # some file: libjpeg does not say which
+            if warns:
                 checks = [
                     _recheck_alone(path, check, copies)
                     for path, check in zip(chunk, checks, strict=True)
@@ -398,7 +397,7 @@ def _check_file(path: str, copies: str, checks_warnings: bool = False) -> FileCh
         file_format = 'JPEG' if content.startswith(jpeg_files.START_OF_IMAGE) else ''
         found = _convert(content)
         if checks_warnings:
-            found = _without_complaint(content, found)
+            found = _without_warning(content, found)
     except MemoryError:  # there may be enough another time, so without digest
         return FileCheck(broken='too large for the memory that is free')
     except Exception as error:  # a damaged file can make Pillow raise anything
@@ -412,7 +411,7 @@ def _check_file(path: str, copies: str, checks_warnings: bool = False) -> FileCh
 
 
 def _recheck_alone(path: str, check: FileCheck, copies: str) -> FileCheck:
-    """Examines a file again, by itself, if it may be the one that libjpeg complained about."""
+    """Examines a file again, by itself, if it may be the one that libjpeg warned about."""
     if check.broken or check.file_format not in JPEGS:
         return check
     with captured_stderr():
@@ -588,8 +587,8 @@ def _largest_of_ppm(content: bytes) -> int:
     return 1 if words[0] in (b'P1', b'P4') else int(words[3])
 
 
-def _without_complaint(content: bytes, found: Decodable) -> Decodable:
-    """Returns what to read in place of a file about which libjpeg may complain.
+def _without_warning(content: bytes, found: Decodable) -> Decodable:
+    """Returns what to read in place of a file about which libjpeg may warn.
 
     Args:
         content: the file.

@@ -37,10 +37,10 @@ SHORTEST_FILL = 8  # equal non-zero bytes that are taken for filling, not coinci
 
 
 class CleanJpeg(NamedTuple):
-    """The file to read in place of one about which libjpeg may complain.
+    """The file to read in place of one about which libjpeg may warn.
 
     Attributes:
-        content: a file with the same pixels about which libjpeg does not complain.
+        content: a file with the same pixels about which libjpeg does not warn.
         damage: what is broken (there is no such file then), or ''.
         remark: the harmless warning, or ''.
         doubt: a warning that may mean damage or be a habit of the camera, or ''.
@@ -58,7 +58,7 @@ class _Repair(NamedTuple):
 
 
 def without_faults(content: bytes, decode: Callable[[bytes], tuple[np.ndarray, str]]) -> CleanJpeg:
-    """Returns a file with the same pixels about which libjpeg does not complain.
+    """Returns a file with the same pixels about which libjpeg does not warn.
 
     Args:
         content: a JPEG file.

@@ -21,7 +21,7 @@ from common.errors import RunError
 from inputs import tfds_features
 from inputs.tfds_features import Columns
 
-MIN_PIECES = 1000  # per epoch, about, if it has that many examples
+PIECES_PER_EPOCH = 1000  # about, if it has that many examples
 EXAMPLES_AT_A_PLACE = 4  # that a sample takes from a piece
 PARSED_TOGETHER = 1024  # records, where one feature is wanted: ten times as fast as one by one
 RECORD_OVERHEAD = 16  # bytes around each record of a TFRecord file: length, two checksums
@@ -182,8 +182,7 @@ def from_builder(
         share: (index, number) of a host: which of how many even shares, as `tfds.even_splits` cuts
             them.
         longest: the most examples of a piece (a whole file may have twice as many); by default,
-            chosen for about `MIN_PIECES` pieces per epoch. With 1 the order is the one of examples
-            in memory.
+            chosen for about `PIECES_PER_EPOCH`. With 1 the order is the one of examples in memory.
     """
     info = builder.info.splits[split]
     begin, end = host_range(info.num_examples, share)
@@ -191,7 +190,7 @@ def from_builder(
     whole_bytes = whole.num_bytes
     if not whole_bytes:  # some data sets do not say
         whole_bytes = sum(tf.io.gfile.stat(path).length for path in whole.filepaths)
-    most = longest or max(1, info.num_examples // MIN_PIECES)
+    most = longest or max(1, info.num_examples // PIECES_PER_EPOCH)
     # (filename, records to skip, records to take, id of the first) of each.
     runs: list[tuple[str, int, int, int]] = []
     first_id = 0

@@ -14,18 +14,18 @@ from ml_collections import ConfigDict
 
 from common.errors import ConfigError, RunError, one_line
 from modeling import labels_file, saved_model_safety
-from modeling.models import application
+from modeling.models import find_application
 from modeling.pretrained import KERAS_FILES, read_labels
 
 IMAGENET_CLASSES = 1000
 
 
 class Teacher(NamedTuple):
-    """Who a model learns from.
+    """The model that another one learns from.
 
     Attributes:
-        predict: from images float32 [batch, size, size, 3] in 0..255 to logits float32 [batch,
-            classes], for use inside a step.
+        predict: maps images float32 [batch, size, size, 3] in 0..255 to logits float32 [batch,
+            classes], inside a step.
         name: a description.
         is_pretrained: whether its weights come with keras.applications.
     """
@@ -36,10 +36,10 @@ class Teacher(NamedTuple):
 
 
 class _Network(NamedTuple):
-    """A `Teacher` whose outputs may be probabilities, of images of its own size.
+    """A `Teacher` whose outputs may be probabilities, and that may need its own image size.
 
     Attributes:
-        size: (height, width) that it wants; None is any.
+        size: (height, width) that it needs; None for any.
     """
 
     predict: Callable[[tf.Tensor], tf.Tensor]
@@ -58,7 +58,7 @@ def make_teacher(
         pretrained: False gives a teacher of keras.applications random weights.
 
     Raises:
-        ConfigError: there is no such model, or it knows another number of classes.
+        ConfigError: there is no such model, or it has another number of classes.
         RunError: its weights or its SavedModel are unavailable, unusable, or of other classes.
     """
     name = config.distill.teacher
@@ -74,8 +74,8 @@ def make_teacher(
         if height and width and images.shape[1:3] != (height, width):
             images = resize(images, (height, width))
         outputs = tf.cast(network.predict(images), tf.float32)  # [batch, classes]
-        # The numbers show whether they are probabilities. Their logarithms are logits, up to a
-        # constant that softmax ignores.
+        # Their values show whether the outputs are probabilities, whose logarithms are logits up to
+        # a constant that softmax ignores.
         sums_to_1 = tf.abs(tf.reduce_sum(outputs, -1) - 1) < 1e-2
         are_probabilities = tf.reduce_all(outputs >= 0) & tf.reduce_all(sums_to_1)
         logits = tf.where(are_probabilities, tf.math.log(tf.maximum(outputs, 1e-20)), outputs)
@@ -87,8 +87,9 @@ def make_teacher(
 def resize(images: tf.Tensor, size: tuple[int, int]) -> tf.Tensor:
     """Resizes a batch, float32 [batch, height, width, channels], as `inputs.image_ops.resize` does.
 
-    That takes an operation which processors alone have. Here a side that shrinks is multiplied by a
-    matrix of shares, which XLA compiles for any device (and of which a TPU keeps eight bits).
+    That uses an operation that only CPUs have. Here a side that shrinks is multiplied by a matrix
+    of weights, which XLA compiles for any device (a TPU rounds the weights to eight significant
+    bits).
     """
     for side, equation in ((0, 'oh,bhwc->bowc'), (1, 'ow,bhwc->bhoc')):
         pixels, wanted = images.shape[1 + side], size[side]
@@ -99,7 +100,7 @@ def resize(images: tf.Tensor, size: tuple[int, int]) -> tf.Tensor:
 
 
 def _box_filter(pixels: int, wanted: int) -> np.ndarray:
-    """Returns the share that each pixel has in each of the result: float64 [wanted, pixels]."""
+    """Returns the weight of each pixel in each pixel of the result: float64 [wanted, pixels]."""
     ends = np.arange(wanted + 1)[:, None] * pixels / wanted
     first, last = np.arange(pixels), np.arange(1, pixels + 1)
     covered = np.clip(ends[1:], first, last) - np.clip(ends[:-1], first, last)
@@ -108,11 +109,11 @@ def _box_filter(pixels: int, wanted: int) -> np.ndarray:
 
 def _application_teacher(distill: ConfigDict, num_classes: int, pretrained: bool) -> _Network:
     """Builds a teacher of keras.applications with its head."""
-    constructor, preprocess = application(distill.teacher, 'distill.teacher')
+    constructor, preprocess = find_application(distill.teacher, 'distill.teacher')
     if distill.weights != 'imagenet' and not distill.weights.endswith(KERAS_FILES):
         raise ConfigError(
             f'config.distill.weights={distill.weights!r} is not a source of weights',
-            "write 'imagenet', or a file that ends in .weights.h5",
+            "write 'imagenet', or a file that ends in .h5 or .keras",
             'distill.weights',
         )
     classes = IMAGENET_CLASSES if distill.weights == 'imagenet' else num_classes
@@ -144,13 +145,13 @@ def _application_teacher(distill: ConfigDict, num_classes: int, pretrained: bool
 
 
 def _saved_teacher(source: str, class_names: Sequence[str]) -> _Network:
-    """Loads a teacher from a SavedModel, or from that of a run."""
+    """Loads a teacher from a SavedModel, or from a run's."""
     path = _saved_model_in(source)
     labels = os.path.join(path, labels_file.NAME)
     has_labels = tf.io.gfile.exists(labels)
     if has_labels and read_labels(labels) != list(class_names):
         raise RunError(
-            f'{path} knows other classes than this data set, or in another order',
+            f'{path} has other classes than this data set, or has them in another order',
             'train the teacher on the same data',
             'distill.teacher',
         )
@@ -160,9 +161,10 @@ def _saved_teacher(source: str, class_names: Sequence[str]) -> _Network:
         signature = loaded.signatures[name]
     except RunError:
         raise
-    except Exception as error:  # KeyError, ValueError, IndexError, OpError: by what is damaged
+    except Exception as error:
+        # KeyError, ValueError, IndexError or OpError, depending on what is damaged.
         raise RunError(
-            f'{path} cannot teach',
+            f'{path} cannot be a teacher',
             'it has no signature serving_default, or is damaged '
             f'({type(error).__name__}: {one_line(error, 200)})',
             'distill.teacher',
@@ -172,17 +174,18 @@ def _saved_teacher(source: str, class_names: Sequence[str]) -> _Network:
     ((argument, wanted),) = inputs.items()
     output = 'logits' if 'logits' in outputs else next(iter(outputs))
 
-    def predict(images: tf.Tensor, keep: Any = loaded) -> tf.Tensor:
+    # The default argument keeps the SavedModel alive.
+    def predict(images: tf.Tensor, _loaded: Any = loaded) -> tf.Tensor:
         if wanted.dtype.is_integer:
             images = tf.round(images)
         return signature(**{argument: tf.cast(images, wanted.dtype)})[output]
 
-    name = path if has_labels else f'{path}, whose classes are taken to be these, in this order'
+    name = path if has_labels else f'{path}, assumed to have the same classes in the same order'
     return _Network(predict, tuple(wanted.shape[1:3]), name, is_pretrained=False)
 
 
 def _saved_model_in(source: str) -> str:
-    """Returns the folder of the SavedModel that `source`, a run or a SavedModel, holds or is."""
+    """Returns the SavedModel's folder: `source`, or the export of the run `source`."""
     for path in (os.path.join(source, 'export'), source):
         if tf.io.gfile.exists(os.path.join(path, 'saved_model.pb')):
             return path
@@ -208,7 +211,8 @@ def _require_classifier_signature(
             spec.shape.rank == len(wanted)
             and spec.shape[0] is None
             and all(
-                None in pair or len(set(pair)) == 1 for pair in zip(spec.shape, wanted, strict=True)
+                None in (size, other) or size == other
+                for size, other in zip(spec.shape, wanted, strict=True)
             )
         )
 
@@ -218,13 +222,13 @@ def _require_classifier_signature(
     )
     answers = [outputs['logits']] if 'logits' in outputs else list(outputs.values())
     if not takes_images or len(answers) != 1 or not fits(answers[0], (None, num_classes)):
-        has = [
+        shown = [
             ', '.join(f'{key} {spec.dtype.name} {spec.shape}' for key, spec in specs.items())
             for specs in (inputs, outputs)
         ]
         raise RunError(
-            f'{path} cannot teach',
+            f'{path} cannot be a teacher',
             f'its signature {name} must take float32 or uint8 (None, height, width, '
-            f'3) and give (None, {num_classes}), but it takes {has[0]} and gives '
-            f'{has[1]}',
+            f'3) and give (None, {num_classes}), but it takes {shown[0]} and gives '
+            f'{shown[1]}',
         )

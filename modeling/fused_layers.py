@@ -1,9 +1,8 @@
-"""Batch normalisation together with what follows it, in as few passes over the data as it takes.
+"""Fuses batch normalisation with what follows it, for as few passes over the data as possible.
 
-The layers of this file compute what Keras' layers compute, and have their variables. Passes over
-large tensors are what the time of a TPU goes into, so mean and variance come from one, and
-gradients are written out: what is kept for them is the input alone. docs/tpu.md has the figure of
-each step.
+These layers compute what Keras' layers compute, with the same variables. A TPU spends its time on
+passes over large tensors, so mean and variance come from one pass, and gradients are written by
+hand, so that only the input is kept for them. docs/tpu.md has figures for each step.
 """
 
 from collections.abc import Callable, Iterator
@@ -29,7 +28,7 @@ def _silu(z: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
 
 ACTIVATIONS: dict[
     str, Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor]]
-] = {  # of a name: z -> (value, derivative)
+] = {  # name: function of z that returns (value, derivative)
     'linear': lambda z: (z, tf.ones([], z.dtype)),
     'relu': lambda z: (tf.nn.relu(z), tf.cast(z > 0, z.dtype)),
     'silu': _silu,
@@ -40,19 +39,19 @@ ACTIVATIONS: dict[
 class BatchNormalization(keras.layers.BatchNormalization):
     """`keras.layers.BatchNormalization` and the activation after it.
 
-    Where Keras computes the mean first, mean and variance come from one pass, E[(x - s)^2] -
-    E[x - s]^2; s is the moving mean. Rounding takes from the variance what (mean - s)^2 is above
-    it: much where inputs are hundreds of deviations from zero and the moving mean has not followed
-    yet, in the first updates, and as little as with Keras from then on.
+    Keras computes the mean first; here mean and variance come from one pass, the variance as E[(x -
+    s)^2] - E[x - s]^2, where s is the moving mean. The variance loses precision where (mean - s)^2
+    is far above it: in the first updates, if inputs are hundreds of deviations from zero and the
+    moving mean has not caught up. Later it loses as little as with Keras.
 
-    With `synchronized` the statistics are those of the global batch, with one all-reduce each way;
-    replicas have equal shares. Keras' own takes three, each of which searches the graph of all
-    replicas for variables while it is traced.
+    With `synchronized` the statistics are those of the global batch, with one all-reduce forward
+    and one backward; replicas must have equal shares. Keras' layer takes three, and each searches
+    the graph of all replicas for variables during tracing.
 
     Args:
         activation: one of ACTIVATIONS.
 
-    Inputs: [batch, ..., channels]; the output has the layer's compute dtype. All that is summed is
+    Inputs: [batch, ..., channels]; the output has the layer's compute dtype. All sums are in
     float32 or float64.
     """
 
@@ -75,11 +74,11 @@ class BatchNormalization(keras.layers.BatchNormalization):
             moments = Moments(self, inputs, gamma, beta, shift)
 
             def gradient(grad_output: tf.Tensor, *_: tf.Tensor) -> tuple:
-                # Named as where TensorFlow's own gradients are.
+                # The name scope of TensorFlow's own gradients.
                 with tf.name_scope(f'gradient_tape/{self.name}'):
-                    wide = tf.cast(grad_output, gamma.dtype)
-                    grad_z = wide * activate(moments.normalized(inputs))[1]
-                    # It is kept between two passes, no wider than the input.
+                    sum_dtype = tf.cast(grad_output, gamma.dtype)
+                    grad_z = sum_dtype * activate(moments.normalized(inputs))[1]
+                    # Rounded to the input's dtype, as it is stored between two passes.
                     grad_z = tf.cast(tf.cast(grad_z, inputs.dtype), gamma.dtype)
                     grad_beta = tf.reduce_sum(grad_z, self._reduction_axes)
                     products = grad_z * moments.centered(inputs)
@@ -92,20 +91,20 @@ class BatchNormalization(keras.layers.BatchNormalization):
 
         gamma, beta, shift, _ = self.parameters(inputs.dtype)
         output, mean, variance = normalize(inputs, gamma, beta)
-        self.update(mean, variance)
+        self.update_moving_statistics(mean, variance)
         return output
 
     def parameters(self, dtype: tf.DType) -> list[tf.Tensor]:
-        """Returns gamma, beta, moving mean and moving variance in the dtype that all is summed in.
+        """Returns gamma, beta, moving mean and moving variance in the dtype of all sums.
 
         Each is [channels].
         """
-        wide = keras.backend.result_type(dtype, 'float32')
+        sum_dtype = keras.backend.result_type(dtype, 'float32')
 
-        def value(variable: keras.Variable | None, otherwise: int) -> tf.Tensor:
+        def value(variable: keras.Variable | None, default: int) -> tf.Tensor:
             if variable is None:
-                return tf.fill(self.moving_mean.shape, tf.cast(otherwise, wide))
-            return tf.cast(variable, wide)
+                return tf.fill(self.moving_mean.shape, tf.cast(default, sum_dtype))
+            return tf.cast(variable, sum_dtype)
 
         return [
             value(self.gamma, 1),
@@ -114,7 +113,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
             value(self.moving_variance, 1),
         ]
 
-    def update(self, mean: tf.Tensor, variance: tf.Tensor) -> None:
+    def update_moving_statistics(self, mean: tf.Tensor, variance: tf.Tensor) -> None:
         for moving, new in ((self.moving_mean, mean), (self.moving_variance, variance)):
             moving.assign(tf.cast(moving, new.dtype) * self.momentum + new * (1 - self.momentum))
 
@@ -168,12 +167,13 @@ class Moments:
     ) -> tf.Tensor:
         """Returns scale (dz - mean(dz) - x^ mean(dz x^)) (Ioffe and Szegedy, 2015).
 
-        dz is `grad_z`, the gradient of the normalised inputs; x^ has mean 0 and variance 1.
-        `grad_gamma` and `grad_beta` are the sums of dz x^ and of dz over this replica's share.
+        dz is `grad_z`, the gradient of the normalised inputs; x^ is x, normalised to mean 0 and
+        variance 1. `grad_gamma` and `grad_beta` are the sums of dz x^ and of dz over this replica's
+        share.
         """
         share = 1 / tf.cast(tf.size(inputs[..., 0]), grad_z.dtype)
         mean_zx, mean_z = self.layer.mean_over_replicas(grad_gamma * share, grad_beta * share)
-        # As a line in x it takes the fewest operations for each element.
+        # Written as a linear function of x, which takes the fewest operations per element.
         slope = -self.scale * self.inverse * mean_zx
         grad_inputs = (
             grad_z * self.scale
@@ -190,10 +190,10 @@ class SqueezeExcite(keras.layers.Layer):
     EfficientNets have them after a depthwise convolution: h = silu(bn(x)); output = h *
     sigmoid(expand(silu(reduce(mean(h))))), the mean being over height and width.
 
-    `reduce` is applied to each pixel and its result averaged: the mean of products is the product
-    of the mean, and a TPU reads h faster into its matrix unit than it adds it up. The gradient
-    takes all its sums over pixels in one pass over x and the gradient of the output, apart for what
-    comes through h and through the gate, so that the first need not wait for the second.
+    `reduce` is applied to each pixel and its result averaged, which is the same, as it is linear,
+    and faster: a TPU reads h into its matrix unit faster than it sums h. The gradient computes all
+    sums over pixels in one pass over x and the output's gradient, separately for what comes through
+    h and through the gate, so that the former need not wait for the latter.
 
     Args:
         normalization: BatchNormalization with SiLU.
@@ -207,7 +207,7 @@ class SqueezeExcite(keras.layers.Layer):
         expand: keras.layers.Conv2D,
         **arguments: Any,
     ):
-        # Its kernels and biases are read as they are, not rounded to a half.
+        # Kernels and biases are read in full precision, not rounded to 16 bits.
         super().__init__(autocast=False, **arguments)
         self.normalization, self.reduce, self.expand = normalization, reduce, expand
 
@@ -218,7 +218,7 @@ class SqueezeExcite(keras.layers.Layer):
             self.expand: (shape[0], 1, 1, self.reduce.filters),
         }
         for layer, input_shape in shapes.items():
-            if not layer.built:  # it is where the layer was made of the config of one that was
+            if not layer.built:  # it is if it was made from the config of a built layer
                 layer.build(input_shape)
 
     def call(
@@ -274,7 +274,7 @@ class SqueezeExcite(keras.layers.Layer):
 
                 grad_gate = over_pixels(grad_output * features) * gate * (1 - gate)
                 grad_hidden = (grad_gate @ tf.transpose(expand)) * hidden_slope
-                # Of the gradient of h, the part that is the same for each pixel.
+                # The part of h's gradient that is the same for each pixel.
                 grad_mean = grad_hidden @ tf.transpose(reduce) / pixels
                 through_h = gate * over_pixels(grad_output * derivative)
                 through_gate = grad_mean * over_pixels(derivative)
@@ -317,7 +317,7 @@ class SqueezeExcite(keras.layers.Layer):
 
 
 def fuse(model: dict[str, Any], synchronized: bool) -> None:
-    """Puts the layers of this file into the place of Keras'.
+    """Replaces Keras' layers with those of this file.
 
     Args:
         model: the Keras config of a functional model, as `get_config` gives it; changed in place.
@@ -327,33 +327,33 @@ def fuse(model: dict[str, Any], synchronized: bool) -> None:
     for layer in model['layers']:
         for history in _histories(layer['inbound_nodes']):
             readers[history[0]].append(layer)
-    instead: dict[str, str] = {}  # of a layer that is now part of another: whose output to read
+    replaced_by: dict[str, str] = {}  # fused layer: the layer whose output to read
     for layer in list(model['layers']):
         if layer['class_name'] == 'BatchNormalization':
-            _fuse_normalization(layer, model, readers, instead, synchronized)
-    model['layers'] = [layer for layer in model['layers'] if layer['name'] not in instead]
+            _fuse_normalization(layer, model, readers, replaced_by, synchronized)
+    model['layers'] = [layer for layer in model['layers'] if layer['name'] not in replaced_by]
     read_by_layers = [layer['inbound_nodes'] for layer in model['layers']]
     outputs = {'keras_history': model['output_layers']}
     for history in _histories([read_by_layers, outputs]):
-        history[0] = instead.get(history[0], history[0])
+        history[0] = replaced_by.get(history[0], history[0])
 
 
 def _fuse_normalization(
     layer: dict[str, Any],
     model: dict[str, Any],
     readers: dict[str, list[dict]],
-    instead: dict[str, str],
+    replaced_by: dict[str, str],
     synchronized: bool,
 ) -> None:
-    """Puts a layer of this file into the place of a batch normalisation and what follows it.
+    """Replaces a batch normalisation and what follows it with a layer of this file.
 
-    Changes `layer` and `model`, and writes into `instead` whose outputs to read.
+    Changes `layer` and `model`, and records in `replaced_by` whose outputs to read.
     """
     settings, name = layer['config'] | {'synchronized': synchronized}, layer['name']
     activation = next(iter(_follow(readers, layer, ('Activation', {}))), None)
     if activation and activation['config']['activation'] in ACTIVATIONS:
         settings['activation'] = activation['config']['activation']
-        instead[activation['name']] = name
+        replaced_by[activation['name']] = name
     fused = BatchNormalization.from_config(settings)
     if activation and fused.activation == 'silu' and len(readers[activation['name']]) == 2:
         after = readers[activation['name']]
@@ -367,7 +367,7 @@ def _fuse_normalization(
             fused = SqueezeExcite(fused, *convolutions, name=multiply['name'])
             parts = [activation, squeezes[0], reshape, reduce, expand]
             for part_name in [name, *(part['name'] for part in parts)]:
-                instead[part_name] = fused.name
+                replaced_by[part_name] = fused.name
             model['layers'].remove(multiply)
     layer.update(keras.saving.serialize_keras_object(fused), name=fused.name)
 
@@ -375,9 +375,9 @@ def _fuse_normalization(
 def _follow(
     readers: dict[str, list[dict]], layer: dict[str, Any], *kinds: tuple[str, dict]
 ) -> list[dict]:
-    """Returns the layers after `layer`, each of the kind that is asked for.
+    """Returns the chain of layers of these kinds after `layer`, or [] if there is none.
 
-    Each is the only reader of the one before; [] unless all are there.
+    Each must be the only reader of the one before.
     """
     found = []
     for kind, settings in kinds:

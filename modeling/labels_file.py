@@ -1,8 +1,8 @@
-"""labels.txt beside a SavedModel: the names of its classes in the order of the head, one a line.
+"""Converts class names from and to labels.txt beside a SavedModel: one per line, as in the head.
 
-A name that would not come back as the same line is written as a JSON string: one with a line break
-of any kind, an empty one, and one that could itself be taken for such a string. All others stand
-there as they are, so that `cat labels.txt` and a loop over its lines give the names.
+A name that would not be read back unchanged is written as a JSON string: one with a line break of
+any kind, an empty one, and one that could itself be taken for such a string. All others are written
+as they are, so that `cat labels.txt` and a loop over its lines give the names.
 """
 
 import json
@@ -19,14 +19,14 @@ def to_text(names: Iterable[str]) -> str:
 def from_text(text: str) -> list[str]:
     """Returns the names in the content of labels.txt.
 
-    Lines may also end as on Windows, and the last one may have no end.
+    Line ends may be those of Windows, and the last one may be missing.
     """
     lines = text.replace('\r\n', '\n').removesuffix('\n').split('\n')
     return [_from_line(line) for line in lines] if text else []
 
 
 def _to_line(name: str) -> str:
-    is_one_line = name.splitlines() == [name]  # others may read the file so
+    is_one_line = name.splitlines() == [name]  # other programs may split it like this
     return name if is_one_line and _from_line(name) == name else json.dumps(name)
 
 

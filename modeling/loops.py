@@ -1,4 +1,4 @@
-"""The loops that run the steps of modeling/steps.py: one call from the host for many of them."""
+"""Runs the steps of modeling/steps.py in loops: many steps per host call."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +8,7 @@ import tensorflow as tf
 from modeling.models import float_variables
 from modeling.steps import TrainState
 
-# What a training step returns: summed over all steps, and of the last.
+# Results of a training step: those summed over all steps, and those of the last step.
 SUMS = ('correct', 'grad_norm', 'loss', 'skipped')
 LAST = ('learning_rate', 'skipped_in_a_row')
 
@@ -18,7 +18,7 @@ Results = dict[str, tf.Tensor]
 def make_train_loop(
     strategy: tf.distribute.Strategy, train_step: Callable[..., Results]
 ) -> Callable[[Any, tf.Tensor], Results]:
-    """Makes several training steps one host call.
+    """Makes a function that runs several training steps in one host call.
 
     Returns: a tf.function of a distributed iterator and a number of steps, int32 []; it returns
         sums over these steps, {'loss', 'correct', 'grad_norm', 'skipped'}, float32 [], the
@@ -28,23 +28,24 @@ def make_train_loop(
 
     @tf.function(autograph=False)
     def train_loop(iterator: Any, num_steps: tf.Tensor) -> Results:
-        def body(step: tf.Tensor, input_seconds: tf.Tensor, sums: Results) -> tuple:
-            with tf.control_dependencies([sums['loss']]):  # the step before is done
-                asked = tf.timestamp()
-            with tf.control_dependencies([asked]):
+        def body(step: tf.Tensor, input_seconds: tf.Tensor, totals: Results) -> tuple:
+            with tf.control_dependencies([totals['loss']]):  # the step before is done
+                begin = tf.timestamp()
+            with tf.control_dependencies([begin]):
                 batch = next(iterator)
             with tf.control_dependencies(tf.nest.flatten(batch, expand_composites=True)):
-                waited = tf.timestamp() - asked
+                waited = tf.timestamp() - begin
             results = sum_over_replicas(strategy, strategy.run(train_step, args=batch))
-            sums = {key: results[key] if key in LAST else sums[key] + results[key] for key in sums}
-            return step + 1, input_seconds + waited, sums
+            sums = {key: totals[key] + results[key] for key in SUMS}
+            last = {key: results[key] for key in LAST}
+            return step + 1, input_seconds + waited, sums | last
 
         zeros = {key: tf.constant(0.0) for key in SUMS + LAST}
         start = (tf.constant(0), tf.constant(0.0, tf.float64), zeros)
-        _, input_seconds, sums = tf.while_loop(
+        _, input_seconds, totals = tf.while_loop(
             lambda step, *_: step < num_steps, body, start, parallel_iterations=1
         )
-        return {**sums, 'input_seconds': input_seconds}
+        return {**totals, 'input_seconds': input_seconds}
 
     return train_loop
 
@@ -52,7 +53,7 @@ def make_train_loop(
 def make_eval_loop(
     strategy: tf.distribute.Strategy, eval_step: Callable[..., Results]
 ) -> Callable[[Any, tf.Tensor], Results]:
-    """Makes a whole evaluation one host call.
+    """Makes a function that runs a whole evaluation in one host call.
 
     Returns: a tf.function of an iterator and a number of steps that returns the sums.
     """
@@ -76,15 +77,16 @@ def make_eval_loop(
 def make_average_statistics(
     strategy: tf.distribute.Strategy, state: TrainState
 ) -> Callable[[], None]:
-    """Returns a tf.function that gives all replicas the same statistics: their mean.
+    """Returns a tf.function that sets the statistics of all replicas to their mean.
 
-    These are of unsynchronized batch normalisation. Keras gives them no aggregation, so they
-    drift apart, and reading one takes the first replica's.
+    They are those of unsynchronized batch normalisation. Keras gives them no aggregation, so they
+    drift apart, and reading one returns the first replica's.
     """
     trained = {id(variable) for variable in state.model.trainable_variables}
     untrained = [v for v in float_variables(state.model) if id(v) not in trained]
     statistics = [variable.value for variable in untrained] + list(state.average)
 
+    # Not a lambda: TPUStrategy makes a scope of its name, and rejects '<lambda>'.
     def average() -> None:
         means = tf.distribute.get_replica_context().all_reduce(
             tf.distribute.ReduceOp.MEAN, [tf.identity(value) for value in statistics]
@@ -93,9 +95,7 @@ def make_average_statistics(
             variable.assign(mean)
 
     @tf.function(autograph=False)
-    def average_statistics() -> (
-        None
-    ):  # a name: TPUStrategy makes a scope of it, and a lambda's is refused
+    def average_statistics() -> None:
         strategy.run(average)
 
     return average_statistics

@@ -1,4 +1,4 @@
-"""Keras models by name, with preprocessing inside: images in 0..255 go in, logits come out."""
+"""Builds Keras models by name with preprocessing inside, from images in 0..255 to logits."""
 
 import contextlib
 import re
@@ -23,11 +23,11 @@ DEFAULT_DROP_RATE = 0.2  # what keras.applications builds its residual branches 
 
 @keras.saving.register_keras_serializable(package='warmstart')
 class DropPath(keras.layers.Dropout):
-    """Leaves out a residual branch for a share `rate` of the examples.
+    """Drops a residual branch for a random share `rate` of the examples.
 
-    That is stochastic depth (Huang et al. 2016): Keras' Dropout with a noise shape of one value for
-    each example, but all layers of a model take their row of the same draw, which the compiler
-    makes once. `derive_dropout_seeds` gives out the rows. `rate` is below 1.
+    That is stochastic depth (Huang et al. 2016): Keras' Dropout with one value per example, except
+    that all layers of a model share one draw, which the compiler makes once, and each takes a row.
+    `derive_dropout_seeds` assigns the rows. `rate` is below 1.
     """
 
     row, num_rows = 0, 1
@@ -56,7 +56,7 @@ def build_model(config: ConfigDict, num_classes: int) -> keras.Model:
         (float64 under that policy). With `progressive.stages` it takes any size. `weights` ends
         with the kernel and the bias of the head.
 
-    Raises: ConfigError: no such model or layer, or one that cannot be built so.
+    Raises: ConfigError: no such model or layer, or the model cannot be built like this.
     """
     shape = input_shape(config)
     images = keras.Input(shape, name='images')
@@ -80,9 +80,9 @@ def build_model(config: ConfigDict, num_classes: int) -> keras.Model:
 
 
 def wide_dtype() -> str:
-    """Returns what images are normalised in, and the loss is computed from.
+    """Returns the dtype in which images are normalised and logits computed.
 
-    It is 'float64' under that policy, else 'float32', never a half.
+    It is 'float64' under that policy, else 'float32', never one of 16 bits.
     """
     return 'float64' if keras.config.dtype_policy().compute_dtype == 'float64' else 'float32'
 
@@ -137,7 +137,7 @@ def derive_dropout_seeds(model: keras.Model, seed: int, updates: tf.Variable) ->
 
 @contextlib.contextmanager
 def micro_batch(index: int, count: int) -> Iterator[None]:
-    """Makes what is traced inside the micro-batch `index` of `count`: it draws its own masks."""
+    """Marks what is traced inside as micro-batch `index` of `count`, which draws its own masks."""
     _traced.micro_batch = index, count
     try:
         yield
@@ -146,17 +146,17 @@ def micro_batch(index: int, count: int) -> Iterator[None]:
 
 
 def float_variables(model: keras.Model) -> list[keras.Variable]:
-    """Returns the variables without the states of random generators, which nothing here reads."""
+    """Returns the float variables, so not the states of random generators, which are not used."""
     kinds = ('float16', 'bfloat16', 'float32', 'float64')
     return [variable for variable in model.variables if variable.dtype in kinds]
 
 
 def layer_lr_multipliers(model: keras.Model, decay: float) -> list[float]:
-    """Returns what the rate of each trained variable is multiplied by: layer-wise decay.
+    """Returns the learning-rate multiplier of each trained variable, for layer-wise decay.
 
-    The head has 1, and each block `decay` times what the block after it has. Blocks are what the
-    names of the layers say, as block2a_expand_conv does; what comes before the first of them is one
-    more, and so is what comes after the last (Clark et al., ELECTRA, 2020; Bao et al., BEiT, 2021).
+    The head has 1, and each block `decay` times the multiplier of the next. Blocks follow from
+    layer names, such as block2a_expand_conv; the layers before the first form another block, and so
+    do those after the last (Clark et al., ELECTRA, 2020; Bao et al., BEiT, 2021).
 
     Returns: floats, one for each of `model.trainable_variables`.
     """
@@ -177,12 +177,12 @@ def layer_lr_multipliers(model: keras.Model, decay: float) -> list[float]:
 
 
 def _backbone(model: keras.Model) -> keras.Model:
-    """Returns what comes before dropout and head."""
+    """Returns the part of the model before dropout and head."""
     return next(layer for layer in model.layers if isinstance(layer, keras.Model))
 
 
 def _blocks(backbone: keras.Model) -> list[str]:
-    """Names the block of each layer: 'block2a', say; 'stem' before the first, 'top' after all."""
+    """Names each layer's block: 'block2a', say; 'stem' before the first, 'top' after the last."""
     matches = [re.match(BLOCK, layer.name, re.IGNORECASE) for layer in backbone.layers]
     last = max((index for index, match in enumerate(matches) if match), default=-1)
     blocks, block = [], 'stem'
@@ -196,9 +196,9 @@ def _blocks(backbone: keras.Model) -> list[str]:
 
 
 def _freeze(backbone: keras.Model, last: str) -> None:
-    """Freezes the layers up to the last one that `last` names, or begins the name of.
+    """Freezes the layers up to the last one in block `last`, or whose name begins with it.
 
-    'backbone' names all.
+    'backbone' freezes all.
     """
     names, blocks = [layer.name for layer in backbone.layers], _blocks(backbone)
     named = [
@@ -210,11 +210,12 @@ def _freeze(backbone: keras.Model, last: str) -> None:
         choices = ', '.join(dict.fromkeys(blocks))
         raise ConfigError(
             f'config.model.freeze={last!r} is not a layer of this model',
-            f"write 'backbone', or up to where, one of {choices}{did_you_mean(last, names)}",
+            f"write 'backbone', or the last block to freeze, one of {choices}"
+            f'{did_you_mean(last, names)}',
             'model.freeze',
         )
     for layer in backbone.layers[: named[-1] + 1]:
-        # Of batch normalisation Keras then uses the statistics, and leaves them.
+        # Keras then uses the statistics of batch normalisation without updating them.
         layer.trainable = False
         if isinstance(layer, keras.layers.Dropout):
             layer.rate = 0.0
@@ -244,14 +245,16 @@ NETWORKS: dict[str, Callable[[ConfigDict], keras.Model]] = {
 }
 
 
-def application(name: str, key: str = 'model.name') -> tuple[Callable[..., keras.Model], Callable]:
-    """Returns (constructor, preprocessing of its family) of a model of keras.applications.
+def find_application(
+    name: str, key: str = 'model.name'
+) -> tuple[Callable[..., keras.Model], Callable]:
+    """Returns (constructor, preprocessing function) of a model of keras.applications.
 
-    Where preprocessing is part of the model it changes nothing.
+    The function does nothing where preprocessing is part of the model.
 
     Raises: ConfigError, about `key` of the config, for an unknown one.
     """
-    constructors = {name for name in dir(keras.applications) if name[0].isupper()}
+    constructors = {member for member in dir(keras.applications) if member[0].isupper()}
     if name not in constructors:
         known = sorted(constructors | NETWORKS.keys())
         other = nearest(name, known, cutoff=0.3) or 'EfficientNetV2B0'
@@ -263,7 +266,7 @@ def application(name: str, key: str = 'model.name') -> tuple[Callable[..., keras
 
 def _application(settings: ConfigDict, shape: tuple) -> tuple[keras.Model, Callable]:
     """Returns (backbone as `config.model` asks for it, preprocessing)."""
-    constructor, preprocess = application(settings.name)
+    constructor, preprocess = find_application(settings.name)
     try:
         plain = constructor(include_top=False, weights=None, input_shape=shape, pooling='avg')
     except Exception as error:
@@ -272,17 +275,17 @@ def _application(settings: ConfigDict, shape: tuple) -> tuple[keras.Model, Calla
             f'{settings.name} cannot be built for config.image_size={size}: {one_line(error)}',
             key='image_size',
         ) from error
-    return keras.Model.from_config(_changed(plain.get_config(), settings)), preprocess
+    return keras.Model.from_config(_with_our_layers(plain.get_config(), settings)), preprocess
 
 
-def _changed(model: dict[str, Any], settings: ConfigDict) -> dict[str, Any]:
-    """Changes drop-path and batch normalisation in the Keras config of a model to ours."""
+def _with_our_layers(model: dict[str, Any], settings: ConfigDict) -> dict[str, Any]:
+    """Replaces drop-path and batch normalisation in a model's Keras config with ours."""
     has_drop_path = False
     for layer in model['layers']:
         layer_config = layer['config']
         if layer['class_name'] in ('Rescaling', 'Normalization'):
             layer_config['dtype'] = wide_dtype()
-        # With a noise shape it makes one draw per example: a residual branch.
+        # A Dropout with a noise shape draws once per example: it drops a residual branch.
         elif layer['class_name'] == 'Dropout' and layer_config.get('noise_shape'):
             # keras.applications' rates grow linearly to 0.2.
             layer_config['rate'] *= settings.drop_path / DEFAULT_DROP_RATE

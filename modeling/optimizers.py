@@ -20,8 +20,8 @@ OPTIMIZERS = {
     'adafactor': keras.optimizers.Adafactor,
     'muon': keras.optimizers.Muon,
 }
-if tuple(map(int, keras.__version__.split('.')[:2])) < (3, 13):  # all that Python 3.10 gets
-    # It fails there: it looks for the path of TensorFlow's own variables, which have none.
+if tuple(map(int, keras.__version__.split('.')[:2])) < (3, 13):  # the newest for Python 3.10
+    # Muon fails there: it reads the path of plain TensorFlow variables, which have none.
     del OPTIMIZERS['muon']
 FRACTIONS = ('momentum', 'rho', 'beta_1', 'beta_2')
 SET_ELSEWHERE = {
@@ -41,7 +41,7 @@ UNSUPPORTED = {  # name: (why, what to do)
         'use config.grad_clip_norm',
     ),
     'gradient_accumulation_steps': (
-        'makes the schedule count parts of updates',
+        'makes the schedule count micro-batches as updates',
         'use config.accumulate_steps',
     ),
 }
@@ -53,7 +53,7 @@ def build_optimizer(
     """Builds the optimizer of `config.optimizer` for `variables`, in the strategy's scope.
 
     The step sums the gradients over the replicas itself, because clipping must come after the sum
-    and Keras clips before it; so the sum inside Keras' `apply` is taken out here.
+    and Keras clips before it; so the sum inside Keras' `apply` is disabled here.
 
     Raises: ConfigError for an unknown optimizer or argument.
     """
@@ -68,7 +68,7 @@ def build_optimizer(
                 'write another config.precision',
                 'precision',
             )
-        # What Muon gives to AdamW: all but the dense kernels.
+        # For what Muon leaves to AdamW: all but the dense kernels.
         arguments['adam_weight_decay'] = config.weight_decay or None
     try:
         optimizer = OPTIMIZERS[name](
@@ -79,7 +79,7 @@ def build_optimizer(
     except (TypeError, ValueError) as error:
         raise ConfigError(f'config.optimizer: {one_line(error)}', key='optimizer') from error
     if not config.weight_decay:
-        # AdamW takes no None, and 0 would be multiplied out for every variable.
+        # AdamW does not accept None, and 0 would still cost a multiplication per variable.
         optimizer.weight_decay = None
     undecayed = [variable for variable in variables if not decays(variable)]
     if undecayed:
@@ -92,16 +92,16 @@ def build_optimizer(
 def shift_schedule(
     optimizer: keras.optimizers.Optimizer, schedule_arguments: dict, updates: int
 ) -> None:
-    """Puts the schedule of `optimizer` so many updates ahead of its `iterations`.
+    """Moves the schedule of `optimizer` ahead of its `iterations` by `updates`.
 
-    Call it before the step is traced. `iterations` stay the number of updates that were made: they
-    correct the bias of Adam's averages and draw the masks of dropout.
+    Call it before the step is traced. `iterations` remains the number of updates made: it corrects
+    the bias of Adam's averages and seeds dropout masks.
     """
     optimizer.learning_rate = Shifted(schedules.WarmupDecay(**schedule_arguments), updates)
 
 
 class Shifted(keras.optimizers.schedules.LearningRateSchedule):
-    """The rate that `schedule` has `updates` further on."""
+    """Returns the rate that `schedule` has `updates` later."""
 
     def __init__(self, schedule: keras.optimizers.schedules.LearningRateSchedule, updates: int):
         super().__init__()
@@ -117,7 +117,7 @@ class Shifted(keras.optimizers.schedules.LearningRateSchedule):
 def decays(variable: keras.Variable) -> bool:
     """Returns whether weight decay and L2 apply.
 
-    They do to kernels, not to biases and the scales of normalisation layers.
+    They apply to kernels, not to biases or the scales of normalisation layers.
     """
     return len(variable.shape) > 1
 
@@ -148,5 +148,5 @@ def check_optimizer(name: str, arguments: dict[str, Any]) -> None:
             raise ConfigError(f'config.{key}={value!r} must be a number, true or false', key=key)
         if argument in FRACTIONS and not 0 <= value < 1:
             raise ConfigError(
-                f'config.{key}={value} is impossible', 'it must be from 0 to below 1', key
+                f'config.{key}={value} is out of range', 'it must be at least 0 and below 1', key
             )

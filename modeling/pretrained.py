@@ -1,4 +1,4 @@
-"""Weights that a model begins with: those of keras.applications, of a file, or of another run."""
+"""Loads the weights that a model starts with: from keras.applications, a file, or another run."""
 
 import json
 import os
@@ -13,9 +13,9 @@ from ml_collections import ConfigDict
 
 from common.errors import ConfigError, RunError, did_you_mean, one_line
 from modeling import labels_file
-from modeling.models import NETWORKS, application, float_variables, input_shape
+from modeling.models import NETWORKS, find_application, float_variables, input_shape
 
-KERAS_FILES = ('.h5', '.keras')  # of the weights of a model of keras.applications without its head
+KERAS_FILES = ('.h5', '.keras')  # with the weights of a keras.applications model without its head
 SAVED_VARIABLES = '/variables/variables'  # where a SavedModel has its checkpoint
 
 
@@ -32,19 +32,19 @@ def load_weights(
     Args:
         model: what `build_model` returned.
         config: `model.name` and `model.weights` are used. The latter is 'imagenet' or a file of
-            Keras weights, which keras.applications reads into the backbone; or a run of one's own:
-            its folder, one of its checkpoints, or its SavedModel. Of a run with averages these are
-            taken. The head is taken too if its classes are known to be `class_names`.
+            Keras weights, which keras.applications reads into the backbone; or a run of your own:
+            its folder, one of its checkpoints, or its SavedModel. If the run has averages, they are
+            loaded. The head is loaded too if its classes are known to be `class_names`.
         class_names: in the order of the head.
         find_checkpoint: `outputs.checkpoints.find`.
 
     Returns: a line that says what was loaded and what was not.
 
-    Raises: RunError for weights that are not there or of another model.
+    Raises: RunError for weights that are missing or belong to another model.
     """
     source, wanted = config.model.weights, float_variables(model)
     if source == 'imagenet' or source.endswith(KERAS_FILES):
-        path, loaded, reason = source, _keras_weights(config), 'it comes without one'
+        path, loaded, reason = source, _keras_weights(config), 'these weights have none'
     else:
         path = _checkpoint_in(source, find_checkpoint)
         loaded = _numbered_weights(path, source)
@@ -52,7 +52,8 @@ def load_weights(
         reason = _why_head_differs(_class_names_beside(path), list(class_names))
         if reason:
             loaded = loaded[:-2]
-    for variable, value in zip(wanted, loaded, strict=False):  # wanted may have a head more
+    # The model may also have a head.
+    for variable, value in zip(wanted, loaded, strict=False):
         variable.assign(value)
     features, classes = wanted[-2].shape
     head = 'the head too'
@@ -70,21 +71,25 @@ def save_backbone(model: keras.Model, config: ConfigDict, path: str) -> None:
 
     Its constructor reads that file, with include_top=False.
     """
-    plain = _plain(config, weights=None)
-    # The model has a head more.
-    for theirs, ours in zip(float_variables(plain), float_variables(model), strict=False):
+    backbone = _build_backbone(config, weights=None)
+    # The model also has a head.
+    for theirs, ours in zip(float_variables(backbone), float_variables(model), strict=False):
         theirs.assign(ours)
-    plain.save_weights(path)
+    backbone.save_weights(path)
 
 
 def _why_head_differs(classes: list[str] | None, wanted: list[str]) -> str:
     if classes == wanted:
         return ''
-    return 'its classes are others' if classes else 'nothing says what its classes are'
+    return (
+        'the loaded one has other classes'
+        if classes
+        else 'the classes of the loaded one are unknown'
+    )
 
 
-def _plain(config: ConfigDict, **arguments: Any) -> keras.Model:
-    constructor, _ = application(config.model.name)
+def _build_backbone(config: ConfigDict, **arguments: Any) -> keras.Model:
+    constructor, _ = find_application(config.model.name)
     return constructor(
         include_top=False, input_shape=input_shape(config), pooling='avg', **arguments
     )
@@ -93,8 +98,8 @@ def _plain(config: ConfigDict, **arguments: Any) -> keras.Model:
 def _keras_weights(config: ConfigDict) -> list[np.ndarray]:
     """Returns the weights of a backbone from keras.applications or a file of Keras weights.
 
-    Keras reads the numbers of such a file alone: no layer that is described in it is made, and no
-    file that it refers to is opened.
+    Keras reads only the numbers of such a file: it creates no layer described in it, and opens no
+    file it refers to.
     """
     if config.model.name in NETWORKS:
         raise ConfigError(
@@ -103,20 +108,20 @@ def _keras_weights(config: ConfigDict) -> list[np.ndarray]:
             'model.weights',
         )
     try:
-        plain = _plain(config, weights=config.model.weights)
+        backbone = _build_backbone(config, weights=config.model.weights)
     except Exception as error:
         raise RunError(
             f'config.model.weights={config.model.weights!r} could not be loaded into '
             f'{config.model.name}: {one_line(error)}',
             key='model.weights',
         ) from error
-    return [variable.numpy() for variable in float_variables(plain)]
+    return [variable.numpy() for variable in float_variables(backbone)]
 
 
 def _checkpoint_in(source: str, find_checkpoint: Callable[[str], str | None]) -> str:
-    """Returns the file of variables that `source` names or holds.
+    """Returns the checkpoint that `source` names or contains.
 
-    It is a SavedModel's, a checkpoint's of a run, or any of TensorFlow's.
+    It is that of a SavedModel or of a run, or any TensorFlow checkpoint.
     """
     try:
         if tf.io.gfile.exists(os.path.join(source, 'saved_model.pb')):
@@ -127,7 +132,7 @@ def _checkpoint_in(source: str, find_checkpoint: Callable[[str], str | None]) ->
         if tf.io.gfile.exists(re.sub(r'(\.index)?$', '.index', source, count=1)):
             return re.sub(r'\.index$', '', source)
         what = 'holds no weights' if tf.io.gfile.exists(source) else 'is not there'
-    except tf.errors.OpError as error:  # of a bucket
+    except tf.errors.OpError as error:  # in a bucket
         what = f'cannot be reached ({one_line(error, 150)})'
     raise RunError(
         f'config.model.weights={source!r} {what}',
@@ -141,7 +146,7 @@ def _checkpoint_in(source: str, find_checkpoint: Callable[[str], str | None]) ->
 def _numbered_weights(path: str, source: str) -> list[np.ndarray]:
     """Returns arrays in the order of `float_variables(model)`.
 
-    Checkpoints and SavedModels of ours both number them, so no names of Keras' matter.
+    Our checkpoints and SavedModels both number them, so Keras' names do not matter.
     """
     try:
         reader = tf.train.load_checkpoint(path)
@@ -179,9 +184,9 @@ def _require_same_network(
     ]
     if len(wanted) != len(loaded) or differing:
         raise RunError(
-            f'{path} is of another network than config.model.name={name!r}: it has {len(loaded)} '
+            f'{path} is from another network than config.model.name={name!r}: it has {len(loaded)} '
             f'variables, and this one {len(wanted)}{"".join(differing[:1])}',
-            'take the model.name it was trained with',
+            'use the model.name it was trained with',
             'model.name',
         )
 
@@ -189,7 +194,7 @@ def _require_same_network(
 def _class_names_beside(path: str) -> list[str] | None:
     """Returns the classes of a checkpoint: runs and SavedModels list them in a file above it."""
     folder = path
-    for _ in range(3):  # of a run: checkpoints/step-500/variables
+    for _ in range(3):  # as deep as checkpoints/step-500/variables in a run
         folder = os.path.dirname(folder)
         if tf.io.gfile.exists(os.path.join(folder, labels_file.NAME)):
             return read_labels(os.path.join(folder, labels_file.NAME))
@@ -204,11 +209,11 @@ def read_labels(path: str) -> list[str]:
 
 
 def _read(path: str, read: Callable[[IO[bytes]], Any]) -> Any:
-    """Returns what `read` makes of a file of bytes. Raises RunError for a damaged one."""
+    """Returns what `read` makes of a binary file. Raises RunError for a damaged one."""
     try:
         with tf.io.gfile.GFile(path, 'rb') as file:
             return read(file)
     except (ValueError, tf.errors.OpError) as error:
         raise RunError(
-            f'{path} is damaged ({one_line(error, 100)}): it says which classes these weights know'
+            f'{path}, which lists the classes of these weights, is damaged ({one_line(error, 100)})'
         ) from error

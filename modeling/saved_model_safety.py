@@ -1,15 +1,14 @@
-"""SavedModels of others: what does more than compute is not loaded.
+"""Loads SavedModels from others only if they do no more than compute.
 
 "TensorFlow models are programs, and need to be treated as such from a security perspective"
 (TensorFlow's SECURITY.md, https://github.com/tensorflow/tensorflow/blob/master/SECURITY.md): a
 graph can read and write files, use the network and call Python. The same text calls it a common
-solution "to allow only a few safe Ops", and still recommends a sandbox. This is that solution and
-no sandbox: a graph can still ask for all memory, or never end, or meet an error inside an
-operation.
+solution "to allow only a few safe Ops", and still recommends a sandbox. This is that solution, not
+a sandbox: a graph can still use up all memory, never end, or trigger a bug in an operation.
 
-An operation reaches outside the graph only if it keeps state, or if a string tells it where. So
-what is stateless and takes no string is allowed, without a list of names, and so are those below.
-TensorFlow's own `saved_model_cli scan` looks for three names.
+An operation can reach outside the graph only if it keeps state, or if a string tells it where. So
+stateless operations without strings are allowed without being listed, and so are those listed
+below. TensorFlow's own `saved_model_cli scan` looks for only three names.
 """
 
 import os
@@ -37,8 +36,8 @@ StatefulUniform StatefulUniformInt StatefulUniformFullInt StatefulStandardNormal
 StatefulTruncatedNormal
 Assert CheckNumerics GuaranteeConst PreventGradient
 """
-# They compute with strings: with files that were read already, with text, with the equation or the
-# policy of a computation.
+# They take strings but only compute: from files already read, from text, or with an equation or a
+# policy.
 STRINGS = """
 DecodeAndCropJpeg DecodeBmp DecodeGif DecodeImage DecodeJpeg DecodePng DecodeWebP ExtractJpegShape
 EncodeJpeg
@@ -63,7 +62,7 @@ MOST_NAMED = 5
 def load(path: str) -> Any:
     """Returns `tf.saved_model.load(path)` of a model that only computes.
 
-    Nothing of it runs before that is known.
+    Nothing in it runs before that is known.
 
     Raises: RunError for one that can do more, that has files outside its folder, or is of
         TensorFlow 1; what TensorFlow raises for a damaged one.
@@ -71,7 +70,7 @@ def load(path: str) -> Any:
     model = tf.__internal__.saved_model.parse_saved_model(path)
     if len(model.meta_graphs) != 1 or not model.meta_graphs[0].HasField('object_graph_def'):
         raise RunError(
-            f'{path} is not loaded: it is of TensorFlow 1, whose graphs run as a whole',
+            f'{path} is not loaded: it is a TensorFlow 1 model, whose graphs run as a whole',
             'export it with tf.saved_model.save of TensorFlow 2',
         )
     (graph,) = model.meta_graphs
@@ -82,13 +81,13 @@ def load(path: str) -> Any:
             names += f' and {len(found) - MOST_NAMED} more'
         raise RunError(
             f'{path} is not loaded: its graph can do more than compute, with {names}',
-            'export it without, or take a model trained here',
+            'export it without them, or use a model trained here',
         )
     for asset in graph.asset_file_def:
         if not _is_inside(path, asset.filename):
             name = one_line(repr(asset.filename), 200)
             raise RunError(
-                f'{path} is not loaded: its asset {name} is not inside of it', 'export it again'
+                f'{path} is not loaded: its asset {name} is outside its folder', 'export it again'
             )
     return tf.saved_model.load(path)
 
@@ -100,15 +99,15 @@ def only_computes(operation: str) -> bool:
         return operation in ALLOWED
     string = tf.string.as_datatype_enum
     takes_strings = any(argument.type == string for argument in definition.input_arg)
-    is_told_by_string = any(
+    has_string_attribute = any(
         attribute.type in STRING_KINDS and not attribute.HasField('allowed_values')
         for attribute in definition.attr
     )
-    return not (definition.is_stateful or takes_strings or is_told_by_string)
+    return not (definition.is_stateful or takes_strings or has_string_attribute)
 
 
 def _beyond_computing(graph: Any) -> set[str]:
-    """Returns names of operations, and of functions that are not in the graph."""
+    """Returns names of unsafe operations, and of called functions that are not in the graph."""
     library, objects = graph.graph_def.library, graph.object_graph_def
     functions = library.function
     bodies = [node for function in functions for node in function.node_def]
@@ -127,12 +126,12 @@ def _beyond_computing(graph: Any) -> set[str]:
     def check(nodes: Iterable[Any], allowed: frozenset[str]) -> set[str]:
         return {node.op for node in nodes if node.op not in allowed and is_unsafe(node.op)}
 
-    # These nodes are not loaded, their values may be.
+    # These nodes are not loaded, but the values of constants among them may be.
     found = (named - own) | check(graph.graph_def.node, SAVER | {TABLE_OF_A_FILE})
     for function in functions:
         name = function.signature.name
         allowed = frozenset() if name in loaded else SAVER
-        if name not in called and _reads_assets_alone(function, objects):
+        if name not in called and _reads_only_assets(function, objects):
             allowed |= {TABLE_OF_A_FILE}
         found |= check(function.node_def, allowed)
     return found
@@ -141,7 +140,8 @@ def _beyond_computing(graph: Any) -> set[str]:
 def _functions_in(attributes: Any) -> Iterator[str]:
     """Yields names of the functions that a node calls."""
     for value in attributes.values():
-        for function in [value.func] if value.HasField('func') else value.list.func:
+        functions = [value.func] if value.HasField('func') else value.list.func
+        for function in functions:
             yield function.name
             yield from _functions_in(function.attr)
 
@@ -155,8 +155,8 @@ def _functions_of(node: Any) -> list[str]:
     ]
 
 
-def _reads_assets_alone(function: Any, objects: Any) -> bool:
-    """Returns whether the tables that a function fills from files have them from the assets.
+def _reads_only_assets(function: Any, objects: Any) -> bool:
+    """Returns whether a function fills tables only from files that are assets of the model.
 
     Loading binds the model's assets to the last arguments of the function.
     """

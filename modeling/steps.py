@@ -17,12 +17,12 @@ from modeling.optimizers import decays
 
 LOSS_SCALE_START = 2.0**15  # float16's largest number is 65,504
 LOSS_SCALE_WINDOW = 2000  # finite updates before the scale doubles (Micikevicius et al. 2018)
-# At least so many vectors of one length are chosen together: their condition is one more operation.
-SHARED = 8
+# Fewest vectors of one length that share a condition, which is one more operation.
+MIN_SHARED = 8
 
 Tensors = list[tf.Tensor]
 Draws = dict[str, tf.Tensor]
-Select = Callable[[Tensors, Tensors], Tensors]  # (new, old) -> those that stay
+Select = Callable[[Tensors, Tensors], Tensors]  # (new, old) -> those to keep
 
 
 @dataclasses.dataclass
@@ -35,7 +35,7 @@ class TrainState:
         average: float variables, one for each of `float_variables(model)`, or empty without EMA.
         skipped_updates: int64 [], updates left out so far because a loss or gradient was not
             finite; None where nothing is trained.
-        skipped_in_a_row: int64 [], how many of these came last, one after the other.
+        skipped_in_a_row: int64 [], how many of the latest updates in a row were skipped.
         loss_scale: float32 [], or None: dynamic loss scaling of float16.
         finite_updates: int64 [] since the scale last changed, or None.
     """
@@ -63,13 +63,13 @@ class TrainState:
 
         values = [variable.value for variable in float_variables(model)] if ema_decay else []
         average = [tf.Variable(value, trainable=False, dtype=value.dtype) for value in values]
-        none = tf.constant(0, tf.int64)
-        skipped = [counter(none), counter(none)] if optimizer is not None else [None] * 2
-        scaling = [counter(LOSS_SCALE_START), counter(none)] if scale_loss else [None] * 2
+        zero = tf.constant(0, tf.int64)
+        skipped = [counter(zero), counter(zero)] if optimizer is not None else [None] * 2
+        scaling = [counter(LOSS_SCALE_START), counter(zero)] if scale_loss else [None] * 2
         return cls(model, optimizer, average, *skipped, *scaling)
 
     def variables(self) -> dict[str, list[tf.Variable]]:
-        """Returns all of it by name, in an order that depends on the config only.
+        """Returns all variables by name, in an order that depends only on the config.
 
         This is what a checkpoint holds.
         """
@@ -86,10 +86,9 @@ class TrainState:
 
 
 def evaluated_weights(state: TrainState) -> list[tf.Variable]:
-    """Returns what is evaluated and exported, ordered as `float_variables(model)`.
+    """Returns the weights to evaluate and export, ordered as `float_variables(model)`.
 
-    It is the averages where there are any, else the weights. EMA averages the statistics of batch
-    normalisation together with the weights.
+    They are the averages if there are any. EMA averages batch normalisation's statistics too.
     """
     return state.average or [variable.value for variable in float_variables(state.model)]
 
@@ -112,13 +111,13 @@ def make_train_step(
     normalisation sees a micro-batch at a time.
 
     An update whose loss or gradient is not finite on any replica is skipped: nothing changes but
-    the counters, the loss scale and `optimizer.iterations`, so that the learning rate stays that of
-    the step. No host is asked. With max_skipped_updates=0 that is not looked at, except in float16,
-    whose scale depends on it.
+    the counters, the loss scale and `optimizer.iterations`, so the learning rate stays in step. The
+    device decides alone. With max_skipped_updates=0 this is not checked, except in float16, whose
+    scale depends on it.
 
     With a teacher the loss is (1 - alpha) x cross-entropy + alpha x T^2 x KL(teacher, model), of
-    probabilities at temperature T (Hinton et al. 2015); it is shown the very images that the model
-    sees (Beyer et al. 2022).
+    probabilities at temperature T (Hinton et al. 2015); the teacher sees the same images as the
+    model (Beyer et al. 2022).
 
     Args:
         state: TrainState.
@@ -132,14 +131,14 @@ def make_train_step(
         jit_compile: whether XLA compiles forward and backward. The sum over replicas stays outside
             of it: XLA has no all-reduce for CPU devices (and none inside a function that each GPU
             compiles for itself).
-        on_tpu: whether XLA compiles all of it, as it does for a TPU.
+        on_tpu: whether the step is for a TPU, for which XLA compiles all of it.
         teacher: None, or a function from such images to logits float32 [batch, num_classes]:
             `distillation.make_teacher`.
 
     Returns: a function of images uint8 [batch, size, size, 3], labels int64 [batch] and draws, a
         dict of float32 [batch, n], that updates the state and returns this replica's part of the
-        sums over replicas, float32 []: {'loss', 'correct', 'grad_norm'}, 0 of a skipped update; the
-        'learning_rate' that was used; 'skipped', 1 or 0; and 'skipped_in_a_row'.
+        sums over replicas, float32 []: {'loss', 'correct', 'grad_norm'}, 0 for a skipped update;
+        the 'learning_rate' that was used; 'skipped', 1 or 0; and 'skipped_in_a_row'.
     """
     model, optimizer = state.model, state.optimizer
     assert optimizer is not None
@@ -160,11 +159,11 @@ def make_train_step(
     def loss_and_gradients(images: tf.Tensor, labels: tf.Tensor, draws: Draws) -> tuple:
         images, targets = augment(images, labels, draws)
         sums: tuple = ()
-        # In turn, so that one micro-batch's activations are gone before the next.
+        # In sequence, so that a micro-batch's activations are freed before the next.
         for index in range(accumulate):
             with tf.control_dependencies(tf.nest.flatten(sums)), micro_batch(index, accumulate):
-                # Every n-th example: whatever the number of replicas, a micro-batch of all of them
-                # is the same.
+                # Every n-th example, so that a global micro-batch is the same for any number of
+                # replicas.
                 part = of_micro_batch(
                     tf.identity(images[index::accumulate]), targets[index::accumulate]
                 )
@@ -172,7 +171,7 @@ def make_train_step(
         return sums
 
     def of_micro_batch(images: tf.Tensor, targets: tf.Tensor) -> tuple:
-        taught = teacher(images) if teacher else None
+        teacher_logits = teacher(images) if teacher else None
         with tf.GradientTape() as tape:
             logits = model(images, training=True)  # [batch, num_classes], float32 or float64
             targets = tf.cast(targets, logits.dtype)
@@ -181,7 +180,9 @@ def make_train_step(
             if teacher:
                 alpha, temperature = config.distill.alpha, config.distill.temperature
                 from_labels = (1 - alpha) * losses
-                distance = distillation_loss(tf.cast(taught, logits.dtype), logits, temperature)
+                distance = distillation_loss(
+                    tf.cast(teacher_logits, logits.dtype), logits, temperature
+                )
                 losses = from_labels + alpha * distance
             loss = tf.reduce_sum(losses) / config.batch_size
             scaled = loss if state.loss_scale is None else loss * state.loss_scale
@@ -194,7 +195,7 @@ def make_train_step(
         compiled = _compiled(loss_and_gradients, jit_compile, synchronizes and num_replicas > 1)
         loss, correct, gradients = compiled(images, labels, draws)
         if guarded:
-            # Added to a gradient, so that the sum of the gradients tells it to all replicas.
+            # Added to a gradient, so that the sum of the gradients tells all replicas.
             nan_if_invalid = tf.where(tf.math.is_finite(loss), 0.0, float('nan'))
             last = gradients[-1] + tf.cast(nan_if_invalid, gradients[-1].dtype)
             gradients = [*gradients[:-1], last]
@@ -209,11 +210,11 @@ def make_train_step(
         finite = tf.math.is_finite(norm) if guarded else tf.constant(True)
         if config.grad_clip_norm:
             gradients, _ = tf.clip_by_global_norm(gradients, config.grad_clip_norm, use_norm=norm)
-        # Before the update counts itself.
+        # Read before the update increments `iterations`.
         learning_rate = tf.cast(optimizer.learning_rate, tf.float32)
 
         select = make_select(finite, on_tpu) if guarded else lambda new, old: new
-        changed = []  # what is taken back when an update is skipped
+        changed = []  # what is restored if the update is skipped
         if guarded:
             variables = (*trained, *optimizer.variables)
             changed = [v.value for v in variables if v is not optimizer.iterations]
@@ -226,23 +227,24 @@ def make_train_step(
         ]
         _assign(layer_decayed_variables, layer_decayed_after)
         if guarded:
-            # Takes back what the optimizer and the forward pass have changed; a conditional could
-            # not hold the merging of replicas.
+            # Restores what the optimizer and the forward pass changed; a conditional cannot contain
+            # the merging of replicas.
             changed, before = changed + statistics, before + statistics_before
             _assign(changed, select(changed, before))
         _update_average(state, config.ema_decay, select)
-        _count(finite, state)
+        _count_skipped(finite, state)
         results = {'loss': loss, 'correct': correct, 'grad_norm': norm / num_replicas}
         results = {
             key: tf.where(finite, tf.cast(value, tf.float32), 0.0) for key, value in results.items()
         }
-        everywhere = {
+        same_on_all_replicas = {
             'learning_rate': learning_rate,
             'skipped': ~finite,
             'skipped_in_a_row': state.skipped_in_a_row,
         }
         return results | {
-            key: tf.cast(value, tf.float32) / num_replicas for key, value in everywhere.items()
+            key: tf.cast(value, tf.float32) / num_replicas
+            for key, value in same_on_all_replicas.items()
         }
 
     return train_step
@@ -298,25 +300,25 @@ def make_predict(state: TrainState) -> Callable[[tf.Tensor], tf.Tensor]:
 
 
 def label_rank(logits: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
-    """Counts the classes that come before the label, int32 [batch].
+    """Counts the classes that rank before the label, int32 [batch].
 
-    Of equal logits the lower class comes first, as in top_k. A logit that is not a number counts as
-    before: a broken model is right about nothing.
+    Of equal logits the lower class ranks first, as in top_k. A NaN ranks before the label, and all
+    classes before a label whose logit is NaN: a broken model is right about nothing.
     """
     own = tf.gather(logits, labels[:, None], batch_dims=1)  # [batch, 1]
     classes = tf.range(tf.shape(logits)[1], dtype=labels.dtype)[None]
     earlier, others = classes < labels[:, None], tf.not_equal(classes, labels[:, None])
-    # Not the negation of "less": TensorFlow makes "greater or equal" of that in a graph, which no
-    # number but is_nan is right about.
+    # Not the negation of "less": TensorFlow turns that into "greater or equal" in a graph, which is
+    # wrong for NaN. Hence is_nan.
     before = (logits > own) | (tf.equal(logits, own) & earlier) | tf.math.is_nan(logits)
     before = (before & others) | tf.math.is_nan(own)
     return tf.reduce_sum(tf.cast(before, tf.int32), axis=1)
 
 
 def _compiled(function: Callable, jit_compile: bool, has_collectives: bool) -> Callable:
-    """Returns `function` as XLA runs it.
+    """Returns `function`, compiled by XLA if `jit_compile`.
 
-    It is made anew at each trace, because each replica captures variables of its own.
+    It is created at each trace, because each replica captures its own variables.
     """
     if not jit_compile:
         return function
@@ -324,11 +326,11 @@ def _compiled(function: Callable, jit_compile: bool, has_collectives: bool) -> C
         return tf.function(function, jit_compile=True, autograph=False)
 
     def clustered(*arguments: tf.Tensor) -> tuple:
-        # Synchronized batch normalisation sums over replicas inside the model, and a function with
-        # jit_compile=True cannot hold that. TensorFlow compiles what lies between these sums where
-        # operations carry this mark. It is what tf.xla.experimental.jit_scope sets, but that is one
-        # state for the threads of all replicas: while they take turns it spreads to the optimizer.
-        # Here the replicas have not come further than their gradients.
+        # Synchronized batch normalisation sums over replicas inside the model, which a function
+        # with jit_compile=True cannot contain. TensorFlow compiles the operations between these
+        # sums if they have this attribute. tf.xla.experimental.jit_scope sets it too, but its state
+        # is shared by the threads of all replicas, which take turns, so it would spread to the
+        # optimizer.
         graph = tf.compat.v1.get_default_graph()
         first = len(graph.get_operations())
         results = function(*arguments)
@@ -357,8 +359,7 @@ def _with_l2(gradients: Tensors, variables: Sequence[keras.Variable], weight: fl
 def _global_norm(gradients: Tensors) -> tf.Tensor:
     """Returns the root of the sum of all squares, [].
 
-    Vectors, which are most of the gradients, are joined before: one small operation in place of
-    many.
+    Vectors, which are most of the gradients, are joined first: one small operation instead of many.
     """
     vectors = [gradient for gradient in gradients if gradient.shape.rank == 1]
     others = [gradient for gradient in gradients if gradient.shape.rank != 1]
@@ -366,12 +367,12 @@ def _global_norm(gradients: Tensors) -> tf.Tensor:
 
 
 def make_select(finite: tf.Tensor, on_tpu: bool) -> Select:
-    """Returns a function of new and old tensors, lists of the same length, that chooses of them.
+    """Returns a function that chooses between two lists of tensors, new and old.
 
-    It returns the new ones where `finite`, bool [], is true, else the old ones.
+    It returns the new ones if `finite`, bool [], is true, else the old ones.
 
-    For a TPU vectors of one length are chosen by a vector that the compiler may not take apart: it
-    then joins the small operations that read it, which are most of the operations of a step.
+    On a TPU, vectors of one length share a condition vector behind an optimization barrier: the
+    compiler then fuses the small operations that read it, which are most of a step's operations.
     """
 
     def choose(new: Tensors, old: Tensors) -> Tensors:
@@ -379,7 +380,7 @@ def make_select(finite: tf.Tensor, on_tpu: bool) -> Select:
         conditions = {
             length: xla.optimization_barrier(tf.fill([length], finite))[0]
             for length, count in lengths.items()
-            if on_tpu and count >= SHARED
+            if on_tpu and count >= MIN_SHARED
         }
 
         def condition(value: tf.Tensor) -> tf.Tensor:
@@ -391,7 +392,7 @@ def make_select(finite: tf.Tensor, on_tpu: bool) -> Select:
     return choose
 
 
-def _count(finite: tf.Tensor, state: TrainState) -> None:
+def _count_skipped(finite: tf.Tensor, state: TrainState) -> None:
     """Counts skipped updates, and adapts the loss scale where there is one."""
     assert state.skipped_updates is not None and state.skipped_in_a_row is not None
     state.skipped_updates.assign_add(tf.cast(~finite, tf.int64))
@@ -407,21 +408,23 @@ def _count(finite: tf.Tensor, state: TrainState) -> None:
     state.finite_updates.assign(tf.where(grows, tf.constant(0, tf.int64), streak))
 
 
-def distillation_loss(taught: tf.Tensor, logits: tf.Tensor, temperature: float) -> tf.Tensor:
-    """Returns T^2 x KL(softmax(taught / T), softmax(logits / T)), [batch].
+def distillation_loss(
+    teacher_logits: tf.Tensor, logits: tf.Tensor, temperature: float
+) -> tf.Tensor:
+    """Returns T^2 x KL(softmax(teacher_logits / T), softmax(logits / T)), [batch].
 
     T^2 keeps the gradient as large as that of the labels.
     """
-    wanted = tf.nn.softmax(taught / temperature)
-    missing = tf.nn.softmax_cross_entropy_with_logits(wanted, logits / temperature)
-    own = tf.nn.softmax_cross_entropy_with_logits(wanted, taught / temperature)
-    return temperature**2 * (missing - own)
+    wanted = tf.nn.softmax(teacher_logits / temperature)
+    cross_entropy = tf.nn.softmax_cross_entropy_with_logits(wanted, logits / temperature)
+    entropy = tf.nn.softmax_cross_entropy_with_logits(wanted, teacher_logits / temperature)
+    return temperature**2 * (cross_entropy - entropy)
 
 
 def _assign(variables: Sequence[tf.Variable], values: Tensors) -> None:
-    """Assigns what every replica has computed alike.
+    """Assigns values that are the same on every replica.
 
-    Keras' variables would take the mean over the replicas: one more sum for each.
+    Keras' variables would average over the replicas: one more sum each.
     """
 
     def in_each(strategy: tf.distribute.Strategy, values: Tensors) -> None:
@@ -448,7 +451,7 @@ def _update_average(state: TrainState, decay: float, select: Select) -> None:
         if not layer.trainable
         for variable in layer.variables
     }
-    # The average of a constant would drift by its rounding.
+    # Frozen variables are skipped: rounding would make their averages drift.
     pairs = [
         (average, variable.value)
         for average, variable in zip(state.average, float_variables(state.model), strict=True)

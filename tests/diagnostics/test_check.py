@@ -766,7 +766,7 @@ def memory(folder, available, version=2, limit=None, used=0, inactive=0):
 def data(**changes):
     return dataset_status.DatasetStatus(
         **{
-            'state': 'here',
+            'state': 'ready',
             'place': '/data',
             'class_names': tuple('0123456789'),
             'num_train': 1437,
@@ -855,7 +855,7 @@ def test_a_disk_that_is_too_small_is_named(tmp_path, monkeypatch):
         '100.0 GiB of digits',
         '--config.dataset.data_dir=DIR',
     )
-    download = data(state='downloaded', place=str(tmp_path / 'data'), room_bytes=100 * 2**30)
+    download = data(state='to_download', place=str(tmp_path / 'data'), room_bytes=100 * 2**30)
     assert_mended(
         tensorflow_checks.check_disk(config, str(tmp_path / 'run'), download, 2**20),
         'warn',
@@ -952,7 +952,7 @@ def test_unprepared_digits_are_ok_with_their_numbers(tmp_path, tiny):
     tiny.dataset.data_dir = str(tmp_path / 'data')
     found = dataset_status.find_status(tiny.dataset)
     assert (found.state, found.num_classes, found.num_train, found.num_eval) == (
-        'made',
+        'to_generate',
         10,
         1437,
         360,
@@ -1112,7 +1112,7 @@ def test_folders_without_classes_are_named_classes_are_counted(tmp_path, tiny):
     tiny.dataset.data_dir = str(tmp_path / 'pictures')
     found = dataset_status.find_status(tiny.dataset)
     assert (found.state, found.num_classes, found.num_train, found.num_eval, found.num_bytes) == (
-        'here',
+        'ready',
         2,
         16,
         4,

@@ -36,7 +36,7 @@ def split(request, source, monkeypatch):
     in a file.
     """
     monkeypatch.setattr(
-        record_index, 'MIN_PIECES', 1437 // 7 if request.param == 'long records' else 2000
+        record_index, 'PIECES_PER_EPOCH', 1437 // 7 if request.param == 'long records' else 2000
     )
     records = source.open_split('train')
     return record_index.in_memory(records) if request.param == 'memory' else records

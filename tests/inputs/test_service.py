@@ -75,7 +75,7 @@ def test_two_workers_match_the_local_pipeline_after_a_resume(
     tiny.augment.mixup = 0.2
     tiny.augment.policy.name = 'rand_augment'
     monkeypatch.setattr(
-        record_index, 'MIN_PIECES', 100
+        record_index, 'PIECES_PER_EPOCH', 100
     )  # runs of 14 examples in a file, of which the local pipeline keeps each in memory
     expected = batches_of(tiny)
     addresses = [

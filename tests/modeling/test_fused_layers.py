@@ -20,7 +20,7 @@ def pair(name, policy, **settings):
     """
     keras.config.set_dtype_policy(policy)
     model = models.build_model(config_for(name, SIZE, dropout=0.0, **settings), 3)
-    constructor, preprocess = models.application(name)
+    constructor, preprocess = models.find_application(name)
     plain = constructor(include_top=False, weights=None, input_shape=(SIZE, SIZE, 3), pooling='avg')
     for layer in plain._flatten_layers():
         if isinstance(layer, keras.layers.Dropout):

@@ -612,7 +612,7 @@ def test_keras_fit_still_cannot_compile_under_two_replicas(still):
 
 @pytest.mark.parametrize('finite', [True, False])
 def test_joint_selects_for_a_tpu_match_single_ones(finite):
-    shapes = [(5,)] * steps.SHARED + [(3,)] * (steps.SHARED - 1) + [(5, 3), (5, 5), ()]
+    shapes = [(5,)] * steps.MIN_SHARED + [(3,)] * (steps.MIN_SHARED - 1) + [(5, 3), (5, 5), ()]
     random = np.random.RandomState(0)
     old, new = (
         [tf.constant(random.normal(size=shape), tf.float32) for shape in shapes] for _ in range(2)
