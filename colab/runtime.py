@@ -1,4 +1,4 @@
-"""What the cells of train_tpu.ipynb call.
+"""Runs the repository's commands for the cells of train_tpu.ipynb.
 
 Each command is a process of its own: the kernel imports no TensorFlow and never holds the TPU.
 """
@@ -22,7 +22,7 @@ from common.errors import UserError
 from diagnostics import installation
 
 DRIVE = '/content/drive'  # where Colab mounts it
-# Copies the files of a pattern, in a bucket, into a folder.
+# Copies the files in a bucket that match a pattern into a folder.
 COPY = """
 import os, sys
 import tensorflow as tf
@@ -32,11 +32,11 @@ for path in tf.io.gfile.glob(sys.argv[1]):
 
 
 class Runtime:
-    """A run of one config, with the Python that has the pinned set for this machine.
+    """A run of one config, with a Python that has the pinned packages for this machine.
 
     Args:
         config: name of a file in configs/.
-        run: name of the run: one of another config needs another name.
+        run: name of the run; with other settings, use another name.
         storage: where data and runs are kept: a folder, such as one of Drive, or
             gs://BUCKET/FOLDER; '' for this machine.
         accelerator: see `installation.ensure`; '' for what fits the hardware.
@@ -53,13 +53,13 @@ class Runtime:
         train_for: str = '',
         changes: str = '',
     ) -> None:
-        place = place_of(storage)
+        place = resolve_storage(storage)
         open_storage(place)
         self.workdir = os.path.join(place, 'runs', f'{config}-{run}')  # programs run in ROOT
         self._arguments = [
             f'--config=configs/{config}.py',
             f'--workdir={self.workdir}',
-            *words_of(changes),
+            *split_changes(changes),
         ]
         if place:
             self._arguments.append(
@@ -68,7 +68,7 @@ class Runtime:
         if train_for:
             self._arguments.append(f'--config.train_for={train_for}')
         accelerator = accelerator or installation.choose()
-        console.line(f'{machine.describe_platform()}: the {accelerator} set of pins')
+        console.line(f'{machine.describe_platform()}: using the pinned packages for {accelerator}')
         try:
             self._python = installation.ensure(accelerator)
         except UserError as error:
@@ -82,7 +82,7 @@ class Runtime:
     def check(self) -> None:
         """Checks this machine and the config, row by row.
 
-        Raises: SystemExit with what has failed and how to fix it: the cells below are not run then.
+        Raises: SystemExit with what failed and how to fix it; the cells below then do not run.
         """
         command = ['main.py', *self._arguments, '--mode=check', '--json']
         console.line(f'$ python {shlex.join(command)}\n')
@@ -105,14 +105,14 @@ class Runtime:
 
         An interrupted cell ends it as Ctrl-C does: `main.py` saves first.
 
-        Raises: SystemExit if it fails: the cells below are not run then.
+        Raises: SystemExit if it fails; the cells below then do not run.
         """
         command = [program, *arguments]
         console.line(f'$ python {shlex.join(command)}\n')
         process = subprocess.Popen(
             [self._python, *command],
             cwd=ROOT,
-            # Matplotlib's backend of the kernel would draw into the notebook.
+            # The kernel's Matplotlib backend would draw into the notebook.
             env={**os.environ, 'PYTHONUNBUFFERED': '1', 'MPLBACKEND': 'agg'},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -154,14 +154,14 @@ class Runtime:
 
 
 def describe_end(program: str, status: int) -> str:
-    """Returns how a program has failed, in a line; what it printed says why."""
+    """Says in one line how a program failed; its output says why."""
     if status < 0:
         name = signal.Signals(-status).name
         return f'error: {program} was ended by {name}, perhaps for lack of memory'
     return f'error: {program} ended with status {status}: the lines above say why'
 
 
-def place_of(storage: str) -> str:
+def resolve_storage(storage: str) -> str:
     """Returns STORAGE as an absolute folder, gs://BUCKET/FOLDER, or '' for this machine.
 
     Raises: SystemExit for anything else.
@@ -169,15 +169,15 @@ def place_of(storage: str) -> str:
     storage = storage.strip()
     if not storage or re.match('gs://[^/]', storage):
         return storage
-    if not storage.startswith(('/', '~')):  # a folder of the checkout would go with it
+    if not storage.startswith(('/', '~')):  # a folder inside the checkout would be lost with it
         raise SystemExit(
-            f'error: STORAGE={storage!r} is not a place: write a folder with all of its path, such '
-            f'as {DRIVE}/MyDrive/warmstart, or gs://BUCKET/FOLDER'
+            f'error: STORAGE={storage!r} is not an absolute path: write one, such as '
+            f'{DRIVE}/MyDrive/warmstart, or gs://BUCKET/FOLDER'
         )
     return os.path.abspath(os.path.expanduser(storage))
 
 
-def words_of(changes: str) -> list[str]:
+def split_changes(changes: str) -> list[str]:
     """Returns CHANGES as arguments. Raises SystemExit for a quote that is not closed."""
     try:
         return shlex.split(changes)

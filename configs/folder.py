@@ -2,18 +2,18 @@
 
     python main.py --config=configs/folder.py --config.dataset.data_dir=DIR
 
-Classes and counts are found, and so is DIR/test/CLASS/*.jpg. Without it a fifth of each class is
+Classes and counts are detected, and so is DIR/test/CLASS/*.jpg. Without it a fifth of each class is
 held out for evaluation; config.dataset.split_seed says which images. JPEG, PNG, GIF (first frame),
-BMP, WebP, TIFF and whatever else Pillow reads, of any colours and turned as their cameras say;
-transparent parts become white. Cameras and scanners that store 10, 12 or 14 bits in 16 need
-config.dataset.white_level=1023, 4095 or 16383. Broken files are skipped and named in report.md;
-more than config.dataset.max_broken of them end the run. For few images start from pretrained
-weights instead, with configs/finetune.py.
+BMP, WebP, TIFF, AVIF, JPEG 2000 and PPM files are read (HEIC with the extra `heif`), in any colour
+mode and rotated as EXIF says; transparent parts become white. Cameras and scanners that store 10,
+12 or 14 bits in 16 need config.dataset.white_level=1023, 4095 or 16383. Broken files are skipped
+and named in report.md; more than config.dataset.max_broken of them end the run. For few images
+start from pretrained weights instead, with configs/finetune.py.
 
 Costs      50 epochs of the training images; the first start decodes each image once more.
 Reaches    depends on the images.
-Measured   not yet; made-up folders are trained on in tests/test_train.py and
-           tests/inputs/test_image_folder.py.
+Measured   not yet; tests/test_train.py and tests/inputs/test_image_folder.py train on synthetic
+folders.
 """
 
 from ml_collections import ConfigDict

@@ -5,9 +5,8 @@
 Costs      350 epochs x 1,281,167 images = 448 million. 8 replicas take 512 images each per step.
            On other hardware lower batch_size, and peak_lr with it: 0.016 for each 256 images.
 Reaches    78.7 % in the paper at 224 pixels, with training sizes that grow from 128 to 192, which
-           this does not do.
-Measured   not yet: a made-up ImageNet has been run through it with the tiny model only
-           (tests/test_imagenet.py).
+this config does not do. Measured   not yet: only the tiny model has been run with it, on a
+           synthetic ImageNet (tests/test_imagenet.py).
 """
 
 from ml_collections import ConfigDict
@@ -33,8 +32,8 @@ def get_config() -> ConfigDict:
         'end_lr': 0.0,
         'warmup': '5 epochs',
         'hold': '0%',
-        'decay': 0.97
-        ** (345 / 2.4),  # 0.97 every 2.4 epochs, over the 345 after warmup: 0.0125 of the peak
+        # 0.97 every 2.4 epochs, over the 345 after warmup: 0.0125 of the peak.
+        'decay': 0.97 ** (345 / 2.4),
     }
 
     # In Keras' terms: rho is the decay of the squared gradient.
@@ -47,7 +46,7 @@ def get_config() -> ConfigDict:
 
     config.model.dropout = 0.2
     config.model.drop_path = 0.2
-    # 512 images per replica are enough; saves 2 all-reduces a layer.
+    # 512 images per replica are enough; this saves 2 all-reduces per layer.
     config.model.sync_batch_norm = False
 
     config.augment.crop = 'random'

@@ -1,4 +1,4 @@
-"""EfficientNetV2B0 on ImageNet, taught by a larger model, to reach more than it does alone.
+"""EfficientNetV2B0 on ImageNet, taught by a larger model, to be better than it is alone.
 
     python main.py --config=configs/imagenet_distill.py --config.dataset.data_dir=gs://BUCKET/DATA
 
@@ -17,12 +17,12 @@ from configs import imagenet_strong
 
 def get_config() -> ConfigDict:
     config = imagenet_strong.get_config()
-    # 85.8 % at 224 pixels (Liu et al. 2022): as many as the student sees.
+    # 85.8 % at 224 pixels (Liu et al. 2022), the size that the student sees.
     config.distill.teacher = 'ConvNeXtBase'
     # The teacher's answers alone: a label says nothing about a crop that misses its object.
     config.distill.alpha = 1.0
     config.label_smoothing = 0.0
-    # Patient and consistent: crops, flips and mixtures, of which the teacher sees the same.
+    # "Patient and consistent" teaching: crops, flips and mixtures, which the teacher sees too.
     config.augment.policy.name = ''
     config.augment.mixup = 1.0
     return config

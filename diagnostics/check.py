@@ -1,9 +1,9 @@
-"""`--mode=check`: will this environment, config and data work, and if not, what fixes them?
+"""Checks whether this environment, config and data will work, and what fixes them: `--mode=check`.
 
 It trains, downloads and prepares nothing. What can be known without importing TensorFlow is checked
-here, the rest in a process of its own (diagnostics/tensorflow_checks.py), and on a TPU host the TPU
-is started in further ones: a broken installation crashes or hangs the process that imports it, and
-the check reports that.
+here, the rest in a separate process (diagnostics/tensorflow_checks.py); on a TPU host, further
+processes start the TPU. A broken installation crashes or hangs the process that imports it, and the
+check reports that.
 """
 
 import json
@@ -20,17 +20,17 @@ from common import console, machine, tpu_environment
 from common.commands import install_command, python_command
 from common.errors import ConfigError
 from diagnostics import packages, tpu_lock, tpu_probe
-from diagnostics.check_result import CheckResult, fail, of_error, ok, warn
+from diagnostics.check_result import CheckResult, fail, from_error, ok, warn
 from diagnostics.worker_process import WorkerProcess
 
-# Of the checks with TensorFlow, without the TPU: a cold import over a network disk and a large
-# model take minutes.
-SECONDS = 600.0
-# NVIDIA's oldest driver that CUDA 12 runs with. Source: CUDA's table of minor version
+# Time limit of the checks with TensorFlow, without the TPU: a cold import over a network disk and a
+# large model take minutes.
+CHECK_SECONDS = 600.0
+# The oldest NVIDIA driver that CUDA 12 runs with. Source: CUDA's table of minor version
 # compatibility.
 OLDEST_DRIVER = 525
 SILENCE = 'it ended without a message'
-NO_GPU = ('', '-1')  # of CUDA_VISIBLE_DEVICES
+NO_GPU = ('', '-1')  # values of CUDA_VISIBLE_DEVICES that hide all GPUs
 STATUSES = ('FAIL', 'warn', 'ok')  # the worst first
 
 
@@ -52,7 +52,7 @@ def run(config: ConfigDict, workdir: str, as_json: bool = False) -> int:
     some = ', '.join(f'{counts[status]} {status}' for status in STATUSES[:2] if counts[status])
     console.line()
     if counts['FAIL']:
-        console.line(f'{some}: run what follows ->, then check again')
+        console.line(f'{some}: apply the fixes after ->, then check again')
         return 1
     console.line(f'ready to train; {some}' if some else 'ready to train')
     return 0
@@ -63,7 +63,7 @@ def _print_json(config: ConfigDict, workdir: str) -> int:
     try:
         found = list(results(config, workdir))
     except ConfigError as error:
-        found, status = [of_error('config', error)], error.exit_status
+        found, status = [from_error('config', error)], error.exit_status
     worst = min((result.status for result in found), key=STATUSES.index)
     rows = [result._asdict() for result in found]
     console.line(json.dumps({'status': worst, 'results': rows}, indent=2))
@@ -77,9 +77,9 @@ def results(
     environ: Mapping[str, str] = os.environ,
     probe_seconds: float = tpu_probe.SECONDS,
 ) -> Iterator[CheckResult]:
-    """Yields the results in the order of the table; `root` has /proc, /sys and /dev."""
+    """Yields the results in the order of the table; `root` has the folders proc, sys and dev."""
     wants_tpu = tpu_environment.is_wanted(config, environ, root)
-    seconds = SECONDS + 2 * probe_seconds
+    seconds = CHECK_SECONDS + 2 * probe_seconds
     with WorkerProcess(
         'diagnostics.tensorflow_checks', 'examine', seconds, without_tpu(environ)
     ) as worker:
@@ -108,7 +108,7 @@ def results(
         if 'done' not in last:
             yield fail(
                 'config',
-                f'the process that checks data and model: {worker.end or SILENCE}',
+                f'the process that checks data and model failed: {worker.end or SILENCE}',
                 'the same command without --mode=check and with --verbosity=1 shows where',
             )
 
@@ -129,7 +129,7 @@ def check_environment(
     environ: Mapping[str, str],
     probe_seconds: float,
 ) -> Generator[CheckResult, None, int]:
-    """Yields what does not depend on the config, except for the strategy.
+    """Yields the checks that depend on the strategy alone, not on the rest of the config.
 
     Returns: the number of TPU cores that computed.
     """
@@ -182,7 +182,7 @@ def check_tpu(
     lock: str = tpu_lock.LOCK,
     library: str | None = None,
 ) -> Generator[CheckResult, None, int]:
-    """Yields what keeps a TPU from starting; then tries each way in which the build can start it.
+    """Yields what keeps a TPU from starting; then tries each method that the build has for it.
 
     Args:
         version: of tensorflow-tpu, or None if it could not start.
@@ -204,19 +204,19 @@ def check_tpu(
     if not version or holders.status == 'FAIL':
         return 0  # that row says what fixes it
     failures: list[str] = []
-    for way in tpu_probe.ways(version, environ, root, library):
-        outcome = tpu_probe.probe(way, tpu_name, probe_seconds, environ, lock)
+    for method in tpu_probe.start_methods(version, environ, root, library):
+        outcome = tpu_probe.probe(method, tpu_name, probe_seconds, environ, lock)
         computed = f'{outcome.cores} cores computed'
         if outcome.cores and not failures:
-            yield ok('TPU', f'{computed} and summed up, through {way.name}')
+            yield ok('TPU', f'{computed} and summed up, through {method.name}')
             return outcome.cores
         if outcome.cores:
-            variables = way.variables or {'NEXT_PLUGGABLE_DEVICE_USE_C_API': 'false'}
+            variables = method.variables or {'NEXT_PLUGGABLE_DEVICE_USE_C_API': 'false'}
             settings = ' '.join(f'{key}={value}' for key, value in variables.items())
-            message = f'{"; ".join(failures)}; but {computed} through {way.name}'
+            message = f'{"; ".join(failures)}; but {computed} through {method.name}'
             yield fail('TPU', message, f'export {settings}')
             return outcome.cores
-        failures.append(f'through {way.name} it fails to {outcome.step}: {outcome.reason}')
+        failures.append(f'through {method.name} it fails at step {outcome.step}: {outcome.reason}')
     message = f'tensorflow-tpu {version} does not start it: {"; ".join(failures)}'
     yield fail('TPU', message, other_build(version))
     return 0
@@ -282,7 +282,7 @@ def _check_driver(
     if not has_cuda:
         return ok('GPU', f'{found}; this build of TensorFlow does not use it')
     if packages.numbers(driver)[:1] < (OLDEST_DRIVER,):
-        message = f'{found} is too old for CUDA 12: it takes {OLDEST_DRIVER} or later'
+        message = f'{found} is too old for CUDA 12, which needs {OLDEST_DRIVER} or later'
         return fail('GPU', message, 'sudo ubuntu-drivers install && sudo reboot')
     if not imported:
         return ok('GPU', found)
@@ -298,7 +298,7 @@ def _check_driver(
 def check_cores(cores: float, accelerators: int) -> CheckResult:
     """Checks for enough CPU cores to decode and crop the images."""
     if cores < 2 * accelerators:
-        message = f'{cores:g} beside {accelerators} accelerators, which will wait for images'
+        message = f'{cores:g} for {accelerators} accelerators, which will have to wait for images'
         service = f'{python_command()} -m inputs.service'
         return warn('cores', message, f'{service}   # on other machines: see docs/scaling.md')
     return ok('cores', f'{cores:g}')
@@ -328,13 +328,13 @@ def check_cluster(text: str) -> CheckResult:
 
 def check_writable(workdir: str) -> CheckResult:
     """Checks that files can be written into the workdir, or that it can be created."""
-    if '://' in workdir:  # a bucket: the training process asks it when it begins
-        return ok('workdir', f'{workdir} is a bucket: what is missing shows when the run begins')
+    if '://' in workdir:  # a bucket: the training process checks access when it begins
+        return ok('workdir', f'{workdir} is a bucket: access is checked when the run begins')
     place = machine.nearest(workdir)
     try:
         with tempfile.TemporaryFile(dir=place) as file:
             file.write(b'x')
     except OSError as error:
         message = f'{workdir} cannot be written to: {place}: {error.strerror or error}'
-        return fail('workdir', message, '--workdir=DIR, a folder of yours')
+        return fail('workdir', message, '--workdir=DIR, a folder that you can write to')
     return ok('workdir', f'{workdir} can be written to')

@@ -6,7 +6,7 @@ from common.errors import UserError
 
 
 class CheckResult(NamedTuple):
-    """What was checked, what was found, and where that is not well what fixes it."""
+    """What was checked, what was found, and, if that is a problem, what fixes it."""
 
     status: str  # 'ok', 'warn' or 'FAIL'
     name: str
@@ -26,8 +26,8 @@ def fail(name: str, message: str, fix: str) -> CheckResult:
     return CheckResult('FAIL', name, message, fix)
 
 
-def of_error(name: str, error: UserError, fix: str = '') -> CheckResult:
-    """Returns the FAIL of an error; `fix` is for one that has none itself."""
+def from_error(name: str, error: UserError, fix: str = '') -> CheckResult:
+    """Returns the FAIL row for an error; `fix` is used if it has none itself."""
     if not fix:
         fix = f'see docs/config.md on {error.key}' if error.key else 'see docs/config.md'
     return fail(name, error.problem, error.fix or fix)

@@ -42,7 +42,7 @@ NO_TRAFFIC = {
     'replica-id',
     'after-all',
 }
-CHIPS_OWN = 'S(1)'  # the memory space of VMEM; without it a tensor lives in HBM
+VMEM = 'S(1)'  # the memory space of on-chip memory; without it a tensor lives in HBM
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +50,8 @@ class Instruction:
     """An instruction with an estimate: usually a fusion, named by its last operation."""
 
     cycles: int
-    layer: str  # of the model; '' for what is none of it
-    operation: str  # TensorFlow's name of it
+    layer: str  # of the model; '' if it belongs to none
+    operation: str  # TensorFlow's name for it
     backward: bool
     shape: str  # of its first result
 
@@ -62,13 +62,12 @@ class Program:
 
     Attributes:
         compiler: with its version.
-        seconds: that compiling took.
+        seconds: compilation time.
         flops: of the matrix unit and all else, as the compiler counts them.
         memory_bytes: of HBM: arguments, results that are not arguments, temporary tensors, code.
         memory_available: bytes of HBM of a replica.
         hbm_traffic: bytes of HBM that instructions read and write.
-        all_reduce_bytes: that each instruction which sums over replicas sums. The compiler has no
-            estimate of their time.
+        all_reduce_bytes: size of each all-reduce. The compiler does not estimate their time.
         instructions: the most expensive first.
     """
 
@@ -87,7 +86,7 @@ class Program:
 
 
 def read_program(answer: Mapping[str, Any], chip: Any) -> Program:
-    """Returns the Program that diagnostics/tpu_compiler_worker.py has written, for a Chip."""
+    """Returns the Program in an answer of diagnostics/tpu_compiler_worker.py, for a Chip."""
     entry = entry_computation(answer['text'])
     memory = answer['memory']
     return Program(
@@ -102,7 +101,7 @@ def read_program(answer: Mapping[str, Any], chip: Any) -> Program:
         memory_available=chip.hbm_bytes / chip.replicas,
         hbm_traffic=hbm_traffic(entry),
         all_reduce_bytes=tuple(
-            sum(map(tensor_bytes, SHAPE.finditer(line.partition(' all-reduce')[0])))
+            _result_bytes(line, ' all-reduce')
             for line in answer['text'].splitlines()
             if re.search(r' all-reduce(-start)?\(', line)
         ),
@@ -140,7 +139,7 @@ def split_name(name: str) -> tuple[str, str, bool]:
     """Splits the name of an operation into (layer, operation, whether it is backward).
 
     'gradient_tape/MODEL_1/BACKBONE_1/block1a_bn_1/moments/Sum' gives ('block1a_bn', 'moments/Sum',
-    True): what Keras adds to a name that it has used is left out.
+    True): the number that Keras appends to repeated names is removed.
     """
     backward = 'gradient_tape' in name
     parts = [
@@ -153,11 +152,15 @@ def split_name(name: str) -> tuple[str, str, bool]:
         for index, part in enumerate(parts[:-1])
         if re.match(r'(block|conv|stem|top|normalization|rescaling|predictions|avg_pool)', part)
     ]
-    return (
-        (parts[known[0]], '/'.join(parts[known[0] + 1 :]), backward)
-        if known
-        else ('', '/'.join(parts[-2:]), backward)
-    )
+    if not known:
+        return '', '/'.join(parts[-2:]), backward
+    first = known[0]
+    return parts[first], '/'.join(parts[first + 1 :]), backward
+
+
+def _result_bytes(line: str, operation: str) -> int:
+    """Returns the bytes of the results of an instruction, which stand before its operation."""
+    return sum(map(tensor_bytes, SHAPE.finditer(line.partition(operation)[0])))
 
 
 def hbm_traffic(entry: Iterable[str]) -> int:
@@ -187,9 +190,7 @@ def hbm_traffic(entry: Iterable[str]) -> int:
 
 def in_hbm(shape: str) -> int:
     """Returns the bytes of the tensors of a shape that live in HBM."""
-    return sum(
-        tensor_bytes(part) for part in SHAPE.finditer(shape) if CHIPS_OWN not in (part[3] or '')
-    )
+    return sum(tensor_bytes(part) for part in SHAPE.finditer(shape) if VMEM not in (part[3] or ''))
 
 
 def tensor_bytes(part: re.Match) -> int:

@@ -1,4 +1,4 @@
-"""Chooses the pinned set that fits this machine, and a Python that has it.
+"""Chooses the pinned packages that fit this machine, and finds or makes a Python that has them.
 
 It is for places where nobody types `make`, such as a notebook. It imports no TensorFlow.
 """
@@ -20,8 +20,8 @@ from diagnostics import packages
 REQUIREMENTS = os.path.join(ROOT, 'requirements')
 ENVIRONMENT = os.path.join(ROOT, '.venv')
 ACCELERATORS = ('cpu', 'gpu', 'tpu', 'tpu220')
-# And CUDA's; the rest follows them.
-LOOKED_AT = {
+# The pins that are compared, with CUDA's; the rest depends on these.
+COMPARED = {
     *packages.PACKAGES,
     *packages.BUILDS,
     'keras',
@@ -34,7 +34,7 @@ LOOKED_AT = {
 def choose(environ: Mapping[str, str] = os.environ, root: str = '/') -> str:
     """Returns the extra of pyproject.toml that fits this machine: 'tpu', 'gpu' or 'cpu'.
 
-    Its markers choose by the version of Python.
+    The markers of that extra choose by the version of Python.
     """
     if tpu_environment.is_expected(environ=environ, root=root):
         return 'tpu'
@@ -42,16 +42,17 @@ def choose(environ: Mapping[str, str] = os.environ, root: str = '/') -> str:
 
 
 def ensure(accelerator: str, environment: str = ENVIRONMENT) -> str:
-    """Returns a Python that has the set of one of ACCELERATORS: this one, or that of `environment`.
+    """Returns a Python with the pinned packages of one of ACCELERATORS.
 
-    The environment is created or updated if needed. It is separate because the pins are older or
-    newer than what a notebook's kernel may have imported already.
+    That is this Python or the one of `environment`, which is created or updated if needed. It is
+    separate because the pins are older or newer than what a notebook's kernel may have imported
+    already.
 
     Raises: ConfigError for another name; RunError if it cannot be installed.
     """
     if accelerator not in ACCELERATORS:
         raise ConfigError(
-            f'{accelerator!r} is not a set of pins', f'write one of {", ".join(ACCELERATORS)}'
+            f'{accelerator!r} has no pinned packages', f'write one of {", ".join(ACCELERATORS)}'
         )
     if not missing(accelerator):
         return sys.executable
@@ -68,7 +69,7 @@ def ensure(accelerator: str, environment: str = ENVIRONMENT) -> str:
 
 
 def commands(accelerator: str, environment: str) -> list[list[str]]:
-    """Returns the commands that give `environment` the set; [] if it has it."""
+    """Returns the commands that install missing pinned packages into `environment`."""
     python = os.path.join(environment, 'bin', 'python')
     folders = glob.glob(os.path.join(environment, 'lib', 'python*', 'site-packages'))
     version = platform.python_version()
@@ -110,6 +111,6 @@ def pins(accelerator: str, python: str = platform.python_version()) -> dict[str,
     return {
         line.name: next(iter(line.specifier)).version
         for line in lines
-        if (line.name in LOOKED_AT or line.name.startswith('nvidia-'))
+        if (line.name in COMPARED or line.name.startswith('nvidia-'))
         and (line.marker is None or line.marker.evaluate(values))
     }

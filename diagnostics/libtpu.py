@@ -1,9 +1,9 @@
 """Checks whether a TPU build of TensorFlow and a libtpu fit together.
 
-The functions that one looks up must be those that the other has.
+libtpu must have every function that TensorFlow looks up.
 
-TensorFlow asks libtpu for some 210 C functions by name when it is imported on a TPU host, and ends
-where one is missing.
+TensorFlow asks libtpu for some 210 C functions by name when it is imported on a TPU host, and
+aborts if one is missing.
 """
 
 import mmap
@@ -28,7 +28,7 @@ def functions_needed(tensorflow_folder: str) -> set[str]:
         return set()
     with open(path, 'rb') as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as content:
         try:
-            # A tenth of the file: the doctor is waiting.
+            # Only a tenth of the file, to be fast.
             constants = ELFFile(file).get_section_by_name('.rodata')
             begin, end = constants['sh_offset'], constants['sh_offset'] + constants['sh_size']
         except ELFError:
@@ -37,7 +37,7 @@ def functions_needed(tensorflow_folder: str) -> set[str]:
 
 
 def functions_exported(library: str) -> set[str]:
-    """Returns the names that a shared library defines for others."""
+    """Returns the names that a shared library exports."""
     with open(library, 'rb') as file:
         symbols = ELFFile(file).get_section_by_name('.dynsym').iter_symbols()
         return {symbol.name for symbol in symbols if symbol['st_shndx'] != 'SHN_UNDEF'}

@@ -12,7 +12,7 @@ from common import tpu_environment
 from common.commands import install_command, python_command
 from diagnostics.check_result import CheckResult, fail, ok, warn
 
-# All of them fill one folder.
+# All of them install into the same folder.
 BUILDS = (
     'tensorflow',
     'tensorflow-cpu',
@@ -20,7 +20,7 @@ BUILDS = (
     'tensorflow-gpu',
     'tf-nightly',
 )
-OLDEST, NEWEST = (2, 19, 1), (2, 21)  # that the tests pass with
+OLDEST, NEWEST = (2, 19, 1), (2, 21)  # versions that the tests pass with
 FITTING_LIBTPU = {'2.19': '0.0.10', '2.20': '0.0.21.1'}  # as pyproject.toml pins
 PACKAGES = (
     'absl-py',
@@ -100,19 +100,19 @@ def check_tensorflow(
     elif accelerator == 'gpu' and name != 'tensorflow':
         found = warn(
             'TensorFlow',
-            f'{name} {version} cannot use the GPU of this machine: it trains on the processor',
+            f'{name} {version} cannot use the GPU of this machine: it trains on the CPU',
             reinstall(builds, install),
         )
     elif accelerator != 'tpu' and name == 'tensorflow-tpu':
         found = warn(
             'TensorFlow',
-            f'{name} {version}, but no TPU is here: it trains on the processor',
+            f'{name} {version}, but this machine has no TPU: it trains on the CPU',
             reinstall(builds, install),
         )
     elif number[:2] > NEWEST or name not in BUILDS[:3]:
         found = warn(
             'TensorFlow',
-            f'{name} {version} has not been tried: 2.19.1 to 2.21 have',
+            f'{name} {version} has not been tested: 2.19.1 to 2.21 have',
             reinstall(builds, install),
         )
     else:
@@ -123,7 +123,7 @@ def check_tensorflow(
 def reinstall(builds: Iterable[str], install: str) -> str:
     """Returns the command that removes these builds and then installs.
 
-    Removing one breaks what they have in common.
+    Removing one breaks the files they share.
     """
     return f'{python_command()} -m pip uninstall -y {" ".join(builds)} && {install}'
 
@@ -131,17 +131,17 @@ def reinstall(builds: Iterable[str], install: str) -> str:
 def check_keras(
     version: Sequence[Any] = sys.version_info, search_path: list[str] | None = None
 ) -> CheckResult:
-    """Checks for Keras from 3.13 on; on Python 3.10, for which that is not available, 3.12."""
-    oldest, wanted = (
-        ((3, 12), 'keras==3.12.4') if tuple(version[:2]) < (3, 11) else ((3, 13), 'keras==3.15.1')
-    )
+    """Checks for Keras 3.13 or later; on Python 3.10, which has none, for 3.12."""
+    oldest, wanted = (3, 13), 'keras==3.15.1'
+    if tuple(version[:2]) < (3, 11):
+        oldest, wanted = (3, 12), 'keras==3.12.4'
     install = f'{python_command()} -m pip install {wanted}'
     found = installed(['keras'], search_path).get('keras')
     if found is None:
         return fail('Keras', 'not installed', install)
     if numbers(found)[:2] < oldest:
         return fail(
-            'Keras', f'{found} is too old: it takes {".".join(map(str, oldest))} or later', install
+            'Keras', f'{found} is too old: {".".join(map(str, oldest))} or later is needed', install
         )
     return ok('Keras', f'{found}, on TensorFlow')
 
@@ -153,13 +153,13 @@ def check_packages(accelerator: str, search_path: list[str] | None = None) -> Ch
         return fail(
             'packages', f'not installed: {", ".join(missing)}', install_command(accelerator)
         )
-    return ok('packages', f'all {len(PACKAGES)} others are installed')
+    return ok('packages', f'all {len(PACKAGES)} other packages are installed')
 
 
 def check_libtpu(
     tensorflow_version: str, tensorflow_folder: str | None = None, library: str | None = None
 ) -> CheckResult:
-    """Checks that libtpu has all functions that tensorflow-tpu needs: else it crashes."""
+    """Checks that libtpu has all functions that tensorflow-tpu needs: without, it crashes."""
     fitting = FITTING_LIBTPU.get(tensorflow_version[:4], FITTING_LIBTPU['2.20'])
     install = f'{python_command()} -m pip install libtpu=={fitting}'
     library = library or tpu_environment.libtpu_path()
@@ -195,7 +195,7 @@ def check_libtpu(
 
 
 def numbers(version: str) -> tuple[int, ...]:
-    """'2.20.0rc1' -> (2, 20, 0)."""
+    """Parses a version: '2.20.0rc1' -> (2, 20, 0)."""
     return tuple(int(number) for number in re.findall('[0-9]+', version)[:3])
 
 

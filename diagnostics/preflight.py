@@ -1,4 +1,4 @@
-"""What the TPU compiler says of a config, on a machine without a TPU: does it fit, how fast is it?
+"""Compiles a config for a TPU on a machine without one: does it fit, and how fast is it?
 
 It trains nothing.
 """
@@ -28,9 +28,9 @@ from inputs import augment, dataset_status
 from inputs.dataset_status import DatasetStatus
 from modeling import distillation, models, steps
 
-MOST_EXPENSIVE = 10
-MULTIPLE = 8  # of a batch on a replica: rows of a TPU's registers
-CLOSE = 0.03  # of the largest batch: how near the search for it comes
+NUM_EXPENSIVE = 10  # instructions that are listed
+BATCH_MULTIPLE = 8  # rows of a TPU's registers
+TOLERANCE = 0.03  # of the search for the largest batch, as a share of it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,11 +45,11 @@ class CompiledStep:
 
 
 class EvaluationDoesNotFit(DoesNotFit):
-    """It is the evaluation that needs more memory than there is."""
+    """Evaluation needs more memory than there is."""
 
 
 def run(config: ConfigDict, workdir: str, topology_name: str, largest_batch: bool = False) -> None:
-    """Prints what the compiler says.
+    """Prints the compiler's report.
 
     Raises: ConfigError for what a TPU cannot do; RunError if it does not compile or does not fit.
     """
@@ -95,7 +95,7 @@ def known_data(config: ConfigDict) -> DatasetStatus:
     data = dataset_status.find_status(config.dataset)
     if data.num_train is None or data.num_eval is None:
         raise RunError(
-            f'how many examples {config.dataset.name} has is known when it is prepared',
+            f'the number of examples in {config.dataset.name} is known only once it is prepared',
             'see --mode=check for the command',
         )
     return data
@@ -160,7 +160,7 @@ def compile_training(config: ConfigDict, plan: Plan, topology: Topology) -> Prog
 
 
 def compile_evaluation(config: ConfigDict, plan: Plan, topology: Topology) -> Program:
-    """The Program of the evaluation step."""
+    """Compiles the evaluation step."""
     return compile_program(
         lambda: lower_evaluation(config, plan, topology),
         topology,
@@ -207,7 +207,7 @@ def lower_evaluation(config: ConfigDict, plan: Plan, topology: Topology) -> byte
 
 
 def description(config: ConfigDict, plan: Plan) -> tuple[str, ...]:
-    """Returns what a program follows from: config, plan, and the code that makes it."""
+    """Returns what determines a program: config, plan, versions, and the code that makes it."""
     functions = (build, image_specs, lower_training, lower_evaluation)
     code = ''.join(inspect.getsource(function) for function in functions)
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -228,7 +228,7 @@ def build(
     config: ConfigDict, plan: Plan, topology: Topology
 ) -> tuple[OneOfMany, steps.TrainState, Any]:
     """Builds (strategy, state, teacher) with random weights: a program does not depend on them."""
-    keras.backend.clear_session()  # names begin anew
+    keras.backend.clear_session()  # restarts the numbering of layer names
     policy = resolve_precision(config.precision, 'TPU')
     keras.config.set_dtype_policy(policy)
     strategy = OneOfMany(topology.num_replicas)
@@ -246,15 +246,19 @@ def image_specs(batch: int, size: int) -> tuple[tf.TensorSpec, tf.TensorSpec]:
 def batch_that_fits(
     config: ConfigDict, data: DatasetStatus, topology: Topology, error: DoesNotFit, key: str
 ) -> str:
-    """Returns a sentence with a `key`, batch_size or eval_batch_size, that does fit.
+    """Returns a sentence with a value of `key`, batch_size or eval_batch_size, that fits.
 
-    The compiler's figure predicts it, and compiling it makes sure.
+    It is predicted from the compiler's figure, and confirmed by compiling.
     """
     least = batch_multiple(config) if key == 'batch_size' else 1
     per_replica = config[key] // topology.num_replicas
     while per_replica > least:
         expected = int(0.95 * per_replica * error.available / error.needed)
-        unit = math.lcm(MULTIPLE, least) if expected >= math.lcm(MULTIPLE, least) else least
+        unit = (
+            math.lcm(BATCH_MULTIPLE, least)
+            if expected >= math.lcm(BATCH_MULTIPLE, least)
+            else least
+        )
         per_replica = max(least, expected // unit * unit)
         try:
             program = compile_with_batch(config, data, topology, per_replica, key)
@@ -262,7 +266,7 @@ def batch_that_fits(
             error = again
             continue
         memory = f'{program.memory_bytes / GIB:.2f} GiB'
-        fits = f'--config.{key}={per_replica * topology.num_replicas} does, with {memory}'
+        fits = f'--config.{key}={per_replica * topology.num_replicas} fits, with {memory}'
         if key == 'eval_batch_size':
             return fits
         return (
@@ -277,16 +281,13 @@ def search_largest(
 ) -> tuple[int, Program]:
     """Returns (images on a replica, Program) of the largest training batch that fits.
 
-    It bisects to within CLOSE, from a compiled step that fits.
+    It bisects to within TOLERANCE, from a compiled step that fits.
     """
-    unit = math.lcm(MULTIPLE, batch_multiple(config))
+    unit = math.lcm(BATCH_MULTIPLE, batch_multiple(config))
     fits, program, too_many = compiled_step.batch, compiled_step.program, None
-    while too_many is None or too_many - fits > max(unit, CLOSE * too_many):
-        growth = (
-            program.memory_available / program.memory_bytes
-            # What is kept for each image outweighs what is not, so this is below the limit at
-            # first.
-        )
+    while too_many is None or too_many - fits > max(unit, TOLERANCE * too_many):
+        # Part of the memory does not grow with the batch, so the first guess is below the limit.
+        growth = program.memory_available / program.memory_bytes
         tried = int(fits * max(1.1, growth)) if too_many is None else (fits + too_many) // 2
         tried = (max(fits + unit, tried)) // unit * unit
         try:
@@ -296,14 +297,15 @@ def search_largest(
             ConfigError,
         ) as error:
             # Or the config has no such batch: there are too few examples, say.
-            too_many, reason = tried, 'do not fit' if isinstance(error, DoesNotFit) else str(error)
+            too_many = tried
+            reason = 'do not fit' if isinstance(error, DoesNotFit) else str(error)
         outcome = 'fit' if fits == tried else reason
         console.row('', f'{tried:,} images on a replica: {outcome}')
     return fits, program
 
 
 def batch_multiple(config: ConfigDict) -> int:
-    """Returns what the batch of a replica must be a multiple of."""
+    """Returns the number of which a replica's batch must be a multiple."""
     return math.lcm(
         config.accumulate_steps,
         config.augment.repeats,
@@ -324,7 +326,7 @@ def compile_with_batch(
 
 
 def figures(compiled_step: CompiledStep, topology: Topology) -> dict[str, Any]:
-    """Returns the figures of a compiled step: rates are images/s a chip, shares are of 1."""
+    """Returns the figures of a compiled step: rates are in images/s per chip, shares in 0..1."""
     chip, program = topology.chip, compiled_step.program
     per_chip = compiled_step.batch * chip.replicas
     seconds = {
@@ -357,26 +359,26 @@ def describe(compiled_steps: Sequence[CompiledStep], topology: Topology) -> str:
         '': [step.name for step in compiled_steps],
         'images': [f'{step.batch:,} of {step.image_size} px' for step in compiled_steps],
         'compiles': [f'yes, {column["compile_seconds"]:.0f} s' for column in columns],
-        'memory of a replica': [
+        'memory per replica': [
             f'{column["memory_gib"]:.3g} of {column["memory_available_gib"]:g} GiB'
             for column in columns
         ],
         'sums over replicas': [
-            f'{column["all_reduces"]} of {column["all_reduce_mb"]:.3g} MB'
+            f'{column["all_reduces"]}, {column["all_reduce_mb"]:.3g} MB in all'
             if column['all_reduces']
             else 'none'
             for column in columns
         ],
         'estimated cycles': [f'{column["estimated_cycles"] / 1e6:.3g} M' for column in columns],
-        'HBM traffic an image': [f'{column["hbm_mb_per_image"]:.3g} MB' for column in columns],
-        'operations an image': [f'{column["gflop_per_image"]:.3g} GFLOP' for column in columns],
+        'HBM traffic per image': [f'{column["hbm_mb_per_image"]:.3g} MB' for column in columns],
+        'operations per image': [f'{column["gflop_per_image"]:.3g} GFLOP' for column in columns],
     }
     for bound in columns[0]['images_per_second_per_chip']:
         cells = []
         for column in columns:
-            binds = ' <- binds' if column['binds'] == bound else ''
-            cells.append(f'{column["images_per_second_per_chip"][bound]:,.0f}{binds}')
-        rows[f'images/s a chip, {bound}'] = cells
+            mark = ' <- bottleneck' if column['binds'] == bound else ''
+            cells.append(f'{column["images_per_second_per_chip"][bound]:,.0f}{mark}')
+        rows[f'images/s per chip, {bound}'] = cells
     rows["share of the matrix unit's peak"] = [
         f'{column["share_of_peak"]:.1%}' for column in columns
     ]
@@ -394,10 +396,10 @@ def describe(compiled_steps: Sequence[CompiledStep], topology: Topology) -> str:
             '',
             f'{duration(hours)}, {hours * topology.num_chips:.3g} chip-hours: what the compiler '
             f'({largest.program.compiler}) estimates at {topology.chip.clock / 1e9:g} GHz.',
-            'Nothing ran on a TPU; the time that all-reduces, the host and reading images '
-            'take is not in it.',
+            'Nothing ran on a TPU; the time of all-reduces, the host and reading images is not '
+            'included.',
             '',
-            f'the {MOST_EXPENSIVE} most expensive instructions of the training step, of '
+            f'the {NUM_EXPENSIVE} most expensive instructions of the training step, of '
             f'{len(largest.program.instructions)}:',
             *expensive(largest.program),
         )
@@ -405,17 +407,15 @@ def describe(compiled_steps: Sequence[CompiledStep], topology: Topology) -> str:
 
 
 def duration(hours: float) -> str:
-    return (
-        f'{hours:.3g} hours'
-        if hours >= 1
-        else f'{60 * hours:.3g} minutes'
-        if hours >= 1 / 60
-        else f'{3600 * hours:.3g} seconds'
-    )
+    if hours >= 1:
+        return f'{hours:.3g} hours'
+    if hours >= 1 / 60:
+        return f'{60 * hours:.3g} minutes'
+    return f'{3600 * hours:.3g} seconds'
 
 
 def expensive(program: Program) -> Iterator[str]:
-    for instruction in program.instructions[:MOST_EXPENSIVE]:
+    for instruction in program.instructions[:NUM_EXPENSIVE]:
         way = 'backward' if instruction.backward else 'forward' if instruction.layer else '-'
         yield (
             f'{instruction.cycles / program.cycles:6.1%}  {instruction.cycles:>11,}  {way:8}  '

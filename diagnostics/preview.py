@@ -22,8 +22,8 @@ MAX_IMAGES = 64  # of a batch that are drawn
 def run(config: ConfigDict, workdir: str, step: int | None = None) -> None:
     """Draws into `workdir`/preview: learning_rate.png, and batch_STEP.png of update `step`.
 
-    By default that is the first update that was skipped, if such updates have ended the run in
-    `workdir`, else the first of each stage.
+    By default, that is the first skipped update if skipped updates ended the run in `workdir`, else
+    the first update of each stage.
     """
     strategy, _ = make_strategy(config)
     source = datasets.load(config.dataset)
@@ -40,7 +40,7 @@ def run(config: ConfigDict, workdir: str, step: int | None = None) -> None:
     if step is None and storage.exists(skipped):
         found = storage.read_json(skipped)
         step = found['first_update']
-        # As the run was: before, batches may have had another size.
+        # The plan that the run followed then: earlier batches may have had another size.
         plan = planning.moved(plan, planning.Ahead(*found.get('ahead', ())))
         reason = 'their loss or gradient was not finite'
         console.line(f'update {step:,} and those after it were skipped: {reason}')
@@ -58,7 +58,7 @@ def run(config: ConfigDict, workdir: str, step: int | None = None) -> None:
     for end, stage in planning.stages(config, plan):
         drawn = begin if step is None else step
         if begin <= drawn < end:
-            images, labels = batch_of(stage, source, plan, strategy, drawn)
+            images, labels = global_batch(stage, source, plan, strategy, drawn)
             path = os.path.join(folder, f'batch_{drawn}.png')
             shown = min(len(images), MAX_IMAGES)
             title = (
@@ -75,7 +75,7 @@ def run(config: ConfigDict, workdir: str, step: int | None = None) -> None:
         begin = end
 
 
-def batch_of(
+def global_batch(
     config: ConfigDict,
     source: Source,
     plan: planning.Plan,

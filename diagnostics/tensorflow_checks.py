@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from common import machine
 from common.commands import python_command
 from common.errors import ConfigError, UserError, one_line
-from diagnostics.check_result import CheckResult, fail, of_error, ok, warn
+from diagnostics.check_result import CheckResult, fail, from_error, ok, warn
 
 if TYPE_CHECKING:
     import keras
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 BATCHES = 3  # of decoded images on the host: one is filled, one waits, one is used
-# Of host memory, beside what is read ahead: TensorFlow with a loaded model takes about as much.
+# Host memory besides read-ahead images: about what TensorFlow with a loaded model needs.
 LEFT_FOR_THE_MODEL = 1.5 * GIB
 
 
@@ -61,7 +61,7 @@ def examine(send: Callable[[dict], None], receive: Callable[[], Any]) -> None:
         for result in results(config, workdir, tpu_cores):
             send({'result': result})
     except UserError as error:  # in something that the remaining checks need
-        send({'result': of_error('config', error)})
+        send({'result': from_error('config', error)})
     except Exception as error:
         fix = 'the same command without --mode=check and with --verbosity=1 shows where'
         send({'result': fail('config', f'{type(error).__name__}: {one_line(error)}', fix)})
@@ -83,7 +83,7 @@ def results(
     try:
         data = dataset_status.find_status(config.dataset)
     except UserError as error:
-        yield of_error('data set', error)
+        yield from_error('data set', error)
         yield check_workdir(config, workdir)
         return
     yield check_data(config, data)
@@ -100,7 +100,7 @@ def results(
 def check_strategy(config: ConfigDict) -> tuple[CheckResult, int]:
     """Returns the result, and the number of replicas.
 
-    Several workers are counted and not called: they are not running yet.
+    Several workers are counted, not contacted: they are not running yet.
     """
     from devices.strategy import (
         device_kind,
@@ -120,7 +120,7 @@ def check_strategy(config: ConfigDict) -> tuple[CheckResult, int]:
     try:
         strategy, reason = make_strategy(config)
     except UserError as error:
-        return of_error('strategy', error), 1
+        return from_error('strategy', error), 1
     kind = device_kind(strategy)
     xla = 'on' if resolve_jit_compile(config.jit_compile, kind) else 'off'
     precision = resolve_precision(config.precision, kind)
@@ -135,7 +135,7 @@ def check_tpu_compile(config: ConfigDict) -> CheckResult:
     try:
         resolve_jit_compile(config.jit_compile, 'TPU')
     except ConfigError as error:
-        return of_error('strategy', error)
+        return from_error('strategy', error)
     return ok('strategy', f'jit_compile={config.jit_compile}')
 
 
@@ -144,18 +144,20 @@ def check_data(config: ConfigDict, data: 'DatasetStatus') -> CheckResult:
     name, place = config.dataset.name, data.place
     if data.state == 'ready':
         return ok('data set', f'{name} in {place}')
-    in_the_way = machine.nearest(place) if '://' not in place else ''
-    if in_the_way and not (os.path.isdir(in_the_way) and os.access(in_the_way, os.W_OK)):
+    nearest_folder = machine.nearest(place) if '://' not in place else ''
+    if nearest_folder and not (
+        os.path.isdir(nearest_folder) and os.access(nearest_folder, os.W_OK)
+    ):
         return fail(
             'data set',
-            f'{name} is not prepared, and {in_the_way} is not a folder that can be written to',
+            f'{name} is not prepared, and {nearest_folder} is not a folder that can be written to',
             '--config.dataset.data_dir=DIR, or export TFDS_DATA_DIR=DIR',
         )
     if data.state == 'to_generate':
-        source = 'created at the first start from what scikit-learn contains'
+        source = "created at the first start from scikit-learn's data"
         return ok('data set', f'{name}: {source}, in {place}')
     if data.state == 'to_download':
-        size = 'a size that TFDS does not know'
+        size = 'an amount that TFDS does not know'
         if data.num_bytes:
             size = f'at most {machine.gib(data.num_bytes)}'
         message = f'{name} is not in {place}: the first start downloads {size} and prepares it'
@@ -202,7 +204,7 @@ def check_memory(config: ConfigDict, data: 'DatasetStatus', root: str = '/') -> 
     )
     if batches > free:
         fits = max(1, config[key] // 2 ** math.ceil(math.log2(2 * batches / free)))
-        message = f'{message}: one of {config[key]:,} images takes {machine.gib(batch)}'
+        message = f'{message}: one batch of {config[key]:,} images takes {machine.gib(batch)}'
         return fail('memory', message, f'--config.{key}={fits}')
     need = read_ahead + batches
     smaller = f'--config.dataset.memory_gib={max(0.01, free / 2 / GIB):.2g}'
@@ -222,21 +224,21 @@ def check_plan(
     """Yields a row for each row of the plan; returns the plan, or None if it is impossible."""
     from experiment import planning
 
-    num_train, num_eval = 2**20, 2**10
-    is_known = data.num_train is not None and data.num_eval is not None
-    if data.num_train is not None and data.num_eval is not None:
-        num_train, num_eval = data.num_train, data.num_eval
+    num_train, num_eval = data.num_train, data.num_eval
+    is_known = num_train is not None and num_eval is not None
+    if num_train is None or num_eval is None:
+        num_train, num_eval = 2**20, 2**10  # a stand-in: no row shows what follows from it
     try:
         plan = planning.make_plan(config, num_train, num_eval, data.num_classes, replicas)
     except ConfigError as error:
-        yield of_error('config', error)
+        yield from_error('config', error)
         return None
     if is_known:
         for name, text in planning.summarize(config, plan).rows().items():
             yield ok(name, text)
     else:
         batches = f'{config.train_for} in batches of {config.batch_size:,}'
-        later = 'the number of steps is known when the data set is prepared'
+        later = 'the number of steps is known only once the data set is prepared'
         yield ok('steps', f'{batches}; {later}')
     return plan
 
@@ -273,7 +275,7 @@ def check_model(
             if teacher:
                 teacher_cost = forward_multiply_adds(teacher.predict, config.image_size)
     except UserError as error:
-        yield of_error('model', error)
+        yield from_error('model', error)
         return 0
     variables = [variable for part in state.variables().values() for variable in part]
     checkpoint_bytes = sum(_size(variable) * variable.dtype.size for variable in variables)
@@ -285,8 +287,10 @@ def check_model(
     )
     yield _cost_result(config, data, plan, cost, teacher_cost)
     if teacher:
-        check = check_pretrained if teacher.is_pretrained else ok
-        yield check('teacher', teacher.name)
+        if teacher.is_pretrained:
+            yield check_pretrained('teacher', teacher.name)
+        else:
+            yield ok('teacher', teacher.name)
     return checkpoint_bytes
 
 
@@ -295,15 +299,15 @@ def _cost_result(
 ) -> CheckResult:
     to_train = 'about three times that'
     if teacher_cost:
-        to_train += f', and {in_words(teacher_cost)} of the teacher'
+        to_train += f', and {format_multiply_adds(teacher_cost)} of the teacher'
     whole_run = ''
     if data.num_train:
         examples = plan.total_steps * plan.batch_size
         whole_run = f', and the whole run {2 * (3 * cost + teacher_cost) * examples:.2g} FLOP'
     return ok(
         'cost',
-        f'{in_words(cost)} for an image of {config.image_size} pixels; '
-        f'to train on it takes {to_train}{whole_run}',
+        f'{format_multiply_adds(cost)} for an image of {config.image_size} x {config.image_size} '
+        f'pixels; training on it takes {to_train}{whole_run}',
     )
 
 
@@ -328,13 +332,13 @@ def check_weights(config: ConfigDict, model: 'keras.Model') -> CheckResult:
 
 
 def check_pretrained(name: str, source: str) -> CheckResult:
-    """Says where weights that keras.applications downloads will be."""
+    """Says where keras.applications stores the weights that it downloads."""
     home = os.environ.get('KERAS_HOME') or os.path.expanduser('~/.keras')
     folder = os.path.join(home, 'models')
-    return ok(name, f'{source}: downloaded into {folder} at the first start, unless it is there')
+    return ok(name, f'{source}: downloaded into {folder} at the first start, unless already there')
 
 
-def in_words(multiply_adds: float) -> str:
+def format_multiply_adds(multiply_adds: float) -> str:
     unit, name = (1e9, 'G') if multiply_adds >= 1e8 else (1e6, 'M')
     return (
         f'{multiply_adds / unit:.3g} {name} multiply-adds '
@@ -383,23 +387,25 @@ def check_disk(
         _Need(checkpoints, 'checkpoints', workdir, '--workdir=DIR'),
         _Need(data.room_bytes, config.dataset.name, data.place, '--config.dataset.data_dir=DIR'),
     )
-    systems: dict[tuple[int, int], list[_Need]] = {}  # by (bytes free, number of the file system)
+    file_systems: dict[
+        tuple[int, int], list[_Need]
+    ] = {}  # by (bytes free, number of the file system)
     for need in needs:
         if need.num_bytes and '://' not in need.place:
-            systems.setdefault(machine.free_disk(need.place), []).append(need)
+            file_systems.setdefault(machine.free_disk(need.place), []).append(need)
     found = []
-    for (free, _), on_it in systems.items():
+    for (free, _), on_it in file_systems.items():
         parts = ' and '.join(f'{machine.gib(need.num_bytes)} of {need.name}' for need in on_it)
         found.append(f'{machine.gib(free)} free for {parts}')
     message = '; '.join(found) or 'nothing is stored on this machine'
-    short = [
-        max(on_it)
-        for (free, _), on_it in systems.items()
+    too_full = [
+        max(on_it, key=lambda need: need.num_bytes)
+        for (free, _), on_it in file_systems.items()
         if sum(need.num_bytes for need in on_it) > free
     ]
-    if not short:
+    if not too_full:
         return ok('disk', message)
-    largest = short[0]
+    largest = too_full[0]
     place = shlex.quote(machine.nearest(largest.place))
     fix = f'df -h {place}   # then make room there, or write {largest.elsewhere}'
     # TFDS adds up all variants that can be downloaded.
@@ -419,7 +425,7 @@ def check_workdir(config: ConfigDict, workdir: str) -> CheckResult:
         has_run, is_finished = resume.has_run(workdir), resume.is_finished(workdir)
     except UserError as error:
         fix = '--workdir=DIR, a folder or gs://BUCKET/FOLDER that you can read and write'
-        return of_error('run', error, fix)
+        return from_error('run', error, fix)
     if is_finished:
         return ok('run', f'{workdir} holds the finished run of this config')
     if has_run:

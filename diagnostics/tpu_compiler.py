@@ -1,8 +1,8 @@
 """Compiles for a TPU on a machine without one: libtpu has the compiler, and JAX calls it.
 
-It lives in an environment of its own, created on demand from requirements/preflight.txt: its libtpu
-is newer than what TensorFlow's TPU builds can call, and its compiler estimates the cycles of a
-program. What is compiled is kept, so the same program is not compiled twice.
+The compiler lives in an environment of its own, created on demand from requirements/preflight.txt:
+its libtpu is newer than what TensorFlow's TPU builds can call, and its compiler estimates the
+cycles of a program. Compiled programs are cached.
 """
 
 import dataclasses
@@ -46,9 +46,9 @@ class Chip:
     clock.
     """
 
-    accelerator: str  # how TPU_ACCELERATOR_TYPE begins
-    counted: int  # what the number after it counts, for each chip
-    topology: str  # how JAX's name of a topology begins
+    accelerator: str  # prefix of TPU_ACCELERATOR_TYPE
+    units: int  # per chip, how much the number after it counts
+    topology: str  # prefix of JAX's topology name
     dimensions: int  # of a topology
     replicas: int  # programs that run on a chip
     peak_flops: float  # bfloat16, a second
@@ -68,7 +68,7 @@ CHIPS = {
 }
 
 
-# In which chips are wired, by the number of dimensions; the smaller ones that can be rented.
+# Shapes in which chips are wired, by number of dimensions; only the smaller ones for rent.
 SHAPES = {
     2: ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16)),
     3: (
@@ -87,7 +87,7 @@ SHAPES = {
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """So many chips of a generation, as they are wired."""
+    """A number of chips of one generation, and how they are wired."""
 
     generation: str
     shape: tuple
@@ -123,18 +123,15 @@ class Topology:
         return self.num_chips * self.chip.replicas
 
     def for_compiler(self) -> tuple[str, str]:
-        """JAX's name and TPU_ACCELERATOR_TYPE of the smallest known topology that has these chips.
+        """Returns JAX's name and TPU_ACCELERATOR_TYPE of the smallest topology with these chips.
 
-        One chip is one of four.
+        For one chip that is a topology of four.
         """
-        shape = (
-            self.shape
-            if self.num_chips > 1
-            else ((2, 2, 1) if self.chip.dimensions == 3 else (2, 2))
-        )
+        smallest = (2, 2, 1) if self.chip.dimensions == 3 else (2, 2)
+        shape = self.shape if self.num_chips > 1 else smallest
         return (
             f'{self.chip.topology}:{"x".join(map(str, shape))}',
-            f'{self.chip.accelerator}-{math.prod(shape) * self.chip.counted}',
+            f'{self.chip.accelerator}-{math.prod(shape) * self.chip.units}',
         )
 
     def __str__(self) -> str:
@@ -154,7 +151,7 @@ def compile_program(lower: Callable[[], bytes], topology: Topology, *described_b
 
     Args:
         lower: returns a serialized HLO module, as TensorFlow lowers a replica's step.
-        described_by: what the program follows from. With the same texts it is neither lowered nor
+        described_by: texts that determine the program. With the same ones it is not lowered or
             compiled again.
 
     Raises:
@@ -202,11 +199,11 @@ def _compile(python: str, hlo: bytes, topology: Topology) -> dict[str, Any]:
     """Returns the worker's answer. Raises RunError if it dies."""
     name, accelerator = topology.for_compiler()
     variables = {
-        'TPU_SKIP_MDS_QUERY': '1',  # no machine of Google's has to be asked
+        'TPU_SKIP_MDS_QUERY': '1',  # there is no metadata server to query
         'TPU_ACCELERATOR_TYPE': accelerator,
         'TPU_WORKER_HOSTNAMES': 'localhost',
         'JAX_PLATFORMS': 'cpu',
-        'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',  # it takes no TPU, so no lock is needed, nor left behind
+        'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',  # it uses no TPU, so it needs no lock and leaves none
         'TF_CPP_MIN_LOG_LEVEL': '3',
     }
     with tempfile.TemporaryDirectory() as folder:
@@ -226,8 +223,8 @@ def _compile(python: str, hlo: bytes, topology: Topology) -> dict[str, Any]:
             raise RunError(
                 f'the TPU compiler failed ({one_line(said[-1], 400)})',
                 'if its installation is damaged, rm -r '
-                f'{shlex.quote(os.path.dirname(os.path.dirname(python)))}   # and the '
-                'same command makes it again',
+                f'{shlex.quote(os.path.dirname(os.path.dirname(python)))}   # the same '
+                'command then recreates it',
             )
         with open(answer) as file:
             return json.load(file)
@@ -246,7 +243,7 @@ def environment() -> str:
     """
     if sys.version_info < (3, 11) or sys.platform != 'linux' or os.uname().machine != 'x86_64':
         raise RunError(
-            'the TPU compiler is there for Linux on x86-64 and Python 3.11 or later',
+            'the TPU compiler is only available for Linux on x86-64 and Python 3.11 or later',
             'run preflight on such a machine',
         )
     with open(PINS, 'rb') as file:
@@ -273,7 +270,7 @@ def _is_there(python: str, finished: str) -> bool:
 
 def _install(folder: str, python: str) -> None:
     """Creates the compiler's environment. Raises RunError."""
-    console.line(f'installing the TPU compiler into {folder}, once')
+    console.line(f'installing the TPU compiler into {folder} (first use only)')
     commands = (
         [sys.executable, '-m', 'venv', '--clear', folder],
         [

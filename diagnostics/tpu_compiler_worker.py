@@ -45,7 +45,7 @@ def main(path: str, topology: str, num_replicas: int, answer_path: str) -> None:
             executable = devices[0].client.compile(
                 module, xla_client.DeviceList(tuple(devices)), options
             )
-        except Exception as error:  # JaxRuntimeError of the compiler; its words are the answer
+        except Exception as error:  # JaxRuntimeError; the compiler's message is the answer
             answer = {'error': str(error)}
         else:
             memory = executable.get_compiled_memory_stats()

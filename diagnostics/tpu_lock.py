@@ -1,4 +1,4 @@
-"""Who else uses the TPU: one process at a time can, and it locks a file to say so."""
+"""Finds out who else uses the TPU, which only one process can: it locks a file."""
 
 import fcntl
 import glob
@@ -37,7 +37,7 @@ def check_lock(lock: str = LOCK, root: str = '/') -> CheckResult:
     if held is None:
         return fail(
             'TPU lock',
-            f'{lock} is left from another user, and may not be opened',
+            f'{lock} was left by another user, and cannot be opened',
             f'sudo rm -f {shlex.quote(lock)}',
         )
     if held:
@@ -48,7 +48,7 @@ def check_lock(lock: str = LOCK, root: str = '/') -> CheckResult:
         )
     return warn(
         'TPU lock',
-        f'{lock} is left from a process that has ended; nobody holds it',
+        f'{lock} was left by a process that has ended; nobody holds it',
         f'rm -f {shlex.quote(lock)}',
     )
 
@@ -61,13 +61,13 @@ def check_jax(modules: Mapping[str, Any] = sys.modules) -> CheckResult:
             'imported in this process: its first operation takes the TPU',
             'restart the notebook, and do not import jax before training',
         )
-    return ok('JAX', 'not loaded beside TensorFlow')
+    return ok('JAX', 'not loaded in this process')
 
 
 def users(lock: str, root: str = '/') -> dict[int, str]:
     """Returns {pid: command line} of processes that have the lock or a TPU's device file open.
 
-    This process is one of them.
+    This process may be one of them.
     """
     found = {}
     for descriptor in glob.glob(os.path.join(root, 'proc/[0-9]*/fd/*')):
@@ -76,11 +76,8 @@ def users(lock: str, root: str = '/') -> dict[int, str]:
         except OSError:  # it has ended, or belongs to somebody else
             continue
         pid = int(descriptor.split('/')[-3])
-        if (
-            target == os.path.realpath(lock)
-            or target.startswith(('/dev/accel', '/dev/vfio/'))
-            and target[-1].isdigit()
-        ):
+        is_device = target.startswith(('/dev/accel', '/dev/vfio/')) and target[-1].isdigit()
+        if is_device or target == os.path.realpath(lock):
             found[pid] = _command(root, pid)
     return dict(sorted(found.items()))
 
@@ -88,8 +85,8 @@ def users(lock: str, root: str = '/') -> dict[int, str]:
 def is_held(lock: str) -> bool | None:
     """Returns whether another process has locked the file; None if it may not be opened.
 
-    TensorFlow locks with lockf, others with flock. Not for a process that has the file open itself:
-    closing it here would give up that lock.
+    TensorFlow locks with lockf, others with flock. Do not call it in a process that has the file
+    open: closing it here would release its lock.
     """
     try:
         with open(lock, 'r+') as file:

@@ -12,11 +12,11 @@ from common import tpu_environment
 from diagnostics.worker_process import WorkerProcess
 
 SECONDS = 180.0  # a slice of several hosts and the first compilation may take most of it
-OLDER = 'StreamExecutor'  # what TensorFlow calls the interface before PJRT
+OLDER = 'StreamExecutor'  # TensorFlow's name for the interface before PJRT
 
 
-class Way(NamedTuple):
-    """A way to start the TPU: a name for the table, and the variables that ask for it."""
+class StartMethod(NamedTuple):
+    """How to start the TPU: a name for the table, and the variables that ask for it."""
 
     name: str
     variables: dict
@@ -30,28 +30,31 @@ class Outcome(NamedTuple):
     reason: str = ''
 
 
-def ways(
+def start_methods(
     version: str,
     environ: Mapping[str, str] = os.environ,
     root: str = '/',
     library: str | None = None,
-) -> list[Way]:
+) -> list[StartMethod]:
     """Returns the ways in which this build can start, first the one that `main.py` takes.
 
     Args: see `tpu_environment.pjrt_variables`.
     """
     if any(variable in environ for variable in tpu_environment.PJRT_VARIABLES):
-        return [Way('the PJRT variables of your environment', {})]
-    older = Way(OLDER, {})
+        return [StartMethod('the PJRT variables of your environment', {})]
+    older = StartMethod(OLDER, {})
     chosen = tpu_environment.pjrt_variables(version, environ, root, library)
     if chosen:
-        # What keeps main.py from setting the three is that one of them is set.
-        return [Way('PJRT', chosen), Way(OLDER, {'NEXT_PLUGGABLE_DEVICE_USE_C_API': 'false'})]
+        # main.py sets the three variables only if none of them is set.
+        return [
+            StartMethod('PJRT', chosen),
+            StartMethod(OLDER, {'NEXT_PLUGGABLE_DEVICE_USE_C_API': 'false'}),
+        ]
     library = library or tpu_environment.libtpu_path(environ)
     if version and version.startswith('2.19.') and library:
         return [
             older,
-            Way(
+            StartMethod(
                 'PJRT',
                 dict(zip(tpu_environment.PJRT_VARIABLES, ('TPU', 'true', library), strict=True)),
             ),
@@ -60,26 +63,26 @@ def ways(
 
 
 def probe(
-    way: Way,
+    method: StartMethod,
     name: str = 'local',
     seconds: float = SECONDS,
     environ: Mapping[str, str] = os.environ,
     lock: str = '/tmp/libtpu_lockfile',
 ) -> Outcome:
-    """Tries one way. A step that hangs is ended with its process after `seconds`."""
-    free = not os.path.exists(lock)
+    """Tries one method. A step that hangs is ended with its process after `seconds`."""
+    had_no_lock = not os.path.exists(lock)
     step, cores = 'start', 0
     with WorkerProcess(
         'diagnostics.tpu_probe',
         'start_tpu',
         seconds,
-        {**environ, 'TF_CPP_MIN_LOG_LEVEL': '2', **way.variables},
+        {**environ, 'TF_CPP_MIN_LOG_LEVEL': '2', **method.variables},
     ) as process:
         process.send(name)
         for message in process:
             step, cores = message.get('begin', step), message.get('cores', cores)
         reason = process.end
-    if reason and free and os.path.exists(lock):
+    if reason and had_no_lock and os.path.exists(lock):
         os.remove(lock)  # a killed process leaves it behind, and the next one would stop at it
     if reason or not cores:
         return Outcome(0, step, reason or 'it ended without a message')
@@ -113,5 +116,5 @@ def start_tpu(send: Callable[[dict], None], receive: Callable[[], Any]) -> None:
         compiled = tf.function(functools.partial(strategy.run, function), autograph=False)
         results = [float(value) for value in strategy.experimental_local_results(compiled())]
         if any(value != right for value in results):
-            raise ArithmeticError(f'the TPU computed {results} where {right} is right')
+            raise ArithmeticError(f'the TPU computed {results} instead of {right}')
     send({'cores': cores})

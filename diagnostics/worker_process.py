@@ -1,4 +1,4 @@
-"""Runs what may hang, or crash the process that does it, in a process of its own."""
+"""Runs code that may hang or crash in a process of its own."""
 
 import importlib
 import json
@@ -19,7 +19,8 @@ from common.commands import ROOT
 BOILERPLATE = (
     r'Graph execution error:|Detected at node|<stack traces|\[\[\{\{node|Original stack trace'
 )
-TELLING = (
+# Lines that name the error.
+ERROR_LINE = (
     r'([\w.]+(Error|Exception|Interrupt)\b|F[0-9]{4} )|.*(Check failed|Fatal|undefined symbol)'
 )
 
@@ -27,8 +28,8 @@ TELLING = (
 class WorkerProcess:
     """A Python process that calls a function of one of our modules; iterate over its messages.
 
-    There, `function(send, receive)` sends dicts to this process with `send`, and waits for what
-    `send` sends from here with `receive`. Its own output is not shown.
+    In that process, `function(send, receive)` sends dicts to this one with `send`, and waits with
+    `receive` for what `WorkerProcess.send` sends. Its output is not shown.
 
     Args:
         module, function: names.
@@ -36,7 +37,7 @@ class WorkerProcess:
         environ: its environment; by default that of this process.
 
     Attributes:
-        end: after the last message why the process ended early, in one line; '' if it did not.
+        end: set after the last message: one line on why the process ended early, or ''.
     """
 
     def __init__(
@@ -119,7 +120,7 @@ class WorkerProcess:
 
 
 def serve(module: str, function: str, descriptor: int) -> None:
-    """Runs the other side of `WorkerProcess`, which reads messages from `descriptor`."""
+    """Runs the other side of `WorkerProcess`, and writes its messages to `descriptor`."""
     messages = os.fdopen(descriptor, 'w')
 
     def send(message: dict[str, Any]) -> None:
@@ -133,16 +134,16 @@ def serve(module: str, function: str, descriptor: int) -> None:
         getattr(importlib.import_module(module), function)(send, receive)
     except Exception as error:
         lines = str(error).splitlines()
-        telling = ' '.join(line for line in lines if not re.match(BOILERPLATE, line.strip()))
-        sys.exit(f'{type(error).__name__}: {" ".join(telling.split())}')
+        error_lines = ' '.join(line for line in lines if not re.match(BOILERPLATE, line.strip()))
+        sys.exit(f'{type(error).__name__}: {" ".join(error_lines.split())}')
 
 
 def last_words(errors: str, limit: int = 300) -> str:
-    """Returns the line of a standard error that says what went wrong; '' for none.
+    """Returns the line of standard error that says what went wrong; '' if it is empty.
 
     It has at most `limit` characters.
     """
     lines = [line.strip() for line in errors.splitlines() if line.strip()]
-    telling = [line for line in lines if re.match(TELLING, line)]
-    last = (telling or lines or [''])[-1]
+    error_lines = [line for line in lines if re.match(ERROR_LINE, line)]
+    last = (error_lines or lines or [''])[-1]
     return ' '.join(last.split())[:limit]

@@ -282,8 +282,8 @@ def make_device_augment(
 
     It takes images uint8 [batch, size, size, 3], labels int64 [batch] and the numbers of
     `draw_numbers`, each float32 [batch, n], and returns images float32 in 0..255 and labels float32
-    [batch, num_classes]. Mixing pairs neighbours (images 0 and 1, 2 and 3, and so on), so a replica's batch
-    size must be even.
+    [batch, num_classes]. Mixing pairs neighbours (images 0 and 1, 2 and 3, and so on), so a
+    replica's batch size must be even.
     """
 
     def change(

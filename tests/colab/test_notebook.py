@@ -284,12 +284,12 @@ def test_a_storage_that_is_no_place_is_refused(storage):
 
 def test_a_storage_is_read_as_it_was_meant(monkeypatch, tmp_path):
     monkeypatch.setenv('HOME', str(tmp_path))
-    assert runtime.place_of('~/kept') == str(tmp_path / 'kept')
+    assert runtime.resolve_storage('~/kept') == str(tmp_path / 'kept')
     assert (
-        runtime.place_of(' /kept ') == '/kept'
-        and runtime.place_of(' gs://bucket/kept') == 'gs://bucket/kept'
+        runtime.resolve_storage(' /kept ') == '/kept'
+        and runtime.resolve_storage(' gs://bucket/kept') == 'gs://bucket/kept'
     )
-    assert runtime.place_of(' ') == ''
+    assert runtime.resolve_storage(' ') == ''
 
 
 def test_changes_with_an_open_quote_are_one_line():

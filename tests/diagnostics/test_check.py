@@ -472,7 +472,7 @@ def tpu(folder, at_import='pass', resolve='pass', initialise='pass', total='valu
 def test_a_tpu_that_fails_or_hangs_is_named_with_the_step(tmp_path, broken, step, reason):
     began = time.monotonic()
     outcome = tpu_probe.probe(
-        tpu_probe.ways('2.20.0', {})[0],
+        tpu_probe.start_methods('2.20.0', {})[0],
         seconds=2,
         environ=tpu(tmp_path, **broken),
         lock=str(tmp_path / 'lock'),
@@ -482,12 +482,12 @@ def test_a_tpu_that_fails_or_hangs_is_named_with_the_step(tmp_path, broken, step
 
 
 def test_a_working_tpu_is_ok_and_a_stale_probe_lock_removed(tmp_path):
-    way, lock = tpu_probe.Way('any', {}), tmp_path / 'lock'
+    method, lock = tpu_probe.StartMethod('any', {}), tmp_path / 'lock'
     assert tpu_probe.probe(
-        way, seconds=20, environ=tpu(tmp_path / 'well'), lock=str(lock)
+        method, seconds=20, environ=tpu(tmp_path / 'well'), lock=str(lock)
     ) == tpu_probe.Outcome(4)
     hangs = tpu(tmp_path / 'hangs', at_import=f'open({str(lock)!r}, "w"); time.sleep(60)')
-    assert 'did not end' in tpu_probe.probe(way, seconds=1, environ=hangs, lock=str(lock)).reason
+    assert 'did not end' in tpu_probe.probe(method, seconds=1, environ=hangs, lock=str(lock)).reason
     assert not lock.exists()
 
 

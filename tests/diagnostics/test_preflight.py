@@ -106,7 +106,7 @@ def test_a_config_is_compiled_once_with_its_all_reduces(tiny, text, sums, capsys
     said = capsys.readouterr().out
     assert (
         'compiles' in said
-        and 'binds' in said
+        and 'bottleneck' in said
         and 'chip-hours' in said
         and re.search(r' (conv|block2_\w+|predictions) ', said)
     )
