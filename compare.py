@@ -1,4 +1,4 @@
-"""Compares several runs.
+"""Prints a table of several runs and draws their curves in one plot.
 
 python compare.py RUN [RUN ...] [--output=comparison.png]
 """
@@ -19,7 +19,7 @@ from configs import default
 from outputs.metrics_logger import read_metrics
 from outputs.train_progress import changes_evaluation
 
-COLUMNS = {  # title: (what it is of, key, format)
+COLUMNS = {  # title: (source: config, last, best or median; key; format)
     'model': ('config', 'model.name', '{}'),
     'schedule': ('config', 'schedule.name', '{}'),
     'peak_lr': ('config', 'schedule.peak_lr', '{:g}'),
@@ -37,14 +37,14 @@ def main(arguments: Sequence[str] | None) -> int:
     """Prints the table and draws the curves; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('runs', nargs='+', metavar='RUN', help='folder of a run, finished or not')
-    parser.add_argument('--output', default='comparison.png', help='where the curves are drawn')
+    parser.add_argument('--output', default='comparison.png', help='PNG file for the curves')
     options = parser.parse_args(arguments)
     try:
         runs = {
             name: read_run(path)
             for name, path in zip(_short_names(options.runs), options.runs, strict=True)
         }
-        console.line('\n'.join([table(runs), *differences(runs)]))
+        console.line('\n'.join([table(runs), *comparability_warnings(runs)]))
         from outputs.plots import plot_curves
 
         plot_curves(options.output, {name: run.rows for name, run in runs.items()})
@@ -54,21 +54,21 @@ def main(arguments: Sequence[str] | None) -> int:
     except UserError as error:
         console.error(error.problem, error.fix)
         return error.exit_status
-    except (OSError, ValueError) as error:  # of drawing
+    except (OSError, ValueError) as error:  # raised while drawing
         console.error(f'--output={options.output}: {one_line(error)}')
         return 2
     return 0
 
 
 class Run(NamedTuple):
-    """What is read of a run.
+    """The parts of a run that are compared.
 
     Attributes:
-        config: {key: value}; a key that is newer than the run has its default.
-        rows: of metrics.jsonl.
-        evaluation_from: the first step whose evaluation can be compared with the last one: before
-            it, the run was evaluated under another config.
-        summary: the content of summary.json; {} of a run that is not finished.
+        config: {key: value}; keys that did not exist when the run was made have their defaults.
+        rows: the rows of metrics.jsonl.
+        evaluation_from: the first step whose evaluation is comparable with the last one; before it,
+            the run was evaluated under another config.
+        summary: the content of summary.json; {} if the run is not finished.
     """
 
     config: dict
@@ -77,13 +77,13 @@ class Run(NamedTuple):
     summary: dict = {}
 
     def values(self, key: str) -> list[float]:
-        """Returns all values of a metric; of an evaluation those that can be compared."""
+        """Returns all values of a metric; for evaluation metrics, only the comparable ones."""
         first = self.evaluation_from if key.startswith('eval/') else 0
         return [row[key] for row in self.rows if key in row and row['step'] >= first]
 
 
 def read_run(path: str) -> Run:
-    """Reads a run. Raises RunError if `path` is none."""
+    """Reads a run. Raises RunError if `path` is not a run."""
     config = os.path.join(path, 'config.json')
     if not storage.exists(config):
         raise RunError(f'{path} is not a run', 'it has no config.json')
@@ -96,13 +96,13 @@ def read_run(path: str) -> Run:
 
 
 def _read(path: str, name: str) -> dict:
-    """Returns what a JSON file of a run holds, {} where it is not there yet."""
+    """Returns the content of a JSON file of a run, or {} if it does not exist yet."""
     path = os.path.join(path, name)
     return read_json(path) if storage.exists(path) and storage.read(path).strip() else {}
 
 
 def table(runs: dict[str, Run]) -> str:
-    """Returns a Markdown table, one run a line."""
+    """Returns a Markdown table with one row per run."""
     lines = [['run', *COLUMNS]]
     for name, run in runs.items():
         lines.append([name] + [_cell(run, *column) for column in COLUMNS.values()])
@@ -112,9 +112,9 @@ def table(runs: dict[str, Run]) -> str:
     return '\n'.join(f'| {" | ".join(row)} |' for row in rows)
 
 
-def differences(runs: dict[str, Run]) -> list[str]:
-    """Returns a line for each reason why numbers in the table cannot be compared."""
-    keys = [key for key in next(iter(runs.values())).config if _says_what_is_evaluated(key, runs)]
+def comparability_warnings(runs: dict[str, Run]) -> list[str]:
+    """Returns one line per reason why numbers in the table are not comparable."""
+    keys = [key for key in next(iter(runs.values())).config if _selects_evaluation_data(key, runs)]
     differing = {
         key: values
         for key in keys
@@ -127,12 +127,12 @@ def differences(runs: dict[str, Run]) -> list[str]:
     for key, values in differing.items():
         pairs = zip(runs, values, strict=True)
         each = ', '.join(f'{value!r} in {name}' for name, value in pairs)
-        lines.append(f'not evaluated alike: {key} is {each}')
+        lines.append(f'not evaluated on the same terms: {key} is {each}')
     for name, run in runs.items():
         if any('eval/loss' in row and row['step'] < run.evaluation_from for row in run.rows):
             lines.append(
-                f'{name} was evaluated otherwise before step {run.evaluation_from:,}: '
-                'the curves show it, the table does not'
+                f'{name} was evaluated under another config before step '
+                f'{run.evaluation_from:,}: the curves include those values, the table does not'
             )
     return lines
 
@@ -141,15 +141,15 @@ def _last(values: Sequence[float]) -> float | None:
     return values[-1] if values else None
 
 
-def _says_what_is_evaluated(key: str, runs: dict[str, Run]) -> bool:
-    """Returns whether the key says which images are evaluated, or which part of them."""
+def _selects_evaluation_data(key: str, runs: dict[str, Run]) -> bool:
+    """Returns whether this key selects the images to evaluate, or which part of each is used."""
     if key == 'eval_crop':
         return True
     if not key.startswith('dataset.') or not changes_evaluation(key):
         return False
     if key == 'dataset.train_split':
         return False
-    # Elsewhere it is where they lie, and nothing is held out.
+    # For other data sets, data_dir is only a location and nothing is held out.
     of_folders = all(run.config.get('dataset.name') == 'folder' for run in runs.values())
     return of_folders or key not in ('dataset.data_dir', 'dataset.eval_share', 'dataset.split_seed')
 
@@ -164,7 +164,7 @@ def _cell(run: Run, source: str, key: str, style: str) -> str:
         if not values:
             return '-'
         return style.format(values[-1]) if math.isfinite(values[-1]) else 'not finite'
-    if source == 'best' and 'best/accuracy' in run.summary:  # as report.md says
+    if source == 'best' and 'best/accuracy' in run.summary:  # the value that report.md gives
         best = run.summary['best/accuracy']
         return '-' if best is None else style.format(best)
     if not numbers:

@@ -1,4 +1,4 @@
-"""Evaluation over every example of the split exactly once, on any number of replicas."""
+"""Evaluates every example of the split exactly once, on any number of replicas."""
 
 import collections
 import math
@@ -11,13 +11,13 @@ from ml_collections import ConfigDict
 from common import console
 from common.errors import RunError
 from common.storage import as_json, write_json
-from experiment.config_diff import FREE_KEYS
+from experiment.config_diff import RESUMABLE_KEYS
 from experiment.resume import require_same_config
 from experiment.session import Session, open_session
 from inputs import pipeline
 from modeling import loops, steps
 
-ANY_DATA = (  # another test set, such as imagenet_v2
+DATA_KEYS = (  # may differ: evaluation may use another test set, such as imagenet_v2
     'dataset.name',
     'dataset.train_split',
     'dataset.eval_split',
@@ -31,20 +31,20 @@ def run(config: ConfigDict, workdir: str, which: str | None = None) -> dict[str,
     """Evaluates a checkpoint of `workdir`; prints the metrics and writes evaluation.json.
 
     Args:
-        which: 'last', which None means too, or 'best'.
+        which: 'last' (the same as None) or 'best'.
     """
     which = which or 'last'
-    require_same_config(config, workdir, (*FREE_KEYS, *ANY_DATA))
+    require_same_config(config, workdir, (*RESUMABLE_KEYS, *DATA_KEYS))
     session = open_session(config, workdir, trains=False)
-    step, _ = session.checkpoints.restore(which, partly=True)
+    step, _ = session.checkpoints.restore(which, allow_extra=True)
     metrics = make_evaluation(session)()
-    assert metrics is not None  # nothing stops it
+    assert metrics is not None  # no should_stop was given
     if session.is_chief:
         found = {'checkpoint': which, 'step': step, **metrics}
         write_json(os.path.join(workdir, 'evaluation.json'), found)
         if not math.isfinite(metrics['eval/loss']):
             has_better = which == 'last' and session.checkpoints.has_best()
-            better = '; --checkpoint=best evaluates the best' if has_better else ''
+            better = '; --checkpoint=best evaluates the best checkpoint' if has_better else ''
             console.note(f'the loss is not finite: the model has diverged{better}')
         console.line(as_json(found))
     return metrics
@@ -53,9 +53,9 @@ def run(config: ConfigDict, workdir: str, which: str | None = None) -> dict[str,
 def make_evaluation(session: Session) -> Callable[..., dict[str, float] | None]:
     """Returns a function that evaluates the current state.
 
-    Before each loop of `config.steps_per_loop` batches it calls its argument `should_stop`, and
-    returns None if that is true; else {'eval/loss', 'eval/accuracy', 'eval/top5', 'eval/examples'}.
-    It raises RunError if the number of examples seen is not the size of the split.
+    That function calls its argument `should_stop` before each loop of `config.steps_per_loop`
+    batches, and returns None once it is true; else {'eval/loss', 'eval/accuracy', 'eval/top5',
+    'eval/examples'}. It raises RunError if it did not see exactly the examples of the split.
     """
     plan = session.plan
     eval_loop = loops.make_eval_loop(

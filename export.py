@@ -1,6 +1,6 @@
 """Exports a SavedModel: images in, classes out, preprocessing inside.
 
-It is verified in a fresh process that has TensorFlow alone.
+The export is verified in a fresh process with TensorFlow alone, without Keras.
 """
 
 import os
@@ -23,21 +23,23 @@ from inputs.image_ops import center_crop_and_resize, decode
 from modeling import labels_file, models, pretrained, steps
 from outputs import report
 
-MAX_CHECKED = 1000  # evaluation examples that the exported model is compared on
-MAX_DECODED = 8  # of them that are also given decoded, one at a time, because their sizes differ
-# Largest difference of a logit, as share of the largest logit: a few roundings of the type that the
-# model computes in.
+MAX_COMPARED = 1000  # evaluation examples that the two models are compared on
+MAX_DECODED = 8  # of these that are also passed decoded, one by one: their sizes differ
+# Largest allowed logit difference, as a fraction of the largest logit: a few rounding errors of the
+# compute dtype.
 TOLERANCE = {'float64': 1e-6, 'float32': 1e-4, 'mixed_bfloat16': 5e-2, 'mixed_float16': 1e-2}
-# Of float32 on a GPU: TensorFlow multiplies with 10 bits there, as many as float16 has.
+# For float32 on a GPU: TensorFlow uses TF32 there, whose 10-bit mantissa is that of float16.
 TOLERANCE_TF32 = 1e-2
-READER = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'outputs', 'read_saved_model.py')
+VERIFIER = os.path.join(
+    os.path.dirname(os.path.abspath(__file__)), 'outputs', 'read_saved_model.py'
+)
 
 
 def run(config: ConfigDict, workdir: str, which: str | None = None) -> dict[str, Any] | None:
     """Exports a checkpoint of `workdir` into `workdir`/export, and verifies it.
 
     Args:
-        which: 'last', 'best', or None for the one that training exports.
+        which: 'last', 'best', or None for the checkpoint that training would export.
     """
     require_same_config(config, workdir)
     session = open_session(config, workdir, trains=False)
@@ -48,7 +50,7 @@ def run(config: ConfigDict, workdir: str, which: str | None = None) -> dict[str,
     console.row('exports', weights)
     exported = {'export/step': step, **write(session, os.path.join(workdir, 'export'))}
     if is_finished(workdir):
-        _correct_summary(workdir, {**exported, **evaluation(progress, step)})
+        _correct_summary(workdir, {**exported, **export_metrics(progress, step)})
         report.note_export(workdir, weights)
     exported = {'export/checkpoint': which, **exported}
     console.line(storage.as_json(exported))
@@ -56,29 +58,29 @@ def run(config: ConfigDict, workdir: str, which: str | None = None) -> dict[str,
 
 
 def exports_best(config: ConfigDict) -> bool:
-    """Returns whether training exports the best checkpoint, and not the last."""
+    """Returns whether training exports the best checkpoint instead of the last."""
     return bool(config.patience)
 
 
 def restore(session: Session, which: str | None = None) -> tuple[int, dict, str]:
     """Restores the weights to export.
 
-    If training exports the best and it is missing, these are the last.
+    If training exports the best but that is missing, restores the last.
 
-    Returns: (after which update they were, the `progress` saved with them, 'last' or 'best').
+    Returns: (their step, the `progress` saved with them, 'last' or 'best').
     """
     if which is None and exports_best(session.config):
         try:
-            return *session.checkpoints.restore('best', partly=True), 'best'
+            return *session.checkpoints.restore('best', allow_extra=True), 'best'
         except (RunError, tf.errors.OpError) as error:
             if session.is_chief:
-                console.note(f'{one_line(error)}; the weights of the last update are exported')
+                console.note(f'{one_line(error)}; exporting the weights of the last update instead')
     which = which or 'last'
-    return *session.checkpoints.restore(which, partly=True), which
+    return *session.checkpoints.restore(which, allow_extra=True), which
 
 
 def describe(config: ConfigDict, step: int, last_step: int | None) -> str:
-    """Returns in words which weights are exported, and how to get others."""
+    """Describes which weights are exported, and how to export others."""
     weights = f'the weights after update {step:,}'
     if step == last_step:
         return f'{weights}, the last'
@@ -86,16 +88,16 @@ def describe(config: ConfigDict, step: int, last_step: int | None) -> str:
     if not exports_best(config):
         return weights
     return (
-        f'{weights}: config.patience is set; --mode=export --checkpoint=last takes those '
+        f'{weights} because config.patience is set; --mode=export --checkpoint=last exports those '
         f'after update {last_step or 0:,}'
     )
 
 
-def evaluation(progress: dict, step: int) -> dict:
-    """Returns what the evaluation after update `step` gave over the whole split.
+def export_metrics(progress: dict, step: int) -> dict:
+    """Returns the metrics of the evaluation after update `step`, over the whole split.
 
     Args:
-        progress: the fields of `outputs.train_progress.Progress`, as they were then.
+        progress: the fields of `outputs.train_progress.Progress` at that step.
 
     Returns: {'export/eval_accuracy', 'export/eval_loss', 'export/eval_top5'}; None where that
         update was not evaluated.
@@ -107,7 +109,7 @@ def evaluation(progress: dict, step: int) -> dict:
 
 
 def _correct_summary(workdir: str, exported: dict) -> None:
-    """Replaces what summary.json says of the export."""
+    """Updates the export's entries in summary.json."""
     path = os.path.join(workdir, SUMMARY)
     storage.write_json(path, {**storage.read_json(path), **exported})
 
@@ -115,35 +117,41 @@ def _correct_summary(workdir: str, exported: dict) -> None:
 def write(session: Session, directory: str) -> dict[str, Any]:
     """Writes the SavedModel and verifies it against the model on evaluation examples.
 
-    Its signatures take images of any size, which are cropped and resized as in evaluation:
-    `classify` (and serving_default) uint8 [batch, height, width, 3]; `classify_float` float32 in
-    0..255, the same shape; `classify_encoded` JPEG or PNG files, string [batch]. Of 16 bits,
-    `config.dataset.white_level` of the run is white. A graph can lay a transparent PNG over white,
-    and does, but it cannot turn an image as its EXIF data say, nor read other formats:
+    Each signature takes images of any size, and crops and resizes them as evaluation does:
+        classify, serving_default: uint8 [batch, height, width, 3].
+        classify_float: float32 in 0..255, of the same shape.
+        classify_encoded: JPEG or PNG files, string [batch].
+    Each returns `logits` and `probabilities`, float32 [batch, classes]; `class_index`, int64
+    [batch]; and `label`, string [batch]. Two more signatures:
+        label_names: returns all labels.
+        logits: the bare model, float32 [batch, image_size, image_size, 3] in 0..255 -> [batch,
+            classes], for use as a teacher.
+
+    In 16-bit images white is `config.dataset.white_level` of the run. A graph can blend a
+    transparent PNG onto white, and does, but it cannot apply EXIF rotation or read other formats:
     `inputs.image_validation.as_decodable` converts any file that training accepts into one that
-    this signature reads as evaluation does. Each returns `logits` and `probabilities`, float32
-    [batch, classes], `class_index`, int64 [batch], and `label`, string [batch]. `label_names`
-    returns all labels, and `logits` is the bare model, float32 [batch, image_size, image_size, 3]
-    in 0..255 -> [batch, classes], which can teach another. For a model of keras.applications,
-    backbone.weights.h5 beside it has all weights but the head's, as that library reads them.
+    `classify_encoded` reads as evaluation does.
+
+    For a model of keras.applications, backbone.weights.h5 in the same folder holds all weights but
+    the head's, in that library's format.
 
     Returns:
-        'export/examples': compared, taken evenly from the split;
-        'export/accuracy' of the exported model on them, 'export/model_accuracy' of the model
-        itself; 'export/max_difference' of a logit; 'export/converted_examples': user's files that
-        went through `as_decodable` first.
+        'export/examples': number compared, evenly spaced through the split; 'export/accuracy' of
+        the exported model on them, 'export/model_accuracy' of the model itself;
+        'export/max_difference' of a logit; 'export/converted_examples': the user's files that
+        `as_decodable` had to convert.
 
-    Raises: RunError if its outputs differ from the model's, or if these or its weights are not
-        finite; what was at `directory` before stays then.
+    Raises: RunError if its outputs differ from the model's, or if the outputs or weights are not
+        finite; `directory` is then left as it was.
     """
     _require_finite(session)
     with storage.atomic_directory(directory) as partial:
-        with storage.explained(partial):
+        with storage.one_line_errors(partial):
             _write_saved_model(session, partial)
         storage.write(
             os.path.join(partial, labels_file.NAME), labels_file.to_text(session.source.class_names)
         )
-        return _compare(session, partial)
+        return _verify(session, partial)
 
 
 def _require_finite(session: Session) -> None:
@@ -152,13 +160,13 @@ def _require_finite(session: Session) -> None:
     for variable, value in zip(variables, steps.evaluated_weights(session.state), strict=True):
         if not np.isfinite(value.numpy()).all():
             raise RunError(
-                f'the weights are not finite, {variable.path} for one', _diverged(session)
+                f'some weights are not finite, such as {variable.path}', _divergence_fix(session)
             )
 
 
-def _diverged(session: Session) -> str:
+def _divergence_fix(session: Session) -> str:
     best = (
-        'export the weights of its best evaluation with --mode=export --checkpoint=best, or '
+        'export its best checkpoint with --mode=export --checkpoint=best, or '
         if session.checkpoints.has_best()
         else ''
     )
@@ -169,7 +177,10 @@ def _diverged(session: Session) -> str:
 
 
 def _write_saved_model(session: Session, directory: str) -> None:
-    """Builds the model again without a strategy, with the evaluated weights, and writes it."""
+    """Rebuilds the model, with the weights that evaluation uses, and writes it.
+
+    No strategy is involved.
+    """
     config = session.config
     size, share, white_level = config.image_size, config.eval_crop, config.dataset.white_level
     names = tf.constant(session.source.class_names)
@@ -225,10 +236,10 @@ def _write_saved_model(session: Session, directory: str) -> None:
     archive.write_out(directory, verbose=False)
 
 
-def _compare(session: Session, directory: str) -> dict[str, Any]:
-    """Runs evaluation examples through the SavedModel in another process, and the model here.
+def _verify(session: Session, directory: str) -> dict[str, Any]:
+    """Compares the SavedModel, run in another process, with the model here on evaluation examples.
 
-    The SavedModel gets the user's own files, as the documentation says to give them to it.
+    The SavedModel gets the user's original files, prepared as the documentation tells users to.
     """
     with tempfile.TemporaryDirectory() as folder:
         served, evaluated, decoded, answers = (
@@ -236,8 +247,8 @@ def _compare(session: Session, directory: str) -> dict[str, Any]:
             for name in ('served.tfrecord', 'evaluated.tfrecord', 'decoded.tfrecord', 'answers.npz')
         )
         labels, num_converted = _write_examples(session, served, evaluated, decoded)
-        # Without accelerators: they are this process's. Without the caller's paths: the model must
-        # need TensorFlow alone.
+        # No accelerators, because this process holds them. No PYTHONPATH, because the model must
+        # need only TensorFlow.
         environment = {
             **os.environ,
             'CUDA_VISIBLE_DEVICES': '-1',
@@ -246,7 +257,7 @@ def _compare(session: Session, directory: str) -> dict[str, Any]:
             'TF_CPP_MIN_LOG_LEVEL': '3',
         }
         reader = subprocess.run(
-            [sys.executable, READER, directory, served, decoded, answers],
+            [sys.executable, VERIFIER, directory, served, decoded, answers],
             env=environment,
             capture_output=True,
             text=True,
@@ -254,7 +265,7 @@ def _compare(session: Session, directory: str) -> dict[str, Any]:
         if reader.returncode:
             last_line = (
                 reader.stderr.splitlines()
-                or [f'status {reader.returncode}, perhaps for want of memory']
+                or [f'exit status {reader.returncode}, perhaps out of memory']
             )[-1]
             raise RunError(
                 f'the exported model cannot be used with TensorFlow alone: {one_line(last_line)}'
@@ -266,7 +277,8 @@ def _compare(session: Session, directory: str) -> dict[str, Any]:
         examples = (
             f'{len(expected) - num_answered:,} of {counted(len(expected), "evaluation example")}'
         )
-        raise RunError(f'the answers of the model to {examples} are not finite', _diverged(session))
+        problem = f"the model's logits are not finite for {examples}"
+        raise RunError(problem, _divergence_fix(session))
 
     tolerance = (
         TOLERANCE_TF32
@@ -277,11 +289,10 @@ def _compare(session: Session, directory: str) -> dict[str, Any]:
     largest = 0.0
     for name, logits in exported.items():
         difference = float(np.abs(logits - expected[: len(logits)]).max())
-        if not difference <= allowed:  # also when it is not a number
+        if not difference <= allowed:  # also true for NaN
             raise RunError(
-                f'the exported model disagrees with the model: {name} differs by '
-                f'{difference:.3g} in a logit '
-                f'(allowed {allowed:.3g}); it was left in {directory}'
+                f'the exported model disagrees with the trained model: a logit of {name} differs '
+                f'by {difference:.3g} (allowed {allowed:.3g}); the export was left in {directory}'
             )
         largest = max(largest, difference)
     return {
@@ -299,10 +310,11 @@ def _write_examples(
     """Writes TFRecord files of evaluation examples.
 
     Args:
-        served: path of what the exported model gets; of a folder these are the user's own files.
-        evaluated: path of what evaluation reads of the same examples.
-        decoded: path of the first of them as PNG files without alpha, whose pixels are what
-            evaluation sees.
+        served: file to write: what the exported model gets; for a folder data set, the user's
+            original files.
+        evaluated: file to write: the same examples as evaluation reads them.
+        decoded: file to write: the first MAX_DECODED of them as PNG without alpha, with the pixels
+            that evaluation sees.
 
     Returns: labels, int64 [examples]; and how many of the user's files `as_decodable` had to
         convert.
@@ -311,18 +323,18 @@ def _write_examples(
     num_converted = 0
     white_level = session.config.dataset.white_level
     with (
-        tf.io.TFRecordWriter(served) as questions,
+        tf.io.TFRecordWriter(served) as requests,
         tf.io.TFRecordWriter(evaluated) as records,
         tf.io.TFRecordWriter(decoded) as pngs,
     ):
         for encoded, original, label in session.source.sample(
-            session.source.eval_split, MAX_CHECKED
+            session.source.eval_split, MAX_COMPARED
         ):
-            question = encoded
-            if original is not None and original != encoded:  # evaluation reads a copy
-                question = image_validation.as_decodable(original)
+            request = encoded
+            if original is not None and original != encoded:  # evaluation reads a converted copy
+                request = image_validation.as_decodable(original)
                 num_converted += 1
-            questions.write(question)
+            requests.write(request)
             records.write(encoded)
             if len(labels) < MAX_DECODED:
                 pngs.write(tf.io.encode_png(decode(encoded, white_level)).numpy())
@@ -331,7 +343,7 @@ def _write_examples(
 
 
 def _expected_logits(session: Session, evaluated: str) -> np.ndarray:
-    """Computes the logits of evaluation for a TFRecord file of images, float32 [files, classes]."""
+    """Returns the trained model's logits, float32 [files, classes], for a TFRecord of images."""
     config, predict = session.config, steps.make_predict(session.state)
 
     def decode_file(file: tf.Tensor) -> tf.Tensor:

@@ -2,8 +2,9 @@
 
     python main.py --config=configs/digits.py
 
-The exit status is 0 if all is done, 1 if the run failed, 2 for wrong usage or a wrong config. What
-the user can fix is one line; --verbosity=1 adds the stack trace.
+The exit status is 0 on success or Ctrl-C, 1 if the run failed, 2 for wrong usage or a wrong config,
+143 after SIGTERM. An error that the user can fix is reported in one line; --verbosity=1 adds the
+stack trace.
 """
 
 import glob
@@ -30,16 +31,16 @@ except ImportError as error:
 os.environ['KERAS_BACKEND'] = 'tensorflow'  # before Keras is imported, whatever ~/.keras says
 
 from common import console, tpu_environment  # noqa: E402
-from common.errors import ConfigError, UserError, assertion_in, one_line  # noqa: E402
+from common.errors import ConfigError, UserError, assertion_message, one_line  # noqa: E402
 from experiment.overrides import check_overrides  # noqa: E402
 
-# How TensorFlow names a worker that it has lost, in the two ways that it has.
+# The two ways in which TensorFlow's messages name a lost worker.
 LOST_WORKER = (
     r'(?:remote target|stopped sending heartbeats\):)\s+'
     r'/job:(\w+)/replica:[0-9]+/task:([0-9]+)'
 )
 FLAGS = flags.FLAGS
-# Not locked: further keys of config.schedule and config.optimizer are arguments.
+# Not locked: extra keys of config.schedule and config.optimizer are passed on as arguments.
 # config_schema.check_config finds unknown keys.
 config_flags.DEFINE_config_file(
     'config',
@@ -48,7 +49,7 @@ config_flags.DEFINE_config_file(
     lock_config=False,
     accept_new_attributes=True,
 )
-flags.DEFINE_string('workdir', None, 'Folder of the run; by default runs/NAME for configs/NAME.py.')
+flags.DEFINE_string('workdir', None, 'Folder of the run; runs/NAME for configs/NAME.py by default.')
 flags.DEFINE_enum(
     'mode',
     'train',
@@ -59,33 +60,31 @@ flags.DEFINE_enum(
     'resume',
     'same',
     ['same', 'changed', 'never'],
-    'What training does with a run in the folder: continues it if its config is the same; '
-    'continues '
-    'it with a changed config; or moves it aside and starts a new one.',
+    'What training does with an existing run in the folder. same: continues it if its config is '
+    'the same; changed: continues it even with a changed config; never: moves it aside and starts '
+    'a new one.',
 )
 flags.DEFINE_enum(
     'checkpoint',
     None,
     ['last', 'best'],
-    'Which checkpoint to evaluate or export. By default the last is evaluated, and what training '
-    'exports is exported: the best if config.patience is set, else the last.',
+    'Which checkpoint to evaluate or export. Default for evaluate: the last; for export: the one '
+    'that training exports, which is the best if config.patience is set, else the last.',
 )
 flags.DEFINE_string(
     'topology',
     'v5e:2x2',
-    'The TPU of preflight: its generation and how its chips are wired, or a generation for one '
-    'chip.',
+    'TPU that preflight compiles for: generation and chip layout, such as v5e:2x2, or a generation '
+    'alone for one chip.',
 )
-flags.DEFINE_bool(
-    'largest_batch', False, 'Whether preflight searches for the largest batch that fits.'
-)
+flags.DEFINE_bool('largest_batch', False, 'Let preflight search for the largest batch that fits.')
 flags.DEFINE_integer(
     'step',
     None,
-    'Which update to preview; by default the first, and of a progressive run the first of each '
-    'stage.',
+    'Which update to preview; by default the first skipped update of a run that diverged, else the '
+    'first update of each stage.',
 )
-flags.DEFINE_bool('json', False, 'Whether check prints JSON.')
+flags.DEFINE_bool('json', False, 'Print the results of --mode=check as JSON.')
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -94,11 +93,12 @@ def main(arguments: Sequence[str]) -> int:
     try:
         config = parse(arguments)
         workdir = FLAGS.workdir or os.path.join('runs', config_name())
-        workdir = os.path.expanduser(workdir.removeprefix('file://'))  # one folder has one lock
-        if FLAGS.mode != 'check':  # it must work where TensorFlow cannot be imported
+        # Two spellings of a folder must share one lock.
+        workdir = os.path.expanduser(workdir.removeprefix('file://'))
+        if FLAGS.mode != 'check':  # check must work even where TensorFlow cannot be imported
             prepare(config)
         return MODES[FLAGS.mode](config, workdir) or 0
-    except BrokenPipeError:  # whoever read the output has gone
+    except BrokenPipeError:  # the reader of our output, such as `head`, has exited
         return console.discard_output()
     except KeyboardInterrupt as interrupted:
         return report_interrupt(interrupted)
@@ -107,12 +107,12 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def report_interrupt(interrupted: KeyboardInterrupt) -> int:
-    """Says what a signal has stopped; returns the exit status."""
+    """Reports an interruption by a signal; returns the exit status."""
     status = interrupted.args[0] if interrupted.args else None
     if FLAGS.is_parsed() and FLAGS.mode in ('check', 'preflight'):
         console.warning('stopped: nothing was changed')
         return status or 128 + signal.SIGINT
-    console.warning('stopped; the same command continues at the last checkpoint, if there is one')
+    console.warning('stopped; the same command continues from the last checkpoint, if there is one')
     return status or 0
 
 
@@ -130,7 +130,7 @@ def report_failure(error: Exception) -> int:
 
 def prepare(config: ConfigDict) -> None:
     """Imports TensorFlow with this machine's settings, and checks the config."""
-    tpu_environment.prepare(config)
+    tpu_environment.set_pjrt_variables(config)
     if FLAGS.verbosity < 1:
         console.import_tensorflow_quietly()
     from experiment import config_schema
@@ -187,12 +187,12 @@ MODES: dict[str, Callable[[ConfigDict, str], int | None]] = {
 
 
 def interrupt(signal_number: int, frame: FrameType | None) -> None:
-    """Lets SIGTERM outside of training stop the program as SIGINT does, with its usual status."""
+    """Handles SIGTERM outside training: stops the program as SIGINT does, with status 143."""
     raise KeyboardInterrupt(128 + signal_number)
 
 
 def as_user_error(error: Exception) -> UserError | None:
-    """Returns what the user can do about an error, or None: the program is wrong."""
+    """Converts an error to a UserError, or returns None if it is a bug in the program."""
     if isinstance(error, UserError):
         return error
     if isinstance(error, OSError):
@@ -203,7 +203,7 @@ def as_user_error(error: Exception) -> UserError | None:
 
 
 def _of_tensorflow(error: Exception, errors: Any) -> UserError | None:
-    """Returns what the user can do about one of TensorFlow's `errors`."""
+    """Converts an exception of `errors`, which is tf.errors, to a UserError; else returns None."""
     text = one_line(error, 600)
     short = text[:200]
     if isinstance(error, errors.ResourceExhaustedError):
@@ -211,14 +211,16 @@ def _of_tensorflow(error: Exception, errors: Any) -> UserError | None:
         return UserError(f'out of memory ({short})', fix)
     lost = re.search(LOST_WORKER, str(error))
     if isinstance(error, errors.UnavailableError) and lost:
-        fix = 'start all workers again, and they continue at the last checkpoint'
-        return UserError(f'{lost[1]} {lost[2]} does not respond any more', fix)
+        fix = 'restart all workers; they continue at the last checkpoint'
+        return UserError(f'{lost[1]} {lost[2]} no longer responds', fix)
     if isinstance(error, (errors.DataLossError, errors.OutOfRangeError)):
         fix = 'delete the folder that --mode=check names for it, and prepare it again'
         return UserError(f'a file of the data set is damaged or truncated ({short})', fix)
     if not isinstance(error, errors.OpError):
         return None
-    if assertion := assertion_in(error):  # of this program's own graphs: it says what is wrong
+    if assertion := assertion_message(
+        error
+    ):  # raised by our own graphs, with a message for the user
         return UserError(assertion)
     hint = ' (an image that cannot be decoded?)' if 'ecode' in text else ''
     name = type(error).__name__
@@ -233,19 +235,17 @@ def parse(arguments: Sequence[str]) -> ConfigDict:
     logging.set_verbosity(logging.ERROR)  # unless --verbosity says otherwise
     path = config_path(arguments)
     if path is None:
-        raise ConfigError('say what to train', f'--config=NAME, one of {known_configs()}')
+        raise ConfigError('--config is missing', f'write --config=FILE, one of {known_configs()}')
     if not os.path.isfile(path):
-        raise ConfigError(
-            f'--config={path}: there is no such file', f'configs are {known_configs()}'
-        )
+        raise ConfigError(f'--config={path} does not exist', f'write one of {known_configs()}')
     check_overrides(arguments)
     try:
         rest = FLAGS(arguments)[1:]
         config = FLAGS.config
-        is_config = hasattr(config, 'to_json')  # a file that cannot be read fails only here
+        is_config = hasattr(config, 'to_json')  # a broken config file raises only when accessed
     except flags.Error as error:
         raise ConfigError(explain(error, path)) from error
-    except Exception as error:  # of the user's own config file
+    except Exception as error:  # raised by the user's config file
         raise ConfigError(explain(error, path)) from error
     if rest:
         fix = '--config=configs/NAME.py and --config.KEY=VALUE'
@@ -261,7 +261,7 @@ def parse(arguments: Sequence[str]) -> ConfigDict:
 
 
 def config_path(arguments: Sequence[str]) -> str | None:
-    """Returns the value of --config, the last one, or None."""
+    """Returns the value of the last --config, or None."""
     path = None
     for argument, following in zip(arguments, [*arguments[1:], None], strict=True):
         name, equals, value = argument.partition('=')
@@ -271,7 +271,7 @@ def config_path(arguments: Sequence[str]) -> str | None:
 
 
 def explain(error: BaseException, path: str) -> str:
-    """Returns one line on arguments that absl refuses, or on a config file that is broken."""
+    """Describes in one line why absl rejects the arguments or what is wrong in the config file."""
     for cause in causes(error):
         frames = traceback.extract_tb(cause.__traceback__)
         lines = [frame.lineno for frame in frames if is_same(frame.filename, path)]
@@ -284,7 +284,7 @@ def explain(error: BaseException, path: str) -> str:
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:
-    """Yields an exception, and those that it was raised from or during, the first of them first."""
+    """Yields the chain of exceptions that led to `error`, oldest first, `error` last."""
     if error:
         yield from causes(error.__cause__ or error.__context__)
         yield error

@@ -2,9 +2,9 @@
 
     python predict.py RUN [IMAGE ...] [--output=FILE.png]
 
-An IMAGE is a file or a folder of files, of any format that training accepts; it is read as
-evaluation reads it. Without one the first examples of the evaluation split are taken. It computes
-on the CPU: an accelerator may be in use.
+An IMAGE is a file or a folder of files in any format that training accepts, and is read exactly as
+evaluation reads it. Without one, the first examples of the evaluation split are used. It runs on
+the CPU, because the accelerator may be in use.
 """
 
 import argparse
@@ -19,11 +19,11 @@ from common import console, storage, tpu_environment
 from common.console import discard_output, import_tensorflow_quietly, tolerate_any_terminal
 from common.errors import RunError, UserError, one_line
 
-EXAMPLES = 3  # of the evaluation split
-CLASSES = 5  # the most likely of them are shown
+EXAMPLES = 3  # taken from the evaluation split if no images are given
+CLASSES = 5  # most likely classes to show
 MAX_DRAWN = 40  # images in one drawing
-TITLE_LENGTH = 40  # letters above a drawn image
-DRAWN_SIZE = 500  # pixels of the longer side of a drawn image, about
+TITLE_LENGTH = 40  # characters above a drawn image
+DRAWN_SIZE = 500  # approximate longer side of a drawn image, in pixels
 
 
 class Image(NamedTuple):
@@ -31,15 +31,15 @@ class Image(NamedTuple):
 
     Attributes:
         title: its name.
-        read: returns it as a JPEG or PNG file, and what may be damaged, or ''.
+        read: returns its bytes as JPEG or PNG, and a warning about possible damage, or ''.
     """
 
     title: str
     read: Callable[[], tuple[bytes, str]]
 
 
-class Answer(NamedTuple):
-    """A prediction: (label, probability) of the most likely classes, the likeliest first."""
+class Prediction(NamedTuple):
+    """A prediction: (label, probability) pairs, most likely first."""
 
     title: str
     classes: list[tuple[str, float]]
@@ -50,12 +50,14 @@ def main(arguments: Sequence[str] | None) -> int:
     """Prints the most likely classes of each image and draws them; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        'run', metavar='RUN', help='folder of a run with its export, or gs://BUCKET/FOLDER'
+        'run',
+        metavar='RUN',
+        help='folder of a run that has been exported; may be gs://BUCKET/FOLDER',
     )
     parser.add_argument('images', nargs='*', metavar='IMAGE', help='files, or folders of files')
     parser.add_argument(
         '--output',
-        help='where the images and their classes are drawn; RUN/plots/predictions.png by default',
+        help='PNG file for the drawing; RUN/plots/predictions.png by default',
     )
     options = parser.parse_args(arguments)
     if options.output and not options.output.endswith('.png'):
@@ -70,11 +72,11 @@ def main(arguments: Sequence[str] | None) -> int:
         )
         model, labels = load(run)
         images = (
-            list(files_to_try(options.images))
+            list(images_from_files(options.images))
             if options.images
             else evaluation_examples(run, labels)
         )
-        drawn, num_failed = answer_all(model, labels, images, white_level_of(run))
+        drawn, num_failed = predict_all(model, labels, images, find_white_level(run))
         if drawn:
             draw(
                 options.output or os.path.join(run, 'plots', 'predictions.png'),
@@ -94,13 +96,13 @@ def main(arguments: Sequence[str] | None) -> int:
 def load(run: str) -> tuple[Any, list[str]]:
     """Returns the SavedModel of a run, and its labels.
 
-    Raises: RunError if there is none, it is damaged, or it can do more than compute.
+    Raises: RunError if it is missing or damaged, or contains operations that do more than compute.
     """
     directory = os.path.join(run, 'export')
     if not storage.exists(os.path.join(directory, 'saved_model.pb')):
         raise RunError(
             f'{run} has no export',
-            f'train it to its end, or python main.py --config=... --workdir={run} --mode=export',
+            f'finish training, or run python main.py --config=... --workdir={run} --mode=export',
         )
     from modeling import labels_file, saved_model_safety
 
@@ -110,28 +112,28 @@ def load(run: str) -> tuple[Any, list[str]]:
         )
     except RunError:
         raise
-    except Exception as error:  # of many kinds, by where it is damaged
+    except Exception as error:  # the type depends on where it is damaged
         raise RunError(
             f'{directory} is damaged ({type(error).__name__}: {one_line(error, 200)})',
             'export it again',
         ) from error
 
 
-def white_level_of(run: str) -> int:
+def find_white_level(run: str) -> int:
     """Returns `config.dataset.white_level` of a run, for drawings.
 
-    The default, if an export was copied without its config.
+    Falls back to the default if an export was copied without its config.
     """
     from inputs import image_ops
 
     has_config = storage.exists(os.path.join(run, 'config.json'))
-    return dataset_of(run)['white_level'] if has_config else image_ops.WHITE_LEVEL
+    return dataset_config(run)['white_level'] if has_config else image_ops.WHITE_LEVEL
 
 
-def dataset_of(run: str) -> dict:
-    """Returns `config.dataset` of a run, with defaults where a run of before lacks a key.
+def dataset_config(run: str) -> dict:
+    """Returns `config.dataset` of a run, with defaults for keys that an older run lacks.
 
-    Raises: RunError: there is no config, or none that a run has written.
+    Raises: RunError if config.json is missing or was not written by a run.
     """
     from configs import default
 
@@ -149,12 +151,12 @@ def dataset_of(run: str) -> dict:
     return defaults | dataset
 
 
-def files_to_try(paths: list[str]) -> Iterator[Image]:
-    """Yields the files, and those below the folders that are called like images."""
+def images_from_files(paths: list[str]) -> Iterator[Image]:
+    """Yields the given files, and those in the given folders that have an image extension."""
     from inputs import image_folder, image_validation
 
     def refuse_empty() -> NoReturn:
-        raise RunError('a folder without a file that is called like an image, such as x.jpg')
+        raise RunError('the folder contains no file with an image extension, such as .jpg')
 
     def read(path: str) -> tuple[bytes, str]:
         found = image_validation.decodable(image_validation.read(path))
@@ -177,45 +179,46 @@ def files_to_try(paths: list[str]) -> Iterator[Image]:
 def evaluation_examples(run: str, labels: Sequence[str]) -> list[Image]:
     """Returns the first examples of the run's evaluation split, as `Image`.
 
-    Raises: RunError if TFDS would have to run code for them that is not its own: a run can be
-    somebody else's.
+    Raises: RunError if TFDS would have to download and run third-party code for them, because the
+        run may come from someone else.
     """
     from ml_collections import ConfigDict
 
     from inputs import datasets
 
-    dataset = ConfigDict(dataset_of(run))
+    dataset = ConfigDict(dataset_config(run))
     has_namespace = re.match(r'[\w-]+:[a-zA-Z]', dataset.name)  # a version begins with a digit
     if has_namespace:
         raise RunError(
-            f'{run} was evaluated on {dataset.name}, for which TFDS downloads code and runs it',
-            'give the images to try',
+            f'{run} was evaluated on {dataset.name}, for which TFDS downloads and runs third-party '
+            'code',
+            'name image files to try instead',
         )
     source = datasets.load(dataset, needs_training=False)
     examples = source.examples(source.eval_split).take(EXAMPLES).as_numpy_iterator()
     return [
         Image(
-            f'evaluation example {number}, which is {console.printable(labels[label])}',
-            functools.partial(_as_it_is, encoded),
+            f'evaluation example {number} (true label {console.printable(labels[label])})',
+            functools.partial(_unchanged, encoded),
         )
         for number, (encoded, label) in enumerate(examples)
     ]
 
 
-def _as_it_is(encoded: bytes) -> tuple[bytes, str]:
+def _unchanged(encoded: bytes) -> tuple[bytes, str]:
     return encoded, ''
 
 
-def answer_all(
+def predict_all(
     model: Any, labels: list[str], images: list[Image], white_level: int
-) -> tuple[list[Answer], int]:
-    """Prints the answer for each image, and a line for each that cannot be read.
+) -> tuple[list[Prediction], int]:
+    """Prints a prediction for each image, or why it cannot be read.
 
-    Returns: the first answers, as many as are drawn; the number of images that cannot be read.
+    Returns: the predictions to draw (the first ones); the number of images that cannot be read.
     """
     from inputs import image_validation
 
-    drawn: list[Answer] = []
+    drawn: list[Prediction] = []
     num_failed = 0
     for image in images:
         try:
@@ -223,11 +226,11 @@ def answer_all(
             answer = classify(model, labels, image.title, encoded, white_level)
         except (UserError, image_validation.Broken, OSError) as error:
             num_failed += 1
-            console.error(f'{image.title}: {reason(error)}')
+            console.error(f'{image.title}: {why_unreadable(error)}')
             continue
         if doubt:
-            advice = 'look at it, and copy it again if a part is grey'
-            console.warning(f'note: {image.title} may be damaged ({doubt}): {advice}')
+            advice = 'check it, and copy it again from the original if part of it is grey'
+            console.warning(f'warning: {image.title} may be damaged ({doubt}): {advice}')
         likely = ', '.join(
             f'{console.printable(label)} {probability:.1%}' for label, probability in answer.classes
         )
@@ -237,20 +240,20 @@ def answer_all(
     return drawn, num_failed
 
 
-def reason(error: Exception) -> str:
-    """Returns why an image cannot be read, without its name."""
+def why_unreadable(error: Exception) -> str:
+    """Returns why an image cannot be read, without the file name."""
     return one_line(getattr(error, 'strerror', None) or error)
 
 
 def classify(
     model: Any, labels: list[str], title: str, encoded: bytes, white_level: int = 2**16 - 1
-) -> Answer:
+) -> Prediction:
     """Asks the model about a JPEG or PNG file.
 
     Args:
-        white_level: of files of 16 bits in the drawing; the model knows it.
+        white_level: white in 16-bit files, used for the drawing only; the model has its own.
 
-    Raises: RunError: it cannot be decoded.
+    Raises: RunError if it cannot be decoded.
     """
     import tensorflow as tf
 
@@ -260,30 +263,30 @@ def classify(
         answer = model.signatures['classify_encoded'](encoded=tf.constant([encoded]))
         pixels = image_ops.decode(encoded, white_level).numpy()
     except tf.errors.OpError as error:
-        raise RunError('no image that the model can decode') from error
+        raise RunError('the model cannot decode this file') from error
     probabilities = answer['probabilities'][0].numpy()  # [classes]
     likely = [
         (labels[index], float(probabilities[index]))
         for index in (-probabilities).argsort()[:CLASSES]
     ]
     stride = max(1, max(pixels.shape) // DRAWN_SIZE)
-    return Answer(title, likely, pixels[::stride, ::stride])
+    return Prediction(title, likely, pixels[::stride, ::stride])
 
 
-def draw(path: str, answers: list[Answer], num_answers: int) -> None:
-    """Draws images with their most likely classes, and says where."""
+def draw(path: str, answers: list[Prediction], num_answers: int) -> None:
+    """Draws images with their most likely classes, and prints the path of the drawing."""
     from outputs import plots
 
-    titles = [end_of(plots.drawable(answer.title)) for answer in answers]
-    plots.plot_answers(
+    titles = [shorten_left(plots.drawable(answer.title)) for answer in answers]
+    plots.plot_predictions(
         path, [answer.pixels for answer in answers], titles, [answer.classes for answer in answers]
     )
-    part = f'the first {len(answers)} of {num_answers:,} are ' if len(answers) < num_answers else ''
-    console.line(f'{part}drawn in {path}')
+    drawn = f'the first {len(answers)} of {num_answers:,}' if len(answers) < num_answers else 'them'
+    console.line(f'drew {drawn} in {path}')
 
 
-def end_of(title: str) -> str:
-    """Returns the end of a long title: of a path it says most."""
+def shorten_left(title: str) -> str:
+    """Shortens a title from the left: the end of a path says most."""
     return title if len(title) <= TITLE_LENGTH else '...' + title[3 - TITLE_LENGTH :]
 
 

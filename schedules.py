@@ -6,12 +6,11 @@ Let `W = warmup_steps`, `H = hold`, `T = total_steps`, and `t` the 0-based index
     W <= t <= W + H    target_lr
     W + H < t < T      the curve; the cosine is
                        end_lr + (target_lr - end_lr) * (1 + cos(pi * (t - W - H) / (T - W - H))) / 2
-    t >= T             end_lr; but target_lr if nothing decays, at t = T = W + H and always on the
-                       constant curve
+    t >= T  end_lr, except target_lr on the constant curve, and at t = T if T = W + H (no decay)
 
-`CURVES` names the curves, and the functions in it document their formulas and arguments. Every
-formula is written once, over `xp`, which is `numpy` (float64) or `keras.ops` (float32 whatever
-`keras.config.floatx()` says, also inside a compiled step). It comes in three forms:
+`CURVES` maps names to curve functions, whose docstrings give their formulas and arguments. Each
+formula is written once, in terms of `xp`: `numpy` (float64) or `keras.ops` (float32 regardless of
+`keras.config.floatx()`, also inside a compiled step). The schedules come in three forms:
 `learning_rate`, a function; `WarmupDecay`, for an optimizer; and `WarmupCosineDecayCallback`, for
 `model.fit`.
 """
@@ -43,23 +42,23 @@ def learning_rate(
     """Returns the learning rate of update `step`.
 
     Args:
-        step: 0-based index of the update: a whole number, or an array or list of them of any shape;
-            or an integer tensor or variable of any shape, also inside a `tf.function` with
-            `jit_compile=True`.
+        step: 0-based index of the update: a whole number, an array or list of whole numbers, or an
+            integer tensor or variable (of any shape, also inside a `tf.function` with
+            `jit_compile=True`).
         curve: what follows warmup and hold, a name in `CURVES`; `curve_arguments` are that curve's
             own arguments.
-        warmup_steps, hold, total_steps: in updates; `total_steps` includes warmup and hold. These
-            and all other numbers may also be a scalar array, tensor or variable, such as
-            `ds.cardinality()`. Its value is read once.
+        warmup_steps, hold, total_steps: in updates; `total_steps` includes warmup and hold. All
+            numbers may also be scalar arrays, tensors or variables, such as `ds.cardinality()`,
+            whose value is read once.
         start_lr, target_lr, end_lr: the rate of update 0, the peak, and the rate past the last
             update.
 
-    Returns: a float for a number, a float64 array for an array, a float32 tensor for a tensor; the
-        shape is step's.
+    Returns: a float for a number, a float64 array for an array, a float32 tensor for a tensor; with
+        the shape of `step`.
 
     Raises:
-        ValueError: an argument or a step is impossible. The values of a tensor cannot be checked:
-            there a negative step counts as 0, and a fraction is cut off.
+        ValueError: an argument or step is out of range. Values of a tensor cannot be checked: a
+            negative step counts as 0 and a fraction is truncated.
     """
     arguments = _checked(
         curve, warmup_steps, total_steps, hold, start_lr, target_lr, end_lr, curve_arguments
@@ -81,7 +80,7 @@ def lr_warmup_cosine_decay(
 ) -> Any:
     """Returns the rate of linear warmup, hold and cosine decay.
 
-    It is `learning_rate` with its arguments in the customary order.
+    The same as `learning_rate`, with the arguments in their customary order.
     """
     return learning_rate(
         global_step,
@@ -100,20 +99,20 @@ class WarmupDecay(keras.optimizers.schedules.LearningRateSchedule):
 
     It has the same arguments.
 
-    `gradient_accumulation_steps` is the optimizer's argument of that name. Such an optimizer calls
-    its schedule with the number of batches seen; the schedule divides by it, so that all steps here
-    are updates.
+    Set `gradient_accumulation_steps` to the optimizer's argument of that name. Such an optimizer
+    calls its schedule with the number of batches seen, which is divided by it, so that steps count
+    updates.
 
-    A saved model holds the schedule with all its arguments. Loading the model brings back that very
-    curve, whatever the length of the run that continues it; for another curve, compile the model
-    with a new schedule.
+    A saved model holds the schedule with all its arguments. Loading the model restores exactly that
+    curve, however long the run that continues; for another curve, compile the model with a new
+    schedule.
 
-    The optimizer's count is all that a schedule knows. When weights are restored beside a new
-    optimizer, warmup starts over, and past `total_steps` the rate is `end_lr`. The callback warns
-    of both; a schedule cannot.
+    A schedule knows only the optimizer's step count. If weights are restored with a new optimizer,
+    warmup starts over; past `total_steps` the rate is `end_lr`. The callback warns about both; a
+    schedule cannot.
 
-    The rate is float32, and an optimizer casts it to the dtype of each variable. For float16
-    variables, which `keras.config.set_floatx('float16')` makes, rates below 3e-8 become 0. The
+    The rate is float32, and an optimizer casts it to the dtype of each variable. With float16
+    variables, as created under `keras.config.set_floatx('float16')`, rates below 3e-8 become 0. The
     policy 'mixed_float16' keeps variables in float32.
     """
 
@@ -134,7 +133,7 @@ class WarmupDecay(keras.optimizers.schedules.LearningRateSchedule):
         self.arguments = _checked(
             curve, warmup_steps, total_steps, hold, start_lr, target_lr, end_lr, curve_arguments
         )
-        # Keras optimizers write None where nothing is accumulated.
+        # Keras optimizers use None for no accumulation.
         batches = 1 if gradient_accumulation_steps is None else gradient_accumulation_steps
         self.gradient_accumulation_steps = _whole('gradient_accumulation_steps', batches, low=1)
 
@@ -189,34 +188,35 @@ class WarmupCosineDecay(WarmupDecay):
 class WarmupCosineDecayCallback(keras.callbacks.Callback):
     """Sets the optimizer's rate before each batch of `model.fit`: warmup, hold and cosine decay.
 
-    The arguments are those of `WarmupCosineDecay`. With `total_steps=None` nothing decays: once
-    warmup and hold are over the rate is left alone. The step is the optimizer's count of updates: a
-    run that goes on with a restored optimizer goes on along the curve, and batches whose gradients
-    are accumulated into one update share a step.
+    The arguments are those of `WarmupCosineDecay`. With `total_steps=None` there is no decay: after
+    warmup and hold the callback leaves the rate alone. The step is the optimizer's count of
+    updates, so a run with a restored optimizer continues along the curve, and batches accumulated
+    into one update share a step.
 
     Attributes:
-        lrs: the rates used, one for each time `fit` called before a batch. With
-            `steps_per_execution=n` that is every n batches, and the rate changes only as often.
-        factor: what other callbacks, such as `ReduceLROnPlateau`, made of the planned rate. They
-            change the rate as always, and their change stays, as a factor on the rest of the curve;
-            where the planned rate is 0 no factor can be told, and a change is not kept. It begins
-            at 1.0. It can be read at any time, and includes every change made until then. Neither a
-            saved model nor `keras.callbacks.BackupAndRestore` contains it. To go on in a new
-            process, carry it over: save it at the end of each epoch, after the callbacks that
-            change the rate, and set it before `fit`.
+        lrs: the rates used, one per call before a batch. With `steps_per_execution=n` that is every
+            n batches, and the rate changes only then.
+        factor: how other callbacks, such as `ReduceLROnPlateau`, have scaled the planned rate; 1.0
+            at first. Their changes to the rate persist as a factor on the rest of the curve, except
+            where the planned rate is 0, because no factor can be inferred there. It can be read at
+            any time and reflects all changes so far. Neither a saved model nor
+            `keras.callbacks.BackupAndRestore` stores it: to continue in a new process, save it at
+            the end of each epoch, after the callbacks that change the rate, and set it before
+            `fit`.
 
-    A `fit` whose first batch finds the optimizer without any update begins a new run, with empty
-    `lrs` and a factor of 1.0. By then every callback has restored what it restores, in whatever
-    order they are given.
+    If the optimizer has made no update by the first batch of a `fit`, a new run begins, with empty
+    `lrs` and a factor of 1.0. By then every callback has restored its state, whatever the order of
+    the callbacks.
 
     Raises ValueError as `learning_rate` does, and when training begins with an optimizer whose
     learning rate is a schedule.
 
-    Warns once in a `fit`, and says what to do, when
-        - it begins in a later epoch and the optimizer has made no update: the schedule starts over;
-        - it begins past `total_steps`, or gets there and `end_lr` is 0;
-        - the optimizer comes with another rate than the planned one, as when `factor` was not
-          carried over: the planned rate replaces it;
+    Warns once per `fit`, with advice, when
+        - `fit` begins in a later epoch but the optimizer has made no update: the schedule starts
+          over;
+        - `fit` begins past `total_steps`, or reaches it and `end_lr` is 0;
+        - the optimizer's rate differs from the planned one, as when `factor` was not carried over:
+          the planned rate replaces it;
         - the optimizer's rate is a float16 variable, which cannot hold the planned rate.
     """
 
@@ -244,7 +244,7 @@ class WarmupCosineDecayCallback(keras.callbacks.Callback):
         )
         self.lrs: list[float] = []
         self._factor = 1.0
-        # What was planned and set last, and of which optimizer.
+        # The last planned rate, the last rate set, and the optimizer it was set on.
         self._planned: float | None = None
         self._set: float | None = None
         self._optimizer: keras.optimizers.Optimizer | None = None
@@ -263,13 +263,13 @@ class WarmupCosineDecayCallback(keras.callbacks.Callback):
         self._factor = factor
 
     def on_train_begin(self, logs: dict | None = None) -> None:
-        # A rate that can be set is a variable; a schedule gives a tensor.
+        # A settable rate is a variable; a schedule yields a tensor.
         if not isinstance(self.model.optimizer.learning_rate, keras.Variable):
             raise ValueError(
                 "the optimizer's learning rate is a schedule, which this callback cannot set: "
                 'compile with a number, as in learning_rate=0.1, or leave the callback out'
             )
-        # What happened to the rate between two runs is no callback's doing.
+        # Changes between two calls of `fit` were not made by callbacks.
         self._planned = self._set = None
         self._first_epoch, self._at_first_batch = None, True
         self._warned = set()
@@ -302,7 +302,7 @@ class WarmupCosineDecayCallback(keras.callbacks.Callback):
         self._planned = None
 
     def _begin(self, optimizer: keras.optimizers.Optimizer, step: int) -> None:
-        """Decides whether a run begins or goes on, before the first batch of a `fit`."""
+        """Decides, before the first batch of a `fit`, whether a run begins or continues."""
         if step > 0 or _has_seen_batches(optimizer):
             self._warn_of_lost_factor(optimizer, step)
             return
@@ -321,11 +321,12 @@ class WarmupCosineDecayCallback(keras.callbacks.Callback):
         )
 
     def _warn_of_lost_factor(self, optimizer: keras.optimizers.Optimizer, step: int) -> None:
-        """Warns where the restored rate shows a factor that was not carried over."""
+        """Warns if the restored rate implies a factor that was not carried over."""
         is_planned = self._decays or step <= self._arguments.decay_begins
         if self._factor != 1.0 or step == 0 or not is_planned:
             return
-        # The rate was set before one of these; before `step` itself if gradients are accumulated.
+        # The rate was last set before one of these steps, or before `step` itself if gradients are
+        # accumulated.
         steps_per_execution = getattr(self.model, 'steps_per_execution', 1)
         steps = np.arange(max(0, step - steps_per_execution), step + 1)
         planned = _rate(np, steps, self._arguments)
@@ -336,8 +337,8 @@ class WarmupCosineDecayCallback(keras.callbacks.Callback):
         self._warn(
             'factor',
             f'before update {step} the optimizer has a learning rate of {rate:.4g}, {factor:.4g} '
-            'times the planned one, and it is not kept: if another callback changed it, set '
-            f'factor = {factor:.4g} on WarmupCosineDecayCallback before fit',
+            'times the planned one, which replaces it: if another callback changed the rate, set '
+            f'WarmupCosineDecayCallback.factor = {factor:.4g} before fit',
         )
 
     def _warn_of_rounding(self, optimizer: keras.optimizers.Optimizer) -> None:
@@ -363,7 +364,7 @@ class WarmupCosineDecayCallback(keras.callbacks.Callback):
             )
 
     def _warn(self, subject: str, message: str) -> None:
-        """Warns of each subject once in a `fit`."""
+        """Warns about each subject once per `fit`."""
         if subject not in self._warned:
             self._warned.add(subject)
             warnings.warn(message, stacklevel=2)
@@ -373,7 +374,8 @@ class WarmupCosineDecayCallback(keras.callbacks.Callback):
             return
         rate = float(_value(self._optimizer.learning_rate))
         if rate != self._set:
-            # Others change the rate that was set, which in float16 is not quite the planned one.
+            # The change is relative to the rate that was set, which in float16 differs from the
+            # planned one.
             if self._set:
                 self._factor *= rate / self._set
             else:
@@ -382,7 +384,7 @@ class WarmupCosineDecayCallback(keras.callbacks.Callback):
 
 
 class _Arguments(NamedTuple):
-    """Checked arguments: steps as int, rates as float, and every argument of the curve."""
+    """Validated arguments: steps as int, rates as float, and all arguments of the curve."""
 
     curve: str
     warmup_steps: int
@@ -409,7 +411,7 @@ def _rate(xp: Any, step: Any, a: _Arguments) -> Any:
     target_lr, end_lr = _float(xp, a.target_lr), _float(xp, a.end_lr)
     decaying = end_lr
     if a.decay_steps > 0:
-        # Clipped, because `where` computes both its sides for every step.
+        # Clipped because `where` evaluates both branches for every step.
         s = xp.clip(step - a.decay_begins, 0, a.decay_steps)
         decaying = CURVES[a.curve](xp, s, a, **a.curve_arguments)
     decaying = xp.where(step < a.total_steps, decaying, end_lr)
@@ -418,26 +420,26 @@ def _rate(xp: Any, step: Any, a: _Arguments) -> Any:
 
 
 def _float(xp: Any, values: Any) -> Any:
-    """Returns floats. `keras.ops` would make two Python floats `keras.config.floatx()`."""
+    """Converts to float64 or float32; `keras.ops` alone would use `keras.config.floatx()`."""
     return xp.array(values, dtype='float64' if xp is np else 'float32')
 
 
 def _ratio(xp: Any, steps: Any, of: int) -> Any:
     """Returns `steps / of` as a float.
 
-    Differences of steps are taken before, between integers, where they lose nothing.
+    Callers subtract steps first, as integers, so that nothing is lost to rounding.
     """
     return _float(xp, steps) / float(max(of, 1))
 
 
 def _between(a: _Arguments, share: Any) -> Any:
-    """Returns the rate of a share between the two: a share of 1 is target_lr, 0 is end_lr."""
+    """Interpolates linearly: fraction 1 gives target_lr, 0 gives end_lr."""
     return a.end_lr + (a.target_lr - a.end_lr) * share
 
 
-# The curves. `s` counts the steps since warmup and hold, up to n = a.decay_steps, from where on the
-# rate is end_lr. between(x) stands for end_lr + (target_lr - end_lr) * x. What is below 1 where
-# steps are meant is a fraction of total_steps.
+# The curves. `s` counts the steps since warmup and hold, up to n = a.decay_steps; after that the
+# rate is end_lr. In the docstrings, between(x) means end_lr + (target_lr - end_lr) * x. An argument
+# in steps that is below 1 is a fraction of total_steps.
 
 
 def _cosine(xp: Any, s: Any, a: _Arguments) -> Any:
@@ -449,7 +451,7 @@ def _cosine(xp: Any, s: Any, a: _Arguments) -> Any:
 
 
 def _constant(xp: Any, s: Any, a: _Arguments) -> Any:
-    """target_lr, also past the last step."""
+    """Returns target_lr, even past the last step."""
     return _float(xp, a.target_lr)
 
 
@@ -459,17 +461,17 @@ def _linear(xp: Any, s: Any, a: _Arguments) -> Any:
 
 
 def _polynomial(xp: Any, s: Any, a: _Arguments, *, power: float = 2.0) -> Any:
-    """between(((n - s) / n) ** power). The default is of LARS, You et al., arXiv:1708.03888."""
+    """between(((n - s) / n) ** power); the default is LARS' (You et al., arXiv:1708.03888)."""
     return _between(
         a, xp.power(_ratio(xp, a.decay_steps - s, a.decay_steps), _number('power', power))
     )
 
 
 def _exponential(xp: Any, s: Any, a: _Arguments, *, decay: float = 0.01) -> Any:
-    """max(end_lr, target_lr * decay ** (s / n)): `decay` is what is left at the end.
+    """max(end_lr, target_lr * decay ** (s / n)).
 
-    It is a share of target_lr. With end_lr = 0 the same as Keras' ExponentialDecay(target_lr,
-    decay_steps=n, decay_rate=decay).
+    `decay` is the fraction of target_lr that is left at the end. With end_lr = 0 this equals Keras'
+    ExponentialDecay(target_lr, decay_steps=n, decay_rate=decay).
     """
     decay = _number('decay', decay, high=1.0)
     return xp.maximum(a.target_lr * xp.power(decay, _ratio(xp, s, a.decay_steps)), a.end_lr)
@@ -483,17 +485,16 @@ def _piecewise(
     boundaries: Any = (1 / 3, 2 / 3, 8 / 9),
     factors: Any = (0.1, 0.01, 0.001),
 ) -> Any:
-    """max(end_lr, target_lr * factors[i]) from step boundaries[i] of the run on.
+    """max(end_lr, target_lr * factors[i]) from step boundaries[i] of the run on, target_lr before.
 
-    Before the first it is target_lr. The defaults are the epochs 30, 60 and 80 of 90 of Goyal et
-    al., arXiv:1706.02677.
+    The defaults match epochs 30, 60 and 80 of the 90 in Goyal et al., arXiv:1706.02677.
     """
     boundaries, factors = np.atleast_1d(boundaries).tolist(), np.atleast_1d(factors).tolist()
     steps = [_steps('boundaries', boundary, a.total_steps) for boundary in boundaries]
     if len(boundaries) != len(factors):
         raise ValueError(
-            f'{len(boundaries)} boundaries and {len(factors)} factors: write one factor for each '
-            'boundary'
+            f'there are {len(boundaries)} boundaries but {len(factors)} factors: write one factor '
+            'per boundary'
         )
     if sorted(steps) != steps or not all(a.decay_begins < step <= a.total_steps for step in steps):
         raise ValueError(
@@ -517,9 +518,9 @@ def _triangular(
 ) -> Any:
     """between(cycle_decay ** k * |1 - x mod 2|), where x = (2 * cycles - 1) * s / n.
 
-    k = floor((x + 1) / 2). Warmup climbs to the first of `cycles` peaks; straight lines go down to
-    end_lr and up to the next, k = 1, 2, ...; the last ends in end_lr. Smith, arXiv:1506.01186,
-    whose "triangular2" halves the peaks: cycle_decay = 0.5.
+    k = floor((x + 1) / 2). Warmup climbs to the first of `cycles` peaks; straight lines fall to
+    end_lr and rise to peak k = 1, 2, ...; the last one falls to end_lr. From Smith,
+    arXiv:1506.01186, whose "triangular2" is cycle_decay = 0.5.
     """
     n = a.decay_steps
     travelled = s * (2 * _whole('cycles', cycles, low=1) - 1)
@@ -540,9 +541,8 @@ def _cosine_restarts(
 ) -> Any:
     """between(cycle_decay ** k * (1 + cos(pi * (s - b[k]) / (b[k + 1] - b[k]))) / 2).
 
-    That is for b[k] <= s < b[k + 1]. Each of the `cycles` is `cycle_mul` times as long as the one
-    before, rounded to whole steps; together they are n steps. Loshchilov and Hutter, SGDR,
-    arXiv:1608.03983.
+    For b[k] <= s < b[k + 1]. Each cycle is `cycle_mul` times as long as the one before, rounded to
+    whole steps; the cycles sum to n steps. Loshchilov and Hutter, SGDR, arXiv:1608.03983.
     """
     cycles, cycle_mul = _whole('cycles', cycles, low=1), _number('cycle_mul', cycle_mul)
     cycle_decay = _number('cycle_decay', cycle_decay, high=1.0)
@@ -551,8 +551,8 @@ def _cosine_restarts(
         b = [0, *np.rint(a.decay_steps * (ends / ends[-1])).astype(np.int64).tolist()]
     if not all(begin < end for begin, end in itertools.pairwise(b)):
         raise ValueError(
-            f'cycles={cycles} with cycle_mul={cycle_mul:g} leaves a cycle without a step, as '
-            f'there are {a.decay_steps} after warmup and hold: write fewer cycles'
+            f'cycles={cycles} with cycle_mul={cycle_mul:g} leaves a cycle without a step in '
+            f'the {a.decay_steps} steps after warmup and hold: write fewer cycles'
         )
     share = 0.0
     for k, (begin, end) in enumerate(itertools.pairwise(b)):
@@ -566,9 +566,8 @@ def _cosine_restarts(
 def _rsqrt(xp: Any, s: Any, a: _Arguments, *, timescale: int | None = None) -> Any:
     """max(end_lr, target_lr * sqrt(timescale / (timescale + s))), `timescale` in steps.
 
-    It defaults to warmup_steps, which without hold makes it target_lr * sqrt(W / t) as in Vaswani
-    et al., arXiv:1706.03762; and without warmup to the 10_000 of T5, Raffel et al.,
-    arXiv:1910.10683.
+    The default is warmup_steps, which without hold gives target_lr * sqrt(W / t) as in Vaswani et
+    al., arXiv:1706.03762; without warmup it is 10_000, as in T5, Raffel et al., arXiv:1910.10683.
     """
     timescale = _whole(
         'timescale', a.warmup_steps or 10_000 if timescale is None else timescale, low=1
@@ -584,11 +583,11 @@ def _trapezoid(
     cooldown: float = 0.2,
     cooldown_power: float = 0.5,
 ) -> Any:
-    """target_lr, and in the last `cooldown` steps between(1 - (c / cooldown) ** cooldown_power).
+    """target_lr, then in the last `cooldown` steps between(1 - (c / cooldown) ** cooldown_power).
 
-    `c` counts these steps. Also called warmup-stable-decay. Power 1 is the linear cooldown of Zhai
-    et al., arXiv:2106.04560; the defaults, 20 % of the run and "1 - sqrt", are those of Hägele et
-    al., arXiv:2405.18392.
+    `c` counts those steps. Also called warmup-stable-decay. Power 1 is the linear cooldown of
+    Zhai et al., arXiv:2106.04560; the defaults, 20 % of the run and "1 - sqrt", are those of Hägele
+    et al., arXiv:2405.18392.
     """
     length = _steps('cooldown', cooldown, a.total_steps, low=0)
     if length > a.decay_steps:
@@ -626,7 +625,7 @@ def _checked(
 ) -> _Arguments:
     """Returns the checked arguments.
 
-    Raises: ValueError of one line that says what is wrong and what to write.
+    Raises: ValueError with a one-line message that says what is wrong and what to write.
     """
     if curve not in CURVES:
         raise _unknown('there is no curve', curve, CURVES)
@@ -636,7 +635,7 @@ def _checked(
             raise _unknown(
                 f'curve {curve!r} has no argument', name, [*defaults, *_Arguments._fields[1:-1]]
             )
-    # As they come back from a saved model: lists, and numbers of Python.
+    # Lists and Python numbers, the form in which a saved model returns them.
     curve_arguments = {**defaults, **dict(curve_arguments)}
     given = {name: _plain(name, value) for name, value in curve_arguments.items()}
     a = _Arguments(
@@ -651,12 +650,12 @@ def _checked(
     )
     if a.decay_steps < 0:
         raise ValueError(
-            f'warmup_steps={a.warmup_steps} and hold={a.hold} are more than '
-            f'total_steps={a.total_steps}: write smaller ones, or a larger total_steps'
+            f'warmup_steps={a.warmup_steps} and hold={a.hold} exceed '
+            f'total_steps={a.total_steps}: lower them or raise total_steps'
         )
     if a.end_lr > a.target_lr:
         raise ValueError(
-            f'end_lr={a.end_lr} is above target_lr={a.target_lr}: write one that is not'
+            f'end_lr={a.end_lr} is above target_lr={a.target_lr}: write at most target_lr'
         )
     if curve == 'constant':
         if a.end_lr not in (0.0, a.target_lr):
@@ -686,28 +685,28 @@ def _is_tensor(value: Any) -> bool:
 
 
 def _value(tensor: Any) -> np.ndarray:
-    """The value of a tensor or variable; `int` and `float` do not take mirrored variables."""
+    """Returns the value of a tensor or variable; `int` and `float` reject mirrored variables."""
     if isinstance(tensor, keras.Variable):
         tensor = tensor.value
     if keras.backend.standardize_dtype(tensor.dtype) == 'bfloat16':
-        # Scalars of this type do not become arrays.
+        # bfloat16 scalars cannot be converted to arrays.
         tensor = keras.ops.cast(tensor, 'float32')
     return keras.ops.convert_to_numpy(tensor)
 
 
 def _has_seen_batches(optimizer: keras.optimizers.Optimizer) -> bool:
-    """Whether gradients were computed, even if they are still accumulated for a first update."""
+    """Returns whether gradients were computed, even if the first update is still accumulating."""
     return any(v.name == 'iteration' and _value(v) > 0 for v in optimizer.variables)
 
 
 def _plain(name: str, value: Any) -> Any:
-    """`value` made of Python's numbers and lists, as it comes back from a saved model."""
+    """Converts `value` to Python numbers and lists, as a saved model would return them."""
     if isinstance(value, (list, tuple, range)):
         return [_plain(name, item) for item in value]
     if not hasattr(value, '__array__'):
         return value
     try:
-        # Tensors of another backend, as tf.data has, are arrays to numpy.
+        # numpy reads tensors of another backend, such as those of tf.data, as arrays.
         array = _value(value) if _is_tensor(value) else np.asarray(value)
     except (RuntimeError, TypeError, ValueError) as error:
         raise ValueError(
@@ -728,7 +727,7 @@ def _whole(name: str, value: Any, low: int = 0) -> int:
 
 
 def _cardinality_hint(name: str, number: float) -> str:
-    """What to add about a negative number of steps, which `cardinality()` may have made."""
+    """Returns advice on a negative number of steps, which may come from `cardinality()`."""
     if name not in ('warmup_steps', 'total_steps', 'hold') or not number < 0:
         return ''
     return (
@@ -752,7 +751,7 @@ def _number(name: str, value: Any, high: float = math.inf) -> float:
 
 
 def _steps(name: str, value: Any, total_steps: int, low: int = 1) -> int:
-    """Returns a whole number of steps: `value`, or where that is below 1 its share of the total."""
+    """Returns a whole number of steps: `value`, or that fraction of the total if it is below 1."""
     if 0.0 < _number(name, value) < 1.0:
         return max(low, round(value * total_steps))
     return _whole(name, value, low)

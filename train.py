@@ -1,4 +1,4 @@
-"""A training run, in the order in which it happens: session, resume, loop, export, report."""
+"""Runs training from start to finish: session, resume, loop, export, report."""
 
 import contextlib
 import dataclasses
@@ -31,28 +31,30 @@ from outputs import plots, report, workdir_lock
 from outputs.metrics_logger import MetricsLogger, read_metrics
 from outputs.train_progress import Progress
 
-# Seconds: half of the 30 that a cloud gives between its notice and the end; the checkpoint takes
-# its time too.
-LONG_LOOP = 15.0
+# Seconds: half of the 30 that a cloud gives between its notice and the shutdown, because writing
+# the checkpoint takes time too.
+LONG_LOOP_SECONDS = 15.0
 
 
-def run(config: ConfigDict, workdir: str, continues: str = 'same') -> int:
+def run(config: ConfigDict, workdir: str, resume_mode: str = 'same') -> int:
     """Trains, evaluates, exports and reports; continues the run in `workdir`.
 
     Args:
-        continues: 'same' continues a run of the same config, 'changed' also one of another config;
-            'never' moves it aside.
+        resume_mode: 'same' continues a run with the same config, 'changed' also one with a
+            different config; 'never' moves the old run aside.
 
-    Returns: the exit status: 0, or 143 after SIGTERM.
+    Returns: the exit status: 0, also after Ctrl-C; 143 after SIGTERM.
     """
     is_chief = runs_as_chief(config)
     with workdir_lock.hold(workdir) if is_chief else contextlib.nullcontext() as held:
         changes: list[ConfigChange] = []
-        if continues != 'never':
-            changes = resume.unknown_config(workdir) or resume.config_changes(config, workdir)
-            if changes and continues == 'same':
-                raise resume.refusal(workdir, config, changes)
-            resume.require_fit(workdir, config, changes)
+        if resume_mode != 'never':
+            changes = resume.missing_config_change(workdir) or resume.config_changes(
+                config, workdir
+            )
+            if changes and resume_mode == 'same':
+                raise resume.changed_config_error(workdir, config, changes)
+            resume.require_compatible(workdir, config, changes)
             if not changes and resume.is_finished(workdir):
                 console.line(f'{workdir} is finished: see {os.path.join(workdir, "report.md")}')
                 return 0
@@ -61,7 +63,7 @@ def run(config: ConfigDict, workdir: str, continues: str = 'same') -> int:
         session = open_session(config, workdir)
         if held:
             return run_chief(session, workdir, changes, held)
-    # One worker writes and speaks for all.
+    # Only the chief writes files and prints.
     with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(io.StringIO()):
         return run_worker(session, scratch, changes)
 
@@ -72,10 +74,10 @@ def run_chief(
     changes: Sequence[ConfigChange],
     held: workdir_lock.Held,
 ) -> int:
-    """Runs the only process, or the one of several workers that writes; returns the exit status."""
+    """Runs the process that writes, the only one or the chief; returns the exit status."""
 
     def before_commit() -> None:
-        """Makes sure that a run can continue with a checkpoint, and that the folder is its own."""
+        """Checks that the folder is still this run's and puts the metrics on the disk."""
         held.check_ownership()
         storage.fsync(os.path.join(workdir, 'metrics.jsonl'))
 
@@ -90,42 +92,43 @@ def run_chief(
         return preemption.exit_status(stop_signal)
 
     if progress.step < session.plan.total_steps:
-        notes.append(describe_end(session, progress))
+        notes.append(describe_early_stop(session, progress))
         console.row('patience', notes[-1])
     last_weights = weights_digest(session)
-    of_exported = load_exported(session, progress)
-    if of_exported['export/step'] != progress.step:
-        weights = export.describe(session.config, of_exported['export/step'], progress.step)
+    exported_metrics = load_weights_to_export(session, progress)
+    if exported_metrics['export/step'] != progress.step:
+        weights = export.describe(session.config, exported_metrics['export/step'], progress.step)
         console.row('exports', weights)
-    exported = {**of_exported, **export.write(session, os.path.join(workdir, 'export'))}
+    exported = {**exported_metrics, **export.write(session, os.path.join(workdir, 'export'))}
     rows = read_metrics(workdir)
     plot(session, workdir, rows)
     summary = summarize(session, progress, rows, exported, resumed_from, last_weights)
     data_notes = (*session.source.notes, *session.data_changes)
     report.write_report(workdir, summary, session.describe(), data_notes, notes)
-    # The last file: it says that all is done.
+    # Written last: its presence marks the run as finished.
     storage.write_json(os.path.join(workdir, resume.SUMMARY), summary)
     console.line(f'{report.headline(summary)}; report in {os.path.join(workdir, "report.md")}')
-    session.wait_for_all()  # the others may go
+    session.wait_for_all()  # releases the other workers
     return 0
 
 
 def run_worker(session: Session, scratch: str, changes: Sequence[ConfigChange]) -> int:
-    """Runs a worker that writes into a folder of its own only; returns the exit status."""
+    """Runs a worker that is not the chief and writes only to `scratch`; returns the exit status."""
     with preemption.watch() as stop:
         progress = resume.restore(session, scratch, changes)
         stop_signal = train_until_stopped(session, scratch, progress, stop)
     if stop_signal is not None:
         return preemption.exit_status(stop_signal)
-    load_exported(session, progress)
-    session.wait_for_all()  # for the report: a worker that leaves takes the connection with it
+    load_weights_to_export(session, progress)
+    # Until the chief has written its report: a worker that exits breaks the connection.
+    session.wait_for_all()
     return 0
 
 
 def train_until_stopped(
     session: Session, workdir: str, progress: Progress, stop: preemption.Stop
 ) -> int | None:
-    """Trains with a log in `workdir`; returns None, or the signal that stopped it."""
+    """Trains and logs metrics to `workdir`; returns the signal that stopped training, or None."""
     logger = MetricsLogger(workdir, progress.step, session.plan.total_steps)
     with service.watch(session.config.dataset.service), contextlib.closing(logger):
         try:
@@ -134,10 +137,11 @@ def train_until_stopped(
             missing = session.source.find_missing_files()
             if not missing:
                 raise
-            fix = 'the same command leaves them out and continues at the last checkpoint'
-            raise RunError(f'images cannot be read any more: {missing}', fix) from error
+            fix = 'the same command skips them and continues from the last checkpoint'
+            raise RunError(f'images can no longer be read: {missing}', fix) from error
         finally:
-            session.checkpoints.wait()  # also after an error: what was saved shall count
+            # Also after an error, so that a checkpoint that is being written is completed.
+            session.checkpoints.wait()
 
 
 def train(
@@ -145,7 +149,7 @@ def train(
 ) -> int | None:
     """Runs updates from `progress.step` to the last; logs, evaluates and saves at their intervals.
 
-    Returns: None, or the signal that stopped it before the end; `progress` says how far it came.
+    Returns: the signal that stopped it early, or None; `progress` says how far it got.
     """
     config, plan, checkpoints = session.config, session.plan, session.checkpoints
     evaluation = evaluate.make_evaluation(session)
@@ -159,14 +163,15 @@ def train(
             metrics = evaluation(lambda: agreed_stop_signal(session, stop) is not None)
             if metrics:
                 logger.write(step, metrics)
-                is_best = progress.evaluated(metrics, config.best_metric)
-        is_last = at_end or progress.out_of_patience(plan.patience)
+                is_best = progress.record_evaluation(metrics, config.best_metric)
+        is_last = at_end or progress.is_out_of_patience(plan.patience)
         finished = is_last and progress.evaluated_at == step
-        # Collectives: every worker must reach these two calls in the same order. Nothing stops a
-        # run that has finished, because what is left to do is short.
+        # The next two calls are collectives, so every worker must make them in the same order. A
+        # finished run ignores signals, because little is left to do.
         stop_signal = None if finished else agreed_stop_signal(session, stop)
         checkpoint_due = is_checkpoint_due(session, step, saved_at)
-        is_healthy = not progress.skipped_in_a_row  # else it would save over something better
+        # A diverging run must not overwrite a good checkpoint.
+        is_healthy = not progress.skipped_in_a_row
         should_save = finished or (is_healthy and (checkpoint_due or is_best or stop_signal))
         if step and should_save:
             session.synchronize()
@@ -181,15 +186,17 @@ def train(
         until = min(stage_end, step + config.steps_per_loop, *next_due)
         began = time.monotonic()
         tensors = train_loop(iterator, tf.constant(until - step))
-        results = {key: float(value) for key, value in tensors.items()}  # waits for the devices
+        # float() waits for the devices.
+        results = {key: float(value) for key, value in tensors.items()}
         seconds = time.monotonic() - began
-        progress.add(until, results, seconds, plan.batch_size, config.augment.repeats)
+        progress.record_loop(until, results, seconds, plan.batch_size, config.augment.repeats)
         logger.advance(until)
-        is_compiled = step > stage_begin  # the first loop of a stage is traced and compiled as well
-        if seconds > LONG_LOOP and is_compiled and not has_warned:
+        # The first loop of a stage is also traced and compiled.
+        is_compiled = step > stage_begin
+        if seconds > LONG_LOOP_SECONDS and is_compiled and not has_warned:
             logger.note(
-                f'a loop takes {seconds:.0f} s, and a machine that is preempted gives about 30: '
-                'lower config.steps_per_loop to stop in time'
+                f'a loop takes {seconds:.0f} s, and a preempted machine has only about 30: lower '
+                'config.steps_per_loop to stop in time'
             )
             has_warned = True
         check_finite(session, progress, os.path.dirname(logger.path))
@@ -200,7 +207,7 @@ def train(
 def begin_stage(
     session: Session, config: ConfigDict, first_step: int, end_step: int
 ) -> tuple[Callable[..., dict[str, tf.Tensor]], Iterator]:
-    """Returns the training loop, not traced yet, and the batches of a stage."""
+    """Returns the (not yet traced) training loop of a stage and an iterator over its batches."""
     plan = session.plan
     models.set_dropout(session.state.model, config.model.dropout)
     train_step = steps.make_train_step(
@@ -222,50 +229,52 @@ def begin_stage(
 def check_finite(session: Session, progress: Progress, workdir: str) -> None:
     """Raises RunError when the last `config.max_skipped_updates` updates were all skipped.
 
-    It leaves skipped.json for `preview`.
+    Before raising, it writes skipped.json for `preview`.
     """
     most = session.config.max_skipped_updates
     if most:
         is_diverging = progress.skipped_in_a_row >= most
         first = progress.step - progress.skipped_in_a_row
-    else:  # nothing is skipped, and the loss is that of the whole window
+    else:  # skipping is off; the loss covers the whole logging window
         is_diverging = not math.isfinite(progress.window['loss'])
         first = progress.window_start
     if not is_diverging:
         return
     session.checkpoints.wait()
     last = progress.step - 1
-    skipped = {'first_update': first, 'last_update': last, 'ahead': session.plan.ahead}
+    skipped = {'first_update': first, 'last_update': last, 'ahead': session.plan.offset}
     storage.write_json(os.path.join(workdir, resume.SKIPPED), skipped)
-    raise diverged(session, first, last, were_skipped=bool(most))
+    raise divergence_error(session, first, last, were_skipped=bool(most))
 
 
-def diverged(session: Session, first: int, last: int, were_skipped: bool) -> RunError:
-    """Returns the error of a run whose updates `first` to `last` were not finite."""
+def divergence_error(session: Session, first: int, last: int, were_skipped: bool) -> RunError:
+    """Returns the error to raise when updates `first` to `last` were not finite."""
     updates = f'update {first:,}' if first == last else f'updates {first:,} to {last:,}'
     if were_skipped:
         updates += ', which was skipped' if first == last else ', which were skipped'
     elif first < last:
         updates = f'one of the {updates}'
-    ways = [
+    remedies = [
         'look at the first batch with --mode=preview',
         'lower config.schedule.peak_lr, lengthen config.schedule.warmup '
         'or set config.grad_clip_norm',
     ]
     if session.teacher:
-        ways.insert(0, f'see whether the outputs of the teacher {session.teacher.name} are finite')
+        remedies.insert(
+            0, f'see whether the outputs of the teacher {session.teacher.name} are finite'
+        )
     saved = session.checkpoints.latest_step()
     if saved:
-        ways[-1] += f', and continue at step {saved:,}, which is saved, with --resume=changed'
+        remedies[-1] += f', and continue from step {saved:,} with --resume=changed'
     else:
-        ways[-1] += ', and start again; no step is saved yet'
-    return RunError(f'the loss or its gradient was not finite in {updates}', '; '.join(ways))
+        remedies[-1] += ', and start again; no step is saved yet'
+    return RunError(f'the loss or its gradient was not finite in {updates}', '; '.join(remedies))
 
 
 def is_checkpoint_due(session: Session, step: int, saved_at: float) -> bool:
-    """Returns whether a checkpoint is due: by steps, or by time together with a row of metrics.
+    """Returns whether a checkpoint is due, by steps or by time.
 
-    By time it is a collective.
+    With a time interval it is a collective, and true only where a row of metrics is due too.
     """
     plan = session.plan
     if plan.checkpoint_every:
@@ -276,10 +285,10 @@ def is_checkpoint_due(session: Session, step: int, saved_at: float) -> bool:
 
 
 def agreed_stop_signal(session: Session, stop: preemption.Stop) -> int | None:
-    """Returns the signal that some worker got, or None.
+    """Returns a stop signal that any worker has received, or None.
 
-    A collective: all workers must call it at the same point. A signal that comes later is
-    reported the next time.
+    It is a collective: all workers must call it at the same point. A signal that arrives later is
+    returned by the next call.
     """
     signals = (signal.SIGINT, signal.SIGTERM)
     votes = session.sum_over_workers([stop.asked == number for number in signals])
@@ -294,40 +303,37 @@ def next_multiple(step: int, every: int) -> int:
 
 
 def describe_stop(session: Session, stop_signal: int, step: int) -> str:
-    """Returns a line about a run that a signal has stopped."""
+    """Describes in one line a run that a signal stopped."""
     saved = session.checkpoints.latest_step()
-    resumes = f'the same command continues at step {saved:,}, which is saved'
+    resumes = f'the same command continues from step {saved:,}, the last one saved'
     name = signal.Signals(stop_signal).name
     return f'{name}: stopped at step {step:,}; {resumes if saved else "nothing is saved yet"}'
 
 
-def describe_end(session: Session, progress: Progress) -> str:
-    """Returns a line about a run that is out of patience."""
+def describe_early_stop(session: Session, progress: Progress) -> str:
+    """Describes in one line a run that `config.patience` ended early."""
     config = session.config
-    than, since = '', f'since step {progress.patience_from:,}, '
-    if progress.best_step is not None:
-        than = f'than that of step {progress.best_step:,} '
-        since = since if progress.best_step < progress.patience_from else ''
+    since = max(progress.patience_from, progress.best_step or 0)
     return (
-        f'ended at step {progress.step:,} of {session.plan.total_steps:,}: '
-        f'no {config.best_metric} was better {than}{since}for {config.patience}, '
-        "config.patience; to train on, raise it or set it to '', and add --resume=changed"
+        f'stopped at step {progress.step:,} of {session.plan.total_steps:,}: {config.best_metric} '
+        f'has not improved since step {since:,}, for {config.patience} (config.patience); to '
+        "continue, raise it or set it to '', and add --resume=changed"
     )
 
 
-def load_exported(session: Session, progress: Progress) -> dict[str, Any]:
-    """Loads the weights to be exported: with `config.patience` the best, else the last.
+def load_weights_to_export(session: Session, progress: Progress) -> dict[str, Any]:
+    """Loads the weights to export: with `config.patience` the best, else the last.
 
-    All workers call it together.
+    It is a collective: all workers must call it.
 
     Returns: {'export/step', 'export/eval_accuracy', 'export/eval_loss', 'export/eval_top5'}: the
-        update of these weights, and their metrics over the whole split.
+        step of these weights, and their metrics on the whole evaluation split.
     """
     step, restored = progress.step, dataclasses.asdict(progress)
     if export.exports_best(session.config) and progress.best_step not in (None, step):
-        session.wait_for_all()  # the last checkpoint, which names the best, is written
+        session.wait_for_all()  # until the last checkpoint, which names the best one, is written
         step, restored, _ = export.restore(session)
-    return {'export/step': step, **export.evaluation(restored, step)}
+    return {'export/step': step, **export.export_metrics(restored, step)}
 
 
 def plot(session: Session, workdir: str, rows: list[dict[str, Any]]) -> None:
@@ -340,7 +346,7 @@ def plot(session: Session, workdir: str, rows: list[dict[str, Any]]) -> None:
         rows,
         plan.warmup_steps,
         plan.hold_steps,
-        begin=-plan.ahead.updates,
+        begin=-plan.offset.updates,
     )
     plots.plot_curves(os.path.join(folder, 'curves.png'), {os.path.basename(workdir): rows})
 
@@ -361,7 +367,7 @@ def summarize(
     resumed_from: list[int],
     last_weights: str,
 ) -> dict[str, Any]:
-    """Returns summary.json: of the last update, except for best/... and export/..."""
+    """Returns summary.json: values after the last update, except best/... and export/..."""
     speeds = [
         row['train/examples_per_second'] for row in rows if 'train/examples_per_second' in row
     ]
@@ -373,9 +379,9 @@ def summarize(
         **progress.metrics,
         'best/step': progress.best_step,
         session.config.best_metric.replace('eval/', 'best/'): progress.best,
-        # In the training loop: without evaluation, checkpoints and set-up.
+        # Time in the training loop only, without evaluation, checkpoints and set-up.
         'train_seconds': progress.train_seconds,
-        # Nothing if metrics.jsonl was lost.
+        # 0 if metrics.jsonl was lost.
         'examples_per_second': statistics.median(speeds) if speeds else 0.0,
         'input_wait_fraction': min(1.0, waiting),
         'resumed_from': resumed_from,

@@ -1,4 +1,4 @@
-"""Commands as a user would type them here."""
+"""Formats commands as a user would type them in the current folder."""
 
 import os
 import sys
@@ -7,13 +7,13 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 def python_command() -> str:
-    """Returns this interpreter as one types it from the current folder."""
+    """Returns this interpreter's path as typed from the current folder."""
     relative = os.path.relpath(sys.executable)
     return sys.executable if relative.startswith('..') else relative
 
 
 def install_command(accelerator: str) -> str:
-    """Returns the command that installs the pinned set of 'cpu', 'gpu', 'tpu' or 'tpu220'."""
+    """Returns the command that installs the pinned packages for 'cpu', 'gpu', 'tpu' or 'tpu220'."""
     here = (
         os.path.relpath(ROOT) if os.path.realpath(os.getcwd()) == os.path.realpath(ROOT) else ROOT
     )

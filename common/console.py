@@ -1,7 +1,7 @@
-"""Everything that the program prints: one place that knows how wide a terminal is and its colors.
+"""Prints everything that the program prints, and is the only code that knows the terminal.
 
-A line begins with a name in a column of its own and goes on with text, which is wrapped where
-standard output is a terminal. Files and pipes get each line whole and without colors.
+A row is a name in its own column followed by text, wrapped if standard output is a terminal. Files
+and pipes get unwrapped, uncoloured lines.
 """
 
 import contextlib
@@ -17,12 +17,12 @@ from typing import TextIO
 
 NAME_WIDTH = 10
 NARROWEST = 60  # columns; below that, wrapped text is harder to read than a terminal's own wrapping
-UNLIMITED = 100_000  # columns, of what is no terminal
+UNLIMITED = 100_000  # columns when the output is not a terminal
 BOLD, RED, GREEN, YELLOW = 1, 31, 32, 33  # of ANSI's "select graphic rendition"
 STATUS_COLORS = {'ok': GREEN, 'warn': YELLOW, 'FAIL': RED}
 STATUS_WIDTH, CHECK_NAME_WIDTH = 6, 14
-# Unicode Standard Annex 9, 2.1 to 2.5.
-EMBEDDINGS = (
+# Bidirectional control characters: Unicode Standard Annex 9, sections 2.1 to 2.5.
+BIDI_CONTROLS = (
     'LRE',
     'RLE',
     'LRO',
@@ -33,7 +33,7 @@ EMBEDDINGS = (
     'FSI',
     'PDI',
 )
-UNSEEN = '\ufeff\u00ad'  # the mark of an encoding, and a soft hyphen: no name needs them
+INVISIBLE = '\ufeff\u00ad'  # byte order mark and soft hyphen
 
 
 def row(name: str, text: str) -> None:
@@ -42,7 +42,7 @@ def row(name: str, text: str) -> None:
 
 
 def note(text: str) -> None:
-    """Prints what the user should know, and need not do anything about."""
+    """Prints information that requires no action."""
     row('note', text)
 
 
@@ -58,27 +58,27 @@ def error(problem: str, fix: str = '') -> None:
 
 
 def warning(text: str) -> None:
-    """Prints a line beside the program's output, on standard error."""
+    """Prints a line to standard error, separate from the program's output."""
     print(text, file=sys.stderr, flush=True)
 
 
 def check_row(status: str, name: str, message: str, fix: str = '') -> None:
     """Prints a result of `--mode=check`.
 
-    The command that fixes it has a line of its own and is never wrapped, so that it can be copied.
+    The fix is on a line of its own and never wrapped, so that it can be copied.
     """
     print(format_check_row(status, name, message, fix, terminal_width(), has_colors()), flush=True)
 
 
 def format_row(name: str, text: str, width: int, colors: bool = False) -> str:
-    """Returns a row of at most `width` columns a line."""
+    """Returns a row wrapped to `width` columns."""
     head = f'{name:<{NAME_WIDTH}}'
     body = _wrap(head + text, width, indent=NAME_WIDTH)
     return body.replace(name, paint(name, BOLD, colors), 1) if name else body
 
 
 def format_rows(rows: Iterable[tuple[str, str]]) -> str:
-    """Returns rows of (name, text) as they stand in a file, a line each."""
+    """Returns (name, text) rows as written to a file: one line each, not wrapped."""
     return '\n'.join(format_row(name, text, UNLIMITED) for name, text in rows)
 
 
@@ -110,22 +110,25 @@ def paint(text: str, color: int, colors: bool) -> str:
 
 
 def terminal_width(stream: TextIO | None = None) -> int:
-    """Returns the columns of the terminal, or many where standard output is none."""
+    """Returns the terminal's width, or UNLIMITED if the stream is not a terminal."""
     stream = stream or sys.stdout
     return max(NARROWEST, shutil.get_terminal_size().columns) if stream.isatty() else UNLIMITED
 
 
 def has_colors(stream: TextIO | None = None) -> bool:
-    """Returns whether to color: on a terminal, unless NO_COLOR is set (https://no-color.org)."""
+    """Returns whether to use colors: on a terminal, unless TERM is dumb or NO_COLOR is set.
+
+    Source: https://no-color.org
+    """
     stream = stream or sys.stdout
     is_dumb = os.environ.get('TERM') == 'dumb'
     return stream.isatty() and not is_dumb and not os.environ.get('NO_COLOR')
 
 
 def import_tensorflow_quietly() -> None:
-    """Imports TensorFlow without the greetings of its libraries, unless the import fails.
+    """Imports TensorFlow while hiding its libraries' startup messages, unless the import fails.
 
-    They go to standard error whatever the log level is.
+    They go to standard error regardless of the log level.
     """
     os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
     with tempfile.TemporaryFile() as greetings, _standard_error_into(greetings.fileno()) as usual:
@@ -139,7 +142,7 @@ def import_tensorflow_quietly() -> None:
 
 @contextlib.contextmanager
 def _standard_error_into(descriptor: int) -> Iterator[int]:
-    """Redirects file descriptor 2 in the block; yields a descriptor of what it was."""
+    """Redirects file descriptor 2 during the block; yields a duplicate of the original."""
     usual = os.dup(2)
     os.dup2(descriptor, 2)
     try:
@@ -150,7 +153,7 @@ def _standard_error_into(descriptor: int) -> Iterator[int]:
 
 
 def tolerate_any_terminal() -> None:
-    """Escapes letters that a terminal cannot show, and survives standard streams being closed."""
+    """Escapes characters that the terminal cannot encode, and tolerates closed standard streams."""
     for name in ('stdout', 'stderr'):
         if getattr(sys, name) is None:  # it was closed
             setattr(sys, name, open(os.devnull, 'w'))  # noqa: SIM115 - for as long as the program runs
@@ -158,20 +161,21 @@ def tolerate_any_terminal() -> None:
 
 
 def discard_output() -> int:
-    """Sends what is still to be written to standard output nowhere; returns the exit status.
-
-    For a pipe whose reader has gone.
-    """
+    """Discards further output after the pipe's reader has exited; returns the exit status."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 1
 
 
 def printable(name: str) -> str:
-    """Returns the name of a file as it can be printed, on one line."""
-    return ascii(name) if any(_disturbs(letter) for letter in name) else name
+    """Returns a file name escaped if needed, so that it prints visibly on one line."""
+    return ascii(name) if any(_needs_escaping(character) for character in name) else name
 
 
-def _disturbs(letter: str) -> bool:
-    """Returns whether a letter ends a line, reorders what follows it, or is invisible."""
-    is_control = unicodedata.category(letter) in ('Cc', 'Cs', 'Zl', 'Zp')
-    return is_control or letter in UNSEEN or unicodedata.bidirectional(letter) in EMBEDDINGS
+def _needs_escaping(character: str) -> bool:
+    """Returns whether a character breaks the line, reorders the text after it or is invisible."""
+    is_control = unicodedata.category(character) in ('Cc', 'Cs', 'Zl', 'Zp')
+    return (
+        is_control
+        or character in INVISIBLE
+        or unicodedata.bidirectional(character) in BIDI_CONTROLS
+    )

@@ -1,4 +1,4 @@
-"""Mistakes that `main.py` turns into one clear line in place of a stack trace."""
+"""Errors that `main.py` reports in one line instead of a stack trace."""
 
 import difflib
 import re
@@ -6,13 +6,13 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """A mistake that the user can mend. Its text is one line.
+    """An error that the user can fix. Its message is one line.
 
     Attributes:
         problem: what went wrong.
         fix: what to do about it, or ''.
-        key: of the config whose value it is, or None.
-        exit_status: what the process returns.
+        key: the config key at fault, or None.
+        exit_status: exit status of the process.
     """
 
     exit_status = 1
@@ -25,20 +25,20 @@ class UserError(Exception):
 
 
 class ConfigError(UserError):
-    """Wrong usage or an impossible config: nothing was started."""
+    """Wrong usage or an invalid config, found before anything was started."""
 
     exit_status = 2
 
 
 class RunError(UserError):
-    """The run failed: no data, no such hardware, a checkpoint of another model."""
+    """A run failed, for example for lack of data or hardware, or a checkpoint of another model."""
 
 
 def one_line(text: object, limit: int = 300) -> str:
     """Returns text, or the message of an exception, on one line of at most `limit` characters."""
     is_of_tensorflow = type(text).__module__ == 'tensorflow.python.framework.errors_impl'
     if is_of_tensorflow and isinstance(text, Exception):
-        text = assertion_in(text) or _without_graph(str(text))
+        text = assertion_message(text) or _without_graph(str(text))
     return ' '.join(str(text).split())[:limit]
 
 
@@ -49,7 +49,7 @@ def counted(number: int, noun: str, nouns: str | None = None) -> str:
     return f'{number:,} {nouns or noun + "s"}'
 
 
-def assertion_in(error: Exception) -> str | None:
+def assertion_message(error: Exception) -> str | None:
     """Returns the message of an assertion that failed in a TensorFlow graph, or None."""
     words = _without_graph(str(error))
     asserted = re.search(r'assertion failed: \[(.*)\]', words, re.DOTALL)  # each word in brackets
@@ -74,13 +74,13 @@ def _without_graph(message: str) -> str:
     return re.sub(several, r'\1', message, flags=re.DOTALL)  # the first of them
 
 
-def nearest(word: object, words: Iterable[object], cutoff: float = 0.6) -> str | None:
-    """Returns the one of `words` that is most like `word`, or None."""
+def closest_match(word: object, words: Iterable[object], cutoff: float = 0.6) -> str | None:
+    """Returns the closest match to `word` in `words`, or None."""
     close = difflib.get_close_matches(str(word), list(map(str, words)), n=1, cutoff=cutoff)
     return close[0] if close else None
 
 
 def did_you_mean(word: object, words: Iterable[object], cutoff: float = 0.6) -> str:
-    """Returns '; did you mean X?' with the nearest of `words`, or ''."""
-    other = nearest(word, words, cutoff)
+    """Returns '; did you mean X?' with the closest match in `words`, or ''."""
+    other = closest_match(word, words, cutoff)
     return f'; did you mean {other}?' if other else ''

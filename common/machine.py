@@ -1,8 +1,7 @@
-"""What this machine is and has: platform, processors, memory, GPUs.
+"""Detects this machine's platform, CPU cores, memory, disk and GPUs.
 
-It reads /proc, /sys and the environment, and imports no TensorFlow.
-
-`root` is where these folders lie.
+Reads /proc, /sys and the environment; does not import TensorFlow. `root` is the folder that
+contains them.
 """
 
 import glob
@@ -16,7 +15,7 @@ from typing import NamedTuple
 from common import tpu_environment
 from common.errors import counted
 
-# PCI vendor, and how the class of graphics and 3D controllers begins.
+# PCI vendor ID, and the prefix of the device class of display and 3D controllers.
 NVIDIA = '0x10de'
 DISPLAY_CLASS = '0x03'
 
@@ -32,7 +31,7 @@ def describe_platform(environ: Mapping[str, str] = os.environ, root: str = '/') 
 
     Kinds are Colab, Kaggle, TPU VM, Google Compute Engine, Slurm and plain machine.
     """
-    chips = tpu_environment.chips(root)
+    chips = tpu_environment.chip_generations(root)
     if 'COLAB_RELEASE_TAG' in environ or 'COLAB_GPU' in environ:
         name = 'Colab'
     elif 'KAGGLE_KERNEL_RUN_TYPE' in environ:
@@ -50,15 +49,15 @@ def describe_platform(environ: Mapping[str, str] = os.environ, root: str = '/') 
 
 
 def cores(root: str = '/') -> float:
-    """Returns how many processor cores this process may use: a container may have half of one."""
+    """Returns how many CPU cores this process may use; a container may have half of one."""
     allowed = float(os.cpu_count() or 1)
     if hasattr(os, 'sched_getaffinity'):
         allowed = float(len(os.sched_getaffinity(0)))
-    for folder in _groups(root, ''):
+    for folder in _cgroup_folders(root, ''):
         quota, period = (_read(root, folder, 'cpu.max') or 'max 1').split()
         if quota != 'max':
             allowed = min(allowed, int(quota) / int(period))
-    for folder in _groups(root, 'cpu'):
+    for folder in _cgroup_folders(root, 'cpu'):
         quota = _read(root, folder, 'cpu.cfs_quota_us') or '-1'
         period = _read(root, folder, 'cpu.cfs_period_us') or ''
         if period and int(quota) > 0:
@@ -78,10 +77,10 @@ def free_memory(root: str = '/') -> tuple[int, str]:
         free = int(values['MemAvailable'].split()[0]) * 1024
     else:
         free = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
-    limits = [(folder, 'memory.max', 'memory.current') for folder in _groups(root, '')]
+    limits = [(folder, 'memory.max', 'memory.current') for folder in _cgroup_folders(root, '')]
     limits += [
         (folder, 'memory.limit_in_bytes', 'memory.usage_in_bytes')
-        for folder in _groups(root, 'memory')
+        for folder in _cgroup_folders(root, 'memory')
     ]
     within = [
         int(limit) - int(_read(root, folder, used) or 0) + _reclaimable(root, folder)
@@ -96,9 +95,9 @@ def free_memory(root: str = '/') -> tuple[int, str]:
 
 
 def nvidia_smi(seconds: float = 20) -> tuple[list[Gpu], str]:
-    """Returns the GPUs that the driver's own program lists, and '' or why it failed.
+    """Returns (GPUs that nvidia-smi lists, why it failed or '').
 
-    ([], '') means that the program is not installed.
+    ([], '') means that nvidia-smi is not installed.
     """
     if not shutil.which('nvidia-smi'):
         return [], ''
@@ -120,8 +119,8 @@ def nvidia_smi(seconds: float = 20) -> tuple[list[Gpu], str]:
     ], ''
 
 
-def nvidia_on_the_bus(root: str = '/') -> int:
-    """Returns how many NVIDIA graphics cards the PCI bus has, whatever the driver says."""
+def count_nvidia_cards(root: str = '/') -> int:
+    """Returns the number of NVIDIA cards on the PCI bus, whether or not the driver sees them."""
     devices = glob.glob(os.path.join(root, 'sys/bus/pci/devices/*'))
     return sum(
         _read(device, 'vendor') == NVIDIA
@@ -131,13 +130,13 @@ def nvidia_on_the_bus(root: str = '/') -> int:
 
 
 def free_disk(path: str) -> tuple[int, int]:
-    """Returns the bytes free where `path` is or would be created, and the file system's number."""
-    path = nearest(path)
+    """Returns the free bytes where `path` is or would be created, and the device's ID."""
+    path = nearest_existing_path(path)
     return shutil.disk_usage(path).free, os.stat(path).st_dev
 
 
-def nearest(path: str) -> str:
-    """Returns `path` or the nearest parent that exists; a file in the way counts."""
+def nearest_existing_path(path: str) -> str:
+    """Returns `path` or its nearest existing parent, which may be a file."""
     path = os.path.abspath(path)
     while not os.path.lexists(path):
         path = os.path.dirname(path)
@@ -145,14 +144,14 @@ def nearest(path: str) -> str:
 
 
 def gib(number: float) -> str:
-    """Returns bytes as text: '1.5 GiB', '20 MiB', '0.4 MiB'."""
+    """Formats a number of bytes: '1.5 GiB', '20 MiB', '0.4 MiB'."""
     return f'{number / 2**30:,.1f} GiB' if number >= 2**30 else f'{number / 2**20:,.3g} MiB'
 
 
-def _groups(root: str, controller: str) -> Iterator[str]:
-    """Yields the folders of this process's control group, from the root of the hierarchy down.
+def _cgroup_folders(root: str, controller: str) -> Iterator[str]:
+    """Yields the folders of this process's cgroup, from the root down.
 
-    Of version 2 for controller '', else of version 1.
+    Controller '' means cgroup v2; any other name means v1.
     """
     for line in (_read(root, 'proc/self/cgroup') or '').splitlines():
         _, controllers, path = line.split(':', 2)
@@ -163,7 +162,7 @@ def _groups(root: str, controller: str) -> Iterator[str]:
 
 
 def _reclaimable(root: str, folder: str) -> int:
-    """Returns the bytes of cached files that the group could drop: they count as used."""
+    """Returns the page cache that the group could drop, in bytes; the kernel counts it as used."""
     statistics = dict(
         line.split() for line in (_read(root, folder, 'memory.stat') or '').splitlines()
     )

@@ -1,6 +1,7 @@
-"""Files of a run, on a disk or, through TensorFlow's file system, in a bucket (gs://bucket/run).
+"""Reads and writes files of a run, on disk or in a bucket (gs://bucket/run).
 
-A file is written whole or not at all, even if the power fails. Every error is one line.
+Buckets are reached through TensorFlow's file system. `write` is atomic, even across a power
+failure. Every error is one line.
 """
 
 import contextlib
@@ -16,22 +17,25 @@ from typing import Any
 
 from common.errors import RunError, one_line
 
-CONTINUES = 'and the same command continues at the last checkpoint'
+CONTINUES = 'and the same command continues from the last checkpoint'
 ELSEWHERE = 'choose another --workdir'
-# Of a failure to write: (why, what to do).
+# Why a write failed: {errno: (reason, fix)}.
 CAUSES = {
     errno.ENOSPC: ('the disk is full', f'free some space, {CONTINUES}'),
-    errno.EDQUOT: ('your quota of disk space is used up', f'free some, {CONTINUES}'),
+    errno.EDQUOT: ('your disk quota is used up', f'free some space, {CONTINUES}'),
     errno.EROFS: ('the disk is read-only', ELSEWHERE),
-    errno.EACCES: ('you may not write there', ELSEWHERE),
+    errno.EACCES: ('you do not have permission to write there', ELSEWHERE),
     errno.EPERM: ('you may not write there', ELSEWHERE),
-    errno.ENOENT: ('its folder does not exist any more', 'somebody has deleted or moved it'),
+    errno.ENOENT: (
+        'its folder no longer exists',
+        'it was deleted or moved; restore it, or choose another --workdir',
+    ),
     errno.ENOTDIR: ('a part of this path is a file', ELSEWHERE),
     errno.EEXIST: ('a file has the name of this folder', ELSEWHERE),
-    errno.EIO: ('the disk fails', 'see what the system says about it (dmesg)'),
-    errno.ESTALE: ('the network disk has gone', f'mount it again, {CONTINUES}'),
+    errno.EIO: ('the disk is failing', 'check the system log (dmesg)'),
+    errno.ESTALE: ('the network disk is gone', f'mount it again, {CONTINUES}'),
 }
-# Of TensorFlow's errors.
+# TensorFlow's errors and their errno.
 CODES = {
     'ResourceExhaustedError': errno.ENOSPC,
     'PermissionDeniedError': errno.EACCES,
@@ -40,7 +44,7 @@ CODES = {
 
 
 def flatten(config: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
-    """Returns {'model.name': ...} of a ConfigDict or of nested dicts."""
+    """Flattens a ConfigDict or nested dicts to {'model.name': ...}."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
         if hasattr(value, 'items'):
@@ -56,18 +60,18 @@ def is_remote(path: str) -> bool:
 
 
 def exists(path: str) -> bool:
-    with explained(path, 'read'):
+    with one_line_errors(path, 'read'):
         return _gfile().exists(path) if is_remote(path) else os.path.exists(path)
 
 
 def is_folder(path: str) -> bool:
-    with explained(path, 'read'):
+    with one_line_errors(path, 'read'):
         return _gfile().isdir(path) if is_remote(path) else os.path.isdir(path)
 
 
 def list_folder(path: str) -> list[str]:
     """Returns the names in a folder, sorted; none if there is no such folder."""
-    with explained(path, 'read'):
+    with one_line_errors(path, 'read'):
         if not is_remote(path):
             return sorted(os.listdir(path)) if os.path.isdir(path) else []
         return (
@@ -82,13 +86,13 @@ def make_folder(path: str) -> None:
 
     '' is the current folder: `os.path.dirname` returns it for a bare file name.
     """
-    with explained(path):
+    with one_line_errors(path):
         _gfile().makedirs(path) if is_remote(path) else os.makedirs(path or '.', exist_ok=True)
 
 
 def delete(path: str) -> None:
     """Deletes a file, or a folder with its content, if it exists."""
-    with explained(path):
+    with one_line_errors(path):
         if is_remote(path):
             if _gfile().isdir(path):
                 _gfile().rmtree(path)
@@ -103,7 +107,7 @@ def delete(path: str) -> None:
 
 def move(source: str, target: str) -> None:
     """Renames a file or a folder; a file at `target` is replaced."""
-    with explained(target):
+    with one_line_errors(target):
         _gfile().rename(source, target, overwrite=True) if is_remote(source) else os.replace(
             source, target
         )
@@ -112,16 +116,16 @@ def move(source: str, target: str) -> None:
 def read(path: str) -> bytes:
     """Returns the content of a file."""
     with (
-        explained(path, 'read'),
+        one_line_errors(path, 'read'),
         _gfile().GFile(path, 'rb') if is_remote(path) else open(path, 'rb') as file,
     ):
         return file.read()
 
 
-def parts(path: str, size: int = 1 << 20) -> Iterator[bytes]:
+def read_chunks(path: str, size: int = 1 << 20) -> Iterator[bytes]:
     """Yields the content of a file in parts of `size` bytes."""
     with (
-        explained(path, 'read'),
+        one_line_errors(path, 'read'),
         _gfile().GFile(path, 'rb') if is_remote(path) else open(path, 'rb') as file,
     ):
         while part := file.read(size):
@@ -131,8 +135,8 @@ def parts(path: str, size: int = 1 << 20) -> Iterator[bytes]:
 def write(path: str, content: str | bytes) -> None:
     """Replaces the content of a file atomically. Its folder must exist."""
     content = content.encode() if isinstance(content, str) else content
-    with explained(path):
-        if is_remote(path):  # an object appears when it is complete
+    with one_line_errors(path):
+        if is_remote(path):  # in a bucket an object appears only once complete
             with _gfile().GFile(path, 'wb') as file:
                 file.write(content)
             return
@@ -145,24 +149,24 @@ def write(path: str, content: str | bytes) -> None:
 
 
 def append(path: str, text: str) -> None:
-    """Adds text to the end of a file. Only `fsync` makes sure that it survives a power failure."""
-    if is_remote(path):  # objects do not grow
+    """Appends text to a file. It survives a power failure only after `fsync`."""
+    if is_remote(path):  # objects in a bucket cannot be appended to
         write(path, (read(path) if exists(path) else b'') + text.encode())
         return
-    with explained(path), open(path, 'a') as file:
+    with one_line_errors(path), open(path, 'a') as file:
         file.write(text)
 
 
 def fsync(path: str) -> None:
-    """Waits until a local file, or the list of names in a folder, is on the disk."""
+    """Flushes a local file, or a folder's directory entries, to the disk."""
     if is_remote(path):
         return
-    with explained(path):
+    with one_line_errors(path):
         descriptor = os.open(path or '.', os.O_RDONLY)
         try:
             os.fsync(descriptor)
         except OSError as error:
-            if error.errno != errno.EINVAL:  # some file systems do not know this for a folder
+            if error.errno != errno.EINVAL:  # some file systems cannot fsync a folder
                 raise
         finally:
             os.close(descriptor)
@@ -172,7 +176,7 @@ def fsync(path: str) -> None:
 def atomic_directory(folder: str) -> Iterator[str]:
     """Yields an empty local folder that replaces `folder` when the block succeeds.
 
-    If the block fails, what it wrote is left there for inspection.
+    If the block fails, the partial folder is left for inspection.
     """
     partial = tempfile.mkdtemp() if is_remote(folder) else folder + '.part'
     delete(partial)
@@ -191,18 +195,18 @@ def atomic_directory(folder: str) -> Iterator[str]:
 
 
 def as_json(value: object, **options: Any) -> str:
-    """Returns `value` as JSON, with null for numbers that are not finite, which JSON cannot say.
+    """Returns `value` as JSON, with null for non-finite numbers, which JSON cannot represent.
 
     Args:
-        value: numbers, also NumPy's, texts, None, and dicts, lists and tuples of them. What is
-            something else becomes its text.
-        options: of `json.dumps`.
+        value: numbers (also NumPy's), strings, None, and dicts, lists and tuples of them. Anything
+            else is converted with `str`.
+        options: passed to `json.dumps`.
     """
     return json.dumps(_finite(value), allow_nan=False, default=str, **options)
 
 
 def nan_for_null(numbers_by_name: dict) -> dict:
-    """Returns a dict that `as_json` wrote with NaN in place of None: all are numbers again."""
+    """Returns a copy of `numbers_by_name` with NaN for each None, the inverse of `as_json`."""
     return {name: math.nan if value is None else value for name, value in numbers_by_name.items()}
 
 
@@ -232,14 +236,14 @@ def read_json(path: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise RunError(
             f'{path} is damaged ({one_line(content, 100)})',
-            'bring it back from a copy, or begin anew with --resume=never, which '
-            'moves the run aside',
+            'restore it from a backup, or start over with --resume=never, which moves the run '
+            'aside',
         )
     return content
 
 
 @contextlib.contextmanager
-def explained(path: str, act: str = 'write') -> Iterator[None]:
+def one_line_errors(path: str, act: str = 'write') -> Iterator[None]:
     """Turns file system errors raised in the block into a RunError of one line."""
     try:
         yield
@@ -263,6 +267,6 @@ def _run_error(path: str, act: str, code: int | None, error: Exception) -> RunEr
 
 
 def _gfile() -> Any:
-    import tensorflow as tf  # only where it is needed: reading a logbook needs none
+    import tensorflow as tf  # imported only when needed: reading local metrics does not need it
 
     return tf.io.gfile

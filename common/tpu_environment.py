@@ -1,10 +1,10 @@
 """Detects a TPU host, and sets the variables that TensorFlow's TPU build needs.
 
-They have to be set before it is imported, so this imports no TensorFlow.
+They must be set before TensorFlow is imported, so this module does not import it.
 
-The wheel of tensorflow-tpu 2.19.1 can drive a TPU in two ways: through the interface of PJRT
-plugins, which the images of v5e, v5p and v6e use, when three variables ask for it; else through the
-older one (StreamExecutor). 2.20.0 has only the older one.
+The tensorflow-tpu 2.19.1 wheel can drive a TPU in two ways: through the PJRT plugin interface,
+which the VM images for v5e, v5p and v6e use, if three environment variables request it; otherwise
+through the older StreamExecutor. 2.20.0 has only the older one.
 """
 
 import glob
@@ -15,10 +15,9 @@ from collections.abc import Mapping
 
 from ml_collections import ConfigDict
 
-# Of Google's PCI devices, vendor 0x1ae0: those that are TPU chips. Source: cloud_tpu_init.py of
-# JAX.
-GOOGLE = '0x1ae0'
-CHIPS = {
+# PCI device IDs of Google's (vendor 0x1ae0) TPU chips. Source: JAX's cloud_tpu_init.py.
+GOOGLE_VENDOR_ID = '0x1ae0'
+CHIP_GENERATIONS = {
     '0x0027': 'v2 or v3',
     '0x005e': 'v4',
     '0x0062': 'v5p',
@@ -26,7 +25,7 @@ CHIPS = {
     '0x006f': 'v6e',
     '0x0076': 'v7x',
 }
-CORES = {'v2 or v3': 2, 'v7x': 2}  # that a program sees of a chip; one of the others
+CORES = {'v2 or v3': 2, 'v7x': 2}  # cores per chip that a program sees; 1 for other generations
 ACCELERATOR_TYPES = {
     'v2': 'v2 or v3',
     'v3': 'v2 or v3',
@@ -46,45 +45,53 @@ PJRT_VARIABLES = (
 )
 
 
-def is_expected(
+def is_tpu_expected(
     name: str = 'local', environ: Mapping[str, str] = os.environ, root: str = '/'
 ) -> bool:
-    """Returns whether the config (`config.tpu`) or the environment names a TPU, or one is attached.
+    """Returns whether `config.tpu` or the environment names a TPU, or one is attached.
 
-    /dev/accel* are device files of TPUs alone; /dev/vfio/* may be another device's, so there libtpu
-    must be installed too. A chip on the PCI bus is enough: if its device files are missing, a run
-    should say so instead of starting on the CPU.
+    Only TPUs have /dev/accel*; /dev/vfio/* may belong to other devices, so it counts only if libtpu
+    is installed. A chip on the PCI bus is enough: if its device files are missing, a run should say
+    so instead of starting on the CPU.
     """
     named = name != 'local' or any(
         environ.get(variable) for variable in ('TPU_NAME', 'COLAB_TPU_ADDR', 'TPU_ACCELERATOR_TYPE')
     )
     vfio = glob.glob(os.path.join(root, 'dev/vfio/[0-9]*')) and importlib.util.find_spec('libtpu')
-    return bool(named or glob.glob(os.path.join(root, 'dev/accel[0-9]*')) or vfio or chips(root))
+    return bool(
+        named or glob.glob(os.path.join(root, 'dev/accel[0-9]*')) or vfio or chip_generations(root)
+    )
 
 
-def is_wanted(config: ConfigDict, environ: Mapping[str, str] = os.environ, root: str = '/') -> bool:
-    """Returns whether a run of this config, which may not be checked yet, should use a TPU."""
+def should_use_tpu(
+    config: ConfigDict, environ: Mapping[str, str] = os.environ, root: str = '/'
+) -> bool:
+    """Returns whether a run of this (possibly unchecked) config should use a TPU."""
     strategy = config.get('strategy', 'auto')
     return (
         strategy == 'tpu'
         or strategy == 'auto'
-        and is_expected(config.get('tpu', 'local'), environ, root)
+        and is_tpu_expected(config.get('tpu', 'local'), environ, root)
     )
 
 
-def chips(root: str = '/') -> list[str]:
+def chip_generations(root: str = '/') -> list[str]:
     """Returns the generation of each TPU chip on the PCI bus, such as ['v5e', 'v5e']."""
     found = [
         (_text(os.path.join(device, 'vendor')), _text(os.path.join(device, 'device')))
         for device in sorted(glob.glob(os.path.join(root, 'sys/bus/pci/devices/*')))
     ]
-    return [CHIPS[device] for vendor, device in found if vendor == GOOGLE and device in CHIPS]
+    return [
+        CHIP_GENERATIONS[device]
+        for vendor, device in found
+        if vendor == GOOGLE_VENDOR_ID and device in CHIP_GENERATIONS
+    ]
 
 
 def generation(environ: Mapping[str, str] = os.environ, root: str = '/') -> str:
     """Returns the generation of this host's TPU, such as 'v5e', or '' if it is unknown."""
     return next(
-        iter(chips(root)),
+        iter(chip_generations(root)),
         ACCELERATOR_TYPES.get(environ.get('TPU_ACCELERATOR_TYPE', '').split('-')[0], ''),
     )
 
@@ -95,10 +102,10 @@ def pjrt_variables(
     root: str = '/',
     library: str | None = None,
 ) -> dict[str, str]:
-    """Returns the environment variables to add before TensorFlow is imported: none, or all three.
+    """Returns the PJRT variables to set before TensorFlow is imported: none or all three.
 
     Args:
-        version: of tensorflow-tpu, or None.
+        version: the installed version of tensorflow-tpu, or None.
         library: path of libtpu.so; by default that of the installed package.
     """
     library = library or libtpu_path(environ)
@@ -114,9 +121,9 @@ def pjrt_variables(
     return dict(zip(PJRT_VARIABLES, ('TPU', 'true', library), strict=True))
 
 
-def prepare(config: ConfigDict) -> None:
-    """Sets these variables in this process if the run will use a TPU that needs them."""
-    if is_wanted(config):
+def set_pjrt_variables(config: ConfigDict) -> None:
+    """Sets the PJRT variables in this process if the run will use a TPU that needs them."""
+    if should_use_tpu(config):
         os.environ.update(pjrt_variables(build_version()))
 
 

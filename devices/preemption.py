@@ -149,7 +149,7 @@ def _note(stop: Stop, heard: list[int], number: int, why: str) -> bool:
     """
     if heard and number == signal.SIGINT:
         try:
-            console.warning('stopped at once; the same command continues at the last checkpoint')
+            console.warning('stopped at once; the same command continues from the last checkpoint')
         finally:
             os._exit(128 + signal.SIGINT)  # an exception would wait for TensorFlow
     first = not heard

@@ -29,7 +29,7 @@ def make_strategy(config: ConfigDict) -> tuple[tf.distribute.Strategy, str]:
     if config.virtual_devices:
         _split_cpu(config.virtual_devices)
     wanted = config.strategy
-    if wanted == 'tpu' or (wanted == 'auto' and tpu_environment.is_expected(config.tpu)):
+    if wanted == 'tpu' or (wanted == 'auto' and tpu_environment.is_tpu_expected(config.tpu)):
         return _tpu(config.tpu, wanted)
     workers = num_workers()
     if wanted == 'multi_worker' or (wanted == 'auto' and workers > 1):

@@ -78,7 +78,7 @@ def results(
     probe_seconds: float = tpu_probe.SECONDS,
 ) -> Iterator[CheckResult]:
     """Yields the results in the order of the table; `root` has the folders proc, sys and dev."""
-    wants_tpu = tpu_environment.is_wanted(config, environ, root)
+    wants_tpu = tpu_environment.should_use_tpu(config, environ, root)
     seconds = CHECK_SECONDS + 2 * probe_seconds
     with WorkerProcess(
         'diagnostics.tensorflow_checks', 'examine', seconds, without_tpu(environ)
@@ -137,7 +137,7 @@ def check_environment(
     accelerator = 'cpu'
     if gpus and environ.get('CUDA_VISIBLE_DEVICES') not in NO_GPU:
         accelerator = 'gpu'
-    if wants_tpu and tpu_environment.is_expected(config.get('tpu', 'local'), environ, root):
+    if wants_tpu and tpu_environment.is_tpu_expected(config.get('tpu', 'local'), environ, root):
         accelerator = 'tpu'
     yield packages.check_python()
     yield ok('platform', machine.describe_platform(environ, root))
@@ -189,7 +189,7 @@ def check_tpu(
 
     Returns: the number of cores that computed, or 0.
     """
-    if not tpu_environment.is_expected(config.get('tpu', 'local'), environ, root):
+    if not tpu_environment.is_tpu_expected(config.get('tpu', 'local'), environ, root):
         message = "config.strategy='tpu', but no TPU is attached, and none is named"
         yield fail('TPU', message, '--config.strategy=auto')
         return 0
@@ -238,7 +238,10 @@ def other_build(version: str, python: Sequence[Any] = sys.version_info) -> str:
 
 def expected_cores(root: str) -> int:
     """Returns how many cores the chips of a TPU that did not start have."""
-    return max(1, sum(tpu_environment.CORES.get(chip, 1) for chip in tpu_environment.chips(root)))
+    return max(
+        1,
+        sum(tpu_environment.CORES.get(chip, 1) for chip in tpu_environment.chip_generations(root)),
+    )
 
 
 def check_gpu(
@@ -251,7 +254,7 @@ def check_gpu(
 ) -> Iterator[CheckResult]:
     """Compares NVIDIA's driver with what TensorFlow sees; no row without a sign of a GPU."""
     has_cuda = build == 'tensorflow' and (not imported or bool(imported['cuda']))
-    if not gpus and machine.nvidia_on_the_bus(root):
+    if not gpus and machine.count_nvidia_cards(root):
         message = f'an NVIDIA GPU is in this machine, but {problem or "its driver is missing"}'
         cpu = 'export CUDA_VISIBLE_DEVICES=-1   # to train on the CPU'
         fix = f'sudo ubuntu-drivers install && sudo reboot   # or: {cpu}'
@@ -330,7 +333,7 @@ def check_writable(workdir: str) -> CheckResult:
     """Checks that files can be written into the workdir, or that it can be created."""
     if '://' in workdir:  # a bucket: the training process checks access when it begins
         return ok('workdir', f'{workdir} is a bucket: access is checked when the run begins')
-    place = machine.nearest(workdir)
+    place = machine.nearest_existing_path(workdir)
     try:
         with tempfile.TemporaryFile(dir=place) as file:
             file.write(b'x')

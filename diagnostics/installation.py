@@ -36,7 +36,7 @@ def choose(environ: Mapping[str, str] = os.environ, root: str = '/') -> str:
 
     The markers of that extra choose by the version of Python.
     """
-    if tpu_environment.is_expected(environ=environ, root=root):
+    if tpu_environment.is_tpu_expected(environ=environ, root=root):
         return 'tpu'
     return 'gpu' if machine.nvidia_smi()[0] else 'cpu'
 

@@ -41,7 +41,7 @@ def run(config: ConfigDict, workdir: str, step: int | None = None) -> None:
         found = storage.read_json(skipped)
         step = found['first_update']
         # The plan that the run followed then: earlier batches may have had another size.
-        plan = planning.moved(plan, planning.Ahead(*found.get('ahead', ())))
+        plan = planning.shifted(plan, planning.ScheduleOffset(*found.get('ahead', ())))
         reason = 'their loss or gradient was not finite'
         console.line(f'update {step:,} and those after it were skipped: {reason}')
     if step is not None and not 0 <= step < plan.total_steps:

@@ -144,7 +144,7 @@ def check_data(config: ConfigDict, data: 'DatasetStatus') -> CheckResult:
     name, place = config.dataset.name, data.place
     if data.state == 'ready':
         return ok('data set', f'{name} in {place}')
-    nearest_folder = machine.nearest(place) if '://' not in place else ''
+    nearest_folder = machine.nearest_existing_path(place) if '://' not in place else ''
     if nearest_folder and not (
         os.path.isdir(nearest_folder) and os.access(nearest_folder, os.W_OK)
     ):
@@ -322,12 +322,12 @@ def check_weights(config: ConfigDict, model: 'keras.Model') -> CheckResult:
     """
     from modeling import pretrained
     from modeling.models import NETWORKS
-    from outputs.checkpoints import find
+    from outputs.checkpoints import find_checkpoint
 
     source = config.model.weights
     if source == 'imagenet' and config.model.name not in NETWORKS:
         return check_pretrained('weights', f'{config.model.name} (imagenet)')
-    pretrained.load_weights(model, config, [], find)
+    pretrained.load_weights(model, config, [], find_checkpoint)
     return ok('weights', f'{source} fits {config.model.name}')
 
 
@@ -406,7 +406,7 @@ def check_disk(
     if not too_full:
         return ok('disk', message)
     largest = too_full[0]
-    place = shlex.quote(machine.nearest(largest.place))
+    place = shlex.quote(machine.nearest_existing_path(largest.place))
     fix = f'df -h {place}   # then make room there, or write {largest.elsewhere}'
     # TFDS adds up all variants that can be downloaded.
     is_guess = largest.name != 'checkpoints' and data.state == 'to_download'

@@ -1,4 +1,4 @@
-"""How two configs differ, and whether a run may continue with the difference."""
+"""Compares two configs, and decides whether a run may continue with the difference."""
 
 import json
 from collections.abc import Collection, Mapping, Sequence
@@ -11,10 +11,10 @@ from common.storage import flatten
 from configs import default
 from outputs.train_progress import ANY_KEY
 
-# Keys that may differ between the starts of one run: they change where and how fast it goes and
-# when it looks, not what is computed (except that without model.sync_batch_norm each replica has
-# statistics of its own).
-FREE_KEYS = (
+# Keys that may change when a run is resumed: they affect where and how fast it runs and when it
+# logs, evaluates and saves, not what it computes (except that without model.sync_batch_norm each
+# replica has its own statistics).
+RESUMABLE_KEYS = (
     'dataset.data_dir',
     'dataset.service',
     'dataset.max_broken',
@@ -30,17 +30,17 @@ FREE_KEYS = (
     'keep_checkpoints',
     'max_skipped_updates',
 )
-# Optimizers that keep the same two averages of each variable. Those of others mean something else,
-# even where they have the same shapes.
-SAME_AVERAGES = ('adam', 'adamw', 'lamb')
-# Keys with which averages exist or not.
-SWITCHES = ('ema_decay', 'optimizer.momentum', 'optimizer.centered', 'optimizer.amsgrad')
-# Keys that say which variables Muon leaves to AdamW, which has other averages.
-MUONS_CHOICE = ('optimizer.exclude_layers', 'optimizer.exclude_embeddings')
+# Optimizers that keep the same two moments per variable. Others' slots differ in meaning even where
+# the shapes match.
+SAME_MOMENTS = ('adam', 'adamw', 'lamb')
+# Keys that decide whether an average or moment exists at all.
+SLOT_SWITCHES = ('ema_decay', 'optimizer.momentum', 'optimizer.centered', 'optimizer.amsgrad')
+# Keys that select the variables Muon leaves to AdamW, whose moments differ.
+MUON_SELECTION_KEYS = ('optimizer.exclude_layers', 'optimizer.exclude_embeddings')
 
 
 class ConfigChange(NamedTuple):
-    """A key of the config whose value differs from that of the run that continues."""
+    """A config key whose value differs from that of the run being resumed."""
 
     key: str
     before: Any
@@ -49,10 +49,10 @@ class ConfigChange(NamedTuple):
     def __str__(self) -> str:
         if self.key == ANY_KEY:
             return 'config.json is missing'
-        return f'{self.key} was {self.before!r}, is {self.after!r}'
+        return f'{self.key} was {self.before!r}, is now {self.after!r}'
 
 
-def listed(changes: Sequence[ConfigChange]) -> str:
+def format_changes(changes: Sequence[ConfigChange]) -> str:
     return '; '.join(map(str, changes))
 
 
@@ -64,35 +64,35 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Confi
 
 
 def changes_since(config: ConfigDict, path: str, free_keys: Collection[str] | None = None) -> list:
-    """Returns the changes of `config` from the config.json at `path`.
+    """Returns how `config` differs from the config.json at `path`.
 
-    `free_keys` may differ; by default they are those of `free_keys_of`.
+    Differences in `free_keys`, by default `resumable_keys(config)`, do not count.
     """
-    free_keys = free_keys_of(config) if free_keys is None else free_keys
-    changes = differences(flatten(stored(path)), as_stored(config))
+    free_keys = resumable_keys(config) if free_keys is None else free_keys
+    changes = differences(flatten(read_config(path)), as_read_back(config))
     return [change for change in changes if change.key not in free_keys]
 
 
-def free_keys_of(config: ConfigDict) -> Collection[str]:
-    """Returns the keys that may differ between the starts of a run of this config."""
-    if config.dataset.name == 'folder':  # its data_dir decides what the images are
-        return [key for key in FREE_KEYS if key != 'dataset.data_dir']
-    return FREE_KEYS
+def resumable_keys(config: ConfigDict) -> Collection[str]:
+    """Returns the keys that may change when a run of this config is resumed."""
+    if config.dataset.name == 'folder':  # data_dir decides which images these are
+        return [key for key in RESUMABLE_KEYS if key != 'dataset.data_dir']
+    return RESUMABLE_KEYS
 
 
 def fixed_values(config: ConfigDict) -> dict[str, Any]:
-    """Returns {key: value} of the keys that may not differ between the starts of a run."""
-    free_keys = free_keys_of(config)
-    return {key: value for key, value in as_stored(config).items() if key not in free_keys}
+    """Returns {key: value} of the keys that may not change when a run is resumed."""
+    free_keys = resumable_keys(config)
+    return {key: value for key, value in as_read_back(config).items() if key not in free_keys}
 
 
-def as_stored(config: ConfigDict) -> dict[str, Any]:
-    """Returns {key: value} of a config as they are after being written and read again."""
+def as_read_back(config: ConfigDict) -> dict[str, Any]:
+    """Returns {key: value} of a config as read back from config.json."""
     return flatten(json.loads(storage.as_json(json.loads(config.to_json()))))
 
 
-def stored(path: str) -> dict[str, Any]:
-    """Returns a config.json, nested dicts; a key newer than the run has its default."""
+def read_config(path: str) -> dict[str, Any]:
+    """Reads a config.json as nested dicts; keys newer than the run get their defaults."""
     defaults = json.loads(default.get_config().to_json())
     return _merged(defaults, storage.read_json(path))
 
@@ -104,25 +104,25 @@ def _merged(defaults: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def misfits(config: ConfigDict, changes: Sequence[ConfigChange]) -> list[ConfigChange]:
-    """Returns the changes to `config` with which the variables of the checkpoints do not fit.
+def incompatible_changes(config: ConfigDict, changes: Sequence[ConfigChange]) -> list[ConfigChange]:
+    """Returns the changes that make the checkpoints' variables incompatible with `config`.
 
-    What is not in the config, such as the number of classes, shows when the checkpoint is read.
+    Other mismatches, such as the number of classes, show up when the checkpoint is read.
     """
-    return [change for change in changes if not _fits(config, change)]
+    return [change for change in changes if not _is_compatible(config, change)]
 
 
-def _fits(config: ConfigDict, change: ConfigChange) -> bool:
+def _is_compatible(config: ConfigDict, change: ConfigChange) -> bool:
     key, before, after = change
-    if key == 'model.name' or key in MUONS_CHOICE:
+    if key == 'model.name' or key in MUON_SELECTION_KEYS:
         return False
-    if key == 'model.freeze':  # an optimizer has averages of the variables that are trained
+    if key == 'model.freeze':  # an optimizer has moments only for trained variables
         return config.optimizer.name == 'sgd' and not config.optimizer.get('momentum')
     if key == 'optimizer.name':
-        return before in SAME_AVERAGES and after in SAME_AVERAGES
+        return before in SAME_MOMENTS and after in SAME_MOMENTS
     if key == 'optimizer.momentum' and config.optimizer.name == 'muon':
         return True
-    if key in SWITCHES:
+    if key in SLOT_SWITCHES:
         return bool(before) == bool(after)
     if key == 'precision':
         return not {before, after} & {'float16', 'float64'}

@@ -1,8 +1,7 @@
-"""What a config may say: its keys, types, choices, bounds and durations.
+"""Defines and checks a config's keys, types, choices, bounds and durations.
 
-Needs no data and no device.
-
-A mistake is answered at once, in one line that says what to write instead.
+Needs no data or device. A mistake is reported immediately, in one line that says what to write
+instead.
 """
 
 import math
@@ -14,12 +13,12 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 import schedules
-from common.errors import ConfigError, did_you_mean, nearest
+from common.errors import ConfigError, closest_match, did_you_mean
 from common.storage import flatten
 from configs import default
 
 DURATION = ('epochs', 'steps', 'examples')
-PART_OF_RUN = (*DURATION, '%')
+RUN_UNITS = (*DURATION, '%')
 AMOUNT_AND_UNIT = (
     r'\s*((?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9][0-9_]*)(?:\.[0-9]+)?)'  # 90, 1_000, 1,000 or 2.5
     r'\s*(%|[A-Za-z]+)\s*'
@@ -35,15 +34,15 @@ TYPES = {
 
 
 class Key(NamedTuple):
-    """What a value of the config means, and which values it may have.
+    """The meaning and the allowed values of a config key.
 
     The type is that of the default in configs/default.py.
 
     Attributes:
-        doc: for people, Markdown.
-        low, high: inclusive bounds; None: no bound on that side.
-        choices: the values it may have; (): any.
-        units: of a duration; (): it is none.
+        doc: its description, in Markdown.
+        low, high: inclusive bounds; None means no bound on that side.
+        choices: the allowed values; () means any.
+        units: the units allowed for a duration; () means that it is not a duration.
         optional: whether a duration may be ''.
     """
 
@@ -57,58 +56,66 @@ class Key(NamedTuple):
 
 KEYS = {
     'seed': Key(
-        'Of the initial weights, the order of the examples, augmentation and dropout.', 0, 2**31 - 1
+        'Seed of the initial weights, the order of the examples, augmentation and dropout.',
+        0,
+        2**31 - 1,
     ),
-    'dataset.name': Key(
-        "A name of TFDS, `'digits'` (embedded), or `'folder'` for your own images."
-    ),
-    'dataset.data_dir': Key('The folder of the data; empty: the default of TFDS.'),
-    'dataset.train_split': Key("A TFDS split, such as `'train[:90%]'`; of a folder, a subfolder."),
+    'dataset.name': Key("A TFDS name, `'digits'` (built in), or `'folder'` for your own images."),
+    'dataset.data_dir': Key("Folder of the data; empty: TFDS's default."),
+    'dataset.train_split': Key("A TFDS split, such as `'train[:90%]'`; for a folder, a subfolder."),
     'dataset.eval_split': Key('The same for evaluation.'),
-    'dataset.image_key': Key('The feature of a TFDS data set that is the image; empty: found.'),
+    'dataset.image_key': Key('The TFDS feature that is the image; empty: found automatically.'),
     'dataset.label_key': Key('The feature that is the class label; empty: found.'),
     'dataset.eval_share': Key(
-        'Share of each class that is held out where a folder has no evaluation split.', 0.001, 0.999
+        'Fraction of each class held out for evaluation if a folder has no evaluation split.',
+        0.001,
+        0.999,
     ),
-    'dataset.split_seed': Key('Which images are held out.', 0, 2**31 - 1),
-    'dataset.max_broken': Key('A larger share of unusable files in a folder ends the run.', 0, 1),
+    'dataset.split_seed': Key('Seed that decides which images are held out.', 0, 2**31 - 1),
+    'dataset.max_broken': Key(
+        'Largest fraction of unusable files in a folder; more stop the run.', 0, 1
+    ),
     'dataset.white_level': Key(
-        'The value of white in images of 16 bits: 4095 where a camera used 12 of them.',
+        'The value of white in 16-bit images: 4095 for a 12-bit camera.',
         255,
         2**16 - 1,
     ),
     'dataset.memory_gib': Key(
-        'Host memory, in GiB, for encoded images and for batches that are read ahead.', 0.001, 2**20
+        'Host memory, in GiB, for encoded images and prefetched batches.', 0.001, 2**20
     ),
     'dataset.service': Key(
         "`'HOST:PORT,HOST:PORT'` of tf.data services that prepare the training images."
     ),
-    'image_size': Key('Height and width of what the model sees, in pixels.', 8, 4096),
-    'batch_size': Key('Examples of an update, over all replicas of all hosts.', 1, 2**24),
-    'accumulate_steps': Key(
-        'Parts, computed one after the other, that an update is made of.', 1, 2**16
-    ),
-    'eval_batch_size': Key('Examples that are evaluated at a time, over all replicas.', 1, 2**24),
+    'image_size': Key('Height and width of the model input, in pixels.', 8, 4096),
+    'batch_size': Key('Examples per update, over all replicas of all hosts.', 1, 2**24),
+    'accumulate_steps': Key('Micro-batches per update (gradient accumulation).', 1, 2**16),
+    'eval_batch_size': Key('Examples per evaluation batch, over all replicas.', 1, 2**24),
     'train_for': Key('The length of the run.', units=DURATION),
     'schedule.name': Key(
         'The curve of the learning rate after warmup and hold. '
         'Further keys of `schedule` are its arguments.',
         choices=schedules.CURVES,
     ),
-    'schedule.peak_lr': Key('The learning rate between warmup and decay.', 0),
+    'schedule.peak_lr': Key('The peak learning rate, between warmup and decay.', 0),
     'schedule.start_lr': Key('The learning rate of the first update.', 0),
     'schedule.end_lr': Key('The learning rate at the end.', 0),
-    'schedule.warmup': Key('How long the rate rises.', units=PART_OF_RUN),
-    'schedule.hold': Key('How long it then stays at its peak.', units=PART_OF_RUN),
+    'schedule.warmup': Key('How long the rate rises.', units=RUN_UNITS),
+    'schedule.hold': Key('How long it then stays at its peak.', units=RUN_UNITS),
     'optimizer.name': Key(
         'See modeling/optimizers.py. '
         'Further keys of `optimizer` are arguments of the Keras optimizer.'
     ),
     'weight_decay': Key(
-        'Decoupled, scaled by the learning rate; never of biases and normalisation.', 0
+        'Decoupled weight decay, scaled by the learning rate; never applied to biases and '
+        'normalisation.',
+        0,
     ),
-    'l2_regularization': Key('Added to the gradient, times the weight; of the same variables.', 0),
-    'label_smoothing': Key('Share of each label that is spread over all classes.', 0, 0.999),
+    'l2_regularization': Key(
+        'L2 coefficient: this times the weight is added to the gradient, for the same variables '
+        'as weight_decay.',
+        0,
+    ),
+    'label_smoothing': Key('Fraction of each label that is spread over all classes.', 0, 0.999),
     'ema_decay': Key(
         'Above 0 an average of the weights with this decay is kept, evaluated and exported.',
         0,
@@ -120,10 +127,13 @@ KEYS = {
         "Empty: random; `'imagenet'`; or a run, checkpoint or SavedModel of yours."
     ),
     'model.freeze': Key(
-        "`'backbone'`, or the first layer or block that is trained; empty: all are."
+        "`'backbone'`, or the last layer or block to freeze, such as `'block4'`; empty: nothing "
+        'is frozen.'
     ),
     'model.layer_decay': Key(
-        'The learning rate of a block is this times that of the block after it.', 0.001, 1
+        "Each block's learning rate is this times that of the block after it; 1 means no decay.",
+        0.001,
+        1,
     ),
     'model.dropout': Key('Rate of dropout before the head.', 0, 0.999),
     'model.drop_path': Key(
@@ -138,21 +148,27 @@ KEYS = {
         'A run or SavedModel that knows the same classes, or, on ImageNet, a model of '
         '`keras.applications`; empty: none.'
     ),
-    'distill.weights': Key('Of a teacher of `keras.applications`, or a file of them.'),
-    'distill.alpha': Key('Share of the loss that the teacher makes.', 0, 1),
+    'distill.weights': Key(
+        "Weights of a `keras.applications` teacher: `'imagenet'` or a weights file."
+    ),
+    'distill.alpha': Key("Weight of the teacher's loss; 1: labels are ignored.", 0, 1),
     'distill.temperature': Key(
         "Divides the logits: above 1 the teacher's small probabilities count for more.", 0.01, 1000
     ),
     'augment.crop': Key(
         "`'center'` as evaluation does, or a random resized crop.", choices=('center', 'random')
     ),
-    'augment.crop_area': Key('(low, high) shares of the image that a random crop covers.'),
+    'augment.crop_area': Key('(low, high) fraction of the image area that a random crop covers.'),
     'augment.flip': Key('Whether half of the images are flipped left to right.'),
-    'augment.translate': Key('At most this share of the size, both ways.', 0, 1),
-    'augment.rotate': Key('At most this share of a full turn, both ways.', 0, 1),
-    'augment.zoom': Key('At most this share, both ways.', 0, 0.999),
+    'augment.translate': Key(
+        'Largest shift, as a fraction of the image size, in both directions.', 0, 1
+    ),
+    'augment.rotate': Key(
+        'Largest rotation, as a fraction of a full turn, in both directions.', 0, 1
+    ),
+    'augment.zoom': Key('Largest zoom, as a fraction, in and out.', 0, 0.999),
     'augment.repeats': Key(
-        'How often each example is in its batch, augmented in different ways.', 1, 64
+        'Copies of each example in its batch, each augmented differently.', 1, 64
     ),
     'augment.policy.name': Key(
         'RandAugment or TrivialAugment; empty: neither.',
@@ -162,61 +178,70 @@ KEYS = {
     'augment.policy.magnitude': Key('Their strength.', 0, 30),
     'augment.policy.rate': Key('Probability that the policy changes an image at all.', 0, 1),
     'augment.color_jitter': Key(
-        'Brightness, contrast and saturation: at most this share, both ways.', 0, 1
+        'Largest change in brightness, contrast and saturation, as a fraction, up and down.', 0, 1
     ),
     'augment.random_erasing': Key('Probability that a rectangle of an image is erased.', 0, 1),
-    'augment.mixup': Key('alpha of Beta(alpha, alpha); 0: off.', 0),
+    'augment.mixup': Key('Alpha of the Beta(alpha, alpha) distribution for mixup; 0: off.', 0),
     'augment.cutmix': Key(
-        'The same for CutMix; with both, each pair of images takes one of them.', 0
+        'The same for CutMix; with both, each pair of images gets one of the two.', 0
     ),
     'eval_crop': Key(
-        'Side of the central square that is evaluated, as a share of the shorter side.', 0.05, 1
+        'Side of the central square used for evaluation, as a fraction of the shorter side.',
+        0.05,
+        1,
     ),
     'progressive.stages': Key(
-        'Equal parts of the run in which image size and augmentation grow; 1: they do not.', 1, 64
+        'Number of equal stages over which image size and augmentation grow; 1: no growth.', 1, 64
     ),
     'progressive.image_size': Key(
         'Image size of the first stage, in pixels, a multiple of 32.', 8, 4096
     ),
     'progressive.strength': Key(
-        'Share of dropout, magnitude, color_jitter, mixup and cutmix in the first stage.', 0, 1
+        'Fraction of dropout, magnitude, color_jitter, mixup and cutmix applied in the first '
+        'stage.',
+        0,
+        1,
     ),
     'precision': Key(
-        'What is computed in.', choices=('auto', 'float32', 'bfloat16', 'float16', 'float64')
+        'Compute dtype.', choices=('auto', 'float32', 'bfloat16', 'float16', 'float64')
     ),
     'jit_compile': Key('Whether XLA compiles the step.', choices=('auto', 'true', 'false')),
     'strategy': Key(
-        'Over which devices.', choices=('auto', 'tpu', 'multi_worker', 'mirrored', 'one_device')
+        'Distribution strategy: which devices to use.',
+        choices=('auto', 'tpu', 'multi_worker', 'mirrored', 'one_device'),
     ),
     'virtual_devices': Key(
-        'Above 0 the processor counts as so many devices, to try a strategy.', 0, 64
+        'If above 0, splits the CPU into this many devices, to try a strategy.', 0, 64
     ),
     'tpu': Key("`'local'` (Colab, Kaggle, a TPU VM), or the name of a TPU."),
-    'steps_per_loop': Key('Updates for each call from Python.', 1, 2**31 - 1),
-    'log_every': Key('How often a row of metrics is written.', units=PART_OF_RUN),
-    'eval_every': Key('How often the model is evaluated.', units=PART_OF_RUN),
-    'checkpoint_every': Key('How often a checkpoint is written.', units=(*PART_OF_RUN, 'minutes')),
-    'keep_checkpoints': Key('The last so many are kept, and the best.', 1),
+    'steps_per_loop': Key('Updates per call from Python.', 1, 2**31 - 1),
+    'log_every': Key('How often a row of metrics is written.', units=RUN_UNITS),
+    'eval_every': Key('How often the model is evaluated.', units=RUN_UNITS),
+    'checkpoint_every': Key('How often a checkpoint is written.', units=(*RUN_UNITS, 'minutes')),
+    'keep_checkpoints': Key(
+        'How many of the latest checkpoints are kept, in addition to the best.', 1
+    ),
     'best_metric': Key(
-        'What makes an evaluation the best.', choices=('eval/accuracy', 'eval/top5', 'eval/loss')
+        'Metric that decides which checkpoint is the best.',
+        choices=('eval/accuracy', 'eval/top5', 'eval/loss'),
     ),
     'patience': Key(
-        'The run ends when no evaluation was better for so long; empty: never.',
-        units=PART_OF_RUN,
+        'Ends the run after this long without a better evaluation; empty: never.',
+        units=RUN_UNITS,
         optional=True,
     ),
     'max_skipped_updates': Key(
-        'So many updates in a row whose loss or gradient is not finite end the run; '
-        '0: the first does.',
+        'Ends the run after this many consecutive updates with a loss or gradient that is not '
+        'finite; 0: at the first.',
         0,
     ),
 }
 
 
 def check_config(config: ConfigDict) -> None:
-    """Locks a config that has every key, with a value it may have, and no key too many.
+    """Checks that a config has exactly the known keys with allowed values, and locks it.
 
-    Raises: ConfigError: it has not.
+    Raises: ConfigError if it does not.
     """
     defaults = flatten(default.get_config())
     values = flatten(config)
@@ -232,12 +257,12 @@ def check_config(config: ConfigDict) -> None:
         _check_value(key, values[key], KEYS[key])
     _check_curve(config.schedule)
     _check_crop_area(values['augment.crop_area'])
-    _check_together(values)
+    _check_combinations(values)
     config.lock()
 
 
 def _check_argument(key: str, value: Any) -> None:
-    """Raises ConfigError unless it can be an argument of the optimizer or of the curve."""
+    """Raises ConfigError unless the key could be an argument of the optimizer or the curve."""
     group, _, name = key.partition('.')
     if group not in ('optimizer', 'schedule') or '.' in name:
         same_name = [known for known in KEYS if known.split('.')[-1] == key.split('.')[-1]]
@@ -245,7 +270,7 @@ def _check_argument(key: str, value: Any) -> None:
         raise ConfigError(
             f'config.{key} does not exist{hint}; configs/default.py lists every key', key=key
         )
-    if isinstance(value, str):  # they are numbers
+    if isinstance(value, str):  # all such arguments are numbers
         hint = did_you_mean(key, KEYS, cutoff=0.9)
         raise ConfigError(f'config.{key}={value!r} must be a number, true or false{hint}', key=key)
 
@@ -266,7 +291,7 @@ def _check_type(key: str, value: Any, default_value: Any) -> None:
 def _check_value(key: str, value: Any, allowed: Key) -> None:
     if allowed.choices and value not in allowed.choices:
         choices = ', '.join(map(repr, allowed.choices))
-        fix = f'--config.{key}={nearest(value, allowed.choices, cutoff=0)}'
+        fix = f'--config.{key}={closest_match(value, allowed.choices, cutoff=0)}'
         raise ConfigError(f'config.{key}={value!r} is not one of {choices}', fix, key)
     if allowed.low is not None:
         _check_bounds(key, value, allowed.low, allowed.high)
@@ -302,17 +327,18 @@ def _check_crop_area(area: Sequence[float]) -> None:
         raise ConfigError(problem, 'write two numbers, as in (0.08, 1.0)', key)
     low, high = area
     if not 0 < low <= high <= 1:
-        raise ConfigError(problem, 'two shares of the image, 0 < low <= high <= 1', key)
+        raise ConfigError(problem, 'write two fractions of the image, 0 < low <= high <= 1', key)
 
 
-def _check_together(values: dict) -> None:
-    """Raises ConfigError for values that do not go together, and for text that has a form."""
+def _check_combinations(values: dict) -> None:
+    """Raises ConfigError for values that conflict, and for malformed addresses."""
     key = 'progressive.image_size'
     size = values[key]
     if values['progressive.stages'] > 1:
         if size > values['image_size']:
             larger = f'is larger than config.image_size={values["image_size"]}'
-            raise ConfigError(f'config.{key}={size} {larger}', 'images grow', key)
+            fix = 'write at most config.image_size: images grow from stage to stage'
+            raise ConfigError(f'config.{key}={size} {larger}', fix, key)
         if size % 32:
             fix = 'the sizes of stages are multiples of 32'
             raise ConfigError(f'config.{key}={size} is impossible', fix, key)
@@ -323,13 +349,13 @@ def _check_together(values: dict) -> None:
     for key in ('dataset.image_key', 'dataset.label_key'):
         if values[key] and values['dataset.name'] == 'folder':
             problem = f'config.{key}={values[key]!r} names a feature of a TFDS data set'
-            raise ConfigError(f'{problem}, and a folder has none', 'leave it out', key)
+            raise ConfigError(f'{problem}, and a folder has none', 'leave it empty', key)
 
 
 def parse_duration(key: str, text: str, units: Collection[str]) -> tuple[Fraction, str]:
     """Parses the value of a key: '90 epochs' is (90, 'epochs').
 
-    Raises: ConfigError: it is not a number and one of `units`, or no such duration can be.
+    Raises: ConfigError if it is not a number with one of `units`, or is not a possible duration.
     """
     match = re.fullmatch(AMOUNT_AND_UNIT, text)
     spelled = {unit: unit for unit in units}
@@ -344,10 +370,10 @@ def parse_duration(key: str, text: str, units: Collection[str]) -> tuple[Fractio
         raise ConfigError(problem, 'write at most 100%', key)
     impossible = f'config.{key}={text!r} is impossible'
     if unit in ('steps', 'examples') and amount.denominator != 1:
-        raise ConfigError(impossible, f'{unit} come as whole numbers', key)
+        raise ConfigError(impossible, f'{unit} must be a whole number', key)
     recurs = key.endswith('_every') or key == 'patience'
     if recurs and not amount:
-        raise ConfigError(impossible, 'write at least 1 step, or 100% for once, at the end', key)
+        raise ConfigError(impossible, 'write at least 1 step, or 100% for once at the end', key)
     return amount, unit
 
 

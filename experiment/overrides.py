@@ -1,6 +1,6 @@
 """Checks `--config.KEY=VALUE` on the command line against the keys of configs/default.py.
 
-The parsers of absl and ml_collections would refuse the same arguments, in many lines. Needs no
+absl and ml_collections would reject the same arguments, but with long stack traces. Needs no
 TensorFlow.
 """
 
@@ -29,16 +29,16 @@ PARSERS = {
 
 
 def check_overrides(arguments: Sequence[str]) -> None:
-    """Raises ConfigError for a section that does not exist, or a value of another type.
+    """Raises ConfigError if a section does not exist or a value has the wrong type.
 
-    Keys that are not in configs/default.py are checked with the whole config: see `config_schema`.
+    Unknown keys are reported later, by `config_schema.check_config`.
     """
     for key, value in _overrides(arguments):
         _check(key, value, default.get_config())
 
 
 def _overrides(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Yields (key, value) of --config.KEY=VALUE and of --config.KEY VALUE."""
+    """Yields (key, value) for each --config.KEY=VALUE or --config.KEY VALUE."""
     for argument, following in zip(arguments, [*arguments[1:], ''], strict=True):
         name, equals, value = argument.partition('=')
         for prefix in ('--config.', '-config.'):
@@ -76,7 +76,7 @@ def _check(key: str, value: str, defaults: ConfigDict) -> None:
 
 
 def _check_argument(key: str, value: str) -> None:
-    """Raises ConfigError unless a value can be an argument of an optimizer or a curve."""
+    """Raises ConfigError unless the value could be an argument of an optimizer or a curve."""
     if value in ('true', 'false'):
         return
     try:

@@ -17,16 +17,16 @@ from experiment.config_schema import KEYS, parse_duration
 MAX_STEPS = 2**31 - 1  # a loop's steps are counted in 32 bits
 
 
-class Ahead(NamedTuple):
-    """How much further a run is than its updates would be with batches of today's size.
+class ScheduleOffset(NamedTuple):
+    """How far a run is ahead of where its updates would be at the current batch size.
 
-    All is 0 unless the batch size has changed during the run.
+    All fields are 0 unless the batch size has changed during the run.
 
     Attributes:
-        updates: by which the schedule is ahead of the updates that were made.
-        examples: seen beyond those of that many batches.
-        distinct: the same without the copies of `augment.repeats`: by which the stream of examples
-            is ahead.
+        updates: how far the schedule is ahead of the updates made.
+        examples: examples seen minus updates made times the current batch size.
+        distinct: the same without the copies of `augment.repeats`: how far the example stream is
+            ahead.
     """
 
     updates: int = 0
@@ -36,7 +36,7 @@ class Ahead(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The numbers of a run. Steps are updates of the weights, whatever their batch size was."""
+    """The numbers of a run. A step is an update of the weights, whatever its batch size."""
 
     train_examples: int
     eval_examples: int
@@ -49,43 +49,43 @@ class Plan:
     hold_steps: int
     log_every: int
     eval_every: int
-    checkpoint_every: int | None  # steps, or None when in seconds
+    checkpoint_every: int | None  # steps; None if the interval is in seconds
     checkpoint_seconds: float | None
     patience: int | None  # steps without a better evaluation after which the run ends, or None
-    ahead: Ahead = Ahead()  # see `continued`
+    offset: ScheduleOffset = ScheduleOffset()  # see `resumed_plan`
 
     @property
     def steps_per_epoch(self) -> float:
-        """A fraction if the batch does not divide the split: batches cross the end of an epoch."""
+        """Returns batches per epoch, not rounded: a batch may span two epochs."""
         return self.train_examples / self.batch_size
 
     @property
     def intervals(self) -> tuple[int, ...]:
-        """Steps at whose multiples the host has something to do."""
+        """Returns the step intervals at which the host logs, evaluates or saves."""
         return tuple(filter(None, (self.log_every, self.eval_every, self.checkpoint_every)))
 
     @property
     def schedule_steps(self) -> int:
-        """The length of the schedule, which is that of the run in batches of today's size."""
-        return self.total_steps + self.ahead.updates
+        """Returns the length of the schedule: that of the run at the current batch size."""
+        return self.total_steps + self.offset.updates
 
     @property
     def epochs(self) -> float:
-        return (self.total_steps * self.batch_size + self.ahead.examples) / self.train_examples
+        return (self.total_steps * self.batch_size + self.offset.examples) / self.train_examples
 
     def stream_position(self, step: int, repeats: int) -> int:
         """Returns how many examples the first `step` updates take from the stream."""
-        return step * (self.batch_size // repeats) + self.ahead.distinct
+        return step * (self.batch_size // repeats) + self.offset.distinct
 
 
 class PlanSummary(NamedTuple):
-    """What the durations of a config came to, as text; '' for what a run has not."""
+    """The plan as text; '' for parts that a run does not have."""
 
     data: str
     batch: str
     steps: str
     schedule: str
-    every: str
+    intervals: str
     stages: str
 
     def rows(self) -> dict[str, str]:
@@ -97,9 +97,9 @@ def summarize(config: ConfigDict, plan: Plan) -> PlanSummary:
     per_replica = plan.batch_size // plan.num_replicas
     epochs, steps_per_epoch = f'{plan.epochs:.4g} epochs', f'{plan.steps_per_epoch:.6g} steps'
     length = f'{plan.total_steps:,} = {epochs} x {steps_per_epoch}'
-    if plan.ahead.updates or plan.ahead.examples:
-        other_sizes = 'some of them with batches of another size'
-        length = f'{plan.total_steps:,}, {other_sizes}; {epochs}, now of {steps_per_epoch}'
+    if plan.offset.updates or plan.offset.examples:
+        other_sizes = 'some with another batch size'
+        length = f'{plan.total_steps:,}, {other_sizes}; {epochs}, now {steps_per_epoch} each'
     decay_steps = plan.schedule_steps - plan.warmup_steps - plan.hold_steps
     saving = f'{plan.checkpoint_every:,} steps' if plan.checkpoint_every else ''
     if plan.checkpoint_seconds:
@@ -113,7 +113,8 @@ def summarize(config: ConfigDict, plan: Plan) -> PlanSummary:
         steps=length,
         schedule=f'warmup {plan.warmup_steps:,}, hold {plan.hold_steps:,}, '
         f'decay {decay_steps:,} steps',
-        every=f'log {plan.log_every:,}, evaluate {plan.eval_every:,} steps, checkpoint {saving}',
+        intervals=f'log {plan.log_every:,} steps, evaluate {plan.eval_every:,} steps, '
+        f'checkpoint {saving}',
         stages=', '.join(growth) if len(growth) > 1 else '',
     )
 
@@ -128,7 +129,7 @@ def make_plan(
     """Turns the durations of a checked config into steps.
 
     Args:
-        config: passed `config_schema.check_config`.
+        config: one that has passed `config_schema.check_config`.
         train_examples, eval_examples, num_classes: of the data set. Without training examples the
             run has no updates: it only evaluates.
         num_replicas: devices that train in sync.
@@ -179,7 +180,7 @@ def make_plan(
         raise ConfigError(
             f'config.schedule.warmup and hold take {warmup_steps:,} + {hold_steps:,} steps, '
             f'but the run has {total_steps:,}',
-            'shorten them (as percent they follow the run) or raise config.train_for',
+            'shorten them (percentages scale with the run) or raise config.train_for',
             'schedule.warmup',
         )
     amount, unit = parse_duration(
@@ -205,7 +206,7 @@ def make_plan(
 
 
 def _check_batch(config: ConfigDict, num_replicas: int) -> None:
-    """Raises ConfigError, with a batch size that fits, if the batch cannot be divided as needed."""
+    """Raises ConfigError, suggesting a batch size that fits, if the batch cannot be divided."""
     batch_size = config.batch_size
     if batch_size % num_replicas:
         fits = max(num_replicas, batch_size // num_replicas * num_replicas)
@@ -251,50 +252,52 @@ def _check_length(config: ConfigDict, total_steps: int) -> None:
     if total_steps > MAX_STEPS:
         raise ConfigError(
             f'config.train_for={config.train_for!r} is {float(total_steps):.3g} steps',
-            f'write at most {MAX_STEPS:,}, which is what can be counted',
+            f'write at most {MAX_STEPS:,} steps',
             'train_for',
         )
 
 
-def continued(
+def resumed_plan(
     plan: Plan, config: ConfigDict, step: int, examples_seen: int, distinct_seen: int
 ) -> Plan:
-    """Returns the plan of a run that has made `step` updates, perhaps with batches of other sizes.
+    """Returns the plan for resuming after `step` updates, some perhaps at other batch sizes.
 
-    The position of a run is the number of examples it has seen. There the stream of examples goes
-    on, exactly, and the schedule, in whole updates of today's size, rounded down: the run is at
-    most one batch longer than `config.train_for`, and its rate at most one update behind the curve.
-    Where `config.train_for` counts updates, the position of the schedule is their number.
+    A run's position is the number of examples it has seen. The example stream resumes exactly
+    there; the schedule resumes at that many whole updates of the current size, rounded down, so the
+    run is at most one batch longer than `config.train_for` and its rate at most one update behind
+    the curve. If `config.train_for` is in steps, the schedule's position is the number of updates.
 
     Args:
-        plan: of `make_plan`, or of this function.
-        config: the config of that plan.
+        plan: returned by `make_plan` or this function.
+        config: the config it was made from.
         step, examples_seen, distinct_seen: see `outputs.train_progress.Progress`.
     """
     _, unit = parse_duration('train_for', config.train_for, KEYS['train_for'].units)
     position = step if unit == 'steps' else examples_seen // plan.batch_size
-    ahead = Ahead(
+    offset = ScheduleOffset(
         updates=position - step,
         examples=examples_seen - step * plan.batch_size,
         distinct=distinct_seen - step * (plan.batch_size // config.augment.repeats),
     )
-    return moved(plan, ahead)
+    return shifted(plan, offset)
 
 
-def moved(plan: Plan, ahead: Ahead) -> Plan:
-    """Returns the same plan for a run that is so far ahead."""
-    return dataclasses.replace(plan, total_steps=plan.schedule_steps - ahead.updates, ahead=ahead)
+def shifted(plan: Plan, offset: ScheduleOffset) -> Plan:
+    """Returns `plan` shifted by `offset`."""
+    return dataclasses.replace(
+        plan, total_steps=plan.schedule_steps - offset.updates, offset=offset
+    )
 
 
 def stages(config: ConfigDict, plan: Plan) -> list[tuple[int, ConfigDict]]:
-    """Returns the parts of a run with progressive learning; one part without it.
+    """Returns the stages of progressive learning; a single stage without it.
 
-    Tan and Le, EfficientNetV2, 2021. Stages are equal parts of the run. From the first to the last
-    grow, linearly: the size of the images, in multiples of 32 pixels, from `progressive.image_size`
-    to `image_size`; and dropout, the magnitude of RandAugment, colour jitter, mixup and cutmix from
-    the share `progressive.strength` of their values.
+    Tan and Le, EfficientNetV2, 2021. Stages are equal parts of the run. From first to last, these
+    grow linearly: the image size, in multiples of 32 pixels, from `progressive.image_size` to
+    `image_size`; and dropout, RandAugment's magnitude, colour jitter, mixup and cutmix, from
+    `progressive.strength` times their values.
 
-    Returns: (step at which it ends, config of this stage) of each.
+    Returns: [(end step, config of the stage)].
     """
     number = config.progressive.stages
     parts = []
@@ -310,7 +313,7 @@ def stages(config: ConfigDict, plan: Plan) -> list[tuple[int, ConfigDict]]:
             stage.augment.policy.magnitude *= strength
             for key in ('color_jitter', 'mixup', 'cutmix'):
                 stage.augment[key] *= strength
-        end = plan.schedule_steps * (index + 1) // number - plan.ahead.updates
+        end = plan.schedule_steps * (index + 1) // number - plan.offset.updates
         parts.append((end, stage))
     return parts
 
@@ -318,7 +321,7 @@ def stages(config: ConfigDict, plan: Plan) -> list[tuple[int, ConfigDict]]:
 def schedule_arguments(config: ConfigDict, plan: Plan) -> dict[str, Any]:
     """Returns the arguments of `schedules.learning_rate` and `schedules.WarmupDecay`.
 
-    Their updates are those of the schedule, which may be ahead of those of the run: see `Ahead`.
+    They count the schedule's updates, which may be ahead of the run's: see `ScheduleOffset`.
     """
     named = ('name', 'peak_lr', 'start_lr', 'end_lr', 'warmup', 'hold')
     curve_arguments = {key: value for key, value in config.schedule.items() if key not in named}
@@ -335,14 +338,14 @@ def schedule_arguments(config: ConfigDict, plan: Plan) -> dict[str, Any]:
 
 
 def learning_rate_of(config: ConfigDict, plan: Plan) -> Callable[[Any], Any]:
-    """Returns the learning rate as a function of the update, or of an array of them."""
+    """Returns a function from an update, or an array of updates, to the learning rate."""
     arguments = schedule_arguments(config, plan)
-    return lambda step: schedules.learning_rate(np.asarray(step) + plan.ahead.updates, **arguments)
+    return lambda step: schedules.learning_rate(np.asarray(step) + plan.offset.updates, **arguments)
 
 
 def planned_rates(config: ConfigDict, plan: Plan, most: int = 2000) -> tuple[list[int], np.ndarray]:
     """Returns about `most` steps, evenly from the first to the last, and the rate at each."""
-    first = max(0, -plan.ahead.updates)  # in batches of today's size the schedule begins there
+    first = max(0, -plan.offset.updates)  # where the schedule begins at the current batch size
     chosen = list(range(first, plan.total_steps + 1, max(1, plan.total_steps // most)))
     return chosen, learning_rate_of(config, plan)(chosen)
 

@@ -1,6 +1,6 @@
-"""What a folder holds of an earlier start, and whether this start continues it.
+"""Finds an earlier run in a folder, and decides whether this launch continues it.
 
-A run never continues with another learning-rate curve without being told to.
+A run never continues with a different learning-rate curve unless told to.
 """
 
 import json
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 CONFIG, ENVIRONMENT = 'config.json', 'environment.json'
 SUMMARY, SKIPPED = 'summary.json', 'skipped.json'
-FILES = (
+RUN_FILES = (
     CONFIG,
     ENVIRONMENT,
     SUMMARY,
@@ -46,7 +46,7 @@ FILES = (
 
 
 def has_run(workdir: str) -> bool:
-    """Returns whether `workdir` holds a run that got to its first checkpoint."""
+    """Returns whether `workdir` holds a finished run or one with a checkpoint."""
     has_config = storage.exists(os.path.join(workdir, CONFIG))
     return has_config and (is_finished(workdir) or has_checkpoints(workdir))
 
@@ -75,27 +75,28 @@ def require_same_config(
     """Raises ConfigError, with the differences, if `workdir` holds a run of another config."""
     changes = config_changes(config, workdir, free_keys)
     if changes:
-        raise refusal(workdir, config, changes)
+        raise changed_config_error(workdir, config, changes)
 
 
-def refusal(workdir: str, config: ConfigDict, changes: Sequence[ConfigChange]) -> ConfigError:
-    """Returns the error of a changed config: it says whether --resume=changed would do."""
+def changed_config_error(
+    workdir: str, config: ConfigDict, changes: Sequence[ConfigChange]
+) -> ConfigError:
+    """Returns the error for a changed config, which says whether --resume=changed would help."""
     on_purpose = (
-        'On purpose, --resume=changed continues training with this config, and --resume=never '
-        'moves that run aside'
+        'If this is intended, --resume=changed continues training with this config, or '
+        '--resume=never moves that run aside'
     )
     if any(change.key == ANY_KEY for change in changes):
         return ConfigError(
-            f'{workdir} holds checkpoints but no {CONFIG}, so nobody knows what they were '
-            'trained with',
+            f'{workdir} holds checkpoints but no {CONFIG}, so their config is unknown',
             f'restore it from a backup, or give this config its own --workdir. {on_purpose}',
         )
-    held = f'{workdir} holds a run of another config ({config_diff.listed(changes)})'
-    keys = [change.key for change in config_diff.misfits(config, changes)]
+    held = f'{workdir} holds a run of another config ({config_diff.format_changes(changes)})'
+    keys = [change.key for change in config_diff.incompatible_changes(config, changes)]
     if not keys:
         fix = f'use that config, or give this one its own --workdir. {on_purpose}'
         return ConfigError(held, fix, changes[0].key)
-    problem = f'{held}, whose checkpoints do not fit another {" or ".join(keys)}'
+    problem = f'{held}, and its checkpoints cannot be used with a different {" or ".join(keys)}'
     if 'model.name' in keys:
         fix = 'use that config, or give this one its own --workdir'
         return ConfigError(problem, fix, 'model.name')
@@ -104,21 +105,21 @@ def refusal(workdir: str, config: ConfigDict, changes: Sequence[ConfigChange]) -
     return ConfigError(problem, fix, keys[0])
 
 
-def require_fit(workdir: str, config: ConfigDict, changes: Sequence[ConfigChange]) -> None:
+def require_compatible(workdir: str, config: ConfigDict, changes: Sequence[ConfigChange]) -> None:
     """Raises ConfigError if the run cannot continue with these changes; needs no data or model."""
-    if config_diff.misfits(config, changes):
-        raise refusal(workdir, config, changes)
+    if config_diff.incompatible_changes(config, changes):
+        raise changed_config_error(workdir, config, changes)
 
 
-def unknown_config(workdir: str) -> list[ConfigChange]:
-    """Returns a change of `ANY_KEY` if there are checkpoints without a config.json, else none."""
+def missing_config_change(workdir: str) -> list[ConfigChange]:
+    """Returns a change of `ANY_KEY` if there are checkpoints but no config.json, else []."""
     is_missing = not storage.exists(os.path.join(workdir, CONFIG)) and has_checkpoints(workdir)
     return [ConfigChange(ANY_KEY, None, None)] if is_missing else []
 
 
 def archive_run(workdir: str) -> None:
     """Moves the files of a run into a folder of its own in `workdir`, `before-1`, and says so."""
-    left = [name for name in storage.list_folder(workdir) if name in FILES]
+    left = [name for name in storage.list_folder(workdir) if name in RUN_FILES]
     if not left:
         return
     number = 1
@@ -128,17 +129,16 @@ def archive_run(workdir: str) -> None:
     storage.make_folder(archive)
     for name in left:
         storage.move(os.path.join(workdir, name), os.path.join(archive, name))
-    console.row('begins', f'anew; the run before is in {archive}')
+    console.row('begins', f'a new run; the previous one was moved to {archive}')
 
 
 def compare_data(source: Source, workdir: str, trains: bool) -> tuple[int | None, tuple[str, ...]]:
-    """Compares the data that the run in `workdir` began with to the data as they are now.
+    """Compares the data with which the run in `workdir` began to the present data.
 
-    Returns: (training examples that its durations count, or None for a new run; lines about data
-        that have changed since).
+    Returns: (number of training examples that its durations are based on, None for a new run; notes
+    on data that have changed since).
 
-    Raises: RunError if the run knows other classes, or in another order: its outputs would be
-        misread.
+    Raises: RunError if the classes or their order differ, because outputs would be misread.
     """
     path = os.path.join(workdir, ENVIRONMENT)
     is_resumed = has_run(workdir) or has_checkpoints(workdir)
@@ -149,20 +149,21 @@ def compare_data(source: Source, workdir: str, trains: bool) -> tuple[int | None
     known = before.get('class_names', names)
     if names != known:
         differing = [pair for pair in zip(known, names, strict=False) if pair[0] != pair[1]]
-        first = 'the first of them are the same'
+        first = 'the leading ones are the same'
         if differing:
             first = f'{differing[0][0]!r} is now {differing[0][1]!r}'
         raise RunError(
             f'the run in {workdir} has {len(known)} classes and this data set {len(names)}, which '
             f'differ ({first})',
-            'use the data it was trained on, or give these a --workdir of their own',
+            'use the data it was trained on, or another --workdir',
         )
     examples, changes = before.get('train_examples'), tuple(before.get('data_changes', ()))
     has_changed = source.identity != before.get('training_data', source.identity)
     if trains and has_changed:
         change = (
-            f'the training images have changed during the run, which began with {examples:,}: '
-            f'now there are {source.num_train:,}. The schedule stays, the order is another'
+            f'the training images have changed during the run: it began with {examples:,}, now '
+            f'there are {source.num_train:,}. The schedule stays the same, the order of the images '
+            'does not'
         )
         changes = (*changes, change)
     return examples, changes
@@ -172,18 +173,18 @@ def restore(session: 'Session', workdir: str, changes: Sequence[ConfigChange] = 
     """Restores the last intact checkpoint, if there is one, and says so.
 
     Args:
-        session: its plan and learning rate are moved to where the run stands.
+        session: its plan and learning rate are moved to the run's position.
         workdir: where this process writes.
         changes: of the config since the last start.
 
-    Returns: the state of the run, as far as it holds under the config of the session.
+    Returns: the run's progress, without what is not valid under the session's config.
     """
     saved = session.checkpoints.latest_step() or 0
-    everywhere, workers = session.sum_over_workers([saved, 1])
-    if everywhere != saved * workers:
+    total, workers = session.sum_over_workers([saved, 1])
+    if total != saved * workers:
         raise RunError(
-            f'this worker found step {saved:,} in its workdir, and others another one',
-            'all workers need one --workdir, on a disk that they share',
+            f'this worker found step {saved:,} in its workdir, other workers found another step',
+            'give all workers the same --workdir, on a shared disk',
         )
     rows = read_metrics(workdir)
     last_row = rows[-1]['step'] if rows else 0
@@ -193,25 +194,24 @@ def restore(session: 'Session', workdir: str, changes: Sequence[ConfigChange] = 
             console.row('begins', f'at step 0: {reaches}')
         return Progress(config=config_diff.fixed_values(session.config))
     if not rows and session.is_chief:
-        lost = f'what was measured up to step {saved:,} is lost'
-        console.note(f'no row of metrics.jsonl is left: {lost}')
+        lost = f'the metrics up to step {saved:,} are lost'
+        console.note(f'metrics.jsonl is missing or empty: {lost}')
     _, saved_progress = session.checkpoints.restore()
     progress = _progress_of(saved_progress, session, changes)
-    redone = f'; what came after it, up to step {last_row:,}, is redone'
+    redone = f'; later steps, up to {last_row:,}, are repeated'
     console.row('resumes', f'at step {saved:,}{redone if last_row > saved else ""}')
     session.continue_from(progress)
     plan = session.plan
-    if plan.ahead.updates or plan.ahead.examples:
+    if plan.offset.updates or plan.offset.examples:
         console.row(
             '',
-            f'after {progress.examples_seen:,} examples, in batches of several sizes: the run has '
-            f'{plan.total_steps:,} updates, and its schedule, in batches of today, is at '
-            f'step {saved + plan.ahead.updates:,} of {plan.schedule_steps:,}',
+            f'after {progress.examples_seen:,} examples at several batch sizes: the run has '
+            f'{plan.total_steps:,} updates; at the current batch size its schedule is at step '
+            f'{saved + plan.offset.updates:,} of {plan.schedule_steps:,}',
         )
     if saved > plan.total_steps:
         raise ConfigError(
-            f'the run is at step {saved:,}, after the end of this config at step '
-            f'{plan.total_steps:,}',
+            f'the run is at step {saved:,}, but this config ends at step {plan.total_steps:,}',
             'raise config.train_for',
             'train_for',
         )
@@ -221,7 +221,7 @@ def restore(session: 'Session', workdir: str, changes: Sequence[ConfigChange] = 
 def _progress_of(
     saved: dict[str, Any], session: 'Session', changes: Sequence[ConfigChange]
 ) -> Progress:
-    """Returns the progress in a checkpoint, as far as it holds in this session."""
+    """Returns a checkpoint's progress, without what is not valid in this session."""
     config, eval_examples = session.config, session.plan.eval_examples
     before = {change.key: change.before for change in changes}
     repeats = before.get('augment.repeats', config.augment.repeats)
@@ -231,8 +231,8 @@ def _progress_of(
     evaluated = progress.metrics.get('eval/examples', eval_examples)
     if evaluated != eval_examples and not any(map(changes_evaluation, keys)):
         console.note(
-            f'the evaluation split has {eval_examples:,} examples now and had {evaluated:,}: '
-            'what was measured then is not compared with it'
+            f'the evaluation split has {eval_examples:,} examples now but had {evaluated:,}: '
+            'earlier results are not compared with new ones'
         )
         keys.add('dataset.eval_split')
     progress.reset_for_config_change(keys)
@@ -243,19 +243,19 @@ def _progress_of(
 def _keys_changed_since(
     progress: Progress, config: ConfigDict, changes: Sequence[ConfigChange]
 ) -> set[str]:
-    """Returns the keys that have other values than when `progress` was saved.
+    """Returns the keys whose values have changed since `progress` was saved.
 
-    A checkpoint knows its config, so it does not matter how often the run was started since, and
-    with what. If an older version wrote it, the changes since the last start have to do.
+    A checkpoint stores its config, so later launches with other configs do not matter. For
+    checkpoints of older versions, which do not, `changes` since the last launch are used.
     """
     changed = {change.key for change in changes}
     if progress.config is None or ANY_KEY in changed:
         return changed
     current = config_diff.fixed_values(config)
-    defaults = config_diff.as_stored(default.get_config())  # of keys newer than the checkpoint
+    defaults = config_diff.as_read_back(default.get_config())  # of keys newer than the checkpoint
     then = {key: defaults[key] for key in current if key in defaults} | progress.config
     differing = {change.key for change in config_diff.differences(then, current)}
-    return differing - set(config_diff.free_keys_of(config))
+    return differing - set(config_diff.resumable_keys(config))
 
 
 def record_start(
@@ -263,8 +263,7 @@ def record_start(
 ) -> tuple[list[int], list[str]]:
     """Writes config.json and environment.json.
 
-    Returns: (the steps at which the run was resumed so far, lines about what has changed since it
-        began).
+    Returns: (the steps at which the run was resumed, notes on what has changed since it began).
     """
     path, config, step = os.path.join(workdir, ENVIRONMENT), session.config, progress.step
     before = read_json(path) if step and storage.exists(path) else {}
@@ -272,10 +271,10 @@ def record_start(
     earlier_notes = list(before.get('changes', ()))
     new_notes = []
     if any(change.key == ANY_KEY for change in changes):
-        new_notes.append(f'{CONFIG} was missing, so the config up to there is not known')
+        new_notes.append(f'{CONFIG} was missing, so the config up to this step is unknown')
     elif changes:
         position = _describe_position(session, workdir, progress, changes)
-        new_notes.append(f'{config_diff.listed(changes)}; {position}')
+        new_notes.append(f'{config_diff.format_changes(changes)}; {position}')
     packages = environment['packages']
     versions = [
         f'{name} was {old}, is {packages.get(name)}'
@@ -283,7 +282,7 @@ def record_start(
         if old != packages.get(name)
     ]
     if versions:
-        new_notes.append(f'{"; ".join(versions)}: the same run, but not to the bit')
+        new_notes.append(f'{"; ".join(versions)}: results may no longer be bit-identical')
     new_notes = [f'changed at step {step:,}: {note}' for note in new_notes]
     for note in new_notes:
         console.note(note)
@@ -291,9 +290,9 @@ def record_start(
     resumed_from = before.get('resumed_from', [])
     if 0 < step < session.plan.total_steps:
         resumed_from = [*resumed_from, step]
-    # Now, and not hours later, it shows if something is in the way.
+    # Created now, so that any obstacle shows up at once and not hours later.
     storage.make_folder(session.checkpoints.directory)
-    for name in (SUMMARY, SKIPPED):  # of a run that continues, perhaps with another config
+    for name in (SUMMARY, SKIPPED):  # stale if the run continues, perhaps with a changed config
         storage.delete(os.path.join(workdir, name))
     write_json(os.path.join(workdir, CONFIG), json.loads(config.to_json()))
     facts = {
@@ -315,7 +314,7 @@ def record_start(
 
 
 def _evaluation_from(progress: Progress, plan: planning.Plan) -> int:
-    """Returns the first step whose evaluation can be compared with those that this start makes."""
+    """Returns the first step whose evaluation is comparable with those of this launch."""
     if progress.evaluation_from is not None:
         return progress.evaluation_from
     step = progress.step
@@ -326,15 +325,15 @@ def _evaluation_from(progress: Progress, plan: planning.Plan) -> int:
 def _describe_position(
     session: 'Session', workdir: str, progress: Progress, changes: Sequence[ConfigChange]
 ) -> str:
-    """Returns how the rate continues, and where a run with another batch size is."""
+    """Describes how the learning rate continues, and where a run with another batch size is."""
     config, plan = session.config, session.plan
-    before = ConfigDict(config_diff.stored(os.path.join(workdir, CONFIG)))
-    # One replica: today's number of them may not divide the batch of that time.
+    before = ConfigDict(config_diff.read_config(os.path.join(workdir, CONFIG)))
+    # One replica, because the current number may not divide the old batch size.
     plan_before = planning.make_plan(
         before, plan.train_examples, plan.eval_examples, plan.num_classes, num_replicas=1
     )
     position = progress.step, progress.examples_seen, progress.distinct_seen
-    plan_before = planning.continued(plan_before, before, *position)
+    plan_before = planning.resumed_plan(plan_before, before, *position)
     old = float(planning.learning_rate_of(before, plan_before)(progress.step))
     new = float(planning.learning_rate_of(config, plan)(progress.step))
     rate = f'the learning rate goes from {old:.4g} to {new:.4g}'
@@ -345,4 +344,4 @@ def _describe_position(
     epochs = f'{progress.examples_seen / plan.train_examples:.4g} of {plan.epochs:.4g} epochs'
     left = f'{plan.total_steps - progress.step:,} updates of {plan.batch_size:,} examples'
     seen = f'{progress.examples_seen:,} examples'
-    return f'it continues after {seen}, {epochs}; {left} are left; {rate}'
+    return f'the run continues after {seen} ({epochs}); {left} remain; {rate}'

@@ -1,4 +1,4 @@
-"""What `train`, `evaluate` and `export` share: from a config to strategy, data, plan and state."""
+"""Builds strategy, data, plan and state from a config, for `train`, `evaluate` and `export`."""
 
 import dataclasses
 import math
@@ -22,7 +22,7 @@ from devices.strategy import (
 from experiment import planning, resume
 from inputs import datasets
 from modeling import distillation, loops, models, optimizers, pretrained, steps
-from outputs.checkpoints import Checkpoints, find
+from outputs.checkpoints import Checkpoints, find_checkpoint
 from outputs.train_progress import Progress
 
 
@@ -31,15 +31,15 @@ class Session:
     """Everything a mode works with.
 
     Attributes:
-        strategy_reason: what was chosen and why.
+        strategy_reason: which strategy was chosen, and why.
         kind: 'TPU', 'GPU' or 'CPU'.
-        dtype_policy: of Keras.
+        dtype_policy: the Keras dtype policy.
         data_changes: lines on what has changed since the run began.
         synchronize: makes unsynchronized statistics the same on all replicas; call it before
             reading the variables.
-        is_chief: whether this process writes; of several workers one does.
+        is_chief: whether this process writes files; only one of several workers does.
         sum_over_workers: a collective sum of numbers; every worker must call it at the same point.
-        loaded: a line on what was taken from `config.model.weights`; '' for random weights.
+        loaded: one line on what `config.model.weights` provided; '' for random weights.
     """
 
     config: ConfigDict
@@ -60,19 +60,19 @@ class Session:
     teacher: distillation.Teacher | None
 
     def continue_from(self, progress: Progress) -> None:
-        """Moves plan and learning rate to where a restored run stands."""
+        """Moves the plan and the learning rate to a restored run's position."""
         position = progress.step, progress.examples_seen, progress.distinct_seen
-        self.plan = planning.continued(self.plan, self.config, *position)
-        if self.plan.ahead.updates:
+        self.plan = planning.resumed_plan(self.plan, self.config, *position)
+        if self.plan.offset.updates:
             arguments = planning.schedule_arguments(self.config, self.plan)
-            optimizers.shift_schedule(self.state.optimizer, arguments, self.plan.ahead.updates)
+            optimizers.shift_schedule(self.state.optimizer, arguments, self.plan.offset.updates)
 
     def wait_for_all(self) -> None:
-        """Waits until every worker has come to this point."""
+        """Waits until every worker has reached this point."""
         self.sum_over_workers([1])
 
     def describe(self) -> list[tuple[str, str]]:
-        """Returns what was chosen and what the durations came to, as (name, text) of each row."""
+        """Describes the choices made and the plan, as (name, text) rows."""
         xla = 'on' if self.jit_compile else 'off'
         plan = planning.summarize(self.config, self.plan)
         return [
@@ -96,11 +96,10 @@ class Session:
             everything = _size(models.float_variables(self.state.model))
             is_all = model.freeze == 'backbone'
             frozen = 'the backbone' if is_all else f'everything up to {model.freeze}'
-            yield 'frozen', f'{frozen}: {trained:,} of {everything:,} numbers are trained'
+            yield 'frozen', f'{frozen}: {trained:,} of {everything:,} parameters are trained'
         if model.layer_decay < 1:
             least = min(models.layer_lr_multipliers(self.state.model, model.layer_decay))
-            first = f'down to x {least:.3g} at the first layers that are trained'
-            yield 'rates', f'x 1 at the head, {first}'
+            yield 'rates', f'x 1 at the head, down to x {least:.3g} at the first trained layers'
         if self.teacher:
             weight = f'{distill.alpha:.0%} of the loss, temperature {distill.temperature:g}'
             yield 'teacher', f'{self.teacher.name}; {weight}'
@@ -119,7 +118,7 @@ def open_session(config: ConfigDict, workdir: str, trains: bool = True) -> Sessi
     jit_compile = resolve_jit_compile(config.jit_compile, kind)
     is_chief, sum_over_workers = runs_as_chief(config), make_sum_over_workers(strategy)
     if not is_chief:
-        # The chief prepares the data first: on a shared disk it is there then.
+        # The chief prepares the data first; the others then find it on the shared disk.
         sum_over_workers([1])
     source = datasets.load(config.dataset, needs_training=trains)
     if is_chief:
@@ -132,7 +131,7 @@ def open_session(config: ConfigDict, workdir: str, trains: bool = True) -> Sessi
         len(source.class_names),
         strategy.num_replicas_in_sync,
     )
-    # Keras draws the seeds of its initializers from it; all else is seeded where it is drawn.
+    # Keras draws its initializers' seeds from `random`; everything else is seeded explicitly.
     random.seed(config.seed)
     keras.config.set_dtype_policy(dtype_policy)
     loaded, teacher = '', None
@@ -177,24 +176,24 @@ def load_weights(
 ) -> str:
     """Loads what `config.model.weights` names into the model of a new run.
 
-    A run that continues has its own weights, and repeats what it said at its start.
+    A resumed run has its own weights, so nothing is loaded and the original line is returned.
 
-    Returns: a line on what was loaded.
+    Returns: one line on what was loaded.
     """
     if not config.model.weights:
         return ''
     if resume.has_run(workdir) or resume.has_checkpoints(workdir):
         path = os.path.join(workdir, resume.ENVIRONMENT)
         return storage.read_json(path).get('weights', '') if storage.exists(path) else ''
-    return pretrained.load_weights(model, config, class_names, find)
+    return pretrained.load_weights(model, config, class_names, find_checkpoint)
 
 
 def build_state(
     model: keras.Model, config: ConfigDict, plan: planning.Plan, dtype_policy: str
 ) -> steps.TrainState:
-    """Builds the state of training; call it in the strategy's scope.
+    """Builds the training state, with an optimizer if the plan has updates.
 
-    It has an optimizer if the plan has updates.
+    Call it in the strategy's scope.
     """
     if not plan.total_steps:
         return steps.TrainState.create(model, None, config.ema_decay, scale_loss=False)

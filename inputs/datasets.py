@@ -18,7 +18,7 @@ import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
 
 from common import console, machine
-from common.errors import ConfigError, RunError, nearest, one_line
+from common.errors import ConfigError, RunError, closest_match, one_line
 from inputs import digits, image_folder, image_validation, record_index, tfds_checks, tfds_features
 
 MAX_BROKEN_LISTED = 50  # in the report
@@ -187,7 +187,7 @@ def find_builder(
         builder = tfds.builder(name, data_dir=os.path.expanduser(dataset_config.data_dir) or None)
     except tfds.core.DatasetNotFoundError:
         fix = "see tensorflow.org/datasets/catalog, or use 'digits' or 'folder'"
-        if other := nearest(name, tfds.list_builders(), cutoff=0.5):
+        if other := closest_match(name, tfds.list_builders(), cutoff=0.5):
             fix = f'--config.dataset.name={other}'
         problem = f'config.dataset.name={name!r} is not a TFDS data set'
         raise ConfigError(problem, fix, 'dataset.name') from None

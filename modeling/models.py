@@ -11,7 +11,7 @@ import keras
 import tensorflow as tf
 from ml_collections import ConfigDict
 
-from common.errors import ConfigError, did_you_mean, nearest, one_line
+from common.errors import ConfigError, closest_match, did_you_mean, one_line
 from modeling.fused_layers import BatchNormalization, fuse
 
 # The micro-batch that this thread traces; each replica is traced by a thread of its own.
@@ -257,7 +257,7 @@ def find_application(
     constructors = {member for member in dir(keras.applications) if member[0].isupper()}
     if name not in constructors:
         known = sorted(constructors | NETWORKS.keys())
-        other = nearest(name, known, cutoff=0.3) or 'EfficientNetV2B0'
+        other = closest_match(name, known, cutoff=0.3) or 'EfficientNetV2B0'
         problem = f'config.{key}={name!r} is not a model of keras.applications'
         raise ConfigError(problem, f'--config.{key}={other}', key)
     constructor = getattr(keras.applications, name)

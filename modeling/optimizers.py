@@ -8,7 +8,7 @@ import keras
 from ml_collections import ConfigDict
 
 import schedules
-from common.errors import ConfigError, did_you_mean, nearest, one_line
+from common.errors import ConfigError, closest_match, did_you_mean, one_line
 
 OPTIMIZERS = {
     'sgd': keras.optimizers.SGD,
@@ -127,7 +127,7 @@ def check_optimizer(name: str, arguments: dict[str, Any]) -> None:
     if name not in OPTIMIZERS:
         raise ConfigError(
             f'config.optimizer.name={name!r} is not one of {", ".join(OPTIMIZERS)}',
-            f'--config.optimizer.name={nearest(name, OPTIMIZERS, cutoff=0)}',
+            f'--config.optimizer.name={closest_match(name, OPTIMIZERS, cutoff=0)}',
             'optimizer.name',
         )
     excluded = ('name', 'kwargs', *SET_ELSEWHERE, *UNSUPPORTED)

@@ -36,7 +36,7 @@ def load_weights(
             its folder, one of its checkpoints, or its SavedModel. If the run has averages, they are
             loaded. The head is loaded too if its classes are known to be `class_names`.
         class_names: in the order of the head.
-        find_checkpoint: `outputs.checkpoints.find`.
+        find_checkpoint: `outputs.checkpoints.find_checkpoint`.
 
     Returns: a line that says what was loaded and what was not.
 

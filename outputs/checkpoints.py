@@ -1,10 +1,10 @@
-"""Checkpoints of a run that can be trusted: the last few, and the best.
+"""Saves and restores verified checkpoints of a run: the last few, and the best.
 
-A checkpoint is a folder `step-N` with the raw variables in a fixed order, as TensorFlow's file
-`variables` (it holds under every strategy and does not depend on the names that Keras gives out),
-and `manifest.json`, which has a checksum for each file and for itself. The manifest is written last
-and appears whole: a folder without it is no checkpoint. An older one is deleted only when a newer
-one was read back. Nothing in a checkpoint is code.
+A checkpoint is a folder `step-N` with the variables in a fixed order, in TensorFlow's format
+(`variables`, valid under every strategy and independent of Keras' variable names), and
+`manifest.json`, with checksums of each file and of itself. The manifest is written last and
+atomically: a folder without it is not a checkpoint. An older checkpoint is deleted only after a
+newer one has been read back. Nothing in a checkpoint is code.
 """
 
 import contextlib
@@ -30,15 +30,15 @@ class Checkpoints:
     """The folder `checkpoints/` of a run.
 
     Args:
-        directory: the folder; made when something is saved. Local or gs://.
+        directory: the folder, local or gs://; created at the first save.
         variables: {part: [tf.Variable]}, see `TrainState.variables`.
-        keep: how many of the last checkpoints stay; beside them stays the best that each of them
-            names.
-        writes: whether this process saves; of several workers one does.
+        keep: how many of the latest checkpoints are kept, in addition to the best one that each of
+            them names.
+        writes: whether this process saves; only one of several workers does.
 
     Attributes:
-        before_commit: a function without arguments, called before a checkpoint counts, in the
-            thread that writes it.
+        before_commit: a function without arguments, called in the writing thread before a
+            checkpoint is committed.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Checkpoints:
             for part, variables in variables.items()
             for index, variable in enumerate(variables)
         }
-        self._good: dict[int, dict] = {}  # {step: manifest} that was read back
+        self._verified: dict[int, dict] = {}  # {step: manifest} of verified checkpoints
         self._damaged: dict[int, str] = {}  # {step: reason}
         self._writing: threading.Thread | None = None
         self._failure: Exception | None = None
@@ -63,19 +63,19 @@ class Checkpoints:
     def save(self, step: int, progress: dict, best_step: int | None = None) -> None:
         """Saves a snapshot of the variables after `step` updates, in the background; see `wait`.
 
-        If a checkpoint of that step exists, only its progress and best step are renewed.
+        If that step is already saved, only its progress and best step are updated.
 
         Args:
-            progress: what else `restore` returns: JSON values.
+            progress: JSON values to store with it, which `restore` returns.
             best_step: the step of the best checkpoint so far, which may be this one.
 
-        Raises: RunError: the previous save failed.
+        Raises: RunError if the previous save failed.
         """
         self.wait()
         if not self._writes:
             return
         values = None
-        if step not in self._good:
+        if step not in self._verified:
             with tf.device('CPU:0'):
                 values = [tf.identity(variable) for variable in self._variables.values()]
         self._writing = threading.Thread(
@@ -95,50 +95,50 @@ class Checkpoints:
     def latest_step(self) -> int | None:
         """Returns the step of the last intact checkpoint, or None; reports damaged ones.
 
-        It reads all of the checkpoint.
+        It verifies by reading the whole checkpoint.
 
-        Raises: RunError if there are only damaged ones.
+        Raises: RunError if all checkpoints are damaged.
         """
         self.wait()
         present = steps_in(self.directory)
-        step = next((step for step in reversed(present) if self._is_good(step)), None)
+        step = next((step for step in reversed(present) if self._is_intact(step)), None)
         if step is None and present:
             raise RunError(
                 f'none of the {len(present)} checkpoints in {self.directory} can be '
                 f'used ({self._damaged[present[-1]]})',
-                'bring one back from a copy, or begin anew with --resume=never, which '
-                'moves these files aside',
+                'restore one from a backup, or start over with --resume=never, which moves these '
+                'files aside',
             )
         return step
 
-    def restore(self, which: str = 'last', partly: bool = False) -> tuple[int, dict]:
+    def restore(self, which: str = 'last', allow_extra: bool = False) -> tuple[int, dict]:
         """Reads the last or the best intact checkpoint into the variables.
 
         Args:
-            partly: whether the checkpoint may hold more variables than this run has, such as those
-                of an optimizer.
+            allow_extra: whether the checkpoint may hold variables that this run lacks, such as the
+                optimizer's.
 
         Returns: (its step, the `progress` that was saved with it).
 
-        Raises: RunError if there is none, or if it is of another model.
+        Raises: RunError if there is none, or it belongs to another model.
         """
         step, missing = self.latest_step(), 'train first'
         if which == 'best' and step is not None:
-            step = self._good[step]['best_step']
-            missing = 'no evaluation of this run is the best yet'
+            step = self._verified[step]['best_step']
+            missing = 'this run has no best evaluation yet'
         if step is None:
             raise RunError(f'there is no {which} checkpoint in {self.directory}', missing)
-        if not self._is_good(step):
+        if not self._is_intact(step):
             raise RunError(
                 f'the best checkpoint cannot be used ({self._damaged[step]})',
                 '--checkpoint=last takes the last one',
             )
-        self._read(_folder(self.directory, step), partly)
-        return step, self._good[step]['progress']
+        self._read(_folder(self.directory, step), allow_extra)
+        return step, self._verified[step]['progress']
 
-    def _read(self, folder: str, partly: bool) -> None:
+    def _read(self, folder: str, allow_extra: bool) -> None:
         prefix = os.path.join(folder, VARIABLES)
-        # Of this very file, and no folder of this name.
+        # Reads exactly this prefix, never a folder of that name.
         reader = tf.compat.v1.train.NewCheckpointReader(prefix)
         found = {
             key: (reader.get_variable_to_dtype_map()[key].name, shape)
@@ -149,25 +149,26 @@ class Checkpoints:
             for key, variable in self._variables.items()
         }
         differs = [
-            f'{key} is {found.get(key, "missing")} there and {wanted[key]} here'
+            f'{key} is {found.get(key, "missing")} in the checkpoint but {wanted[key]} here'
             for key in wanted
             if found.get(key) != wanted[key]
         ]
         more = [
-            f'{key} is there and not here'
+            f'{key} exists only in the checkpoint'
             for key in sorted(found)
-            if key not in wanted and not partly
+            if key not in wanted and not allow_extra
         ]
         if differs or more:
-            otherwise = 'begin anew with --resume=never'
-            if _model_shapes(found) == _model_shapes(wanted):  # else the weights fit no better
+            otherwise = 'start over with --resume=never'
+            # Otherwise the weights would not fit either.
+            if _model_shapes(found) == _model_shapes(wanted):
                 otherwise = (
-                    'begin a new run with its weights: '
+                    'start a new run with its weights: '
                     f'--workdir=NEW --config.model.weights={shlex.quote(folder)}'
                 )
             raise RunError(
                 f'{folder} does not fit this config ({(differs + more)[0]})',
-                f'take the config it was made with, or {otherwise}',
+                f'use the config it was saved with, or {otherwise}',
             )
         for variable, value in zip(self._variables.values(), self._load(prefix), strict=True):
             variable.assign(value)
@@ -175,7 +176,7 @@ class Checkpoints:
     def _load(self, prefix: str) -> list[tf.Tensor]:
         """Returns the values in a file, in the order of the variables.
 
-        TensorFlow checks its own checksums of what was in memory.
+        TensorFlow verifies its own checksums while reading.
         """
         return tf.raw_ops.RestoreV2(
             prefix=prefix,
@@ -185,18 +186,18 @@ class Checkpoints:
         )
 
     def _try_to_write(self, step: int, *arguments: Any) -> None:
-        # On Linux the priority is that of this thread alone, so that training comes first: a third
-        # of its share. With 19, a fiftieth, a stop might wait for a minute.
+        # On Linux this lowers the priority of this thread alone, to a third of training's CPU
+        # share. With 19 (a fiftieth), stopping might take a minute.
         with contextlib.suppress(AttributeError, OSError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 5)
         try:
             self._write(step, *arguments)
-        except Exception as error:  # for the thread that trains, when it saves the next one
+        except Exception as error:  # raised in the training thread by the next `wait`
             self._failure = self._explained(step, error)
 
     def _explained(self, step: int, error: Exception) -> Exception:
         try:
-            # A folder that has vanished or is another run's now is the cause of all that follows.
+            # If the folder has vanished or belongs to another run, that is the root cause.
             self.before_commit()
         except RunError as cause:
             return cause
@@ -208,10 +209,10 @@ class Checkpoints:
     def _write(
         self, step: int, values: list[tf.Tensor] | None, progress: dict, best_step: int | None
     ) -> None:
-        self.before_commit()  # a folder that has vanished is not made again
+        self.before_commit()  # do not recreate a folder that has vanished
         folder = _folder(self.directory, step)
         written = (
-            self._write_variables(folder, step, values) if values else self._good[step]['files']
+            self._write_variables(folder, step, values) if values else self._verified[step]['files']
         )
         manifest = {'step': step, 'best_step': best_step, 'progress': progress, 'files': written}
         content = storage.as_json(manifest, sort_keys=True)
@@ -220,30 +221,29 @@ class Checkpoints:
             os.path.join(folder, MANIFEST),
             f'{{"sha256": "{_checksum(content.encode())}", "manifest": {content}}}\n',
         )
-        for above in (self.directory, os.path.dirname(self.directory)):  # may be new
+        for above in (self.directory, os.path.dirname(self.directory)):  # these folders may be new
             storage.fsync(above)
-        self._good[step] = json.loads(content)
+        self._verified[step] = json.loads(content)
         self._damaged.pop(step, None)
         self._delete_old()
 
     def _write_variables(self, folder: str, step: int, values: list[tf.Tensor]) -> dict[str, dict]:
         """Writes the values and reads them back; returns {file name: its size and checksum}."""
-        spoiled = [
+        nonfinite = [
             key
             for key, value in zip(self._variables, values, strict=True)
             if value.dtype.is_floating and not np.isfinite(value.numpy()).all()
         ]
-        if spoiled:
+        if nonfinite:
             raise RunError(
-                f'after step {step:,} there are numbers that are not finite in '
-                f'{len(spoiled)} of {len(values)} variables ({spoiled[0]}), which are '
-                'not saved',
+                f'after step {step:,} {len(nonfinite)} of {len(values)} variables hold non-finite '
+                f'values ({nonfinite[0]}), so nothing is saved',
                 'lower config.schedule.peak_lr or lengthen config.schedule.warmup',
             )
-        storage.delete(folder)  # damaged, or of a start that was killed while it wrote
+        storage.delete(folder)  # damaged, or left by a run that was killed while writing
         storage.make_folder(folder)
         prefix = os.path.join(folder, VARIABLES)
-        with storage.explained(folder):
+        with storage.one_line_errors(folder):
             tf.raw_ops.SaveV2(
                 prefix=prefix,
                 tensor_names=list(self._variables),
@@ -254,7 +254,7 @@ class Checkpoints:
         for path in (*(os.path.join(folder, name) for name in names), folder):
             storage.fsync(path)
         checksums = {name: _size_and_checksum(os.path.join(folder, name)) for name in names}
-        with storage.explained(folder, 'read'):
+        with storage.one_line_errors(folder, 'read'):
             self._load(prefix)
         return checksums
 
@@ -267,10 +267,10 @@ class Checkpoints:
         for name in storage.list_folder(self.directory):
             if re.fullmatch('step-[0-9]+', name) and int(name[5:]) not in kept:
                 folder = os.path.join(self.directory, name)
-                # First: half of a checkpoint is none.
+                # The manifest first, so that a half-deleted checkpoint does not count as one.
                 storage.delete(os.path.join(folder, MANIFEST))
                 storage.delete(folder)
-                self._good.pop(int(name[5:]), None)
+                self._verified.pop(int(name[5:]), None)
 
     def has_best(self) -> bool:
         """Returns whether there is a best checkpoint to restore."""
@@ -279,15 +279,17 @@ class Checkpoints:
 
     def _best_named_by(self, step: int) -> int | None:
         try:
-            return (self._good.get(step) or _manifest(_folder(self.directory, step)))['best_step']
-        except RunError:  # damaged, which shows when it is asked for
+            return (self._verified.get(step) or _manifest(_folder(self.directory, step)))[
+                'best_step'
+            ]
+        except RunError:  # damaged; reported when it is restored
             return None
 
-    def _is_good(self, step: int) -> bool:
-        if step in self._good:
+    def _is_intact(self, step: int) -> bool:
+        if step in self._verified:
             return True
         try:
-            self._good[step] = verify(_folder(self.directory, step))
+            self._verified[step] = verify(_folder(self.directory, step))
             return True
         except RunError as error:
             if step not in self._damaged:
@@ -311,9 +313,9 @@ def steps_in(directory: str) -> list[int]:
 
 
 def verify(folder: str) -> dict:
-    """Returns the manifest of a checkpoint whose files are as they were written.
+    """Verifies a checkpoint's files against its manifest, and returns the manifest.
 
-    Raises: RunError that names a file that is missing or damaged.
+    Raises: RunError that names a missing or damaged file.
     """
     manifest = _manifest(folder)
     for name, expected in manifest['files'].items():
@@ -321,15 +323,15 @@ def verify(folder: str) -> dict:
         if not storage.exists(path):
             raise RunError(f'{path} is missing')
         if _size_and_checksum(path) != expected:
-            raise RunError(f'{path} is damaged: it is not what was written')
+            raise RunError(f'{path} is damaged: its checksum does not match')
     return manifest
 
 
-def find(path: str) -> str | None:
-    """Returns the TensorFlow prefix of the checkpoint that `path` names, verified; None if none.
+def find_checkpoint(path: str) -> str | None:
+    """Verifies the checkpoint that `path` names; returns its TensorFlow prefix, or None.
 
     Args:
-        path: of a run, of its `checkpoints`, of `checkpoints/best` or of `checkpoints/step-500`.
+        path: a run's folder, its `checkpoints`, `checkpoints/best` or `checkpoints/step-500`.
 
     Raises: RunError if it is damaged.
     """
@@ -355,7 +357,7 @@ def find(path: str) -> str | None:
 
 
 def _model_shapes(variables: dict) -> dict:
-    """Returns {key: shape} of the weights among {key: (dtype, shape)}."""
+    """Returns {key: shape} of the model's weights, given {key: (dtype, shape)}."""
     return {key: shape for key, (_, shape) in variables.items() if key.startswith('model/')}
 
 
@@ -384,7 +386,7 @@ def _manifest(folder: str) -> dict:
 
 def _size_and_checksum(path: str) -> dict[str, Any]:
     digest, size = hashlib.sha256(), 0
-    for part in storage.parts(path):
+    for part in storage.read_chunks(path):
         digest.update(part)
         size += len(part)
     return {'bytes': size, 'sha256': digest.hexdigest()}

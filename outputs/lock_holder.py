@@ -1,4 +1,4 @@
-"""Who holds the folder of a run: what a lock file and a lease say."""
+"""Describes who holds a run's folder: the record in a lock file or lease."""
 
 import datetime
 import json
@@ -19,9 +19,9 @@ def this_process() -> dict[str, Any]:
 
 
 def _machine() -> str:
-    """Returns an identity for this boot of the machine and this container, or '' if unknown.
+    """Returns an ID of this boot and container, or '' if unknown.
 
-    Process numbers mean the same only within it.
+    Process IDs are comparable only within it.
     """
     try:
         with open('/proc/sys/kernel/random/boot_id') as file:
@@ -31,7 +31,7 @@ def _machine() -> str:
 
 
 def has_died_here(holder: dict[str, Any]) -> bool:
-    """Returns whether the holder was a process of this machine and is dead; False if unknown."""
+    """Returns whether the holder was a process here that is now dead; False if unknown."""
     here, pid = this_process(), holder.get('pid')
     if (
         not here['machine']
@@ -44,19 +44,19 @@ def has_died_here(holder: dict[str, Any]) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return True
-    except (OSError, OverflowError):  # another user's, or no process number
+    except (OSError, OverflowError):  # another user's process, or not a valid process ID
         pass
     return False
 
 
-def written(holder: dict[str, Any]) -> bytes:
+def encode_record(holder: dict[str, Any]) -> bytes:
     return (json.dumps(holder) + '\n').encode()
 
 
-def parsed(text: bytes | None) -> dict[str, Any]:
+def decode_record(text: bytes | None) -> dict[str, Any]:
     """Returns the last record in a lock file, or {}.
 
-    The last line counts: TensorFlow's ram:// appends to a file that is rewritten.
+    The last line counts because TensorFlow's ram:// appends when a file is rewritten.
     """
     try:
         holder = json.loads((text or b'').splitlines()[-1])
@@ -65,14 +65,15 @@ def parsed(text: bytes | None) -> dict[str, Any]:
     return holder if isinstance(holder, dict) else {}
 
 
-def name_of(holder: dict[str, Any]) -> str:
+def describe_holder(holder: dict[str, Any]) -> str:
     if 'pid' not in holder:
         return 'another run'
     return f'process {holder.get("pid")} on {holder.get("host")} (since {holder.get("started")})'
 
 
-def in_use(workdir: str, holder: dict[str, Any]) -> RunError:
+def in_use_error(workdir: str, holder: dict[str, Any]) -> RunError:
     return RunError(
         f'{workdir} is in use',
-        f'{name_of(holder)} trains there; wait for it, end that process, or give another --workdir',
+        f'{describe_holder(holder)} is training there; wait for it, stop that process, or choose '
+        'another --workdir',
     )

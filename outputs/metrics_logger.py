@@ -1,4 +1,4 @@
-"""What a run writes down while it goes on: metrics.jsonl, TensorBoard and the progress bar."""
+"""Logs a run's metrics to metrics.jsonl, TensorBoard and the progress bar."""
 
 import json
 import os
@@ -15,47 +15,48 @@ from tqdm import tqdm
 from common import console, storage
 
 NAME = 'metrics.jsonl'
-SHOWN = {  # in the progress bar: names of metrics, shortened
+SHOWN = {  # metrics in the progress bar, with short names
     'train/loss': 'loss',
     'train/skipped_updates': 'skipped',
     'train/learning_rate': 'lr',
     'train/examples_per_second': 'img/s',
     'eval/accuracy': 'accuracy',
 }
-EVENTS = 'events.out.tfevents'  # how the name of a file begins that TensorBoard reads
+EVENTS = 'events.out.tfevents'  # prefix of the files that TensorBoard reads
 
 
 class MetricsLogger:
-    """Writes the metrics of a run, one object a line, each step once.
+    """Writes a run's metrics, one JSON object per line and one line per step.
 
     A number that is not finite is null in metrics.jsonl, which is JSON, and NaN in TensorBoard's
-    files. Those always say what metrics.jsonl says: if rows are dropped or replaced, they are
-    rewritten from the rows.
+    files. These always match metrics.jsonl: if rows are dropped or replaced, they are rewritten.
 
     Args:
         workdir: the folder of the run.
-        first_step: later rows of an earlier, interrupted start are dropped: they will be redone.
+        first_step: step at which the run starts or resumes; rows after it are dropped, because they
+            will be redone.
         total_steps: length of the progress bar.
     """
 
     def __init__(self, workdir: str, first_step: int, total_steps: int) -> None:
-        import tensorflow as tf  # here, because reading a logbook needs none
+        import tensorflow as tf  # here, because reading metrics does not need it
 
         self.path = os.path.join(workdir, NAME)
         rows, damaged = _read(self.path)
-        # Not the last line: that is what a crash leaves.
+        # A damaged last line is expected after a crash.
         lost = [str(number) for number in damaged if number <= len(rows)]
         if lost:
-            line = f'line {", ".join(lost)} cannot be read and is left out'
+            line = f'line {", ".join(lost)} cannot be read; skipped'
             console.row('damaged', f'{self.path}: {line}')
         self._rows = [row for row in rows if row['step'] <= first_step]
         self._board_folder = os.path.join(workdir, 'tensorboard')
         self._summary = tf.summary
         if damaged or len(self._rows) < len(rows):
-            # Before metrics.jsonl: if this start is killed in between, the next one still sees why.
-            rewrite_board(self._board_folder, self._rows)
+            # Before metrics.jsonl is rewritten: if this run is killed in between, the next one
+            # still sees the need.
+            rewrite_tensorboard(self._board_folder, self._rows)
         storage.write(self.path, _as_text(self._rows))
-        self._board = tf.summary.create_file_writer(self._board_folder)
+        self._tensorboard = tf.summary.create_file_writer(self._board_folder)
         self._bar = tqdm(
             total=total_steps,
             initial=first_step,
@@ -65,7 +66,7 @@ class MetricsLogger:
             disable=None if sys.stderr.isatty() else True,
         )
         self._bar_text: dict[str, str] = {}
-        self._last_tenth = 0  # of the run, after which a line was printed
+        self._last_tenth = 0  # last tenth of the run for which a line was printed
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Adds numbers measured after `step` updates to the row of that step."""
@@ -73,19 +74,19 @@ class MetricsLogger:
             replaces = any(name in self._rows[-1] for name in metrics)
             self._rows[-1].update(metrics)
             storage.write(self.path, _as_text(self._rows))
-            if replaces:  # as the evaluation of another split does
-                self._board.close()
-                rewrite_board(self._board_folder, self._rows)
-                self._board = self._summary.create_file_writer(self._board_folder)
+            if replaces:  # for example after evaluating a different split
+                self._tensorboard.close()
+                rewrite_tensorboard(self._board_folder, self._rows)
+                self._tensorboard = self._summary.create_file_writer(self._board_folder)
                 self._show(step, metrics)
                 return
         else:
             self._rows.append({'step': step, 'wall_time': time.time(), **metrics})
             storage.append(self.path, _as_text(self._rows[-1:]))
-        with self._board.as_default(step):
+        with self._tensorboard.as_default(step):
             for name, value in metrics.items():
                 self._summary.scalar(name, value)
-        self._board.flush()
+        self._tensorboard.flush()
         self._show(step, metrics)
 
     def advance(self, step: int) -> None:
@@ -99,7 +100,7 @@ class MetricsLogger:
 
     def close(self) -> None:
         self._bar.close()
-        self._board.close()
+        self._tensorboard.close()
 
     def _show(self, step: int, metrics: Mapping[str, float]) -> None:
         shown = {}
@@ -112,7 +113,7 @@ class MetricsLogger:
         self._bar.set_postfix(self._bar_text, refresh=not self._bar.disable)
         if not self._bar.disable:
             return
-        # Without a terminal a line for each evaluation and each tenth of the run is enough.
+        # Without a terminal, print one line per evaluation and per tenth of the run.
         tenth = step // max(1, self._bar.total // 10)
         if 'eval/accuracy' in metrics or tenth > self._last_tenth:
             self._last_tenth = tenth
@@ -128,10 +129,10 @@ def read_metrics(workdir: str) -> list[dict[str, Any]]:
     return _read(os.path.join(workdir, NAME))[0]
 
 
-def rewrite_board(folder: str, rows: list[dict]) -> None:
-    """Makes TensorBoard's files in `folder` say what `rows` of metrics.jsonl say, with their times.
+def rewrite_tensorboard(folder: str, rows: list[dict]) -> None:
+    """Rewrites TensorBoard's files in `folder` from `rows` of metrics.jsonl, with their times.
 
-    Other files that are there are left alone.
+    Other files in the folder are left alone.
     """
     before = [name for name in storage.list_folder(folder) if name.startswith(EVENTS)]
     if rows:
@@ -142,10 +143,10 @@ def rewrite_board(folder: str, rows: list[dict]) -> None:
 
 
 def _event_file_name(rows: list[dict]) -> str:
-    """Returns a new name as TensorBoard's writer gives them: with a time, a host and a process.
+    """Returns a file name in TensorBoard's format: time, host and process ID.
 
-    TensorBoard reads these files in the order of their names, so the time is that of the first
-    row: the file comes before that of the writer which goes on.
+    TensorBoard reads files in name order, so the time is that of the first row, which puts this
+    file before the current writer's.
     """
     seconds = int(rows[0].get('wall_time', 0))
     host = re.sub('[^A-Za-z0-9-]', '-', socket.gethostname())
@@ -153,7 +154,7 @@ def _event_file_name(rows: list[dict]) -> str:
 
 
 def _events(rows: list[dict]) -> bytes:
-    """Returns a file of TensorBoard's events, as `tf.summary.scalar` would have written them."""
+    """Returns the content of a TensorBoard event file, as `tf.summary.scalar` would write it."""
     import tensorflow as tf
 
     v1 = tf.compat.v1
@@ -177,7 +178,7 @@ def _events(rows: list[dict]) -> bytes:
 
 
 def _read(path: str) -> tuple[list[dict[str, Any]], list[int]]:
-    """Returns the rows of a file, and the numbers of the lines that hold none."""
+    """Returns the rows of a file, and the numbers of the unreadable lines."""
     rows, damaged = [], []
     for number, line in enumerate(
         storage.read(path).decode(errors='replace').splitlines() if storage.exists(path) else (), 1

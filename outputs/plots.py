@@ -1,4 +1,4 @@
-"""The images of a run, and of several runs side by side."""
+"""Plots learning rates, batches, predictions and the curves of one or several runs."""
 
 import functools
 import io
@@ -29,8 +29,7 @@ plt.rcParams.update(
 )
 
 
-# Families that have what DejaVu, which comes with matplotlib, has not; those that are installed are
-# used.
+# Fonts with characters that matplotlib's DejaVu lacks; the installed ones are used.
 FALLBACK_FONTS = (
     'Noto Sans CJK JP',
     'Noto Sans CJK SC',
@@ -52,7 +51,7 @@ FALLBACK_FONTS = (
 
 @functools.cache
 def _drawable_letters() -> frozenset[int]:
-    """Returns the code points that the fonts have, and makes matplotlib use these fonts."""
+    """Makes matplotlib use the installed fonts; returns the code points they cover."""
     installed = {font.name for font in font_manager.fontManager.ttflist}
     families = ['DejaVu Sans', *(name for name in FALLBACK_FONTS if name in installed)]
     plt.rcParams['font.family'] = families
@@ -63,7 +62,7 @@ def _drawable_letters() -> frozenset[int]:
 
 
 def drawable(text: str) -> str:
-    r"""Returns text with letters that no font has escaped as in Python, such as \u732b."""
+    r"""Returns text with characters that no font has escaped as in Python, such as \u732b."""
     if text.isascii():
         return text
     letters = _drawable_letters()
@@ -85,11 +84,11 @@ def plot_learning_rate(
     """Plots the planned rate of every step, and the rates that the optimizer used.
 
     Args:
-        path: of the PNG.
-        planned_steps, planned: of the same length.
+        path: path of the PNG.
+        planned_steps, planned: steps and their rates.
         rows: of metrics.jsonl; `train/learning_rate` is the rate of the update before `step`.
-        warmup_steps, hold_steps: are marked.
-        begin: the update at which the schedule begins; below 0 it began before the first.
+        warmup_steps, hold_steps: lengths, shaded in the plot.
+        begin: the update at which the schedule begins; negative if before the first update.
     """
     figure, axes = plt.subplots(figsize=(8, 4.5), layout='constrained')
     warmup_end = begin + warmup_steps
@@ -120,7 +119,7 @@ def plot_batch(path: str, images: np.ndarray, captions: Sequence[str], title: st
         path: of the PNG.
         images: float [n, size, size, 3] in 0..255.
         captions: n strings.
-        title: above all.
+        title: heading of the figure.
     """
     rows = -(-len(images) // 8)
     figure, grid = plt.subplots(
@@ -130,13 +129,13 @@ def plot_batch(path: str, images: np.ndarray, captions: Sequence[str], title: st
         axes.axis('off')
     for axes, image, text in zip(grid.flat, images, captions, strict=False):
         axes.imshow(image.clip(0, 255).round().astype('uint8'), interpolation='nearest')
-        # Three lines; a name may hold a $.
+        # Up to three lines; parse_math off because a name may contain $.
         axes.set_title(textwrap.fill(drawable(text)[:78], 26), fontsize=7, parse_math=False)
     figure.suptitle(drawable(title), parse_math=False)
     _save(figure, path)
 
 
-def plot_answers(
+def plot_predictions(
     path: str,
     images: Sequence[np.ndarray],
     titles: Sequence[str],
@@ -152,7 +151,7 @@ def plot_answers(
     """
     row_height, margin = 2.5, 0.6  # inches
     height = row_height * len(images)
-    # Fixed places: constrained layout takes quadratic time.
+    # Fixed positions, because constrained layout takes quadratic time.
     figure = plt.figure(figsize=(9, height))
     for row, (image, title, answer) in enumerate(zip(images, titles, answers, strict=True)):
         bottom, share = 1 - (row + 1) * row_height / height, (row_height - margin) / height

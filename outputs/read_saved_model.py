@@ -1,13 +1,13 @@
 """Runs a SavedModel on TFRecord files of encoded images, with TensorFlow alone.
 
-export.py runs it in a process of its own.
+export.py runs this script in a separate process.
 
 usage: python read_saved_model.py SAVED_MODEL ENCODED.tfrecord OPAQUE_PNGS.tfrecord ANSWERS.npz
 """
 
 import sys
 
-# An import of it fails from here on: the model must not need it.
+# Makes any `import keras` fail: the model must not need it.
 sys.modules['keras'] = None  # type: ignore[assignment]
 
 import numpy as np  # noqa: E402
@@ -15,6 +15,7 @@ import tensorflow as tf  # noqa: E402
 
 
 def main(directory: str, encoded: str, opaque_pngs: str, answers: str) -> None:
+    """Writes the logits of three signatures to an .npz file."""
     model = tf.saved_model.load(directory)
     logits = [
         model.signatures['classify_encoded'](encoded=batch)['logits'].numpy()

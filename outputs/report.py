@@ -1,4 +1,4 @@
-"""report.md: what was run, on what, how well, how fast, and what limited it."""
+"""Writes report.md: what was run, on what hardware, its accuracy, its speed and the bottleneck."""
 
 import os
 from collections.abc import Sequence
@@ -7,19 +7,19 @@ from common import console, storage
 from common.errors import counted
 from common.storage import read_json
 
-# From this share of the time spent waiting for batches on, the input is what limits.
+# Above this fraction of time spent waiting for batches, the input pipeline is the bottleneck.
 INPUT_BOUND = 0.2
 EXPORTED_AGAIN = '*Exported again since this report was written'
 
 
 def headline(summary: dict) -> str:
-    """Returns how well the exported weights did, in a line."""
+    """Returns one line on the accuracy of the exported weights."""
     accuracy, examples = summary['export/eval_accuracy'], summary['eval/examples']
-    right = f'{accuracy:.2%} of {examples:,} evaluation examples'
+    right = f'{accuracy:.2%} of {examples:,} evaluation examples are classified correctly'
     if summary['export/step'] == summary['steps']:
         return right
-    last = f'{summary["eval/accuracy"]:.2%} after the last, {summary["steps"]:,}'
-    return f'{right} after update {summary["export/step"]:,}, which is exported; {last}'
+    last = f'{summary["eval/accuracy"]:.2%} after the last update ({summary["steps"]:,})'
+    return f'{right} with the exported weights (update {summary["export/step"]:,}); {last}'
 
 
 def write_report(
@@ -34,16 +34,15 @@ def write_report(
     Args:
         workdir: the folder of the run, with config.json, environment.json and plots/.
         summary: the content of summary.json.
-        description: (name, text) of rows about strategy, precision and plan.
-        data_notes: lines of text about the data that the user may not expect, such as broken files
-            that were skipped.
-        changes: lines of text about what has changed during the run, such as its config, and why it
-            ended early.
+        description: (name, text) rows about strategy, precision and plan.
+        data_notes: lines on what may be unexpected about the data, such as skipped broken files.
+        changes: lines on what changed during the run, such as its config, and on why it ended
+            early.
     """
     config = read_json(os.path.join(workdir, 'config.json'))
     environment = read_json(os.path.join(workdir, 'environment.json'))
     waiting = summary['input_wait_fraction']
-    limit = f'the model: only {waiting:.1%} of the time went into waiting for batches'
+    limit = f'the model: only {waiting:.1%} of the time was spent waiting for batches'
     if waiting > INPUT_BOUND:
         limit = f'the input: {waiting:.0%} of the time went into waiting for batches'
     packages = ', '.join(f'{name} {version}' for name, version in environment['packages'].items())
@@ -61,14 +60,14 @@ def write_report(
 | | |
 | --- | --- |
 | loss on the evaluation split | {summary['export/eval_loss']:.4f} |
-| best {name} on the way | {_best(summary, name)} |
+| best {name} during the run | {_best(summary, name)} |
 | accuracy of the exported model, loaded with TensorFlow alone | {_accuracy_of_export(summary)} |
 | largest difference of its logits from the model's | {summary['export/max_difference']:.2g} |
 | examples seen | {summary['examples_seen']:,} |
 | updates skipped, because their loss or gradient was not finite | {summary['skipped_updates']:,} |
 | time in the training loop | {summary['train_seconds']:,.0f} s |
 | speed | {summary['examples_per_second']:,.0f} examples/s (median) |
-| what limited it | {limit} |
+| bottleneck | {limit} |
 | resumed at step | {resumed} |
 | SHA-256 of the weights after the last update | `{summary['weights_sha256']}` |
 
@@ -82,9 +81,9 @@ def write_report(
 {console.format_rows(description)}
 ```
 
-config.json has every value of the config.
+config.json lists every config value.
 
-{sections}## On what
+{sections}## Hardware and software
 
 - {environment['platform']}, {environment['cpu_cores']} CPU cores
 - {', '.join(environment['devices'])}
@@ -95,7 +94,7 @@ config.json has every value of the config.
 
 
 def note_export(workdir: str, weights: str) -> None:
-    """Says at the top of report.md which weights a later export has put in place of the first."""
+    """Adds a note to the top of report.md on which weights a later export used."""
     path = os.path.join(workdir, 'report.md')
     if not storage.exists(path):
         return
@@ -106,20 +105,21 @@ def note_export(workdir: str, weights: str) -> None:
 
 
 def _first_lines(summary: dict, config: dict) -> str:
-    """Returns how good the exported weights are, which they are, and how to get the last ones."""
+    """Returns the introduction: accuracy and step of the exported weights, and others to export."""
     step, last = summary['export/step'], summary['steps']
     accuracy, top5 = summary['export/eval_accuracy'], summary['export/eval_top5']
     weights = 'averaged weights' if config['ema_decay'] else 'weights'
-    with_weights = f'({top5:.2%} among the first five), with the {weights} after'
+    with_weights = f'(top-5: {top5:.2%}), with the {weights} after'
     lines = [
-        f'**{accuracy:.2%}** of {summary["eval/examples"]:,} evaluation examples are right',
+        f'**{accuracy:.2%}** of {summary["eval/examples"]:,} evaluation examples are '
+        'classified correctly',
         f'{with_weights} the last of {last:,} updates.',
     ]
     if step != last:
         lines[1:] = [
             f'{with_weights} update {step:,} of {last:,}:',
             f'the best by {config["best_metric"]}, exported because `patience` is set.',
-            f'After the last update {summary["eval/accuracy"]:.2%} are right;',
+            f'After the last update it is {summary["eval/accuracy"]:.2%};',
             '`--mode=export --checkpoint=last` exports those weights.',
         ]
     return '\n'.join(lines)
@@ -138,16 +138,16 @@ def _best(summary: dict, name: str) -> str:
 
 
 def _accuracy_of_export(summary: dict) -> str:
-    """Returns the accuracy of the exported model beside that of the model on the same examples."""
+    """Returns the accuracy of the exported and the trained model on the same examples, as text."""
     examples = summary['export/examples']
-    which = 'examples taken evenly from the split'
+    'examples evenly spaced through the split'
     if examples == summary['eval/examples']:
-        which = 'evaluation examples, which are all'
+        which = 'evaluation examples (all of them)'
     text = f'{summary["export/accuracy"]:.2%} of {examples:,} {which}'
     itself = summary.get('export/model_accuracy')
     if itself is None:
         return text
-    return f'{text} (the model itself on the same examples: {itself:.2%})'
+    return f'{text} (the trained model on the same examples: {itself:.2%})'
 
 
 def _section(title: str, lines: Sequence[str]) -> str:

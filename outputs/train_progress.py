@@ -1,11 +1,11 @@
-"""The state of a run beside its variables, saved with each checkpoint: it makes resuming exact."""
+"""Holds what a run knows besides its variables; saved with each checkpoint for exact resuming."""
 
 import dataclasses
 import math
 from collections.abc import Collection, Mapping
 
 LOWER_IS_BETTER = ('eval/loss',)
-ANY_KEY = '*'  # stands for all keys of a config, where nobody knows which have changed
+ANY_KEY = '*'  # stands for any key of the config, when it is unknown which have changed
 EVALUATION_KEYS = ('image_size', 'eval_crop', 'model.name', 'precision')
 LOADING_KEYS = ('dataset.memory_gib', 'dataset.service', 'dataset.max_broken')
 
@@ -13,7 +13,7 @@ LOADING_KEYS = ('dataset.memory_gib', 'dataset.service', 'dataset.max_broken')
 def changes_evaluation(key: str) -> bool:
     """Returns whether an evaluation of the same weights may depend on this key of the config.
 
-    It does not on `ema_decay`: the averages go on from where they are.
+    It does not depend on `ema_decay`, because the averages continue from their current values.
     """
     if key.startswith('dataset.'):
         return key not in LOADING_KEYS
@@ -26,21 +26,22 @@ class Progress:
 
     Attributes:
         step, examples_seen: updates done, and examples in them.
-        distinct_seen: how many of these were no copies, see `augment.repeats`: how far the stream
-            of training examples has come.
+        distinct_seen: how many of these were not copies (`augment.repeats`), which is the position
+            in the stream of training examples.
         window_start, window, window_seconds: sums over the updates since the last row of
             metrics.jsonl, and how long they took.
         learning_rate: of the last update.
         skipped_updates, skipped_in_a_row: see `TrainState`.
-        train_seconds, input_seconds: in the training loop, and of these waiting for batches, since
-            the run began.
-        evaluated_at, metrics: the step of the last evaluation, and what it gave.
-        best_step, best: where `config.best_metric` was best, and how good.
-        evaluation_from: the step from which on evaluations can be compared with the last one; None
-            until there is one.
-        patience_from: the step from which on `config.patience` counts, if nothing was better since.
-        config: {key: value}, the config that all of this was measured under, without the keys that
-            may differ between starts; None where an older version of this program wrote it.
+        train_seconds, input_seconds: time in the training loop since the run began, and the part of
+            it spent waiting for batches.
+        evaluated_at, metrics: the step of the last evaluation, and its metrics.
+        best_step, best: the step with the best `config.best_metric`, and its value.
+        evaluation_from: the first step whose evaluation is comparable with the last one; None until
+            there is one.
+        patience_from: the step from which `config.patience` counts if there is no later
+            improvement.
+        config: {key: value}, the config under which all this was measured, without the keys that
+            may change on resuming; None if an older version wrote it.
     """
 
     step: int = 0
@@ -62,7 +63,7 @@ class Progress:
     patience_from: int = 0
     config: dict | None = None
 
-    def add(
+    def record_loop(
         self,
         step: int,
         results: Mapping[str, float],
@@ -102,7 +103,7 @@ class Progress:
                 'train/grad_norm': sums['grad_norm'] / counted,
             }
         row |= {
-            'train/learning_rate': self.learning_rate,  # that the last update used
+            'train/learning_rate': self.learning_rate,  # used by the last update
             'train/examples_per_second': num_steps * batch_size / seconds,
             'train/input_wait_fraction': min(1.0, sums['input_seconds'] / seconds),
             'train/skipped_updates': round(sums['skipped']),
@@ -110,10 +111,10 @@ class Progress:
         self.window_start, self.window, self.window_seconds = self.step, {}, 0.0
         return row
 
-    def evaluated(self, metrics: dict[str, float], best_metric: str) -> bool:
+    def record_evaluation(self, metrics: dict[str, float], best_metric: str) -> bool:
         """Records an evaluation at this step; returns whether it is the best so far.
 
-        That of a diverging model never is.
+        An evaluation of a diverging model is never the best.
         """
         self.evaluated_at, self.metrics = self.step, metrics
         if self.evaluation_from is None:
@@ -138,13 +139,13 @@ class Progress:
             self.best_step = self.best = None
         if any(map(changes_evaluation, keys)):
             self.evaluation_from = None
-        if set(keys) != {'patience'}:  # what is trained now has had no chance yet to be better
+        if set(keys) != {'patience'}:  # the changed run has had no chance to improve yet
             self.patience_from = self.step
 
-    def out_of_patience(self, patience: int | None) -> bool:
-        """Returns whether the best evaluation is `patience` updates or more behind the last one.
+    def is_out_of_patience(self, patience: int | None) -> bool:
+        """Returns whether the best evaluation is at least `patience` updates behind this one.
 
-        The last one is at this step. It is never so if `patience` is None.
+        False if `patience` is None or this step has not been evaluated.
         """
         if patience is None or self.evaluated_at != self.step:
             return False

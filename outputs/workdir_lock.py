@@ -1,8 +1,8 @@
 """Allows one run in a folder at a time.
 
-On a disk the kernel releases the lock when its process dies; where there are no locks, a lease
-replaces it. Two runs in one folder would overwrite each other's checkpoints and metrics, and
-neither would notice.
+On disk this is a lock, which the kernel releases when its process dies; where locks are unavailable
+it is a lease. Otherwise two runs in one folder would silently overwrite each other's checkpoints
+and metrics.
 """
 
 import contextlib
@@ -16,11 +16,11 @@ from typing import ClassVar
 from common import storage
 from common.errors import RunError
 from outputs.bucket_lease import READ_BYTES, Lease
-from outputs.lock_holder import in_use, parsed, this_process, written
+from outputs.lock_holder import decode_record, encode_record, in_use_error, this_process
 
-TRIES = 100  # to open a file in a folder that others make and remove at the same moment
+TRIES = 100  # attempts to open a file in a folder that others may be creating and removing
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}
-HELD_BY_ANOTHER = {errno.EACCES, errno.EAGAIN}  # POSIX allows both as fcntl's answer
+HELD_BY_ANOTHER = {errno.EACCES, errno.EAGAIN}  # POSIX allows fcntl to fail with either
 
 
 @contextlib.contextmanager
@@ -28,12 +28,12 @@ def hold(workdir: str) -> Iterator['Held']:
     """Keeps other runs out of the folder `workdir` during the block; creates it if needed.
 
     Yields an object whose `check_ownership()` raises RunError if the folder is no longer this
-    run's; the process that holds it calls this before a checkpoint is committed. It costs
-    microseconds on a disk and one read of an object in a bucket.
+    run's; the holder calls it before committing a checkpoint. It costs microseconds on disk and one
+    object read in a bucket.
 
-    A folder on a disk is locked, and free again the moment its process ends, however it ends. A
-    folder with '://' in its name, or on a disk without locks, is leased: a lease that a killed run
-    leaves behind is waited for, at most SILENCE seconds.
+    A folder on disk is locked, and freed as soon as its process ends, however it ends. A folder
+    with '://' in its name, or on a disk without locks, is leased; a lease left by a killed run is
+    waited out, for at most SILENCE seconds.
 
     Raises: RunError if another run holds the folder, or if it cannot be written to.
     """
@@ -47,16 +47,16 @@ def hold(workdir: str) -> Iterator['Held']:
         yield held
     finally:
         held.release()
-        if is_new:  # a start that failed leaves no empty folder
+        if is_new:  # do not leave an empty folder after a failed launch
             with contextlib.suppress(OSError):
                 os.rmdir(workdir)
 
 
 class Lock:
-    """A POSIX record lock, which the kernel gives to a process and not to its children."""
+    """A POSIX record lock, which belongs to a process and is not inherited by its children."""
 
-    # (device, inode) of each locked file -> pid: the kernel refuses nothing to the process that has
-    # the lock already.
+    # {(device, inode) of a locked file: pid}, needed because the kernel lets a process re-lock its
+    # own file.
     _inodes: ClassVar[dict[tuple[int, int] | None, int]] = {}
     _changing = threading.Lock()
 
@@ -67,23 +67,23 @@ class Lock:
 
     def take(self) -> bool:
         """Locks the folder; returns False if the file system has no locks."""
-        with self._changing, storage.explained(self.path):
+        with self._changing, storage.one_line_errors(self.path):
             while True:
-                # Looked at before the file is opened: to close it again would let go of the lock
-                # that this process has on it.
+                # Checked before opening, because closing the file again would release this
+                # process's lock on it.
                 if self._inodes.get(_inode(self.path)) == self._pid:
                     raise RunError(
-                        f'{self.workdir} is in use: this very process trains there already',
-                        'end that run first, or give another --workdir',
+                        f'{self.workdir} is in use: this process is already training there',
+                        'end that run first, or choose another --workdir',
                     )
                 file = self._open()
                 try:
                     if not self._lock(file):
                         return False
-                    # Else its last holder removed it after it was opened here.
+                    # Otherwise its last holder removed it after we opened it: try again.
                     if _inode(self.path) == _inode(file):
                         os.ftruncate(file, 0)
-                        os.write(file, written(this_process()))
+                        os.write(file, encode_record(this_process()))
                         self._inodes[_inode(file)], self._file = self._pid, file
                         return True
                 finally:
@@ -101,13 +101,14 @@ class Lock:
 
     def check_ownership(self) -> None:
         """Raises RunError if the folder was deleted, moved or replaced."""
-        with storage.explained(self.path):
+        with storage.one_line_errors(self.path):
             if _inode(self.path) != _inode(self._file):
                 raise RunError(
                     f'{self.workdir} has vanished: the folder of this run was deleted, moved or '
                     'replaced while it trained; nothing more is written'
                 )
-            # Again: it is lost when any other part of this process opens and closes the file.
+            # Lock again: the lock is lost if any other code in this process opens and closes the
+            # file.
             if self._file is not None:
                 self._lock(self._file)
 
@@ -118,18 +119,24 @@ class Lock:
             # The folder may be gone, and the run's own error matters more.
             with contextlib.suppress(OSError):
                 if _inode(self.path) == _inode(self._file):
-                    os.remove(self.path)  # while locked: whoever waits sees that it is another file
+                    # While still locked, so that other processes notice the replacement.
+                    os.remove(self.path)
             self._inodes.pop(_inode(self._file), None)
             os.close(self._file)
             self._file = None
 
     def _lock(self, file: int) -> bool:
-        """Returns False if there are no locks. Raises RunError if another process has it."""
+        """Locks a file; returns False if the file system has no locks.
+
+        Raises: RunError if another process holds it.
+        """
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in HELD_BY_ANOTHER:
-                raise in_use(self.workdir, parsed(os.pread(file, READ_BYTES, 0))) from None
+                raise in_use_error(
+                    self.workdir, decode_record(os.pread(file, READ_BYTES, 0))
+                ) from None
             if error.errno in NO_LOCKS:
                 return False
             raise

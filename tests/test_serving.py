@@ -87,7 +87,7 @@ def evaluated(trained):
     """
     config, workdir, _ = trained
     session = sessions.open_session(config, workdir, trains=False)
-    session.checkpoints.restore(partly=True)
+    session.checkpoints.restore(allow_extra=True)
     batches, _ = pipeline.evaluation_batches(session.source, config, session.plan, session.strategy)
     answer = steps.make_predict(session.state)
     logits = np.concatenate(
@@ -113,7 +113,7 @@ def test_predict_answers_as_evaluation_does(trained, evaluated, capsys):
     config, workdir, _ = trained
     model, labels = predict.load(workdir)
     paths = [os.path.join(config.dataset.data_dir, path) for path in evaluated]
-    images = list(predict.files_to_try(paths))
+    images = list(predict.images_from_files(paths))
     for image, (path, expected) in zip(images, evaluated.items(), strict=True):
         encoded, _ = image.read()
         answer = predict.classify(model, labels, image.title, encoded)
@@ -652,7 +652,7 @@ def test_the_export_knows_the_white_level(of_twelve_bits, tmp_path):
     for kind, make in DEEP.items():
         path = tmp_path / f'{kind}.bin'
         path.write_bytes(make(values))
-        (image,) = predict.files_to_try([str(path)])
+        (image,) = predict.images_from_files([str(path)])
         encoded, _ = image.read()
         answer = dict(predict.classify(model, labels, image.title, encoded).classes)
         np.testing.assert_allclose(
@@ -849,7 +849,7 @@ def test_a_name_is_printed_as_it_is_unless_it_disturbs_the_line(name, printed):
 def test_titles_are_shortened_as_they_are_drawn(trained, tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(
-        'outputs.plots.plot_answers', lambda path, pixels, titles, classes: drawn.extend(titles)
+        'outputs.plots.plot_predictions', lambda path, pixels, titles, classes: drawn.extend(titles)
     )
     answer = predict.Answer('\U00012000' * 30 + '.png', [], None)
     predict.draw('x.png', [answer], 1)

@@ -200,7 +200,7 @@ def test_an_export_that_disagrees_fails_and_keeps_the_old_one(finished, monkeypa
 def test_weights_that_are_not_finite_are_not_exported(finished, tmp_path):
     config, workdir = finished
     session = open_session(config, workdir, trains=False)
-    session.checkpoints.restore(partly=True)
+    session.checkpoints.restore(allow_extra=True)
     first = steps.evaluated_weights(session.state)[0]
     first.assign(tf.fill(first.shape, float('nan')))
     with pytest.raises(

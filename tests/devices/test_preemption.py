@@ -107,7 +107,7 @@ def test_the_second_ctrl_c_stops_at_once_during_compute(first):
         assert process.wait(8) == 130
         assert (
             process.stderr.read()
-            == 'stopped at once; the same command continues at the last checkpoint\n'
+            == 'stopped at once; the same command continues from the last checkpoint\n'
             and process.stdout.read() == ''
         )
 

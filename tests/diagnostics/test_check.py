@@ -624,14 +624,14 @@ def test_main_sets_them_before_import_on_such_a_host_only(monkeypatch, tmp_path)
     monkeypatch.setenv('TPU_LIBRARY_PATH', __file__)
     for name in (*tpu_environment.PJRT_VARIABLES, 'TPU_NAME', 'TPU_ACCELERATOR_TYPE'):
         monkeypatch.delenv(name, raising=False)
-    tpu_environment.prepare(config)
+    tpu_environment.set_pjrt_variables(config)
     assert 'PJRT_DEVICE' not in os.environ
     monkeypatch.setenv('TPU_ACCELERATOR_TYPE', 'v6e-4')
     config.strategy = 'one_device'
-    tpu_environment.prepare(config)
+    tpu_environment.set_pjrt_variables(config)
     assert 'PJRT_DEVICE' not in os.environ
     config.strategy = 'auto'
-    tpu_environment.prepare(config)
+    tpu_environment.set_pjrt_variables(config)
     set_by_prepare = {name: os.environ.pop(name) for name in tpu_environment.PJRT_VARIABLES}
     assert (
         set_by_prepare['PJRT_DEVICE'] == 'TPU'
@@ -639,21 +639,23 @@ def test_main_sets_them_before_import_on_such_a_host_only(monkeypatch, tmp_path)
     )
     with open(os.path.join(ROOT, 'main.py')) as file:
         text = file.read()
-    assert text.index('tpu_environment.prepare(') < text.index('import_tensorflow_quietly()')
+    assert text.index('tpu_environment.set_pjrt_variables(') < text.index(
+        'import_tensorflow_quietly()'
+    )
 
 
 def test_a_tpu_is_expected_by_its_chips_its_files_or_its_name(tmp_path):
-    assert not tpu_environment.is_expected('local', {}, str(tmp_path))
-    assert tpu_environment.is_expected('mine', {}, str(tmp_path)) and tpu_environment.is_expected(
-        'local', {'TPU_NAME': 'x'}, str(tmp_path)
-    )
-    assert tpu_environment.is_expected('local', {}, fake_machine(tmp_path / 'chips', **V5E))
-    assert not tpu_environment.is_expected(
+    assert not tpu_environment.is_tpu_expected('local', {}, str(tmp_path))
+    assert tpu_environment.is_tpu_expected(
+        'mine', {}, str(tmp_path)
+    ) and tpu_environment.is_tpu_expected('local', {'TPU_NAME': 'x'}, str(tmp_path))
+    assert tpu_environment.is_tpu_expected('local', {}, fake_machine(tmp_path / 'chips', **V5E))
+    assert not tpu_environment.is_tpu_expected(
         'local', {}, fake_machine(tmp_path / 'network', nic=('0x1ae0', '0x0042'), **NVIDIA)
     )
     (tmp_path / 'files' / 'dev').mkdir(parents=True)
     (tmp_path / 'files' / 'dev' / 'accel0').write_text('')
-    assert tpu_environment.is_expected('local', {}, str(tmp_path / 'files'))
+    assert tpu_environment.is_tpu_expected('local', {}, str(tmp_path / 'files'))
 
 
 # The machine.

@@ -45,7 +45,7 @@ def test_a_batch_is_drawn_as_the_model_gets_it(tiny, tmp_path, drawn, virtual_de
 
 
 def test_a_skipped_batch_is_found_after_a_batch_size_change(tiny, tmp_path, drawn):
-    ahead = planning.Ahead(
+    ahead = planning.ScheduleOffset(
         updates=0, examples=192 - 4 * 32, distinct=192 - 4 * 32
     )  # after 4 updates of 48
     write_json(

@@ -134,7 +134,7 @@ def test_half_the_batch_leaves_as_many_epochs():
     before, _ = at_batch(64)
     config, numbers = at_batch(32)
     assert numbers.total_steps == 1212
-    numbers = planning.continued(
+    numbers = planning.resumed_plan(
         numbers, config, 303, 303 * 64, 303 * 64
     )  # after half of 606 updates
     assert numbers.total_steps - 303 == 606
@@ -153,8 +153,8 @@ def test_half_the_batch_leaves_as_many_epochs():
 
 def test_a_run_counted_in_updates_goes_on_at_the_same_update():
     config, numbers = at_batch(4, '30 steps')
-    moved = planning.continued(numbers, config, 14, 14 * 32, 14 * 32)
-    assert (moved.total_steps, moved.ahead.updates) == (30, 0)
+    moved = planning.resumed_plan(numbers, config, 14, 14 * 32, 14 * 32)
+    assert (moved.total_steps, moved.offset.updates) == (30, 0)
     assert moved.stream_position(14, 1) == 448 and moved.stream_position(30, 1) == 448 + 64
     assert moved.epochs == (448 + 64) / 1437
 
@@ -163,7 +163,7 @@ def test_stages_and_curve_start_later_after_larger_batches():
     config, _ = at_batch(64)
     config.progressive.stages = 2
     numbers = planning.make_plan(config, 1437, 360, 10, 1)
-    moved = planning.continued(numbers, config, 606, 606 * 32, 606 * 32)  # position 303 of 606
+    moved = planning.resumed_plan(numbers, config, 606, 606 * 32, 606 * 32)  # position 303 of 606
     assert [end for end, _ in planning.stages(config, moved)] == [606, 909]
     assert planning.planned_rates(config, moved)[0][0] == 303 and moved.total_steps == 909
     assert (
@@ -181,9 +181,9 @@ def test_stages_and_curve_start_later_after_larger_batches():
 def test_the_position_follows_from_the_examples_seen(parts, batch_size, more, unit):
     config, numbers = at_batch(batch_size, unit)
     step, seen = sum(count for _, count in parts), sum(size * count for size, count in parts)
-    moved = planning.continued(numbers, config, step, seen, seen)
+    moved = planning.resumed_plan(numbers, config, step, seen, seen)
     assert (
-        planning.continued(
+        planning.resumed_plan(
             moved, config, step + more, seen + more * batch_size, seen + more * batch_size
         )
         == moved

@@ -266,11 +266,13 @@ def test_averages_of_another_meaning_are_refused_in_any_shape(tiny, workdir):
         return [config_diff.ConfigChange('optimizer.name', before, after)]
 
     for before, after in (('rmsprop', 'lion'), ('lion', 'rmsprop'), ('adamw', 'sgd')):
-        assert config_diff.misfits(tiny, changes(before, after))
+        assert config_diff.incompatible_changes(tiny, changes(before, after))
     for before, after in (('adam', 'adamw'), ('adamw', 'lamb')):
-        assert not config_diff.misfits(tiny, changes(before, after))
+        assert not config_diff.incompatible_changes(tiny, changes(before, after))
     tiny.optimizer = {'name': 'sgd'}  # has none
-    assert not config_diff.misfits(tiny, [config_diff.ConfigChange('model.freeze', '', 'backbone')])
+    assert not config_diff.incompatible_changes(
+        tiny, [config_diff.ConfigChange('model.freeze', '', 'backbone')]
+    )
 
 
 @pytest.mark.slow
@@ -905,7 +907,7 @@ def numbers_of(rows):
 def test_tensorboard_has_updates_that_were_done_again_once(
     tiny, tmp_path, reference, monkeypatch, place
 ):
-    monkeypatch.setattr(bucket_lease, 'SETTLE', 0.1)
+    monkeypatch.setattr(bucket_lease, 'SETTLE_SECONDS', 0.1)
     workdir = place + str(tmp_path / 'run')
     stopped_at(tiny, workdir, 29, monkeypatch)
     storage.write(os.path.join(workdir, 'tensorboard', 'mine.txt'), 'of the user')
@@ -929,7 +931,9 @@ def test_tensorboard_has_updates_that_were_done_again_once(
 @pytest.mark.slow
 def test_tensorboards_files_stay_where_nothing_is_done_again(tiny, workdir, monkeypatch):
     stopped_at(tiny, workdir, 14, monkeypatch)
-    monkeypatch.setattr(metrics_logger, 'rewrite_board', lambda *_: pytest.fail('written anew'))
+    monkeypatch.setattr(
+        metrics_logger, 'rewrite_tensorboard', lambda *_: pytest.fail('written anew')
+    )
     assert train.run(tiny, workdir) == 0
     assert board_of(workdir) == numbers_of(read_metrics(workdir))
 
@@ -990,7 +994,7 @@ def test_another_batch_size_goes_on_at_the_same_example(still):
         one_epoch(tiny, batch_size)
         plan = train.planning.make_plan(tiny, source.num_train, source.num_eval, 10, 1)
         if done:
-            plan = train.planning.continued(plan, tiny, *done)
+            plan = train.planning.resumed_plan(plan, tiny, *done)
         return np.concatenate(
             [
                 batch[0].numpy()
@@ -1120,14 +1124,14 @@ def test_a_folder_that_vanishes_ends_the_run_with_one_line(tiny, workdir, monkey
 
 
 def test_a_folder_that_vanishes_during_read_back_is_named(tiny, workdir, monkeypatch):
-    original = storage.parts
+    original = storage.read_chunks
 
     def parts(path):
         if 'step-10' in path and os.path.isdir(workdir):
             shutil.rmtree(workdir)
         return original(path)
 
-    monkeypatch.setattr(storage, 'parts', parts)
+    monkeypatch.setattr(storage, 'read_chunks', parts)
     with pytest.raises(RunError, match='vanished'):
         train.run(tiny, workdir)
 
@@ -1145,7 +1149,7 @@ def test_a_full_disk_is_one_line_and_the_run_resumes(tiny, workdir, reference, m
         patch.setattr(
             storage,
             'write',
-            lambda path, content: storage.explained(path).__enter__() or write(path, content),
+            lambda path, content: storage.one_line_errors(path).__enter__() or write(path, content),
         )
         with pytest.raises(
             RunError, match='step 20 could not be written|the disk is full'
@@ -1202,7 +1206,7 @@ def test_clocks_that_jump_change_nothing(tiny, workdir, reference, monkeypatch):
 def test_a_run_behind_tensorflows_file_system_is_the_same_run(
     tiny, tmp_path, reference, monkeypatch
 ):
-    monkeypatch.setattr(bucket_lease, 'SETTLE', 0.1)
+    monkeypatch.setattr(bucket_lease, 'SETTLE_SECONDS', 0.1)
     # Everything goes through tf.io.gfile, as for gs://.
     workdir = f'file://{tmp_path}/bucket/runs/digits'
     stopped_at(tiny, workdir, 14, monkeypatch)
@@ -1222,7 +1226,7 @@ def test_a_run_behind_tensorflows_file_system_is_the_same_run(
 
 @pytest.mark.slow
 def test_loops_longer_than_a_preemption_notice_are_noted_once(tiny, workdir, monkeypatch, capsys):
-    monkeypatch.setattr(train, 'LONG_LOOP', 0.0)
+    monkeypatch.setattr(train, 'LONG_LOOP_SECONDS', 0.0)
     assert train.run(tiny, workdir) == 0
     assert (
         capsys.readouterr().out.count(

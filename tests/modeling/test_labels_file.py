@@ -17,7 +17,7 @@ import predict
 import train
 from common.errors import RunError
 from modeling import distillation, labels_file, models, pretrained
-from outputs.checkpoints import find
+from outputs.checkpoints import find_checkpoint
 from tests.conftest import reading_here, tiny_config
 
 LINE_BREAKS = '\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029'  # of str.splitlines
@@ -200,8 +200,8 @@ def test_weights_and_teachers_with_odd_classes_are_recognized(run):
     config = copy.deepcopy(config)
     config.model.weights = os.path.join(workdir, 'export')
     model = models.build_model(config, len(NAMES))
-    assert pretrained.load_weights(model, config, NAMES, find).endswith('; the head too')
-    assert pretrained.load_weights(model, config, NAMES[::-1], find).endswith(
+    assert pretrained.load_weights(model, config, NAMES, find_checkpoint).endswith('; the head too')
+    assert pretrained.load_weights(model, config, NAMES[::-1], find_checkpoint).endswith(
         'its classes are others'
     )
     config.distill.teacher = workdir

@@ -20,7 +20,7 @@ from experiment import planning
 from experiment import session as sessions
 from inputs import image_ops
 from modeling import distillation, loops, models, optimizers, pretrained, steps
-from outputs.checkpoints import find
+from outputs.checkpoints import find_checkpoint
 from tests.conftest import tiny_config
 
 IMAGES = np.random.RandomState(0).randint(0, 256, (32, 16, 16, 3)).astype(np.uint8)
@@ -117,7 +117,7 @@ def averages_in(workdir):
 def test_run_checkpoint_and_saved_model_give_evaluated_weights(digits_run, tiny, part):
     tiny.model.weights = os.path.join(digits_run, part)
     model = models.build_model(tiny, 10)
-    said = pretrained.load_weights(model, tiny, NAMES, find)
+    said = pretrained.load_weights(model, tiny, NAMES, find_checkpoint)
     for ours, theirs in zip(models.float_variables(model), averages_in(digits_run), strict=True):
         np.testing.assert_array_equal(ours, theirs)
     assert said.startswith('12 of 12 variables (5,562 numbers) from ') and said.endswith(
@@ -129,7 +129,9 @@ def test_the_best_checkpoint_can_be_taken(digits_run, tiny):
     tiny.model.weights = os.path.join(digits_run, 'checkpoints', 'best')
     model = models.build_model(tiny, 10)
     best = read_json(os.path.join(digits_run, 'summary.json'))['best/step']
-    assert f'/checkpoints/step-{best};' in pretrained.load_weights(model, tiny, NAMES, find)
+    assert f'/checkpoints/step-{best};' in pretrained.load_weights(
+        model, tiny, NAMES, find_checkpoint
+    )
 
 
 @pytest.mark.parametrize('part', ['checkpoints', 'export'])
@@ -140,7 +142,7 @@ def test_a_head_of_which_nothing_says_what_it_knows_is_not_taken(digits_run, tin
     tiny.model.weights = str(tmp_path / part)
     assert (
         'the head is new, 32 features to 10 classes: nothing says what its classes are'
-        in pretrained.load_weights(models.build_model(tiny, 10), tiny, NAMES, find)
+        in pretrained.load_weights(models.build_model(tiny, 10), tiny, NAMES, find_checkpoint)
     )
 
 
@@ -150,7 +152,7 @@ def test_a_head_of_other_classes_is_new(digits_run, tiny, part, names):
     tiny.model.weights = os.path.join(digits_run, part)
     model = models.build_model(tiny, len(names))
     fresh = model.get_layer('predictions').kernel.numpy()
-    said = pretrained.load_weights(model, tiny, names, find)
+    said = pretrained.load_weights(model, tiny, names, find_checkpoint)
     for ours, theirs in zip(
         models.float_variables(model)[:-2], averages_in(digits_run), strict=False
     ):
@@ -174,7 +176,7 @@ def test_keras_applications_weights_are_taken_without_the_head(tmp_path, tiny):
     model = models.build_model(tiny, 7)
     assert (
         'the head is new, 1,280 features to 7 classes: it comes without one'
-        in pretrained.load_weights(model, tiny, NAMES[:7], find)
+        in pretrained.load_weights(model, tiny, NAMES[:7], find_checkpoint)
     )
     for ours, original in zip(
         models.float_variables(model), models.float_variables(theirs), strict=False
@@ -235,7 +237,7 @@ def test_weights_that_cannot_be_taken_are_one_line(digits_run, tiny, tmp_path, w
     )
     model = models.build_model(tiny, 10)
     with pytest.raises((RunError, ConfigError)) as raised:
-        pretrained.load_weights(model, tiny, NAMES, find)
+        pretrained.load_weights(model, tiny, NAMES, find_checkpoint)
     assert says in str(raised.value) and '\n' not in str(raised.value)
 
 

@@ -486,7 +486,7 @@ def test_a_keras_file_gives_weights_and_runs_no_layer(tmp_path, tiny, monkeypatc
     whole.save(tiny.model.weights)
     target.unlink()
     model = models.build_model(tiny, 10)
-    pretrained.load_weights(model, tiny, NAMES, checkpoints.find)
+    pretrained.load_weights(model, tiny, NAMES, checkpoints.find_checkpoint)
     for ours, original in zip(
         models.float_variables(model), models.float_variables(theirs), strict=False
     ):
@@ -511,7 +511,9 @@ def test_weights_that_refer_to_another_file_are_refused(tmp_path, tiny):
             '0', shape, np.float32, external=[(str(secret), 0, h5py.h5f.UNLIMITED)]
         )
     with pytest.raises(RunError, match='external') as raised:
-        pretrained.load_weights(models.build_model(tiny, 10), tiny, NAMES, checkpoints.find)
+        pretrained.load_weights(
+            models.build_model(tiny, 10), tiny, NAMES, checkpoints.find_checkpoint
+        )
     assert '\n' not in str(raised.value)
 
 

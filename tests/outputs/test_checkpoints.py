@@ -13,7 +13,7 @@ import tensorflow as tf
 from common import storage
 from common.errors import RunError
 from outputs import checkpoints as module
-from outputs.checkpoints import Checkpoints, find, steps_in, verify
+from outputs.checkpoints import Checkpoints, find_checkpoint, steps_in, verify
 
 
 def variables(value=0.0):
@@ -109,7 +109,7 @@ def test_a_damaged_checkpoint_is_named_and_an_older_one_used(tmp_path, capsys, n
         == f'damaged   {tmp_path}/step-40/{name} is damaged: it is not what was written\n'
     )
     with pytest.raises(RunError, match=f'step-40/{name} is damaged'):
-        find(str(tmp_path))
+        find_checkpoint(str(tmp_path))
 
 
 def test_damaged_checkpoints_are_deleted_after_a_newer_good_one(tmp_path):
@@ -180,8 +180,8 @@ def test_checkpoints_that_were_swapped_are_noticed(tmp_path):
     assert restored(tmp_path) == (20, 20)
 
 
-@pytest.mark.parametrize('partly', [False, True])
-def test_a_checkpoint_of_other_variables_does_not_fit(tmp_path, partly):
+@pytest.mark.parametrize('allow_extra', [False, True])
+def test_a_checkpoint_of_other_variables_does_not_fit(tmp_path, allow_extra):
     saved(tmp_path)
     for other, says in (
         (
@@ -191,10 +191,10 @@ def test_a_checkpoint_of_other_variables_does_not_fit(tmp_path, partly):
         ({**variables(), 'average': [tf.Variable(0.0)]}, 'average/0000 is missing there'),
     ):
         with pytest.raises(RunError, match=f'step-40 does not fit this config .{says}'):
-            Checkpoints(str(tmp_path), other, 2).restore(partly=partly)
+            Checkpoints(str(tmp_path), other, 2).restore(allow_extra=allow_extra)
     fewer = {'model': variables()['model']}
-    if partly:  # evaluation has no use for the optimizer
-        assert Checkpoints(str(tmp_path), fewer, 2).restore(partly=True)[0] == 40
+    if allow_extra:  # evaluation has no use for the optimizer
+        assert Checkpoints(str(tmp_path), fewer, 2).restore(allow_extra=True)[0] == 40
     else:
         with pytest.raises(RunError, match='optimizer/0000 is there and not here'):
             Checkpoints(str(tmp_path), fewer, 2).restore()
@@ -295,7 +295,7 @@ def test_paths_that_name_a_checkpoint(tmp_path):
     with pytest.raises(
         RunError, match='checkpoints/best is not there: the run has not been evaluated yet'
     ):
-        find(str(tmp_path / 'none' / 'checkpoints' / 'best'))
+        find_checkpoint(str(tmp_path / 'none' / 'checkpoints' / 'best'))
     saved(tmp_path / 'checkpoints', best=(10, 20, 20, 30))
     for name, step in (
         ('', 40),
@@ -304,12 +304,12 @@ def test_paths_that_name_a_checkpoint(tmp_path):
         ('checkpoints/step-30', 30),
         ('checkpoints/step-30/', 30),
     ):
-        assert find(os.path.join(str(tmp_path), name)) == str(
+        assert find_checkpoint(os.path.join(str(tmp_path), name)) == str(
             tmp_path / 'checkpoints' / f'step-{step}' / 'variables'
         ), name
-    assert find(str(tmp_path / 'nothing')) is None
+    assert find_checkpoint(str(tmp_path / 'nothing')) is None
     assert (
-        tf.train.load_checkpoint(find(str(tmp_path))).get_tensor('model/0000') == 40
+        tf.train.load_checkpoint(find_checkpoint(str(tmp_path))).get_tensor('model/0000') == 40
     )  # anybody can read it
     assert verify(str(tmp_path / 'checkpoints' / 'step-40'))['step'] == 40
 

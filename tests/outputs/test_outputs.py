@@ -14,7 +14,7 @@ import compare
 from common import storage
 from common.storage import write_json
 from outputs import plots, report
-from outputs.metrics_logger import MetricsLogger, read_metrics, rewrite_board
+from outputs.metrics_logger import MetricsLogger, read_metrics, rewrite_tensorboard
 
 
 def write_run(folder, rows, dataset=None, **schedule):
@@ -231,7 +231,7 @@ def test_a_bare_file_name_is_in_the_current_folder(tmp_path, monkeypatch):
         and storage.read_json('a.json') == {'a': 1}
         and storage.list_folder('export') == ['c']
     )
-    plots.plot_answers(
+    plots.plot_predictions(
         'answers.png', [np.zeros((4, 4, 3), np.uint8)], ['title'], [[('cat', 0.9)]]
     )  # as predict.py --output does
     storage.delete('export')
@@ -311,7 +311,7 @@ def test_rows_match_what_tensorboard_writes_itself(tmp_path):
         tf.summary.scalar('train/loss', 0.1)
         tf.summary.scalar('eval/accuracy', 1.0)
     board.close()
-    rewrite_board(
+    rewrite_tensorboard(
         str(tmp_path / 'ours'),
         [{'step': 5, 'wall_time': 1.5e9, 'train/loss': 0.1, 'eval/accuracy': 1}],
     )
@@ -320,7 +320,7 @@ def test_rows_match_what_tensorboard_writes_itself(tmp_path):
     assert [(event.step, event.wall_time) for event in accumulator.Tensors('train/loss')] == [
         (5, 1.5e9)
     ]
-    rewrite_board(str(tmp_path / 'ours'), [])
+    rewrite_tensorboard(str(tmp_path / 'ours'), [])
     assert os.listdir(tmp_path / 'ours') == []
 
 

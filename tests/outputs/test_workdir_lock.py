@@ -267,9 +267,9 @@ def test_a_file_in_the_place_of_the_folder_is_said_in_one_line(tmp_path):
 @pytest.fixture
 def quick(monkeypatch):
     """Seconds are hundredths; a lease that rises is seen long before the silence is over."""
-    monkeypatch.setattr(bucket_lease, 'BEAT', 0.05)
-    monkeypatch.setattr(bucket_lease, 'SILENCE', 1.0)
-    monkeypatch.setattr(bucket_lease, 'SETTLE', 0.01)
+    monkeypatch.setattr(bucket_lease, 'HEARTBEAT_SECONDS', 0.05)
+    monkeypatch.setattr(bucket_lease, 'STALE_SECONDS', 1.0)
+    monkeypatch.setattr(bucket_lease, 'SETTLE_SECONDS', 0.01)
 
 
 @pytest.fixture
@@ -324,7 +324,7 @@ def test_a_second_run_in_a_bucket_is_refused_at_a_heartbeat(bucket, capsys):
 
 
 def test_a_lease_of_a_run_killed_elsewhere_expires(bucket, capsys, monkeypatch):
-    monkeypatch.setattr(bucket_lease, 'SILENCE', 0.3)
+    monkeypatch.setattr(bucket_lease, 'STALE_SECONDS', 0.3)
     leave_behind(bucket, started='2999-01-01T00:00:00+00:00')  # clocks are not asked
     start = time.monotonic()
     with workdir_lock.hold(bucket) as held:
@@ -339,7 +339,7 @@ def test_a_lease_of_a_run_killed_elsewhere_expires(bucket, capsys, monkeypatch):
 
 
 def test_a_lease_of_a_run_killed_here_is_taken_over_at_once(bucket, capsys, monkeypatch):
-    monkeypatch.setattr(bucket_lease, 'SILENCE', 60.0)
+    monkeypatch.setattr(bucket_lease, 'STALE_SECONDS', 60.0)
     monkeypatch.setattr(lock_holder, '_machine', lambda: 'this start of this container')
     leave_behind(
         bucket, host=socket.gethostname(), machine='this start of this container', pid=dead_pid()
@@ -351,7 +351,7 @@ def test_a_lease_of_a_run_killed_here_is_taken_over_at_once(bucket, capsys, monk
 
 @pytest.mark.parametrize('machine', ['another container with the same host name', ''])
 def test_a_pid_of_another_container_proves_no_death(bucket, capsys, monkeypatch, machine):
-    monkeypatch.setattr(bucket_lease, 'SILENCE', 0.1)
+    monkeypatch.setattr(bucket_lease, 'STALE_SECONDS', 0.1)
     monkeypatch.setattr(lock_holder, '_machine', lambda: machine and 'this container')
     leave_behind(bucket, host=socket.gethostname(), machine=machine, pid=dead_pid())
     with workdir_lock.hold(bucket):
@@ -359,7 +359,7 @@ def test_a_pid_of_another_container_proves_no_death(bucket, capsys, monkeypatch,
 
 
 def test_a_waiting_run_starts_when_the_holder_ends(bucket, capsys, monkeypatch):
-    monkeypatch.setattr(bucket_lease, 'SILENCE', 60.0)
+    monkeypatch.setattr(bucket_lease, 'STALE_SECONDS', 60.0)
     path = leave_behind(bucket)
     end = threading.Timer(0.1, tf.io.gfile.remove, [path])
     end.start()
@@ -370,7 +370,7 @@ def test_a_waiting_run_starts_when_the_holder_ends(bucket, capsys, monkeypatch):
 
 @pytest.mark.parametrize('left', ['', '{"host": "far-aw', '[]', '\x00\xff', '{"pid": "x"}'])
 def test_a_damaged_lease_keeps_nobody_out(bucket, monkeypatch, left):
-    monkeypatch.setattr(bucket_lease, 'SILENCE', 0.1)
+    monkeypatch.setattr(bucket_lease, 'STALE_SECONDS', 0.1)
     path = leave_behind(bucket)
     with tf.io.gfile.GFile(path, 'wb') as file:
         file.write(left.encode('latin-1'))
@@ -396,8 +396,8 @@ def test_a_run_that_seemed_dead_writes_no_more(bucket):
         workdir_lock.hold(bucket) as held,
     ):
         leave_behind(bucket)
-        held._beats.join(2)
-        assert not held._beats.is_alive()
+        held._heartbeat.join(2)
+        assert not held._heartbeat.is_alive()
         held.check_ownership()
     assert lease_in(bucket)['token'] == 'x'
 
@@ -407,7 +407,7 @@ def test_a_run_paused_between_reading_and_writing_reads_again(bucket, monkeypatc
 
     def stopped_after(lease):
         found = read(lease)
-        if threading.current_thread() is lease._beats and not stopped.is_set():
+        if threading.current_thread() is lease._heartbeat and not stopped.is_set():
             leave_behind(bucket)  # by a run to which this one seemed dead
             time.sleep(0.1)
             stopped.set()
@@ -416,15 +416,15 @@ def test_a_run_paused_between_reading_and_writing_reads_again(bucket, monkeypatc
     monkeypatch.setattr(bucket_lease.Lease, '_read', stopped_after)
     with workdir_lock.hold(bucket) as held:
         assert stopped.wait(2)
-        held._beats.join(2)
-        assert not held._beats.is_alive() and lease_in(bucket)['token'] == 'x'
+        held._heartbeat.join(2)
+        assert not held._heartbeat.is_alive() and lease_in(bucket)['token'] == 'x'
 
 
 def test_a_vanished_bucket_folder_is_noticed_and_not_recreated(bucket):
     with pytest.raises(RunError, match='has vanished'), workdir_lock.hold(bucket) as held:
         tf.io.gfile.rmtree(bucket)
-        held._beats.join(2)
-        assert not held._beats.is_alive()
+        held._heartbeat.join(2)
+        assert not held._heartbeat.is_alive()
         held.check_ownership()
     assert not tf.io.gfile.exists(bucket)
 
@@ -433,7 +433,7 @@ def test_a_brief_network_outage_does_not_end_the_lease(bucket, monkeypatch):
     read, failed = bucket_lease.Lease._read, threading.Event()
 
     def fails_once(lease):
-        if threading.current_thread() is lease._beats and not failed.is_set():
+        if threading.current_thread() is lease._heartbeat and not failed.is_set():
             failed.set()
             raise tf.errors.UnavailableError(None, None, 'away')
         return read(lease)
