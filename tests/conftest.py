@@ -31,6 +31,11 @@ import export  # noqa: E402
 from configs import digits  # noqa: E402
 
 
+def slow(*values):
+    """Returns a parameter set that only `make test-slow` runs: it repeats much of another."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.fixture(autouse=True)
 def no_traces_left():
     """Each test begins without Keras' global policy of the test before, and hears Ctrl-C, which a

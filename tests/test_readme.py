@@ -249,6 +249,7 @@ def test_a_command_does_what_readme_says(place, command):
     assert how.says in done.stdout and 'Traceback' not in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'number', range(sum(language == 'python' for language, _ in blocks(readme())))
 )

@@ -9,6 +9,7 @@ import pytest
 import tensorflow as tf
 
 from schedules import WarmupCosineDecay, WarmupCosineDecayCallback, lr_warmup_cosine_decay
+from tests.conftest import slow
 
 # 2 steps of warmup, 1 of hold, and a cosine to step 12.
 ARGUMENTS = {
@@ -313,7 +314,7 @@ def fit_on(strategy, arguments=ARGUMENTS, optimizer=sgd, plateau=True):
 
 # Under MirroredStrategy Keras' fit itself fails with accumulation, XLA and steps_per_execution.
 @pytest.mark.parametrize(
-    ('optimizer', 'plateau'), [(sgd, False), (sgd, True), (loss_scaling, True)]
+    ('optimizer', 'plateau'), [(sgd, True), slow(sgd, False), slow(loss_scaling, True)]
 )
 def test_two_devices_train_with_the_rates_of_one(two_devices, optimizer, plateau):
     arguments = ARGUMENTS | {'total_steps': 16}

@@ -20,6 +20,7 @@ from common.commands import ROOT
 from experiment import planning, session
 from inputs import augment, datasets, pipeline
 from modeling import distillation, loops, models, optimizers, steps
+from tests.conftest import slow
 from tests.modeling.test_pretrained import write_foreign_teacher
 
 REPLICAS = 8
@@ -177,7 +178,9 @@ TRACES_ALL = os.environ.get('TRACE') == 'all'
 
 @pytest.mark.parametrize(
     'strategy, change, name',
-    [(REPLICAS, small, name) for name in CONFIGS] + (ALL if TRACES_ALL else SOME),
+    [(REPLICAS, small, 'digits')]
+    + [slow(REPLICAS, small, name) for name in CONFIGS if name != 'digits']
+    + [slow(*values) for values in (ALL if TRACES_ALL else SOME)],
     indirect=['strategy'],
 )
 def test_the_loops_of_every_config_are_fit_for_a_tpu(strategy, change, name):
@@ -215,7 +218,7 @@ def test_the_loops_of_every_config_are_fit_for_a_tpu(strategy, change, name):
 
 
 @pytest.mark.parametrize(
-    'name', optimizers.OPTIMIZERS if TRACES_ALL else ('sgd', 'adamw', 'adafactor')
+    'name', ['adamw', *(slow(name) for name in optimizers.OPTIMIZERS if name != 'adamw')]
 )
 def test_everything_at_once_fits_a_tpu_with_every_optimizer(tiny, strategy, name, tmp_path):
     write_foreign_teacher(str(tmp_path / 'teacher'))

@@ -23,7 +23,7 @@ from experiment.session import open_session
 from modeling import steps
 from outputs.metrics_logger import read_metrics
 from outputs.train_progress import Progress
-from tests.conftest import tiny_config
+from tests.conftest import slow, tiny_config
 
 FILES = (
     'config.json',
@@ -245,7 +245,7 @@ def test_finite_weights_with_nonfinite_outputs_have_diverged(tiny, tmp_path, cap
 
 @pytest.mark.usefixtures('read_here')
 @pytest.mark.parametrize(
-    'signal_number, status, step', [(signal.SIGTERM, 143, 13), (signal.SIGINT, 0, 20)]
+    'signal_number, status, step', [(signal.SIGTERM, 143, 13), slow(signal.SIGINT, 0, 20)]
 )
 def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(
     finished, tmp_path, monkeypatch, signal_number, status, step
@@ -273,6 +273,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(
             )  # the sums were made in loops of another length
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('virtual_devices', [0, 2])
 def test_the_host_calls_once_per_loop_without_retracing(
     tiny, tmp_path, monkeypatch, virtual_devices

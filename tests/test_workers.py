@@ -176,6 +176,7 @@ def test_a_signal_to_any_worker_stops_all_resumably(tmp_path):
     assert os.path.exists(os.path.join(workdir, 'checkpoints', f'step-{stopped}', 'manifest.json'))
 
 
+@pytest.mark.slow
 def test_a_waiting_worker_says_so_and_ends_by_ctrl_c(tmp_path):
     process, absent = start([*ARGUMENTS, f'--workdir={tmp_path}/run'])
     absent.kill()

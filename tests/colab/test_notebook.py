@@ -49,6 +49,7 @@ def executed(tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_every_cell_runs_and_says_what_it_should(executed):
     notebook_, storage = executed
     cells = [cell for cell in notebook_.cells if cell.cell_type == 'code']
@@ -69,6 +70,7 @@ def test_every_cell_runs_and_says_what_it_should(executed):
     assert os.path.isdir(os.path.join(storage, 'tensorflow_datasets', 'digits'))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('cell, count', [('preview', 2), ('curves', 2), ('predict', 1)])
 def test_pictures_are_shown(executed, cell, count):
     outputs = next(each for each in executed[0].cells if each.id == cell).outputs
@@ -94,6 +96,7 @@ def own_environment(monkeypatch):
         monkeypatch.setenv(name, os.environ.get(name, '0'))
 
 
+@pytest.mark.slow
 def test_an_own_image_is_classified_as_the_export_does(executed, tmp_path, capsys, own_environment):
     (run,) = glob.glob(os.path.join(executed[1], 'runs', '*'))
     picture = np.random.default_rng(0).integers(0, 256, [30, 40, 3], np.uint8)
@@ -107,6 +110,7 @@ def test_an_own_image_is_classified_as_the_export_does(executed, tmp_path, capsy
     assert (tmp_path / 'drawn.png').stat().st_size > 5_000
 
 
+@pytest.mark.slow
 def test_the_run_may_be_in_a_bucket(executed, tmp_path, capsys, own_environment):
     """A folder stands for it: TensorFlow's file system reads and writes there."""
     shutil.copytree(*glob.glob(os.path.join(executed[1], 'runs', '*')), tmp_path / 'run')
@@ -118,6 +122,7 @@ def test_the_run_may_be_in_a_bucket(executed, tmp_path, capsys, own_environment)
     )
 
 
+@pytest.mark.slow
 def test_what_cannot_be_classified_is_one_line(executed, tmp_path, capsys, own_environment):
     (run,) = glob.glob(os.path.join(executed[1], 'runs', '*'))
     (tmp_path / 'broken.png').write_bytes(b'no picture')

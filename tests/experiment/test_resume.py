@@ -360,6 +360,7 @@ def test_a_nonfinite_update_is_skipped_and_the_run_continues(tiny, workdir, monk
     )
 
 
+@pytest.mark.slow
 def test_too_many_skips_end_the_run_and_keep_a_good_checkpoint(
     tiny, workdir, reference, monkeypatch, capsys
 ):
@@ -1040,6 +1041,7 @@ def test_a_run_of_two_batch_sizes_that_is_stopped_is_the_same(
     assert_same_run(workdir, other_batch[0])
 
 
+@pytest.mark.slow
 def test_a_batch_size_that_divides_nothing_ends_within_a_batch(tiny, workdir, other_batch):
     shutil.copytree(other_batch[0], workdir)
     one_epoch(tiny, 100)

@@ -19,6 +19,7 @@ from configs import folder
 from experiment import planning
 from inputs import datasets, pipeline, record_index, service
 from inputs.image_ops import center_crop_and_resize, decode
+from tests.conftest import slow
 
 ONE_DEVICE = tf.distribute.OneDeviceStrategy('CPU:0')
 
@@ -186,7 +187,7 @@ def test_repeated_examples_differ_and_come_equally_often(tiny, source):
     assert len({digest(image) for image in images}) == 48
 
 
-@pytest.mark.parametrize('batch_size', [32, 30, 31])
+@pytest.mark.parametrize('batch_size', [31, slow(30), slow(32)])
 def test_batches_do_not_depend_on_group_size(tiny, source, batch_size, monkeypatch):
     tiny.train_for = '6 steps'
     tiny.batch_size = batch_size
@@ -208,7 +209,7 @@ def test_batches_do_not_depend_on_the_parallelism(tiny, source, parallel_calls, 
     assert [batch_digest(batch) for batch in training_batches(tiny, source)] == expected
 
 
-@pytest.mark.parametrize('devices', [2, 4])
+@pytest.mark.parametrize('devices', [2, slow(4)])
 def test_replicas_share_the_global_batch_of_one_device(tiny, source, devices):
     tiny.train_for, tiny.augment.cutmix = '4 steps', 1.0
     alone = list(global_batches(training_batches(tiny, source), ONE_DEVICE))
@@ -220,7 +221,7 @@ def test_replicas_share_the_global_batch_of_one_device(tiny, source, devices):
             np.testing.assert_array_equal(value, value_shared)
 
 
-@pytest.mark.parametrize('hosts', [2, 3, 8])
+@pytest.mark.parametrize('hosts', [3, slow(2), slow(8)])
 def test_hosts_read_shares_that_together_are_the_split(source, hosts):
     """One file, more hosts than files."""
     parts = [source.open_split('train', (host, hosts)) for host in range(hosts)]
@@ -277,8 +278,11 @@ def test_a_part_of_a_split_is_read_from_inside_its_file(source):
     assert sorted(by_encoded[encoded] for _, encoded, _ in read) == expected
 
 
-@pytest.mark.parametrize('devices', [1, 2, 4])
-@pytest.mark.parametrize('eval_batch_size', [7, 360, 1000])
+@pytest.mark.parametrize(
+    'devices, eval_batch_size',
+    [(1, 360), (2, 7), (4, 1000), slow(1, 7), slow(1, 1000), slow(2, 360), slow(2, 1000)]
+    + [slow(4, 7), slow(4, 360)],
+)
 def test_evaluation_reads_every_example_exactly_once(still, source, devices, eval_batch_size):
     still.eval_batch_size = eval_batch_size
     plan = plan_for(still, source, devices)
@@ -314,7 +318,7 @@ def test_without_augmentation_training_and_evaluation_match(still, source):
     assert draws == {} and images.dtype == tf.uint8
 
 
-@pytest.mark.parametrize('policy', ['mixed_bfloat16', 'mixed_float16'])
+@pytest.mark.parametrize('policy', ['mixed_bfloat16', slow('mixed_float16')])
 def test_batches_do_not_depend_on_the_type_the_model_computes_in(tiny, source, policy):
     tiny.augment.policy.name, tiny.augment.mixup, tiny.train_for = 'rand_augment', 0.2, '2 steps'
     expected = [batch_digest(batch) for batch in training_batches(tiny, source)]

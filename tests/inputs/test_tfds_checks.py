@@ -16,6 +16,7 @@ from configs import default
 from experiment import config_schema
 from inputs import dataset_status, datasets, image_ops, tfds_checks
 from tests import image_kinds
+from tests.conftest import slow
 from tests.inputs.test_tfds_features import FLAT, LABEL, F, config_of, make, rows
 
 KNOWN, UNKNOWN, SOME = (0, 1), (-1,), (0, -1)
@@ -108,8 +109,10 @@ def test_of_a_large_split_a_sample_is_looked_at(tmp_path, monkeypatch):
     assert 200 <= looked_at <= 256 and looked_at / 4 < unknown < looked_at * 3 / 4
 
 
-@pytest.mark.parametrize('gib', [4.0, 1e-6], ids=['in memory', 'from files'])
-@pytest.mark.parametrize('bad', ['train', 'test'])
+@pytest.mark.parametrize(
+    'bad, gib',
+    [('train', 1e-6), slow('train', 4.0), slow('test', 1e-6), slow('test', 4.0)],
+)
 def test_a_label_that_the_sample_missed_is_one_line(tmp_path, monkeypatch, tiny, bad, gib):
     labels = {'train': [0] * 600, 'test': [1] * 600}
     labels[bad][236] = -1

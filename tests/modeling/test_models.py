@@ -58,6 +58,7 @@ def test_efficientnetv2b0_answers_as_keras_own_does():
     )
 
 
+@pytest.mark.slow
 def test_a_progressive_model_is_the_same_network_at_any_size():
     any_size = config_for('EfficientNetV2B0', image_size=64)
     any_size.progressive.stages = 2

@@ -21,7 +21,7 @@ from experiment import session as sessions
 from inputs import image_ops
 from modeling import distillation, loops, models, optimizers, pretrained, steps
 from outputs.checkpoints import find_checkpoint
-from tests.conftest import tiny_config
+from tests.conftest import slow, tiny_config
 
 IMAGES = np.random.RandomState(0).randint(0, 256, (32, 16, 16, 3)).astype(np.uint8)
 LABELS = np.random.RandomState(1).randint(0, 10, 32)
@@ -241,6 +241,7 @@ def test_weights_that_cannot_be_taken_are_one_line(digits_run, tiny, tmp_path, w
     assert says in str(raised.value) and '\n' not in str(raised.value)
 
 
+@pytest.mark.slow
 def test_a_run_from_other_weights_says_so_and_resumes_without(digits_run, tiny, tmp_path, capsys):
     begun_with = str(tmp_path / 'begun_with')
     shutil.copytree(digits_run, begun_with)
@@ -277,7 +278,7 @@ def test_a_run_from_other_weights_says_so_and_resumes_without(digits_run, tiny, 
         ('stem', ()),
     ],
 )
-@pytest.mark.parametrize('count, jit_compile, ema_decay', [(1, False, 0.99), (2, True, 0.0)])
+@pytest.mark.parametrize('count, jit_compile, ema_decay', [(1, False, 0.99), slow(2, True, 0.0)])
 def test_frozen_layers_stay_as_they_are_with_their_statistics(
     still, frozen, kept, count, jit_compile, ema_decay
 ):
@@ -361,8 +362,14 @@ def test_blocks_are_those_that_the_layers_are_named_after(still, name, blocks):
 
 
 @pytest.mark.parametrize(
-    'name', sorted(set(optimizers.OPTIMIZERS) - {'adafactor'})
-)  # whose rate is the smaller one of the schedule's and another
+    'name',
+    # Without Adafactor, whose rate is the smaller one of the schedule's and another.
+    [
+        'adamw',
+        'sgd',
+        *map(slow, sorted(set(optimizers.OPTIMIZERS) - {'adafactor', 'adamw', 'sgd'})),
+    ],
+)
 def test_the_rate_of_a_block_is_that_of_a_run_with_this_rate(still, name):
     """Every block of a run with layer-wise decay moves as in a run whose whole rate is multiplied
     by its factor.
@@ -387,12 +394,9 @@ def test_the_rate_of_a_block_is_that_of_a_run_with_this_rate(still, name):
             )  # of steps of about 1e-4
 
 
-SLOW = pytest.mark.slow
-
-
 @pytest.mark.parametrize(
     'count, jit_compile',
-    [(2, True), pytest.param(2, False, marks=SLOW), pytest.param(4, False, marks=SLOW)],
+    [(2, False), slow(2, True), slow(4, False)],
 )
 def test_frozen_layers_and_layer_rates_match_on_several_devices(still, count, jit_compile):
     still.model.freeze, still.model.layer_decay, still.grad_clip_norm = 'block1_conv', 0.5, 0.5
@@ -404,7 +408,7 @@ def test_frozen_layers_and_layer_rates_match_on_several_devices(still, count, ji
 
 
 @pytest.mark.parametrize('alpha, temperature', [(0.3, 1.0), (1.0, 4.0)])
-@pytest.mark.parametrize('count, jit_compile', [(1, False), (2, True)])
+@pytest.mark.parametrize('count, jit_compile', [(1, False), slow(2, True)])
 def test_the_loss_of_a_taught_model_is_that_of_hinton(
     digits_run, still, alpha, temperature, count, jit_compile
 ):

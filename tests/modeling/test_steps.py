@@ -13,6 +13,7 @@ from experiment import planning
 from experiment import session as sessions
 from inputs import augment
 from modeling import loops, models, optimizers, steps
+from tests.conftest import slow
 
 RANDOM = np.random.RandomState(0)
 UNCHANGED = augment.make_device_augment(default.get_config().augment, 10)
@@ -142,7 +143,7 @@ def test_first_losses_match_on_1_2_and_4_devices_and_with_xla(still, changes):
 
 
 @pytest.mark.parametrize(
-    'devices, jit_compile', [(1, False), (1, True), (2, False), (2, True), (4, False)]
+    'devices, jit_compile', [(1, False), (2, True), slow(1, True), slow(2, False), slow(4, False)]
 )
 def test_the_gradient_is_that_of_plain_keras_in_float64(still, devices, jit_compile):
     still.optimizer, still.weight_decay, still.ema_decay = {'name': 'sgd'}, 0.0, 0.0
@@ -181,7 +182,7 @@ def without_batch_norm(monkeypatch):
     monkeypatch.setattr(models, 'BatchNormalization', without_batch)
 
 
-@pytest.mark.parametrize('jit_compile', [False, True])
+@pytest.mark.parametrize('jit_compile', [False, slow(True)])
 @pytest.mark.parametrize('devices', [1, 2])
 def test_an_update_from_micro_batches_is_that_of_the_whole_batch(
     still, without_batch_norm, devices, jit_compile
@@ -399,7 +400,11 @@ def spoiling(bad):
 
 @pytest.mark.parametrize(
     'name, devices',
-    [('adamw', 2), *((name, 1) for name in sorted(optimizers.OPTIMIZERS) if name != 'muon')],
+    [
+        ('adamw', 2),
+        ('sgd', 1),
+        *(slow(name, 1) for name in sorted({*optimizers.OPTIMIZERS} - {'muon', 'sgd'})),
+    ],
 )
 def test_a_nan_loss_changes_nothing_and_is_counted(still, name, devices):
     still.optimizer = {'name': name}
