@@ -48,11 +48,11 @@ def find_columns(
         image=_choose('image', images, named_inputs, leaves, dataset_config.image_key, name),
         label=_choose('class label', labels, named_targets, leaves, dataset_config.label_key, name),
     )
-    problem = _pixel_problem(leaves[columns.image])
+    problem, wanted = _pixel_problem(leaves[columns.image])
     if problem:
         raise ConfigError(
-            f'config.dataset.name={name!r}',
-            f'its image {columns.image!r} {problem}',
+            f'config.dataset.name={name!r}, whose image {columns.image!r} {problem}',
+            f'build the data set with images of {wanted}',
             'dataset.name',
         )
     return columns
@@ -114,25 +114,17 @@ def _is_image(feature: tfds.features.FeatureConnector) -> bool:
     )
 
 
-def _pixel_problem(feature: tfds.features.Image) -> str:
-    """Returns why an image would be misread, and what to do, as the end of a sentence, or ''."""
+def _pixel_problem(feature: tfds.features.Image) -> tuple[str, str]:
+    """Returns (why an image would be misread, what to have instead), or ('', '')."""
     dtype, shape = np.dtype(feature.np_dtype).name, feature.shape
     if dtype not in DTYPES:
-        return (
-            f'has dtype {dtype}, which TFDS stores in a way that only TFDS can read: build the '
-            f'data set with images of {" or ".join(DTYPES)}'
-        )
+        problem = f'has dtype {dtype}, which TFDS stores in a way that only TFDS can read'
+        return problem, ' or '.join(DTYPES)
     if len(shape) != 3:
-        return (
-            f'has the shape {shape}, several frames: '
-            'make the data set with images of height, width and channels'
-        )
+        return f'has the shape {shape}, several frames', 'height, width and channels'
     if shape[-1] is not None and not 1 <= shape[-1] <= MAX_CHANNELS:
-        return (
-            f'has {shape[-1]} channels: '
-            f'make the data set with images of 1 to {MAX_CHANNELS} channels'
-        )
-    return ''
+        return f'has {shape[-1]} channels', f'1 to {MAX_CHANNELS} channels'
+    return '', ''
 
 
 def _choose(
@@ -152,15 +144,17 @@ def _choose(
             f'{name} has {_listed(candidates)}{did_you_mean(key, sorted(candidates))}',
             f'dataset.{config_key}',
         )
-    readable = {path for path in candidates if what != 'image' or not _pixel_problem(leaves[path])}
+    readable = {
+        path for path in candidates if what != 'image' or not _pixel_problem(leaves[path])[0]
+    }
     found = (candidates & named) or readable or candidates
     if len(found) == 1:
         return next(iter(found))
     if not found:
         raise ConfigError(
-            f'config.dataset.name={name!r} is not an image classification data set',
-            f'it has no {what} for each example',
-            'dataset.name',
+            f'config.dataset.name={name!r} is not an image classification data set: it has no '
+            f'{what} for each example',
+            key='dataset.name',
         )
     first, plural = sorted(found)[0], f'{what}s'
     raise ConfigError(

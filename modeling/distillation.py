@@ -164,10 +164,9 @@ def _saved_teacher(source: str, class_names: Sequence[str]) -> _Network:
     except Exception as error:
         # KeyError, ValueError, IndexError or OpError, depending on what is damaged.
         raise RunError(
-            f'{path} cannot be a teacher',
-            'it has no signature serving_default, or is damaged '
+            f'{path} cannot be a teacher: it has no signature serving_default, or is damaged '
             f'({type(error).__name__}: {one_line(error, 200)})',
-            'distill.teacher',
+            key='distill.teacher',
         ) from error
     inputs, outputs = signature.structured_input_signature[1], signature.structured_outputs
     _require_classifier_signature(path, name, inputs, outputs, len(class_names))
@@ -227,8 +226,8 @@ def _require_classifier_signature(
             for specs in (inputs, outputs)
         ]
         raise RunError(
-            f'{path} cannot be a teacher',
-            f'its signature {name} must take float32 or uint8 (None, height, width, '
-            f'3) and give (None, {num_classes}), but it takes {shown[0]} and gives '
+            f'{path} cannot be a teacher: its signature {name} must take float32 or uint8 (None, '
+            f'height, width, 3) and give (None, {num_classes}), but it takes {shown[0]} and gives '
             f'{shown[1]}',
+            key='distill.teacher',
         )

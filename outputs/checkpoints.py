@@ -380,7 +380,7 @@ def _manifest(folder: str) -> dict:
     except (ValueError, KeyError, TypeError, AttributeError):
         whole = False
     if not whole:
-        raise RunError(f'{path} is damaged: it is not what was written')
+        raise RunError(f'{path} is damaged: its checksum does not match')
     return manifest
 
 

@@ -140,7 +140,7 @@ def _best(summary: dict, name: str) -> str:
 def _accuracy_of_export(summary: dict) -> str:
     """Returns the accuracy of the exported and the trained model on the same examples, as text."""
     examples = summary['export/examples']
-    'examples evenly spaced through the split'
+    which = 'examples evenly spaced through the split'
     if examples == summary['eval/examples']:
         which = 'evaluation examples (all of them)'
     text = f'{summary["export/accuracy"]:.2%} of {examples:,} {which}'

@@ -36,6 +36,25 @@ def slow(*values):
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
+@contextlib.contextmanager
+def refused(kind, *data, key=None, fix=''):
+    """Expects a `kind` of UserError, in one line.
+
+    Args:
+        data: what its problem names, such as a path, a value or a step.
+        key: of the config, if one is to blame.
+        fix: what its fix tells the user to write or do.
+    """
+    with pytest.raises(kind) as caught:
+        yield caught
+    error = caught.value
+    assert '\n' not in str(error)
+    assert key is None or error.key == key, error.key
+    for datum in data:
+        assert str(datum) in error.problem, error.problem
+    assert fix in error.fix, error.fix
+
+
 @pytest.fixture(autouse=True)
 def no_traces_left():
     """Each test begins without Keras' global policy of the test before, and hears Ctrl-C, which a
@@ -62,7 +81,7 @@ def tiny_config():
 @contextlib.contextmanager
 def reading_here():
     """The exported model is read in this process: one of its own takes longer than a small run.
-    tests/test_train.py does it both ways.
+    tests/test_train.py does it in either direction.
     """
     keras_module = sys.modules['keras']
     from outputs import read_saved_model

@@ -17,6 +17,7 @@ from common.errors import ConfigError, RunError
 from common.storage import read_json
 from configs import imagenet
 from inputs import datasets
+from tests.conftest import refused
 
 SYNSETS = ('n01440764', 'n01443537', 'n01484850', 'n01491361')
 PICTURES_PER_CLASS, VALIDATION_PICTURES = 12, 10
@@ -91,12 +92,9 @@ def test_a_small_imagenet_is_prepared_trained_and_evaluated(tmp_path, monkeypatc
     )
     metrics = evaluate.run(config, str(tmp_path / 'run'))
     assert metrics['eval/examples'] == 6 and np.isfinite(metrics['eval/loss'])
-    with pytest.raises(ConfigError, match="'train' is not a split of imagenet_v2"):
+    with refused(ConfigError, "'train'", 'imagenet_v2'):
         train.run(config, str(tmp_path / 'other'))
 
     config.dataset.name, config.dataset.eval_split = 'digits', 'test'
-    with pytest.raises(
-        RunError,
-        match="has 1000 classes and this data set 10, which differ .'n01440764' is now '0'.",
-    ):
+    with refused(RunError, '1000 classes', "'n01440764'"):
         evaluate.run(config, str(tmp_path / 'run'))

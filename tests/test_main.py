@@ -40,8 +40,8 @@ def one_line(done, status):
 @pytest.mark.parametrize(
     'arguments, says',
     [
-        ([], 'say what to train: --config=NAME, one of configs/'),
-        (['--config=configs/digit.py'], 'configs/digit.py: there is no such file: configs are'),
+        ([], '--config is missing: write --config=FILE, one of configs/'),
+        (['--config=configs/digit.py'], 'configs/digit.py does not exist: write one of configs/'),
         (['--config=configs/digits.py', '--wordir=x'], 'workdir'),
         (['--config=configs/digits.py', '--mode=tarin'], 'train|evaluate|export'),
         (['--config=configs/digits.py', '--json'], '--json is for --mode=check'),
@@ -54,8 +54,8 @@ def one_line(done, status):
         (['--config=configs/digits.py', '--config.augment.flip=maybe'], 'write true or false'),
         (['--config.seed=3', '--config=configs/digits.py'], '--config.seed=3'),
         (['--config=README.md'], 'README.md'),
-        (['--config', 'configs/nope.py'], 'configs/nope.py: there is no such file'),
-        (['--config.batch_size=3'], 'say what to train: --config=NAME'),
+        (['--config', 'configs/nope.py'], 'configs/nope.py does not exist'),
+        (['--config.batch_size=3'], '--config is missing'),
         (
             ['--config=configs/digits.py', '--config.schedule=cosine'],
             '--config.schedule.KEY=VALUE',

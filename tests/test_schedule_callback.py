@@ -549,7 +549,7 @@ def test_a_factor_that_was_not_carried_over_is_named(tmp_path):
         f'before update 8 the optimizer has a learning rate of {PLANNED[7] / 2:.4g}, '
         '0.5 times the planned one'
     )
-    assert 'set factor = 0.5 on WarmupCosineDecayCallback before fit' in message
+    assert 'factor = 0.5' in message
     restored = keras.models.load_model(tmp_path / 'model.keras')
     callback = WarmupCosineDecayCallback(**ARGUMENTS)
     callback.factor = 0.5

@@ -850,7 +850,7 @@ MISTAKES = [
     ({'hold': True}, 'hold=True: write a whole number'),
     ({'total_steps': 0, 'warmup_steps': 0}, 'total_steps=0: write a whole number, 1 or more'),
     ({'total_steps': math.inf}, 'total_steps=inf: write a whole number'),
-    ({'total_steps': 19}, 'warmup_steps=10 and hold=10 are more than total_steps=19'),
+    ({'total_steps': 19}, 'warmup_steps=10 and hold=10 exceed total_steps=19'),
     ({'start_lr': -0.1}, 'start_lr=-0.1: write a number, 0 or more'),
     ({'target_lr': math.nan}, 'target_lr=nan: write a number'),
     ({'target_lr': math.inf}, 'target_lr=inf: write a number'),
@@ -873,7 +873,7 @@ CURVE_MISTAKES = [
     ({'curve': 'constant', 'end_lr': 0.05}, 'end_lr=0.05 would never be used'),
     (
         {'curve': 'piecewise', 'boundaries': [50], 'factors': [0.1, 0.2]},
-        '1 boundaries and 2 factors',
+        '1 boundaries but 2 factors',
     ),
     (
         {'curve': 'piecewise', 'boundaries': [60, 50], 'factors': [0.1, 0.2]},

@@ -29,6 +29,7 @@ from experiment import session as sessions
 from inputs import image_folder, image_ops, image_validation, jpeg_files, pipeline
 from modeling import steps
 from tests import conftest, image_kinds
+from tests.conftest import refused
 from tests.image_kinds import KINDS
 
 EACH = 6  # files of each kind
@@ -163,7 +164,7 @@ def test_an_export_that_reads_other_pictures_is_refused(trained, monkeypatch):
     resume.require_same_config(config, workdir)
     with (
         conftest.reading_here(),
-        pytest.raises(RunError, match='disagrees with the model: classify_encoded'),
+        refused(RunError, 'classify_encoded'),
     ):
         export.run(config, workdir)
     storage.delete(os.path.join(workdir, 'export.part'))
@@ -733,7 +734,7 @@ def test_a_broken_file_is_named_and_the_others_are_answered(trained, tmp_path):
     assert [line.split(': ')[1] for line in err[:-1]] == [
         f'{tmp_path}/{name}' for name in ('b.jpg', 'absent.jpg', 'c.jpg')
     ]
-    assert 'no image that can be read' in err[0] and 'No such file' in err[1] and 'empty' in err[2]
+    assert 'not a readable image' in err[0] and 'No such file' in err[1] and 'empty' in err[2]
     assert err[-1] == 'error: 3 of 5 images could not be read'
 
 
@@ -774,8 +775,8 @@ def test_what_is_no_file_is_named_without_waiting(trained, tmp_path):
     status, out, err = run_predict(trained, *paths)
     assert status == 1 and out[0].startswith(f'{tmp_path}/good.png: ') and len(out) == 2
     assert err == [
-        f'error: {tmp_path}/pipe.png: no regular file',
-        'error: /dev/zero: no regular file',
+        f'error: {tmp_path}/pipe.png: not a regular file',
+        'error: /dev/zero: not a regular file',
         f'error: {tmp_path}/empty: a folder without a file that is called like an image, such '
         'as x.jpg',
         'error: 3 of 4 images could not be read',

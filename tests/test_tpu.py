@@ -247,7 +247,7 @@ def test_everything_at_once_fits_a_tpu_with_every_optimizer(tiny, strategy, name
     )
     batches = pipeline.training_batches(source, tiny, plan, 0, plan.total_steps, strategy)
     # Each gradient once, and each micro-batch's statistics of the one normalisation that is not
-    # frozen, both ways.
+    # frozen, in either direction.
     assert (
         checked_sums(loops.make_train_loop, strategy, train_step, batches)
         <= len(state.model.trainable_variables) + 2 * 2

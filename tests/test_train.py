@@ -23,7 +23,7 @@ from experiment.session import open_session
 from modeling import steps
 from outputs.metrics_logger import read_metrics
 from outputs.train_progress import Progress
-from tests.conftest import slow, tiny_config
+from tests.conftest import refused, slow, tiny_config
 
 FILES = (
     'config.json',
@@ -192,7 +192,7 @@ def test_an_export_that_disagrees_fails_and_keeps_the_old_one(finished, monkeypa
     before = os.path.getmtime(os.path.join(workdir, 'export', 'saved_model.pb'))
     expected = export._expected_logits
     monkeypatch.setattr(export, '_expected_logits', lambda *arguments: expected(*arguments) + 0.01)
-    with pytest.raises(RunError, match='disagrees with the model'):
+    with refused(RunError, 'exported model', 'allowed'):
         export.run(config, workdir)
     assert os.path.getmtime(os.path.join(workdir, 'export', 'saved_model.pb')) == before
 
@@ -203,11 +203,7 @@ def test_weights_that_are_not_finite_are_not_exported(finished, tmp_path):
     session.checkpoints.restore(allow_extra=True)
     first = steps.evaluated_weights(session.state)[0]
     first.assign(tf.fill(first.shape, float('nan')))
-    with pytest.raises(
-        RunError,
-        match='the weights are not finite, .*kernel for one: the model has '
-        'diverged.*--checkpoint=best',
-    ):
+    with refused(RunError, 'kernel', fix='--checkpoint=best'):
         export.write(session, str(tmp_path / 'export'))
     assert not os.listdir(tmp_path)
 
@@ -216,30 +212,23 @@ def diverged(tiny, workdir):
     """Trains one update, so large that the weights are finite and the answers are not."""
     tiny.optimizer, tiny.schedule.name, tiny.schedule.warmup = {'name': 'sgd'}, 'constant', '0%'
     tiny.schedule.peak_lr, tiny.train_for, tiny.ema_decay = 1e30, '1 steps', 0.0
-    with pytest.raises(RunError, match='answers') as error:
+    with refused(RunError, '360 evaluation examples') as error:
         train.run(tiny, workdir)
-    return str(error.value)
+    return error.value
 
 
 @pytest.mark.usefixtures('read_here')
 def test_finite_weights_with_nonfinite_outputs_have_diverged(tiny, tmp_path, capsys):
-    said = diverged(tiny, str(tmp_path / 'run'))
-    assert re.match(
-        'the answers of the model to [0-9]+ of 360 evaluation examples are not finite: the '
-        'model has diverged',
-        said,
-    )
-    assert 'lower config.schedule.peak_lr' in said and '\n' not in said
-    assert 'best' not in said  # there is none
+    error = diverged(tiny, str(tmp_path / 'run'))
+    assert re.search('[0-9]+ of 360 evaluation examples', error.problem)
+    assert 'lower config.schedule.peak_lr' in error.fix
+    assert 'best' not in error.fix  # there is none
     capsys.readouterr()
     assert evaluate.run(tiny, str(tmp_path / 'run'))['eval/accuracy'] == 0
     note, numbers = capsys.readouterr().out.splitlines()
     assert note == 'note      the loss is not finite: the model has diverged'
     assert json.loads(numbers)['eval/loss'] is None
-    with pytest.raises(
-        RunError,
-        match='there is no best checkpoint in .*: no evaluation of this run is the best yet',
-    ):
+    with refused(RunError, 'best checkpoint'):
         evaluate.run(tiny, str(tmp_path / 'run'), 'best')
 
 
@@ -380,7 +369,7 @@ def test_a_folder_of_ones_own_pictures_is_trained_on_to_the_end(grey_pictures, t
     assert (tmp_path / 'run' / 'export' / 'labels.txt').read_text().split() == ['dark', 'light']
     config.unlock()
     config.dataset.data_dir = str(tmp_path / 'other')
-    with pytest.raises(ConfigError, match='holds a run of another config .dataset.data_dir was'):
+    with refused(ConfigError, key='dataset.data_dir'):
         train.run(config, str(tmp_path / 'run'))
 
 
@@ -399,9 +388,7 @@ def test_images_lost_during_a_stop_are_noted_and_schedule_stays(
         os.remove(data / 'train' / 'dark' / f'{index}.jpg')
     capsys.readouterr()
     assert train.run(config, str(tmp_path / 'run')) == 0
-    changed = (
-        'the training images have changed during the run, which began with 40: now there are 36'
-    )
+    changed = 'the training images have changed during the run: it began with 40: now there are 36'
     assert (
         f'note      {changed}' in capsys.readouterr().out
         and changed in (tmp_path / 'run' / 'report.md').read_text()
@@ -436,18 +423,15 @@ def test_a_picture_that_is_spoilt_while_it_is_in_use_is_named(
             harm(data / 'train' / 'light' / '7.jpg')
 
     monkeypatch.setattr(train.MetricsLogger, 'advance', advance)
-    with pytest.raises(
-        RunError, match='images cannot be read any more: .*light/7.jpg.*leaves them out'
-    ) as error:
+    with refused(RunError, 'light/7.jpg', says):
         train.run(config, str(tmp_path / 'run'))
-    assert says in str(error.value) and '\n' not in str(error.value)
 
 
 def test_a_changed_config_is_refused_with_the_difference(finished):
     config, workdir = finished
     config.label_smoothing, smoothing = 0.2, config.label_smoothing
     try:
-        with pytest.raises(ConfigError, match='label_smoothing was 0.1, is 0.2'):
+        with refused(ConfigError, 'label_smoothing was 0.1, is 0.2', key='label_smoothing'):
             train.run(config, workdir)
     finally:
         config.label_smoothing = smoothing
@@ -460,7 +444,7 @@ def test_evaluating_another_config_is_refused_another_split_not(finished):
     config.dataset.eval_split, config.image_size = 'test', 32
     try:
         for verb in (evaluate, export):
-            with pytest.raises(ConfigError, match='image_size was 16, is 32'):
+            with refused(ConfigError, 'image_size was 16, is 32', key='image_size'):
                 verb.run(config, workdir)
     finally:
         config.image_size = 16
@@ -484,15 +468,11 @@ def test_a_loss_that_is_not_a_number_ends_the_run_with_advice(tiny, tmp_path):
     tiny.optimizer = {'name': 'sgd'}
     tiny.schedule.peak_lr = tiny.schedule.start_lr = 1e30
     tiny.max_skipped_updates = 5
-    with pytest.raises(
-        RunError,
-        match='not finite in updates 1 to 8, which were skipped: look at the first batch with '
-        '--mode=preview; lower config.schedule.peak_lr',
-    ):
+    with refused(RunError, 'updates 1 to 8', fix='--mode=preview'):
         train.run(tiny, str(tmp_path / 'run'))
     assert os.listdir(tmp_path / 'run' / 'checkpoints') == []
     tiny.max_skipped_updates = 0  # not skipped, then
-    with pytest.raises(RunError, match='not finite in one of the updates 0 to 3: look at'):
+    with refused(RunError, 'updates 0 to 3', fix='--mode=preview'):
         train.run(tiny, str(tmp_path / 'run'))
     assert os.listdir(tmp_path / 'run' / 'checkpoints') == []
     # Nothing was trained there, so nothing is in the way.
@@ -502,7 +482,7 @@ def test_a_loss_that_is_not_a_number_ends_the_run_with_advice(tiny, tmp_path):
 
 def test_verbs_without_a_checkpoint_say_so(tiny, tmp_path):
     for verb in (evaluate, export):
-        with pytest.raises(RunError, match='there is no last checkpoint'):
+        with refused(RunError, 'last checkpoint', tmp_path):
             verb.run(tiny, str(tmp_path / 'none'))
 
 
@@ -513,15 +493,13 @@ def test_a_checkpoint_of_another_model_or_a_damaged_one_is_named(finished, tmp_p
     )  # without config.json, which would say it first
     config.image_size, config.model.name = 32, 'MobileNetV2'
     try:
-        with pytest.raises(RunError, match='step-30 does not fit this config .model/0000 is'):
+        with refused(RunError, 'step-30', 'model/0000'):
             evaluate.run(config, str(tmp_path))
     finally:
         config.image_size, config.model.name = 16, 'tiny'
     for step in (20, 30):
         (tmp_path / 'checkpoints' / f'step-{step}' / 'variables.index').write_bytes(b'damaged')
-    with pytest.raises(
-        RunError, match='none of the 2 checkpoints .*step-30/variables.index is damaged'
-    ):
+    with refused(RunError, '2 checkpoints', 'step-30/variables.index'):
         evaluate.run(config, str(tmp_path))
 
 

@@ -171,7 +171,9 @@ def test_a_signal_to_any_worker_stops_all_resumably(tmp_path):
     ended = finish(processes)
     assert [status for status, *_ in ended] == [143, 143], ended
     stopped = int(
-        re.search(r'continues at step ([\d,]+), which is saved', ended[0][1])[1].replace(',', '')
+        re.search(r'continues at step ([\d,]+), the last one saved', ended[0][1])[1].replace(
+            ',', ''
+        )
     )
     assert os.path.exists(os.path.join(workdir, 'checkpoints', f'step-{stopped}', 'manifest.json'))
 
@@ -202,7 +204,7 @@ def test_a_killed_worker_ends_the_others_and_a_restart_continues(
     (status, _, said), _ = finish(processes, timeout=60)
     assert (
         status == 1
-        and 'error: worker 1 does not respond any more: start all workers again' in said
+        and 'error: worker 1 no longer responds: start all workers again' in said
         and 'Traceback' not in said
     )
     again, _ = training(tmp_path)
@@ -249,4 +251,4 @@ def test_both_tensorflow_errors_of_a_lost_worker_are_recognized(said):
 
     message = f'Graph execution error: {said}'
     error = main.as_user_error(tf.errors.UnavailableError(None, None, message))
-    assert error.problem == 'worker 1 does not respond any more' and error.exit_status == 1
+    assert error.problem == 'worker 1 no longer responds' and error.exit_status == 1

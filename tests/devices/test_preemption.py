@@ -18,7 +18,7 @@ from common.commands import ROOT
 from devices import preemption
 
 LINE = {
-    'SIGINT': 'SIGINT: finishing the loop, then saving; once more stops at once',
+    'SIGINT': 'SIGINT: finishing the loop, then saving; interrupt again to stop at once',
     'SIGTERM': 'SIGTERM: finishing the loop, then saving',
 }
 
@@ -268,11 +268,11 @@ def google(monkeypatch):
 @pytest.mark.parametrize(
     'key, value, why',
     [
-        ('preempted', 'TRUE', 'Google Cloud takes this machine back'),
+        ('preempted', 'TRUE', 'Google Cloud is reclaiming this machine'),
         (
             'maintenance-event',
             'TERMINATE_ON_HOST_MAINTENANCE',
-            'Google Cloud stops this machine for maintenance',
+            'Google Cloud is stopping this machine for maintenance',
         ),
     ],
 )

@@ -10,6 +10,7 @@ import tensorflow as tf
 from common.errors import ConfigError, RunError
 from configs import default
 from devices import strategy as devices
+from tests.conftest import refused
 
 
 @pytest.fixture
@@ -54,20 +55,19 @@ def test_a_strategy_can_be_forced(config):
 )
 def test_a_forced_strategy_that_is_not_there_says_what_was_found(config, forced, says):
     config.strategy = forced
-    with pytest.raises(RunError, match=says) as raised:
+    with refused(RunError, says, 'CPU'):
         devices.make_strategy(config)
-    assert 'CPU' in str(raised.value) and '\n' not in str(raised.value)
 
 
 def test_a_named_tpu_never_falls_back_to_the_cpu(config, monkeypatch):
     monkeypatch.setenv('TPU_NAME', 'local')
-    with pytest.raises(RunError, match='does not start'):
+    with refused(RunError, 'does not start'):
         devices.make_strategy(config)
 
 
 def test_a_broken_tf_config_is_one_line(config, monkeypatch):
     monkeypatch.setenv('TF_CONFIG', '{"cluster": ')
-    with pytest.raises(RunError, match='TF_CONFIG is not the JSON of a cluster'):
+    with refused(RunError, 'TF_CONFIG', fix='unset it'):
         devices.make_strategy(config)
 
 
@@ -82,15 +82,14 @@ def test_a_cluster_in_which_this_worker_has_no_place_is_one_line(
     config, monkeypatch, cluster, task
 ):
     monkeypatch.setenv('TF_CONFIG', json.dumps({'cluster': cluster, 'task': task}))
-    with pytest.raises(RunError, match='TF_CONFIG does not work here') as raised:
+    with refused(RunError, 'TF_CONFIG', fix='unset it'):
         devices.make_strategy(config)
-    assert '\n' not in str(raised.value)
 
 
 def test_a_tpu_named_by_the_config_is_always_expected(config, monkeypatch):
     config.tpu = 'mine'
     monkeypatch.setenv('TPU_NAME', 'other')
-    with pytest.raises(RunError, match="the TPU 'mine' does not start"):
+    with refused(RunError, "'mine'"):
         devices.make_strategy(config)
 
 
@@ -133,5 +132,5 @@ def test_xla_is_used_where_it_serves(jit_compile, kind, compiles):
 
 
 def test_xla_on_a_tpu_host_is_refused():
-    with pytest.raises(ConfigError, match='write auto'):
+    with refused(ConfigError, key='jit_compile', fix='--config.jit_compile=auto'):
         devices.resolve_jit_compile('true', 'TPU')

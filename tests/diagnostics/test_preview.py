@@ -12,6 +12,7 @@ from diagnostics import preview
 from experiment import planning
 from inputs import augment, datasets, pipeline
 from outputs import plots
+from tests.conftest import refused
 
 
 @pytest.fixture
@@ -82,7 +83,7 @@ def test_each_stage_of_a_progressive_run_has_its_picture(tiny, tmp_path, drawn):
 
 
 def test_an_update_that_the_run_has_not_is_one_line(tiny, tmp_path):
-    with pytest.raises(ConfigError, match='--step=30 is not an update of this run: it has 0 to 29'):
+    with refused(ConfigError, '--step=30', fix='0 to 29'):
         preview.run(tiny, str(tmp_path), step=30)
 
 

@@ -19,6 +19,7 @@ from configs import default
 from experiment import config_schema, planning
 from inputs import augment
 from modeling import optimizers
+from tests.conftest import refused
 
 NAMES = sorted(
     os.path.basename(path)[:-3] for path in glob.glob(os.path.join(ROOT, 'configs', '[a-z]*.py'))
@@ -168,7 +169,7 @@ def test_stages_and_curve_start_later_after_larger_batches():
     assert planning.planned_rates(config, moved)[0][0] == 303 and moved.total_steps == 909
     assert (
         planning.summarize(config, moved).steps.partition(', ')[2]
-        == 'some of them with batches of another size; 26.99 epochs, now of 22.4531 steps'
+        == 'some with another batch size; 26.99 epochs, now 22.4531 steps each'
     )
 
 
@@ -201,7 +202,7 @@ def test_the_position_follows_from_the_examples_seen(parts, batch_size, more, un
     [
         ('train_for', '20', "'20 epochs'"),
         ('train_for', '5%', 'not a valid duration'),
-        ('train_for', '2.5 steps', 'whole numbers'),
+        ('train_for', '2.5 steps', 'a whole number'),
         ('train_for', '-3 epochs', 'not a valid duration'),
         ('train_for', '1,5 epochs', 'not a valid duration'),
         ('schedule.warmup', '120%', 'more than the whole run'),
@@ -238,9 +239,10 @@ def test_an_impossible_value_is_one_line_that_says_what_to_write(key, value, say
     section, _, name = key.rpartition('.')
     with config.ignore_type():
         (config[section] if section else config)[name] = value
-    with pytest.raises(ConfigError, match=says.replace('?', r'\?')) as error:
+    with refused(ConfigError) as error:
         config_schema.check_config(config)
-    assert error.value.key.startswith(key) and '\n' not in str(error.value)
+    assert error.value.key.startswith(key)
+    assert says in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -256,9 +258,7 @@ def test_an_unknown_key_suggests_the_nearest(key, suggestion):
     config = default.get_config().unlock()
     section, _, name = key.rpartition('.')
     (config[section] if section else config)[name] = 3
-    with pytest.raises(
-        ConfigError, match=f'config.{key} does not exist; did you mean {suggestion}'
-    ):
+    with refused(ConfigError, suggestion, key=key):
         config_schema.check_config(config)
 
 
@@ -267,28 +267,28 @@ def test_a_schedule_longer_than_the_run_is_refused():
     config.train_for = '100 steps'
     config.schedule.warmup = '80 steps'
     config.schedule.hold = '30 steps'
-    with pytest.raises(ConfigError, match='80 . 30 steps, but the run has 100'):
+    with refused(ConfigError, 80, 30, 100, key='schedule.warmup'):
         planning.make_plan(config, 1_000, 10, 10, 1)
 
 
 def test_a_run_without_a_step_is_refused():
     config = default.get_config()
     config.train_for = '100 examples'
-    with pytest.raises(ConfigError, match='less than one step of 128'):
+    with refused(ConfigError, '128', key='train_for'):
         planning.make_plan(config, 1_000, 10, 10, 1)
 
 
 def test_an_unsplittable_batch_is_refused_with_one_that_splits():
     config = default.get_config()
     config.batch_size = 100
-    with pytest.raises(ConfigError, match='--config.batch_size=96'):
+    with refused(ConfigError, key='batch_size', fix='--config.batch_size=96'):
         planning.make_plan(config, 1_000, 10, 10, num_replicas=8)
 
 
 def test_an_odd_batch_for_mixing_is_refused_with_an_even_one():
     config = default.get_config()
     config.batch_size, config.augment.mixup = 36, 0.2
-    with pytest.raises(ConfigError, match='--config.batch_size=40'):
+    with refused(ConfigError, key='batch_size', fix='--config.batch_size=40'):
         planning.make_plan(config, 1_000, 10, 10, num_replicas=4)
     config.batch_size = 40
     assert planning.make_plan(config, 1_000, 10, 10, num_replicas=4).total_steps > 0
@@ -298,7 +298,7 @@ def test_an_unknown_argument_of_the_curve_is_refused():
     config = default.get_config().unlock()
     config.schedule.powr = 2.0
     config.schedule.name = 'polynomial'
-    with pytest.raises(ConfigError, match='did you mean power'):
+    with refused(ConfigError, 'power'):
         config_schema.check_config(config)
 
 
@@ -327,20 +327,20 @@ def test_one_stage_is_the_config_itself():
 
 
 @pytest.mark.parametrize(
-    'values, says',
+    'values, key, fix',
     [
-        ({'progressive.image_size': 256}, 'images grow'),
-        ({'progressive.image_size': 50}, 'multiples of 32'),
-        ({'dataset.service': 'machine'}, 'write HOST:PORT'),
-        ({'train_for': '2 steps'}, 'more than the 2 steps'),
-        ({'augment.repeats': 3}, '--config.batch_size=129'),
-        ({'accumulate_steps': 3}, '--config.batch_size=129'),
+        ({'progressive.image_size': 256}, 'progressive.image_size', 'config.image_size'),
+        ({'progressive.image_size': 50}, 'progressive.image_size', 'multiples of 32'),
+        ({'dataset.service': 'machine'}, 'dataset.service', 'HOST:PORT'),
+        ({'train_for': '2 steps'}, 'progressive.stages', '--config.progressive.stages=2'),
+        ({'augment.repeats': 3}, 'augment.repeats', '--config.batch_size=129'),
+        ({'accumulate_steps': 3}, 'accumulate_steps', '--config.batch_size=129'),
     ],
 )
-def test_stages_and_parts_of_batches_that_cannot_be_are_refused(values, says):
+def test_stages_and_parts_of_batches_that_cannot_be_are_refused(values, key, fix):
     config = default.get_config()
     config.progressive.stages = 3
     config.update_from_flattened_dict(values)
-    with pytest.raises(ConfigError, match=says):
+    with refused(ConfigError, key=key, fix=fix):
         config_schema.check_config(config)
         planning.make_plan(config, 10_000, 10, 10, 1)

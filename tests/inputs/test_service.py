@@ -15,6 +15,7 @@ from common.commands import ROOT
 from common.errors import RunError
 from experiment import planning
 from inputs import datasets, pipeline, record_index, service
+from tests.conftest import refused
 
 
 @pytest.fixture
@@ -80,7 +81,7 @@ def test_two_workers_match_the_local_pipeline_after_a_resume(
     expected = batches_of(tiny)
     addresses = [
         re.fullmatch(
-            f'serves at (localhost:[0-9]+) with {workers} workers?', start(f'--workers={workers}')
+            f'serving at (localhost:[0-9]+) with {workers} workers?', start(f'--workers={workers}')
         )[1]
         for _ in range(dispatchers)
     ]
@@ -102,9 +103,8 @@ def test_an_address_where_nothing_answers_is_one_line(tiny, address):
     with socket.socket() as taken:
         taken.bind(('localhost', 0))
         tiny.dataset.service = address.format(free=taken.getsockname()[1])
-        with pytest.raises(RunError, match=re.escape(tiny.dataset.service)) as error:
+        with refused(RunError, tiny.dataset.service):
             service.prepare(None, None, 1, tiny.dataset.service, 1)
-    assert '\n' not in str(error.value)
 
 
 @pytest.mark.slow

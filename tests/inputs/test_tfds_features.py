@@ -1,7 +1,6 @@
 """Data sets of TFDS as people make them: other names, other types, labels that are not known."""
 
 import os
-import re
 import subprocess
 import sys
 
@@ -14,6 +13,7 @@ from common.errors import ConfigError, RunError
 from configs import default
 from inputs import dataset_status, datasets, image_ops, tfds_checks, tfds_features
 from tests import image_kinds
+from tests.conftest import refused
 from tests.test_layout import ROOT
 
 F = tfds.features
@@ -181,142 +181,166 @@ NOT_FOUND = {
         FLAT | {'mask': F.Image()},
         None,
         {},
-        'several features that are images, image, mask: --config.dataset.image_key=image',
+        'image, mask',
+        '--config.dataset.image_key=image',
     ),
-    'several labels': (FLAT | {'other': LABEL}, None, {}, '--config.dataset.label_key=label'),
+    'several labels': (
+        FLAT | {'other': LABEL},
+        None,
+        {},
+        'label, other',
+        '--config.dataset.label_key=label',
+    ),
     'no label': (
         {'image': F.Image(), 'text': F.Text()},
         None,
         {},
-        'is not an image classification data set: it has no class label',
+        'no class label',
+        '',
     ),
     'no image': (
         {'text': F.Text(), 'label': LABEL},
         ('text', 'label'),
         {},
-        'it has no image for each example',
+        'no image',
+        '',
     ),
     'images in a sequence': (
         {'images': F.Sequence(F.Image()), 'label': LABEL},
         None,
         {},
-        'it has no image for each example',
+        'no image',
+        '',
     ),
     'a video': (
         {'video': F.Video(shape=(None, 24, 32, 3)), 'label': LABEL},
         ('video', 'label'),
         {},
-        'it has no image for each example',
+        'no image',
+        '',
     ),
     'labels of objects': (
         {'image': F.Image(), 'objects': F.Sequence({'label': LABEL})},
         ('image', 'objects'),
         {},
-        'it has no class label',
+        'no class label',
+        '',
     ),
     'an unknown image': (
         FLAT,
         None,
         {'image_key': 'imag'},
-        "image_key='imag' does not exist: mine has image; did you mean image?",
+        "image_key='imag'",
+        'did you mean image?',
     ),
     'an unknown label inside': (
         DEEP,
         None,
         {'image_key': 'views/front', 'label_key': 'about/spezies'},
+        "'about/spezies'",
         'did you mean about/species?',
     ),
     'a label that is an image': (
         FLAT,
         None,
         {'label_key': 'image'},
-        "label_key='image' is not a class label: mine has label",
+        "label_key='image'",
+        'mine has label',
     ),
     'several images of a pair': (
         FLAT | {'mask': F.Image(), 'thumb': F.Image()},
         (('image', 'thumb'), 'label'),
         {},
-        'several features that are images, image, thumb: --config.dataset.image_key=image',
+        'image, thumb',
+        '--config.dataset.image_key=image',
     ),
     'several labels of a pair': (
         FLAT | {'b': LABEL, 'c': LABEL},
         ('image', {'x': 'b', 'y': 'c'}),
         {},
-        'several features that are class labels, b, c: --config.dataset.label_key=b',
+        'b, c',
+        '--config.dataset.label_key=b',
     ),
     'only a map of classes': (
         {'image': F.LabeledImage(labels=3), 'label': LABEL},
         ('image', 'label'),
         {},
-        'it has no image for each example',
+        'no image',
+        '',
     ),
     'a map of classes by name': (
         FLAT | {'map': F.LabeledImage(labels=3)},
         None,
         {'image_key': 'map'},
-        "image_key='map' is not an image: mine has image",
+        "image_key='map'",
+        'mine has image',
     ),
     'numbers in the shape of an image': (
         {'image': F.Tensor(shape=(24, 32, 3), dtype=np.uint8), 'label': LABEL},
         ('image', 'label'),
         {},
-        'it has no image for each example',
+        'no image',
+        '',
     ),
     'a label in a sequence': (
         FLAT | {'objects': F.Sequence({'label': LABEL})},
         None,
         {'label_key': 'objects/label'},
-        "label_key='objects/label' is in a sequence of any length, and a classifier needs one "
-        'class label: mine has label',
+        "'objects/label' is in a sequence",
+        'mine has label',
     ),
     'a video by name': (
         FLAT | {'video': F.Video(shape=(None, 24, 32, 3))},
         None,
         {'image_key': 'video'},
-        "image_key='video' is in a sequence of any length, and a classifier needs one image: "
+        "'video' is in a sequence",
         'mine has image',
     ),
     'floats by name': (
         FLAT | {'depth': F.Image(shape=(24, 32, 1), dtype=np.float32)},
         None,
         {'image_key': 'depth'},
-        "its image 'depth' is of float32",
+        "'depth' has dtype float32",
+        'uint8 or uint16',
     ),
     'floats by supervised keys': (
         FLAT | {'depth': F.Image(shape=(24, 32, 1), dtype=np.float32)},
         ('depth', 'label'),
         {},
-        "its image 'depth' is of float32",
+        "'depth' has dtype float32",
+        'uint8 or uint16',
     ),
     'several frames': (
         {'image': F.Image(shape=(None, 24, 32, 3)), 'label': LABEL},
         ('image', 'label'),
         {},
-        'has the shape (None, 24, 32, 3), several frames',
+        '(None, 24, 32, 3)',
+        'height, width and channels',
     ),
     'many channels': (
         {'image': F.Image(shape=(24, 32, 5)), 'label': LABEL},
         ('image', 'label'),
         {},
-        'has 5 channels',
+        '5 channels',
+        '1 to 4 channels',
     ),
     'an image of floats': (
         {'image': F.Image(shape=(24, 32, 1), dtype=np.float32), 'label': LABEL},
         ('image', 'label'),
         {},
-        'is of float32',
+        'float32',
+        'uint8 or uint16',
     ),
 }
 
 
 @pytest.mark.parametrize('kind', NOT_FOUND)
 def test_what_is_not_found_is_one_line_with_what_to_write(kind):
-    features, supervised_keys, values, says = NOT_FOUND[kind]
-    with pytest.raises(ConfigError) as raised:
+    features, supervised_keys, values, data, fix = NOT_FOUND[kind]
+    with refused(ConfigError, data, fix=fix):
         tfds_features.find_columns(
             F.FeaturesDict(features), supervised_keys, config_of('', **values)
         )
-    assert says in str(raised.value) and '\n' not in str(raised.value)
 
 
 def test_other_columns_are_other_training_data(tmp_path):
@@ -409,8 +433,8 @@ def unlabeled(tmp_path, test=(0, 1), train=(0, 1), count=8):
         (
             'test',
             (-1,),
-            "eval_split='test' of mine has 8 examples, and 8 have a label that is none of the 2 "
-            'classes: -1, which TFDS writes',
+            "eval_split='test' of mine has 8 examples, and 8 have a label outside the 2 classes: "
+            '-1, which TFDS writes',
         ),
         ('train', (-1,), "train_split='train' of mine has 8 examples, and 8 have"),
         ('test', (0, 1, 1, -1), 'has 8 examples, and 2 have'),
@@ -419,13 +443,8 @@ def unlabeled(tmp_path, test=(0, 1), train=(0, 1), count=8):
 def test_unknown_labels_are_refused_first(tmp_path, split, labels, says):
     config = unlabeled(tmp_path, **{split: labels})
     for find in (lambda: datasets.load(config), lambda: dataset_status.find_status(config)):
-        with pytest.raises(RunError) as raised:
+        with refused(RunError, says, key=f'dataset.{"eval" if split == "test" else split}_split'):
             find()
-        assert (
-            says in str(raised.value)
-            and 'Name a split without them' in str(raised.value)
-            and '\n' not in str(raised.value)
-        )
 
 
 def test_a_label_above_the_classes_is_refused(tmp_path):
@@ -435,7 +454,7 @@ def test_a_label_above_the_classes_is_refused(tmp_path):
     text = path.read_text()
     assert '"numClasses": "5"' in text
     path.write_text(text.replace('"numClasses": "5"', '"numClasses": "3"'))
-    with pytest.raises(RunError, match=re.escape('none of the 3 classes: 4. Name')):
+    with refused(RunError, '3 classes: 4'):
         datasets.load(config_of(tmp_path))
 
 
@@ -454,11 +473,11 @@ def test_a_large_split_is_sampled_and_checked_fully_when_read(tmp_path, monkeypa
     source = datasets.load(config)
     with pytest.raises(
         tf.errors.InvalidArgumentError,
-        match='a label that is none of the 2 classes.*name another split',
+        match='outside the 2 classes',
     ):
         list(source.examples('test'))
     monkeypatch.setattr(tfds_checks, 'SAMPLE', 40)
-    with pytest.raises(RunError, match='has 40 examples, and 1 have a label'):
+    with refused(RunError, '40 examples', '1 have a label'):
         datasets.load(config)
 
 

@@ -21,7 +21,7 @@ from experiment import session as sessions
 from inputs import image_ops
 from modeling import distillation, loops, models, optimizers, pretrained, steps
 from outputs.checkpoints import find_checkpoint
-from tests.conftest import slow, tiny_config
+from tests.conftest import refused, slow, tiny_config
 
 IMAGES = np.random.RandomState(0).randint(0, 256, (32, 16, 16, 3)).astype(np.uint8)
 LABELS = np.random.RandomState(1).randint(0, 10, 32)
@@ -140,9 +140,8 @@ def test_a_head_of_which_nothing_says_what_it_knows_is_not_taken(digits_run, tin
     if part == 'export':
         os.remove(tmp_path / part / 'labels.txt')
     tiny.model.weights = str(tmp_path / part)
-    assert (
-        'the head is new, 32 features to 10 classes: nothing says what its classes are'
-        in pretrained.load_weights(models.build_model(tiny, 10), tiny, NAMES, find_checkpoint)
+    assert 'the head is new, 32 features to 10 classes' in pretrained.load_weights(
+        models.build_model(tiny, 10), tiny, NAMES, find_checkpoint
     )
 
 
@@ -158,11 +157,8 @@ def test_a_head_of_other_classes_is_new(digits_run, tiny, part, names):
     ):
         np.testing.assert_array_equal(ours, theirs)
     np.testing.assert_array_equal(model.get_layer('predictions').kernel, fresh)
-    assert (
-        said.startswith('10 of 12 variables (5,232 numbers)')
-        and f'; the head is new, 32 features to {len(names)} classes: its classes are others'
-        in said
-    )
+    assert said.startswith('10 of 12 variables (5,232 numbers)')
+    assert f'; the head is new, 32 features to {len(names)} classes: ' in said
 
 
 def test_keras_applications_weights_are_taken_without_the_head(tmp_path, tiny):
@@ -174,9 +170,8 @@ def test_keras_applications_weights_are_taken_without_the_head(tmp_path, tiny):
     tiny.image_size = 32
     theirs.save_weights(tiny.model.weights)
     model = models.build_model(tiny, 7)
-    assert (
-        'the head is new, 1,280 features to 7 classes: it comes without one'
-        in pretrained.load_weights(model, tiny, NAMES[:7], find_checkpoint)
+    assert 'the head is new, 1,280 features to 7 classes' in pretrained.load_weights(
+        model, tiny, NAMES[:7], find_checkpoint
     )
     for ours, original in zip(
         models.float_variables(model), models.float_variables(theirs), strict=False
@@ -202,30 +197,22 @@ def damaged(workdir, tmp_path):
 
 
 @pytest.mark.parametrize(
-    'weights, name, says',
+    'weights, name, data, fix',
     [
-        (
-            '{run}/nothing',
-            'tiny',
-            "nothing' is not there: write 'imagenet', a file that ends in .weights.h5, or the "
-            'folder of a run',
-        ),
-        (
-            '{run}',
-            'MobileNetV2',
-            "is of another network than config.model.name='MobileNetV2': it has 12 variables, "
-            'and this one 262',
-        ),
-        ('{tmp}', 'tiny', "holds no weights: write 'imagenet'"),
-        ('Imagenet', 'tiny', 'did you mean imagenet?'),
-        ('{damaged}', 'tiny', 'is damaged'),
-        ('{unlabelled}', 'tiny', 'labels.txt is damaged'),
-        ('{foreign}', 'tiny', 'was not written by this program'),
-        ('/no/such/file.h5', 'MobileNetV2', '/no/such/file.h5'),
-        ('imagenet', 'tiny', "'tiny' has no pretrained weights"),
+        ('{run}/nothing', 'tiny', "nothing'", "write 'imagenet'"),
+        ('{run}', 'MobileNetV2', 'it has 12 variables, and this one 262', 'model.name'),
+        ('{tmp}', 'tiny', 'holds no weights', "write 'imagenet'"),
+        ('Imagenet', 'tiny', "'Imagenet'", 'did you mean imagenet?'),
+        ('{damaged}', 'tiny', 'damaged', ''),
+        ('{unlabelled}', 'tiny', 'labels.txt', ''),
+        ('{foreign}', 'tiny', 'foreign', ''),
+        ('/no/such/file.h5', 'MobileNetV2', '/no/such/file.h5', ''),
+        ('imagenet', 'tiny', "'tiny'", ''),
     ],
 )
-def test_weights_that_cannot_be_taken_are_one_line(digits_run, tiny, tmp_path, weights, name, says):
+def test_weights_that_cannot_be_taken_are_one_line(
+    digits_run, tiny, tmp_path, weights, name, data, fix
+):
     foreign = tf.train.Checkpoint(something=tf.Variable(1.0)).write(str(tmp_path / 'foreign'))
     tiny.model.name, tiny.image_size = name, 32
     tiny.model.weights = weights.format(
@@ -236,9 +223,8 @@ def test_weights_that_cannot_be_taken_are_one_line(digits_run, tiny, tmp_path, w
         unlabelled=without_labels(digits_run, tmp_path),
     )
     model = models.build_model(tiny, 10)
-    with pytest.raises((RunError, ConfigError)) as raised:
+    with refused((RunError, ConfigError), data, fix=fix):
         pretrained.load_weights(model, tiny, NAMES, find_checkpoint)
-    assert says in str(raised.value) and '\n' not in str(raised.value)
 
 
 @pytest.mark.slow
@@ -478,7 +464,7 @@ def test_a_saved_model_of_somebody_else_can_teach(still, tmp_path):
     still.distill.teacher = str(tmp_path / 'foreign')
     teacher = distillation.make_teacher(still, NAMES)
     assert not teacher.is_pretrained and teacher.name.endswith(
-        'whose classes are taken to be these, in this order'
+        'assumed to have the same classes in the same order'
     )
     resized = tf.cast(tf.round(tf.image.resize(IMAGES.astype('float32'), (8, 8))), tf.uint8)
     np.testing.assert_allclose(
@@ -544,28 +530,27 @@ def write_odd_teacher(path, inputs):
             'ResNet50',
             'imagenet',
             NAMES,
-            "knows ImageNet's 1,000 classes, and this data set has 10: train a teacher on it first",
+            "ImageNet's 1,000 classes, and this data set has 10",
         ),
         (
             'ResNet5',
             'imagenet',
             NAMES,
-            "config.distill.teacher='ResNet5' is not a model of keras.applications: "
-            '--config.distill.teacher=ResNet50',
+            "config.distill.teacher='ResNet5'",
         ),
-        ('ResNet50', 'image', NAMES, "config.distill.weights='image' is not a source of weights"),
+        ('ResNet50', 'image', NAMES, "config.distill.weights='image'"),
         ('ResNet50', '/no/such/file.h5', NAMES, '/no/such/file.h5'),
         (
             '{tmp}/nothing',
             'imagenet',
             NAMES,
-            'is neither a SavedModel nor a run that has exported one',
+            '/nothing',
         ),
         (
             '{run}',
             'imagenet',
             NAMES[::-1],
-            'knows other classes than this data set, or in another order',
+            'other classes',
         ),
         (
             '{tmp}/foreign',
@@ -586,9 +571,9 @@ def write_odd_teacher(path, inputs):
             '{tmp}/broken',
             'imagenet',
             NAMES,
-            'cannot teach: it has no signature serving_default, or is damaged',
+            'no signature serving_default',
         ),
-        ('{unlabelled}', 'imagenet', NAMES, 'labels.txt is damaged'),
+        ('{unlabelled}', 'imagenet', NAMES, 'labels.txt'),
     ],
 )
 def test_a_teacher_that_cannot_be_had_is_one_line(
@@ -609,9 +594,8 @@ def test_a_teacher_that_cannot_be_had_is_one_line(
         run=digits_run, tmp=tmp_path, unlabelled=without_labels(digits_run, tmp_path)
     )
     still.distill.weights = weights
-    with pytest.raises((ConfigError, RunError)) as raised:
+    with refused((ConfigError, RunError), says):
         distillation.make_teacher(still, names)
-    assert says in str(raised.value) and '\n' not in str(raised.value)
 
 
 @pytest.mark.usefixtures('read_here')
@@ -624,9 +608,9 @@ def test_a_taught_run_is_trained_and_exported_as_any_other(digits_run, tiny, tmp
     workdir = str(tmp_path / 'run')
     assert train.run(tiny, workdir) == 0
     said = capsys.readouterr().out
-    assert 'frozen    everything up to block1: 5,002 of 5,562 numbers are trained' in said
+    assert 'frozen    everything up to block1: 5,002 of 5,562 parameters are trained' in said
     assert (
-        'rates     x 1 at the head, down to x 0.5 at the first layers that are trained' in said
+        'rates     x 1 at the head, down to x 0.5 at the first trained layers' in said
         and f'teacher   {digits_run}/export; 50% of the loss, temperature 1' in said
     )
     summary = read_json(f'{workdir}/summary.json')

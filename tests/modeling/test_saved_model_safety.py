@@ -23,6 +23,7 @@ import predict
 from common.errors import RunError
 from modeling import distillation, models, pretrained, saved_model_safety
 from outputs import checkpoints
+from tests.conftest import refused
 from tests.test_layout import CODE, ROOT
 
 NAMES = [str(digit) for digit in range(10)]
@@ -93,9 +94,8 @@ def rewrite(path, change):
 
 
 def refusal(path):
-    with pytest.raises(RunError) as raised:
+    with refused(RunError, path) as raised:
         saved_model_safety.load(str(path))
-    assert '\n' not in str(raised.value) and str(raised.value).startswith(f'{path} is not loaded: ')
     return str(raised.value)
 
 
@@ -123,11 +123,9 @@ def test_a_saved_model_that_would_write_a_file_is_refused_before(tiny, tmp_path,
             shutil.rmtree(tmp_path / name) if os.path.isdir(tmp_path / name) else os.remove(
                 tmp_path / name
             )
-    with pytest.raises(RunError) as raised:
+    with refused(RunError, tiny.distill.teacher) as raised:
         distillation.make_teacher(tiny, NAMES)
-    assert f'its graph can do more than compute, with {operation}' in str(
-        raised.value
-    ) and '\n' not in str(raised.value)
+    assert f'with {operation}' in str(raised.value)
     assert os.listdir(tmp_path) == ['model']
     loaded = tf.saved_model.load(tiny.distill.teacher)  # TensorFlow itself lets it
     if when == 'called':
@@ -160,9 +158,7 @@ def test_a_foreign_run_cannot_choose_code_for_tfds_to_download(tmp_path):
     (tmp_path / 'config.json').write_text(
         json.dumps({'dataset': {'name': 'somebody:digits', 'data_dir': ''}})
     )
-    with pytest.raises(
-        RunError, match='evaluated on somebody:digits, for which TFDS downloads code'
-    ):
+    with refused(RunError, 'somebody:digits'):
         predict.evaluation_examples(str(tmp_path), NAMES)
 
 
@@ -328,7 +324,7 @@ def hidden_in_the_main_graph(meta):
         ),
         (custom_operation, 'with OperationOfALibrary to load: '),
         (hidden_in_the_main_graph, 'with WriteFile: '),
-        (lambda meta: meta.ClearField('object_graph_def'), 'it is of TensorFlow 1'),
+        (lambda meta: meta.ClearField('object_graph_def'), 'TensorFlow 1'),
     ],
 )
 def test_a_graph_that_was_changed_to_do_more_is_refused(tmp_path, change, says):
@@ -396,7 +392,7 @@ def test_an_asset_lies_in_the_folder_of_the_model(tmp_path, names_file, filename
     def change(meta):
         meta.asset_file_def[0].filename = filename
 
-    assert f'its asset {filename!r} is not inside of it' in refusal(rewrite(path, change))
+    assert f'its asset {filename!r} is outside its folder' in refusal(rewrite(path, change))
 
 
 def initializer(meta):
@@ -510,11 +506,10 @@ def test_weights_that_refer_to_another_file_are_refused(tmp_path, tiny):
         first.create_dataset(
             '0', shape, np.float32, external=[(str(secret), 0, h5py.h5f.UNLIMITED)]
         )
-    with pytest.raises(RunError, match='external') as raised:
+    with refused(RunError, 'external'):
         pretrained.load_weights(
             models.build_model(tiny, 10), tiny, NAMES, checkpoints.find_checkpoint
         )
-    assert '\n' not in str(raised.value)
 
 
 # What makes a program of data, and the files that may: what they read was made by their own

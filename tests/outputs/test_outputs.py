@@ -137,8 +137,9 @@ def test_only_what_was_evaluated_alike_is_compared(tmp_path, capsys):
     best = [[cell.strip() for cell in line.split('|')][9] for line in lines[2:4]]
     assert best == ['95.00%', '60.00%']
     assert lines[4:6] == [
-        "not evaluated alike: dataset.eval_split is 'test' in one, 'validation' in two",
-        'two was evaluated otherwise before step 51: the curves show it, the table does not',
+        "not evaluated on the same terms: dataset.eval_split is 'test' in one, 'validation' in two",
+        'two was evaluated under another config before step 51: the curves include those values, '
+        'the table does not',
     ]
     (tmp_path / 'two' / 'environment.json').write_text('{"evaluation_from": 101}')
     assert compare.main([str(tmp_path / 'two'), f'--output={tmp_path}/both.png']) == 0
@@ -166,7 +167,11 @@ def test_keys_that_say_what_is_evaluated_are_named(tmp_path, capsys, name, chang
     write_run(tmp_path / 'two', rows, dataset={'name': name, **changed})
     runs = [str(tmp_path / run) for run in ('one', 'two')]
     assert compare.main([*runs, f'--output={tmp_path}/both.png']) == 0
-    found = [line for line in capsys.readouterr().out.splitlines() if 'not evaluated alike' in line]
+    found = [
+        line
+        for line in capsys.readouterr().out.splitlines()
+        if 'not evaluated on the same terms' in line
+    ]
     assert [f'dataset.{key}' in line for key in changed for line in found] == [True] * is_said
 
 
@@ -176,8 +181,8 @@ def test_another_number_of_evaluation_examples_is_named(tmp_path, capsys):
     runs = [str(tmp_path / name) for name in ('one', 'two', 'three')]
     assert compare.main([*runs, f'--output={tmp_path}/both.png']) == 0
     said = (
-        'not evaluated alike: the number of evaluation examples is 100 in one, 101 in two, '
-        '100 in three'
+        'not evaluated on the same terms: the number of evaluation examples is 100 in one, 101 in '
+        'two, 100 in three'
     )
     assert said in capsys.readouterr().out.splitlines()
 
@@ -379,20 +384,20 @@ def report_of(folder, summary, *notes):
 def test_a_report_compares_export_and_model_on_the_same_examples(tmp_path, summary):
     text = report_of(tmp_path, summary)
     assert (
-        '**59.25%** of 2,000 evaluation examples are right\n(90.00% among the first five), '
-        'with the averaged weights after the last of 300 updates.' in text
+        '**59.25%** of 2,000 evaluation examples are classified correctly\n'
+        '(top-5: 90.00%), with the averaged weights after the last of 300 updates.' in text
     )
     assert (
-        '| 56.80% of 1,000 examples taken evenly from the split '
-        '(the model itself on the same examples: 56.80%) |' in text
+        '| 56.80% of 1,000 examples evenly spaced through the split '
+        '(the trained model on the same examples: 56.80%) |' in text
     )
     assert (
-        '| best accuracy on the way | 60.00% after update 200; '
+        '| best accuracy during the run | 60.00% after update 200; '
         '`--mode=export --checkpoint=best` exports it |' in text
     )
     summary['export/examples'] = 2000
     del summary['export/model_accuracy']
-    assert '| 56.80% of 2,000 evaluation examples, which are all |' in report_of(tmp_path, summary)
+    assert '| 56.80% of 2,000 evaluation examples (all of them) |' in report_of(tmp_path, summary)
 
 
 def test_a_report_says_which_weights_are_exported(tmp_path, summary):
@@ -404,16 +409,17 @@ def test_a_report_says_which_weights_are_exported(tmp_path, summary):
     }
     text = report_of(tmp_path, summary)
     assert (
-        '**60.00%** of 2,000 evaluation examples are right\n(95.00% among the first five), '
-        'with the averaged weights after update 200 of 300:\nthe best by eval/accuracy' in text
+        '**60.00%** of 2,000 evaluation examples are classified correctly\n'
+        '(top-5: 95.00%), with the averaged weights after update 200 of 300:\n'
+        'the best by eval/accuracy' in text
     )
     assert (
-        'After the last update 59.25% are right;\n'
+        'After the last update it is 59.25%;\n'
         '`--mode=export --checkpoint=last` exports those weights.' in text
     )
     assert (
         '| loss on the evaluation split | 1.0000 |' in text
-        and '| best accuracy on the way | 60.00% after update 200 |' in text
+        and '| best accuracy during the run | 60.00% after update 200 |' in text
     )
     assert (
         report.headline(summary)
