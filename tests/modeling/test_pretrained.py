@@ -157,7 +157,7 @@ def test_a_head_of_other_classes_is_new(digits_run, tiny, part, names):
     ):
         np.testing.assert_array_equal(ours, theirs)
     np.testing.assert_array_equal(model.get_layer('predictions').kernel, fresh)
-    assert said.startswith('10 of 12 variables (5,232 numbers)')
+    assert said.startswith('10 of 12 variables (5,232 parameters)')
     assert f'; the head is new, 32 features to {len(names)} classes: ' in said
 
 
