@@ -89,14 +89,14 @@ flags.DEFINE_bool('json', False, 'Print the results of --mode=check as JSON.')
 
 def main(arguments: Sequence[str]) -> int:
     """Runs the mode that the command line names; returns the exit status."""
-    signal.signal(signal.SIGTERM, interrupt)
+    signal.signal(signal.SIGTERM, raise_interrupt)
     try:
         config = parse(arguments)
         workdir = FLAGS.workdir or os.path.join('runs', config_name())
         # Two spellings of a folder must share one lock.
         workdir = os.path.expanduser(workdir.removeprefix('file://'))
         if FLAGS.mode != 'check':  # check must work even where TensorFlow cannot be imported
-            prepare(config)
+            import_tensorflow_and_check(config)
         return MODES[FLAGS.mode](config, workdir) or 0
     except BrokenPipeError:  # the reader of our output, such as `head`, has exited
         return console.discard_output()
@@ -128,7 +128,7 @@ def report_failure(error: Exception) -> int:
     return failure.exit_status
 
 
-def prepare(config: ConfigDict) -> None:
+def import_tensorflow_and_check(config: ConfigDict) -> None:
     """Imports TensorFlow with this machine's settings, and checks the config."""
     tpu_environment.set_pjrt_variables(config)
     if FLAGS.verbosity < 1:
@@ -186,7 +186,7 @@ MODES: dict[str, Callable[[ConfigDict, str], int | None]] = {
 }
 
 
-def interrupt(signal_number: int, frame: FrameType | None) -> None:
+def raise_interrupt(signal_number: int, frame: FrameType | None) -> None:
     """Handles SIGTERM outside training: stops the program as SIGINT does, with status 143."""
     raise KeyboardInterrupt(128 + signal_number)
 
@@ -198,11 +198,11 @@ def as_user_error(error: Exception) -> UserError | None:
     if isinstance(error, OSError):
         return UserError(f'{type(error).__name__}: {one_line(error, 600)}')
     if 'tensorflow' in sys.modules:
-        return _of_tensorflow(error, sys.modules['tensorflow'].errors)
+        return _tensorflow_user_error(error, sys.modules['tensorflow'].errors)
     return None
 
 
-def _of_tensorflow(error: Exception, errors: Any) -> UserError | None:
+def _tensorflow_user_error(error: Exception, errors: Any) -> UserError | None:
     """Converts an exception of `errors`, which is tf.errors, to a UserError; else returns None."""
     text = one_line(error, 600)
     short = text[:200]
@@ -244,9 +244,9 @@ def parse(arguments: Sequence[str]) -> ConfigDict:
         config = FLAGS.config
         is_config = hasattr(config, 'to_json')  # a broken config file raises only when accessed
     except flags.Error as error:
-        raise ConfigError(explain(error, path)) from error
+        raise ConfigError(explain_config_error(error, path)) from error
     except Exception as error:  # raised by the user's config file
-        raise ConfigError(explain(error, path)) from error
+        raise ConfigError(explain_config_error(error, path)) from error
     if rest:
         fix = '--config=configs/NAME.py and --config.KEY=VALUE'
         raise ConfigError(f'{rest[0]!r} is not a valid flag', fix)
@@ -270,11 +270,11 @@ def config_path(arguments: Sequence[str]) -> str | None:
     return path
 
 
-def explain(error: BaseException, path: str) -> str:
+def explain_config_error(error: BaseException, path: str) -> str:
     """Describes in one line why absl rejects the arguments or what is wrong in the config file."""
     for cause in causes(error):
         frames = traceback.extract_tb(cause.__traceback__)
-        lines = [frame.lineno for frame in frames if is_same(frame.filename, path)]
+        lines = [frame.lineno for frame in frames if is_same_path(frame.filename, path)]
         if lines:
             where = f'{os.path.basename(path)}, line {lines[-1]}'
             return f'--config={path} is broken: {type(cause).__name__}: {one_line(cause)} ({where})'
@@ -290,7 +290,7 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
         yield error
 
 
-def is_same(path: str, other: str) -> bool:
+def is_same_path(path: str, other: str) -> bool:
     return os.path.abspath(path) == os.path.abspath(other)
 
 

@@ -60,7 +60,7 @@ def learning_rate(
         ValueError: an argument or step is out of range. Values of a tensor cannot be checked: a
             negative step counts as 0 and a fraction is truncated.
     """
-    arguments = _checked(
+    arguments = _checked_arguments(
         curve, warmup_steps, total_steps, hold, start_lr, target_lr, end_lr, curve_arguments
     )
     if _is_tensor(step):
@@ -130,7 +130,7 @@ class WarmupDecay(keras.optimizers.schedules.LearningRateSchedule):
         **curve_arguments: Any,
     ):
         super().__init__()
-        self.arguments = _checked(
+        self.arguments = _checked_arguments(
             curve, warmup_steps, total_steps, hold, start_lr, target_lr, end_lr, curve_arguments
         )
         # Keras optimizers use None for no accumulation.
@@ -233,7 +233,7 @@ class WarmupCosineDecayCallback(keras.callbacks.Callback):
         self._decays = total_steps is not None
         if not self._decays:
             total_steps = max(1, _whole('warmup_steps', warmup_steps) + _whole('hold', hold))
-        self._arguments = _checked(
+        self._arguments = _checked_arguments(
             'cosine' if self._decays else 'constant',
             warmup_steps,
             total_steps,
@@ -245,8 +245,8 @@ class WarmupCosineDecayCallback(keras.callbacks.Callback):
         self.lrs: list[float] = []
         self._factor = 1.0
         # The last planned rate, the last rate set, and the optimizer it was set on.
-        self._planned: float | None = None
-        self._set: float | None = None
+        self._last_planned_lr: float | None = None
+        self._last_set_lr: float | None = None
         self._optimizer: keras.optimizers.Optimizer | None = None
         self._first_epoch: int | None = 0
         self._at_first_batch = True
@@ -254,12 +254,12 @@ class WarmupCosineDecayCallback(keras.callbacks.Callback):
 
     @property
     def factor(self) -> float:
-        self._keep_change()
+        self._absorb_rate_change()
         return self._factor
 
     @factor.setter
     def factor(self, factor: float) -> None:
-        self._keep_change()
+        self._absorb_rate_change()
         self._factor = factor
 
     def on_train_begin(self, logs: dict | None = None) -> None:
@@ -270,7 +270,7 @@ class WarmupCosineDecayCallback(keras.callbacks.Callback):
                 'compile with a number, as in learning_rate=0.1, or leave the callback out'
             )
         # Changes between two calls of `fit` were not made by callbacks.
-        self._planned = self._set = None
+        self._last_planned_lr = self._last_set_lr = None
         self._first_epoch, self._at_first_batch = None, True
         self._warned = set()
 
@@ -279,29 +279,29 @@ class WarmupCosineDecayCallback(keras.callbacks.Callback):
             self._first_epoch = epoch
 
     def on_train_batch_begin(self, batch: int, logs: dict | None = None) -> None:
-        self._keep_change()
+        self._absorb_rate_change()
         self._optimizer = optimizer = self.model.optimizer
-        step = int(_value(optimizer.iterations))
+        step = int(_to_numpy(optimizer.iterations))
         if self._at_first_batch:
-            self._begin(optimizer, step)
+            self._begin_fit(optimizer, step)
         if self._decays or step <= self._arguments.decay_begins:
-            self._planned = float(_rate(np, np.int64(step), self._arguments))
-            optimizer.learning_rate = self._planned * self._factor
+            self._last_planned_lr = float(_rate(np, np.int64(step), self._arguments))
+            optimizer.learning_rate = self._last_planned_lr * self._factor
         else:
-            self._planned = None
+            self._last_planned_lr = None
         # Read back: the variable holds the float32 nearest to what was written.
-        self._set = float(_value(optimizer.learning_rate))
-        self.lrs.append(self._set)
+        self._last_set_lr = float(_to_numpy(optimizer.learning_rate))
+        self.lrs.append(self._last_set_lr)
         self._warn_of_rounding(optimizer)
         self._warn_of_end(step)
         self._at_first_batch = False
 
     def on_train_end(self, logs: dict | None = None) -> None:
         # Other callbacks may have changed the rate at the end of the last epoch.
-        self._keep_change()
-        self._planned = None
+        self._absorb_rate_change()
+        self._last_planned_lr = None
 
-    def _begin(self, optimizer: keras.optimizers.Optimizer, step: int) -> None:
+    def _begin_fit(self, optimizer: keras.optimizers.Optimizer, step: int) -> None:
         """Decides, before the first batch of a `fit`, whether a run begins or continues."""
         if step > 0 or _has_seen_batches(optimizer):
             self._warn_of_lost_factor(optimizer, step)
@@ -330,7 +330,7 @@ class WarmupCosineDecayCallback(keras.callbacks.Callback):
         steps_per_execution = getattr(self.model, 'steps_per_execution', 1)
         steps = np.arange(max(0, step - steps_per_execution), step + 1)
         planned = _rate(np, steps, self._arguments)
-        rate = float(_value(optimizer.learning_rate))
+        rate = float(_to_numpy(optimizer.learning_rate))
         if planned[-2] == 0.0 or np.isclose(rate, planned, rtol=0.01, atol=0.0).any():
             return
         factor = rate / planned[-2]
@@ -342,20 +342,24 @@ class WarmupCosineDecayCallback(keras.callbacks.Callback):
         )
 
     def _warn_of_rounding(self, optimizer: keras.optimizers.Optimizer) -> None:
-        wanted = None if self._planned is None else self._planned * self._factor
-        if wanted is None or self._set is None or math.isclose(self._set, wanted, rel_tol=0.01):
+        wanted = None if self._last_planned_lr is None else self._last_planned_lr * self._factor
+        if (
+            wanted is None
+            or self._last_set_lr is None
+            or math.isclose(self._last_set_lr, wanted, rel_tol=0.01)
+        ):
             return
         dtype = keras.backend.standardize_dtype(optimizer.learning_rate.dtype)
         self._warn(
             'rounding',
             f'the optimizer keeps its learning rate in {dtype}, which turns {wanted:.4g} into '
-            f"{self._set:.4g}: create the optimizer with keras.config.floatx() at 'float32'; for "
-            "computing in float16 there is keras.config.set_dtype_policy('mixed_float16')",
+            f"{self._last_set_lr:.4g}: create the optimizer with keras.config.floatx() at 'float32'; "
+            "for computing in float16 there is keras.config.set_dtype_policy('mixed_float16')",
         )
 
     def _warn_of_end(self, step: int) -> None:
         a = self._arguments
-        is_past = self._decays and step >= a.total_steps and self._planned == a.end_lr
+        is_past = self._decays and step >= a.total_steps and self._last_planned_lr == a.end_lr
         if is_past and (self._at_first_batch or a.end_lr == 0.0):
             self._warn(
                 'end',
@@ -369,18 +373,18 @@ class WarmupCosineDecayCallback(keras.callbacks.Callback):
             self._warned.add(subject)
             warnings.warn(message, stacklevel=2)
 
-    def _keep_change(self) -> None:
-        if not self._planned or self.model.optimizer is not self._optimizer:
+    def _absorb_rate_change(self) -> None:
+        if not self._last_planned_lr or self.model.optimizer is not self._optimizer:
             return
-        rate = float(_value(self._optimizer.learning_rate))
-        if rate != self._set:
+        rate = float(_to_numpy(self._optimizer.learning_rate))
+        if rate != self._last_set_lr:
             # The change is relative to the rate that was set, which in float16 differs from the
             # planned one.
-            if self._set:
-                self._factor *= rate / self._set
+            if self._last_set_lr:
+                self._factor *= rate / self._last_set_lr
             else:
-                self._factor = rate / self._planned
-            self._set = rate
+                self._factor = rate / self._last_planned_lr
+            self._last_set_lr = rate
 
 
 class _Arguments(NamedTuple):
@@ -432,7 +436,7 @@ def _ratio(xp: Any, steps: Any, of: int) -> Any:
     return _float(xp, steps) / float(max(of, 1))
 
 
-def _between(a: _Arguments, share: Any) -> Any:
+def _interpolate(a: _Arguments, share: Any) -> Any:
     """Interpolates linearly: fraction 1 gives target_lr, 0 gives end_lr."""
     return a.end_lr + (a.target_lr - a.end_lr) * share
 
@@ -447,7 +451,7 @@ def _cosine(xp: Any, s: Any, a: _Arguments) -> Any:
 
     Loshchilov and Hutter, SGDR, arXiv:1608.03983.
     """
-    return _between(a, 0.5 * (1.0 + xp.cos(math.pi * _ratio(xp, s, a.decay_steps))))
+    return _interpolate(a, 0.5 * (1.0 + xp.cos(math.pi * _ratio(xp, s, a.decay_steps))))
 
 
 def _constant(xp: Any, s: Any, a: _Arguments) -> Any:
@@ -457,12 +461,12 @@ def _constant(xp: Any, s: Any, a: _Arguments) -> Any:
 
 def _linear(xp: Any, s: Any, a: _Arguments) -> Any:
     """between((n - s) / n)."""
-    return _between(a, _ratio(xp, a.decay_steps - s, a.decay_steps))
+    return _interpolate(a, _ratio(xp, a.decay_steps - s, a.decay_steps))
 
 
 def _polynomial(xp: Any, s: Any, a: _Arguments, *, power: float = 2.0) -> Any:
     """between(((n - s) / n) ** power); the default is LARS' (You et al., arXiv:1708.03888)."""
-    return _between(
+    return _interpolate(
         a, xp.power(_ratio(xp, a.decay_steps - s, a.decay_steps), _number('power', power))
     )
 
@@ -527,7 +531,7 @@ def _triangular(
     line, on_line = travelled // n, travelled % n
     height = _ratio(xp, xp.where(line % 2 == 0, n - on_line, on_line), n)
     peak = xp.power(_number('cycle_decay', cycle_decay, high=1.0), _ratio(xp, (line + 1) // 2, 1))
-    return _between(a, peak * height)
+    return _interpolate(a, peak * height)
 
 
 def _cosine_restarts(
@@ -560,7 +564,7 @@ def _cosine_restarts(
             1.0 + xp.cos(math.pi * _ratio(xp, xp.clip(s - begin, 0, end - begin), end - begin))
         )
         share = xp.where(s >= begin, cycle_decay**k * cosine, share)
-    return _between(a, share)
+    return _interpolate(a, share)
 
 
 def _rsqrt(xp: Any, s: Any, a: _Arguments, *, timescale: int | None = None) -> Any:
@@ -596,7 +600,7 @@ def _trapezoid(
             'hold: write a smaller one'
         )
     done = _ratio(xp, xp.clip(s - (a.decay_steps - length), 0, length), length)
-    return _between(a, 1.0 - xp.power(done, _number('cooldown_power', cooldown_power)))
+    return _interpolate(a, 1.0 - xp.power(done, _number('cooldown_power', cooldown_power)))
 
 
 CURVES: dict[str, Callable[..., Any]] = {
@@ -613,7 +617,7 @@ CURVES: dict[str, Callable[..., Any]] = {
 }
 
 
-def _checked(
+def _checked_arguments(
     curve: str,
     warmup_steps: Any,
     total_steps: Any,
@@ -628,16 +632,16 @@ def _checked(
     Raises: ValueError with a one-line message that says what is wrong and what to write.
     """
     if curve not in CURVES:
-        raise _unknown('there is no curve', curve, CURVES)
+        raise _unknown_error('there is no curve', curve, CURVES)
     defaults = CURVES[curve].__kwdefaults__ or {}
     for name in curve_arguments:
         if name not in defaults:
-            raise _unknown(
+            raise _unknown_error(
                 f'curve {curve!r} has no argument', name, [*defaults, *_Arguments._fields[1:-1]]
             )
     # Lists and Python numbers, the form in which a saved model returns them.
     curve_arguments = {**defaults, **dict(curve_arguments)}
-    given = {name: _plain(name, value) for name, value in curve_arguments.items()}
+    given = {name: _as_python(name, value) for name, value in curve_arguments.items()}
     a = _Arguments(
         curve,
         _whole('warmup_steps', warmup_steps),
@@ -684,7 +688,7 @@ def _is_tensor(value: Any) -> bool:
     return keras.ops.is_tensor(value) or isinstance(value, keras.Variable)
 
 
-def _value(tensor: Any) -> np.ndarray:
+def _to_numpy(tensor: Any) -> np.ndarray:
     """Returns the value of a tensor or variable; `int` and `float` reject mirrored variables."""
     if isinstance(tensor, keras.Variable):
         tensor = tensor.value
@@ -696,18 +700,18 @@ def _value(tensor: Any) -> np.ndarray:
 
 def _has_seen_batches(optimizer: keras.optimizers.Optimizer) -> bool:
     """Returns whether gradients were computed, even if the first update is still accumulating."""
-    return any(v.name == 'iteration' and _value(v) > 0 for v in optimizer.variables)
+    return any(v.name == 'iteration' and _to_numpy(v) > 0 for v in optimizer.variables)
 
 
-def _plain(name: str, value: Any) -> Any:
+def _as_python(name: str, value: Any) -> Any:
     """Converts `value` to Python numbers and lists, as a saved model would return them."""
     if isinstance(value, (list, tuple, range)):
-        return [_plain(name, item) for item in value]
+        return [_as_python(name, item) for item in value]
     if not hasattr(value, '__array__'):
         return value
     try:
         # numpy reads tensors of another backend, such as those of tf.data, as arrays.
-        array = _value(value) if _is_tensor(value) else np.asarray(value)
+        array = _to_numpy(value) if _is_tensor(value) else np.asarray(value)
     except (RuntimeError, TypeError, ValueError) as error:
         raise ValueError(
             f'{name} is a symbolic tensor, which has no value yet: write a number'
@@ -716,7 +720,7 @@ def _plain(name: str, value: Any) -> Any:
 
 
 def _whole(name: str, value: Any, low: int = 0) -> int:
-    number = _plain(name, value)
+    number = _as_python(name, value)
     is_number = isinstance(number, (int, float)) and not isinstance(number, bool)
     if not is_number or number % 1 or number < low:
         raise ValueError(
@@ -737,7 +741,7 @@ def _cardinality_hint(name: str, number: float) -> str:
 
 
 def _number(name: str, value: Any, high: float = math.inf) -> float:
-    plain = _plain(name, value)
+    plain = _as_python(name, value)
     try:
         number = math.nan if isinstance(plain, (str, bytes, bool)) else float(plain)
     except (TypeError, ValueError):
@@ -757,7 +761,7 @@ def _steps(name: str, value: Any, total_steps: int, low: int = 1) -> int:
     return _whole(name, value, low)
 
 
-def _unknown(complaint: str, name: Any, known: Iterable[str]) -> ValueError:
+def _unknown_error(complaint: str, name: Any, known: Iterable[str]) -> ValueError:
     nearest = difflib.get_close_matches(str(name), known, n=1)
     hint = f'did you mean {nearest[0]!r}?' if nearest else 'write one of ' + ', '.join(known)
     return ValueError(f'{complaint} {name!r}: {hint}')

@@ -291,7 +291,7 @@ def agreed_stop_signal(session: Session, stop: preemption.Stop) -> int | None:
     returned by the next call.
     """
     signals = (signal.SIGINT, signal.SIGTERM)
-    votes = session.sum_over_workers([stop.asked == number for number in signals])
+    votes = session.sum_over_workers([stop.signal == number for number in signals])
     for number, count in zip(signals, votes, strict=True):
         if count:
             return number

@@ -55,7 +55,7 @@ END = 0  # no signal has this number
 class Stop:
     """The signal that asked this process to stop, and why; a notice counts as SIGTERM."""
 
-    asked: int | None = None
+    signal: int | None = None
     why: str = ''
 
 
@@ -154,8 +154,8 @@ def _note(stop: Stop, heard: list[int], number: int, why: str) -> bool:
             os._exit(128 + signal.SIGINT)  # an exception would wait for TensorFlow
     first = not heard
     heard.append(number)
-    if stop.asked is None:
-        stop.why, stop.asked = why, number
+    if stop.signal is None:
+        stop.why, stop.signal = why, number
     return first
 
 

@@ -61,7 +61,8 @@ def load_weights(
         head = f'the head is new, {features:,} features to {classes:,} classes: {reason}'
     numbers = sum(value.size for value in loaded)
     shown_path = re.sub('(/variables)+$', '', path)
-    return f'{len(loaded)} of {len(wanted)} variables ({numbers:,} parameters) from {shown_path}; {head}'
+    loaded_part = f'{len(loaded)} of {len(wanted)} variables ({numbers:,} parameters)'
+    return f'{loaded_part} from {shown_path}; {head}'
 
 
 def save_backbone(model: keras.Model, config: ConfigDict, path: str) -> None:

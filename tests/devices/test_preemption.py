@@ -43,7 +43,7 @@ with preemption.watch(on_google_cloud=False) as stop:
     print('computing', flush=True)
     libc.pthread_mutex_lock(lock)
     print('saved because of', stop.why, flush=True)
-sys.exit(preemption.exit_status(stop.asked))
+sys.exit(preemption.exit_status(stop.signal))
 """
 
 
@@ -174,9 +174,9 @@ def test_ctrl_c_ignored_by_the_shell_does_not_stop_a_job():
     with preemption.watch(on_google_cloud=False) as stop:
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.2)
-        assert stop.asked is None
+        assert stop.signal is None
         os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.asked == signal.SIGTERM
+        assert stop.signal == signal.SIGTERM
     assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
 
 
@@ -186,7 +186,7 @@ def test_a_window_that_changes_its_size_stops_nothing():
         with preemption.watch(on_google_cloud=False) as stop:
             os.kill(os.getpid(), signal.SIGWINCH)
             time.sleep(0.2)
-            assert stop.asked is None
+            assert stop.signal is None
     finally:
         signal.signal(signal.SIGWINCH, before)
 
@@ -208,7 +208,7 @@ with preemption.watch(on_google_cloud=False) as stop:
     os.kill(child, signal.SIGTERM)
     _, status = os.waitpid(child, 0)
     time.sleep(0.3)
-    print(os.WTERMSIG(status), stop.asked)
+    print(os.WTERMSIG(status), stop.signal)
 """
     with computing(code) as process:
         assert process.communicate(timeout=8) == ('15 None\n', '')
@@ -221,7 +221,7 @@ def test_in_another_thread_signals_stay_as_they_are():
         with preemption.watch(on_google_cloud=False) as stop:
             seen.append(
                 (
-                    stop.asked,
+                    stop.signal,
                     [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)],
                 )
             )
@@ -280,12 +280,12 @@ def test_a_notice_of_google_cloud_counts_as_sigterm(google, key, value, why):
     values, asked = google
     values.update({name: 404 for name in values if name != key})  # the other one may be missing
     with contextlib.redirect_stdout(io.StringIO()) as output, preemption.watch() as stop:
-        assert wait_for(lambda: key in asked) and stop.asked is None
+        assert wait_for(lambda: key in asked) and stop.signal is None
         values[key] = value
-        assert wait_for(lambda: stop.asked is not None, seconds=5)
+        assert wait_for(lambda: stop.signal is not None, seconds=5)
         assert (
             stop == preemption.Stop(signal.SIGTERM, why)
-            and preemption.exit_status(stop.asked) == 143
+            and preemption.exit_status(stop.signal) == 143
         )
         os.kill(os.getpid(), signal.SIGTERM)  # that of the machine, when it goes down
         assert (
@@ -301,7 +301,7 @@ def test_a_notice_stops_a_run_in_another_thread_too(google):
 
     def work():
         with preemption.watch() as stop:
-            seen.append(wait_for(lambda: stop.asked))
+            seen.append(wait_for(lambda: stop.signal))
 
     thread = threading.Thread(target=work)
     thread.start()
@@ -314,7 +314,7 @@ def test_a_machine_that_moves_while_it_runs_is_not_stopped(google):
     values['maintenance-event'] = 'MIGRATE_ON_HOST_MAINTENANCE'
     with preemption.watch() as stop:
         assert wait_for(lambda: asked.count('preempted') == 2)
-        assert stop.asked is None
+        assert stop.signal is None
 
 
 @pytest.mark.parametrize('trouble', ['nothing is there', '403', 'no host'])
