@@ -354,7 +354,8 @@ class WarmupCosineDecayCallback(keras.callbacks.Callback):
             'rounding',
             f'the optimizer keeps its learning rate in {dtype}, which turns {wanted:.4g} into '
             f'{self._last_set_lr:.4g}: create the optimizer with keras.config.floatx() at '
-            "'float32'; for computing in float16 there is keras.config.set_dtype_policy('mixed_float16')",
+            "'float32'; for computing in float16 there is "
+            "keras.config.set_dtype_policy('mixed_float16')",
         )
 
     def _warn_of_end(self, step: int) -> None:
