@@ -236,7 +236,7 @@ class SqueezeExcite(keras.layers.Layer):
             for variable in (layer.kernel[0, 0], layer.bias)
         ]
         output, mean, variance = self._train(shift, inputs, gamma, beta, *kernels)
-        self.normalization.update(mean, variance)
+        self.normalization.update_moving_statistics(mean, variance)
         return output
 
     def _train(self, shift: tf.Tensor, *arguments: tf.Tensor) -> tuple[tf.Tensor, ...]:

@@ -263,7 +263,7 @@ def test_filling_before_any_marker_is_no_damage(kind, marker, junk, capfd):
     np.testing.assert_array_equal(image_ops.decode(read), image_ops.decode(whole))
     assert capfd.readouterr().err == ''  # nor does TensorFlow complain of what is read
     quiet = jpeg_files.without_faults(
-        jpeg_files.with_marker_first(content), image_validation._decode_aloud
+        jpeg_files.with_marker_first(content), image_validation._decode_with_warning
     )
     assert quiet.damage == quiet.doubt == ''
 
@@ -287,9 +287,9 @@ def test_zeros_before_a_marker_are_no_damage_however_many(kind):
         whole = image_kinds.encoded(pixels, 'JPEG', quality=75, **options)
         own_zeros += len(re.findall(rb'[^\xff]\0\xff[\xd0-\xd9]', whole))
         content = image_kinds.put_before_markers(whole, bytes(number), markers)
-        quiet = jpeg_files.without_faults(content, image_validation._decode_aloud)
+        quiet = jpeg_files.without_faults(content, image_validation._decode_with_warning)
         assert not quiet.damage and not quiet.doubt, number
-        found, said = image_validation._decode_aloud(quiet.content)
+        found, said = image_validation._decode_with_warning(quiet.content)
         assert said == ''
         np.testing.assert_array_equal(found, image_ops.decode(whole))
     assert own_zeros or kind in ('baseline', 'progressive')
@@ -314,7 +314,7 @@ def test_stray_bytes_in_a_progressive_file_take_few_decodes(junk_of):
 
         def decode(file, decoded=decoded):
             decoded.append(file)
-            return image_validation._decode_aloud(file)
+            return image_validation._decode_with_warning(file)
 
         quiet = jpeg_files.without_faults(content, decode)
         assert not quiet.damage, number
@@ -337,11 +337,11 @@ def test_damage_behind_stray_bytes_is_damage():
         length = random.randint(1, 200)
         content = whole[:begin] + bytes(length) + whole[begin + length :]
         try:
-            _, complaint = image_validation._decode_aloud(content)
+            _, complaint = image_validation._decode_with_warning(content)
         except tf.errors.InvalidArgumentError:
             continue
         if complaint:
-            quiet = jpeg_files.without_faults(content, image_validation._decode_aloud)
+            quiet = jpeg_files.without_faults(content, image_validation._decode_with_warning)
             num_refused += bool(quiet.damage)
             num_doubted += bool(quiet.doubt)
     assert num_refused >= 10 * num_doubted
@@ -356,7 +356,7 @@ def test_bytes_in_the_header_are_no_damage_whatever_they_are(kind):
         content, _ = image_kinds.with_junk(b'\x12\xff\x00\x34', {marker}, **options)(
             image_kinds.pixels_of(2)
         )
-        quiet = jpeg_files.without_faults(content, image_validation._decode_aloud)
+        quiet = jpeg_files.without_faults(content, image_validation._decode_with_warning)
         assert quiet.remark and not quiet.damage and not quiet.doubt
         np.testing.assert_array_equal(image_ops.decode(quiet.content), image_ops.decode(content))
 
@@ -365,7 +365,7 @@ def test_exif_data_of_a_wrong_length_are_no_damage():
     """What is left over may hold what looks like a marker."""
     whole = image_kinds.encoded(image_kinds.pixels_of(2), 'JPEG', quality=95)
     content = image_kinds.put_before_markers(whole, b'\x12\x34\xff\xd0\x56\xff\xd1\x78', {0xC0})
-    quiet = jpeg_files.without_faults(content, image_validation._decode_aloud)
+    quiet = jpeg_files.without_faults(content, image_validation._decode_with_warning)
     assert quiet.remark and not quiet.damage and not quiet.doubt
     np.testing.assert_array_equal(image_ops.decode(quiet.content), image_ops.decode(whole))
 
@@ -385,7 +385,7 @@ def edited(marker, edit):
     ],
 )
 def test_odd_headers_are_read_without_a_warning(content, says, capfd):
-    _, complaint = image_validation._decode_aloud(content)
+    _, complaint = image_validation._decode_with_warning(content)
     assert says in complaint
     capfd.readouterr()
     read = image_validation.as_decodable(content)
@@ -581,7 +581,7 @@ def test_white_level_is_not_guessed_from_upper_bits(examine):
     assert image_ops.decode(image_validation.as_decodable(content)).numpy().max() == 3
     assert not examine({'x.tiff': content})['x.tiff'].broken
     reason = examine({'x.tiff': content}, white_level=4095)['x.tiff'].broken
-    assert reason.startswith('16-bit colours') and 'save it as a PNG of 16 bits' in reason
+    assert reason.startswith('16-bit colours') and 'save it as a 16-bit PNG' in reason
     # Serving has no second look: the brightness is right then, if not each shade.
     bright = image_ops.decode(image_validation.as_decodable(content), 4095).numpy()
     np.testing.assert_allclose(bright, 1000 / 4095 * 255, atol=16)
@@ -730,7 +730,7 @@ def test_a_broken_file_is_named_and_the_others_are_answered(trained, tmp_path):
     assert [line.split(': ')[0] for line in out[:-1]] == [
         f'{tmp_path}/a.png',
         f'{tmp_path}/d.png',
-    ] and out[-1].startswith('drawn in')
+    ] and out[-1].startswith('drew them in')
     assert [line.split(': ')[1] for line in err[:-1]] == [
         f'{tmp_path}/{name}' for name in ('b.jpg', 'absent.jpg', 'c.jpg')
     ]
@@ -744,7 +744,7 @@ def test_what_may_be_damaged_is_answered_and_noted(trained, tmp_path):
     status, out, err = run_predict(trained, tmp_path / 'a.jpg', tmp_path / 'b.jpg')
     assert status == 0 and len(out) == 3
     assert len(err) == 1 and err[0].startswith(
-        f'note: {tmp_path}/a.jpg may be damaged (Corrupt JPEG data: '
+        f'warning: {tmp_path}/a.jpg may be damaged (Corrupt JPEG data: '
     )
 
 
@@ -760,11 +760,7 @@ def test_a_folder_is_all_the_files_below_it(trained, tmp_path):
     ]
     (tmp_path / 'empty').mkdir()
     status, out, err = run_predict(trained, tmp_path / 'empty')
-    assert (
-        (status, out) == (1, [])
-        and len(err) == 1
-        and 'a folder without a file that is called like an image' in err[0]
-    )
+    assert (status, out) == (1, []) and len(err) == 1 and str(tmp_path / 'empty') in err[0]
 
 
 def test_what_is_no_file_is_named_without_waiting(trained, tmp_path):
@@ -777,8 +773,8 @@ def test_what_is_no_file_is_named_without_waiting(trained, tmp_path):
     assert err == [
         f'error: {tmp_path}/pipe.png: not a regular file',
         'error: /dev/zero: not a regular file',
-        f'error: {tmp_path}/empty: a folder without a file that is called like an image, such '
-        'as x.jpg',
+        f'error: {tmp_path}/empty: the folder contains no file with an image extension, such as '
+        '.jpg',
         'error: 3 of 4 images could not be read',
     ]
 
@@ -852,7 +848,7 @@ def test_titles_are_shortened_as_they_are_drawn(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(
         'outputs.plots.plot_predictions', lambda path, pixels, titles, classes: drawn.extend(titles)
     )
-    answer = predict.Answer('\U00012000' * 30 + '.png', [], None)
+    answer = predict.Prediction('\U00012000' * 30 + '.png', [], None)
     predict.draw('x.png', [answer], 1)
     assert len(drawn[0]) == predict.TITLE_LENGTH and drawn[0].endswith('\\U00012000.png')
 
@@ -883,6 +879,4 @@ def test_many_answers_are_drawn_in_part(trained, tmp_path):
         )
     status, out, _ = run_predict(trained, tmp_path)
     assert status == 0 and len(out) == predict.MAX_DRAWN + 6
-    assert out[-1].startswith(
-        f'the first {predict.MAX_DRAWN} of {predict.MAX_DRAWN + 5} are drawn in '
-    )
+    assert out[-1].startswith(f'drew the first {predict.MAX_DRAWN} of {predict.MAX_DRAWN + 5} in ')

@@ -399,7 +399,7 @@ def test_images_lost_during_a_stop_are_noted_and_schedule_stays(
 @pytest.mark.parametrize(
     'harm, says',
     [
-        (lambda path: os.remove(path), 'it has gone'),
+        (lambda path: os.remove(path), 'no longer there'),
         (lambda path: path.write_bytes(b'no picture'), 'train/light/7.jpg'),
     ],
 )
@@ -431,7 +431,7 @@ def test_a_changed_config_is_refused_with_the_difference(finished):
     config, workdir = finished
     config.label_smoothing, smoothing = 0.2, config.label_smoothing
     try:
-        with refused(ConfigError, 'label_smoothing was 0.1, is 0.2', key='label_smoothing'):
+        with refused(ConfigError, 'label_smoothing was 0.1, is now 0.2', key='label_smoothing'):
             train.run(config, workdir)
     finally:
         config.label_smoothing = smoothing
@@ -444,7 +444,7 @@ def test_evaluating_another_config_is_refused_another_split_not(finished):
     config.dataset.eval_split, config.image_size = 'test', 32
     try:
         for verb in (evaluate, export):
-            with refused(ConfigError, 'image_size was 16, is 32', key='image_size'):
+            with refused(ConfigError, 'image_size was 16, is now 32', key='image_size'):
                 verb.run(config, workdir)
     finally:
         config.image_size = 16

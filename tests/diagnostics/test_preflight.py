@@ -186,7 +186,7 @@ def test_a_batch_that_fits_keeps_the_shares_of_a_replica(tiny, memory_for, limit
     )
     assert not any(batch % 3 for batch in tried)
     assert sentence.startswith(
-        f'--config.batch_size={fits} does' if fits else 'Nor does the smallest batch'
+        f'--config.batch_size={fits} fits' if fits else 'nor does the smallest batch'
     ) and (tried[-1] == fits or not fits)
 
 

@@ -157,7 +157,7 @@ def test_a_changed_config_continues_only_on_purpose(tiny, workdir, monkeypatch, 
     tiny.schedule.peak_lr, tiny.keep_checkpoints = 2e-2, 1
     with refused(
         ConfigError,
-        'schedule.peak_lr was 0.01, is 0.02',
+        'schedule.peak_lr was 0.01, is now 0.02',
         key='schedule.peak_lr',
         fix='--resume=changed',
     ):
@@ -292,7 +292,7 @@ def test_a_run_is_moved_aside_and_nothing_of_it_is_lost(tiny, workdir, reference
     tiny.seed = 1
     assert train.run(tiny, workdir, 'never') == 0
     aside = os.path.join(workdir, 'before-1')
-    assert f'the run before is in {aside}' in capsys.readouterr().out
+    assert f'the previous one was moved to {aside}' in capsys.readouterr().out
     assert (
         sorted(os.listdir(aside)) == held
         and os.path.exists(os.path.join(workdir, 'thesis.tex'))

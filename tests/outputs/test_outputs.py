@@ -423,8 +423,8 @@ def test_a_report_says_which_weights_are_exported(tmp_path, summary):
     )
     assert (
         report.headline(summary)
-        == '60.00% of 2,000 evaluation examples after update 200, which is exported; '
-        '59.25% after the last, 300'
+        == '60.00% of 2,000 evaluation examples are classified correctly with the exported '
+        'weights (update 200); 59.25% after the last update (300)'
     )
 
 
