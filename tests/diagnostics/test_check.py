@@ -139,7 +139,7 @@ def test_two_builds_in_one_folder_are_named_and_removed(tmp_path):
             "requirements/gpu.txt '.[gpu]'",
         ),
         ('cpu', {'tensorflow_tpu': '2.20.0'}, 'warn', 'this machine has no TPU', "'.[cpu]'"),
-        ('cpu', {'tensorflow_cpu': '2.23.0'}, 'warn', 'has not been tried', "'.[cpu]'"),
+        ('cpu', {'tensorflow_cpu': '2.23.0'}, 'warn', '2.23.0', "'.[cpu]'"),
     ],
 )
 def test_a_build_that_does_not_fit_is_named(tmp_path, accelerator, versions, status, found, mend):
