@@ -168,7 +168,7 @@ def test_a_changed_config_continues_only_on_purpose(tiny, workdir, monkeypatch, 
         train.planning.learning_rate_of(tiny, train.planning.make_plan(tiny, 1437, 360, 10, 1))(14)
     )
     said = (
-        'changed at step 14: schedule.peak_lr was 0.01, is 0.02; the learning rate goes '
+        'changed at step 14: schedule.peak_lr was 0.01, is now 0.02; the learning rate goes '
         f'from {rate / 2:.4g} to {rate:.4g}'
     )
     assert (
@@ -950,7 +950,7 @@ def test_another_batch_size_goes_on_to_the_same_length(tiny, other_batch):
     for row in rows[11:]:
         assert row['train/learning_rate'] == pytest.approx(rate(row['step'] + 11 - 1), rel=1e-4)
     goes_on = (
-        'changed at step 11: batch_size was 64, is 32; the run continues after 704 examples, '
+        'changed at step 11: batch_size was 64, is now 32; the run continues after 704 examples, '
         '0.4899 of 0.9798 epochs; 22 updates of 32 examples '
         f'are left; the learning rate stays {rate(22):.4g}'
     )
