@@ -63,6 +63,7 @@ def test_a_recipe_is_short_and_applies_by_itself(diff, tmp_path):
     apply(diff, str(tmp_path), '--check')
 
 
+@pytest.mark.slow
 def test_a_run_trains_with_all_recipes_at_once(tmp_path):
     folder = str(tmp_path / 'fork')
     copy_of_repository(folder)

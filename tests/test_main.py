@@ -14,6 +14,7 @@ import tensorflow as tf
 import main
 from common.commands import ROOT
 from common.errors import one_line as one_line_of
+from tests.conftest import slow
 
 
 def call(*arguments, cwd=ROOT, **environ):
@@ -81,6 +82,7 @@ def test_a_python_without_the_packages_is_told_what_to_install():
     assert 'No module named' in one_line(done, 1) and "requirements/cpu.txt '.[cpu]'" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_workdir_in_the_home_folder_is_there(tmp_path):
     (tmp_path / 'old').mkdir()
     done = call(
@@ -159,7 +161,7 @@ def get_config():
     )
 
 
-@pytest.mark.parametrize('name, status', [('SIGINT', 130), ('SIGTERM', 143)])
+@pytest.mark.parametrize('name, status', [('SIGINT', 130), slow('SIGTERM', 143)])
 def test_a_check_that_is_stopped_does_not_say_that_all_is_well(name, status):
     process = subprocess.Popen(
         [sys.executable, '-u', 'main.py', '--config=configs/debug.py', '--mode=check'],

@@ -359,6 +359,7 @@ def test_accumulated_batches_share_an_update_on_two_devices(two_devices):
     np.testing.assert_allclose(replicas.rates, np.stack([expected, expected], axis=1), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_strategy_of_one_device_trains_with_the_same_rates():
     callback, _, _ = fit_on(
         tf.distribute.OneDeviceStrategy('CPU:1'), ARGUMENTS | {'total_steps': 40}, plateau=False

@@ -14,7 +14,7 @@ from common.errors import ConfigError, RunError
 from diagnostics import hlo_cost, preflight, tpu_compiler
 from diagnostics.tpu_compiler import DoesNotFit, Topology
 from experiment import planning
-from tests.conftest import refused
+from tests.conftest import refused, slow
 
 TEXT = """HloModule step
 
@@ -98,9 +98,7 @@ def test_what_is_no_topology_is_one_line(text):
         Topology.parse(text)
 
 
-@pytest.mark.parametrize(
-    'text, sums', [('v6e', False), pytest.param('v5e:2x2', True, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize('text, sums', [slow('v6e', False), slow('v5e:2x2', True)])
 def test_a_config_is_compiled_once_with_its_all_reduces(tiny, text, sums, capsys, monkeypatch):
     tiny.model.sync_batch_norm = False  # what is left to sum are the gradients
     preflight.run(tiny, '', text)

@@ -12,7 +12,7 @@ from diagnostics import preview
 from experiment import planning
 from inputs import augment, datasets, pipeline
 from outputs import plots
-from tests.conftest import refused
+from tests.conftest import refused, slow
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def drawn(monkeypatch):
     return calls
 
 
-@pytest.mark.parametrize('virtual_devices', [0, 2])
+@pytest.mark.parametrize('virtual_devices', [slow(0), 2])
 def test_a_batch_is_drawn_as_the_model_gets_it(tiny, tmp_path, drawn, virtual_devices):
     tiny.augment.flip = True
     tiny.augment.mixup = 0.5

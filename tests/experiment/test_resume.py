@@ -232,6 +232,7 @@ def test_another_model_is_refused_without_offering_weights(tiny, reference):
         train.run(tiny, reference, 'changed')
 
 
+@pytest.mark.slow
 def test_a_new_run_with_its_weights_begins_as_good_as_it_was(tiny, workdir, reference):
     tiny.ema_decay, tiny.precision, tiny.model.weights = 0.0, 'float64', reference
     tiny.train_for = '10 steps'
@@ -285,6 +286,7 @@ def test_what_fits_goes_on_with_all_of_it_changed_at_once(tiny, workdir, referen
     assert read_json(os.path.join(workdir, 'summary.json'))['steps'] == 34
 
 
+@pytest.mark.slow
 def test_a_run_is_moved_aside_and_nothing_of_it_is_lost(tiny, workdir, reference, capsys):
     shutil.copytree(reference, workdir)
     held = sorted(os.listdir(workdir))
@@ -961,6 +963,7 @@ def test_another_batch_size_goes_on_to_the_same_length(tiny, other_batch):
     )
 
 
+@pytest.mark.slow
 def test_another_batch_size_goes_on_at_the_same_example(still):
     tiny = still
     """The images that follow are those that would have followed, in the same order."""

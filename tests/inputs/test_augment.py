@@ -12,6 +12,7 @@ from PIL import Image, ImageEnhance, ImageOps
 from configs import default
 from inputs import augment
 from inputs.image_ops import center_crop_and_resize, decode, resize
+from tests.conftest import slow
 
 PICTURE = (
     np.random.RandomState(0).rand(24, 24, 3) * np.linspace(40, 200, 24)[:, None, None] + 20
@@ -87,7 +88,7 @@ def test_a_random_crop_is_a_window_of_the_picture(encode):
     assert min(areas) > 0.18 and max(areas) < 0.62 and np.std(areas) > 0.05
 
 
-@pytest.mark.parametrize('name', ['rand_augment', 'trivial_augment'])
+@pytest.mark.parametrize('name', ['rand_augment', slow('trivial_augment')])
 def test_a_policy_changes_the_chosen_share_of_pictures(name):
     policy = default.get_config().augment.policy
     policy.name = name
@@ -473,7 +474,7 @@ def test_a_crop_of_the_whole_is_the_evaluation_picture(random_crops, encode_as, 
     assert np.abs(crops - expected).mean() <= tolerance
 
 
-@pytest.mark.parametrize('file_format', ['JPEG', 'PNG', 'GIF', 'BMP'])
+@pytest.mark.parametrize('file_format', ['JPEG', 'PNG', slow('GIF'), slow('BMP')])
 @pytest.mark.parametrize('height, width', [(1, 1), (1, 9), (3, 2), (2, 900), (900, 3), (17, 33)])
 def test_tiny_and_narrow_pictures_can_be_cropped(random_crops, file_format, height, width):
     encoded = encode(np.full((height, width, 3), 180, np.uint8), file_format)

@@ -198,6 +198,7 @@ def test_batches_do_not_depend_on_group_size(tiny, source, batch_size, monkeypat
     assert batches == [batch_digest(batch) for batch in training_batches(tiny, source)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'parallel_calls',
     [2, pytest.param(1, marks=pytest.mark.slow), pytest.param(8, marks=pytest.mark.slow)],
@@ -318,6 +319,7 @@ def test_without_augmentation_training_and_evaluation_match(still, source):
     assert draws == {} and images.dtype == tf.uint8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('policy', ['mixed_bfloat16', slow('mixed_float16')])
 def test_batches_do_not_depend_on_the_type_the_model_computes_in(tiny, source, policy):
     tiny.augment.policy.name, tiny.augment.mixup, tiny.train_for = 'rand_augment', 0.2, '2 steps'

@@ -29,6 +29,7 @@ def dropouts(model):
     ]
 
 
+@pytest.mark.slow
 def test_efficientnetv2b0_answers_as_keras_own_does():
     model = models.build_model(config_for('EfficientNetV2B0', drop_path=0.2), 1000)
     theirs = keras.applications.EfficientNetV2B0(

@@ -436,6 +436,7 @@ def exported(model, path):
     model.export(path, verbose=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'name, write_out',
     [

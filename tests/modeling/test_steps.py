@@ -183,7 +183,7 @@ def without_batch_norm(monkeypatch):
 
 
 @pytest.mark.parametrize('jit_compile', [False, slow(True)])
-@pytest.mark.parametrize('devices', [1, 2])
+@pytest.mark.parametrize('devices', [slow(1), 2])
 def test_an_update_from_micro_batches_is_that_of_the_whole_batch(
     still, without_batch_norm, devices, jit_compile
 ):
@@ -350,7 +350,7 @@ def everything(state):
     ]
 
 
-@pytest.mark.parametrize('devices', [1, 2])
+@pytest.mark.parametrize('devices', [slow(1), 2])
 def test_float16_skips_a_nonfinite_update_and_halves_its_scale(still, devices):
     still.schedule.peak_lr = 1e-3
     results, state = run(still, 3, devices, dtype_policy='mixed_float16')
@@ -552,7 +552,12 @@ def test_label_rank_matches_top_k_and_nan_is_never_correct():
         assert (rank(tf.constant([[1.0, np.nan]]), tf.constant([0])).numpy() > 0).all()
 
 
-@pytest.mark.parametrize('name', sorted(optimizers.OPTIMIZERS))
+FEW = ('adamw', 'lamb', 'sgd')  # the others only repeat the call
+
+
+@pytest.mark.parametrize(
+    'name', [name if name in FEW else slow(name) for name in sorted(optimizers.OPTIMIZERS)]
+)
 def test_every_optimizer_trains(still, name):
     """That it does the same on two replicas, tests/benchmarks/test_same_step.py shows."""
     still.optimizer, still.schedule.peak_lr = {'name': name}, 1e-3
