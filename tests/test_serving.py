@@ -634,6 +634,7 @@ def of_twelve_bits(tmp_path_factory):
         yield config, str(root / 'run')
 
 
+@pytest.mark.slow
 def test_the_export_knows_the_white_level(of_twelve_bits, tmp_path):
     """Also one that was copied without its config, and for files that only `as_decodable` can
     read.

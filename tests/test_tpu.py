@@ -217,6 +217,7 @@ def test_the_loops_of_every_config_are_fit_for_a_tpu(strategy, change, name):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'name', ['adamw', *(slow(name) for name in optimizers.OPTIMIZERS if name != 'adamw')]
 )

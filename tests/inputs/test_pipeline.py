@@ -153,7 +153,7 @@ def test_a_resumed_run_gets_the_batch_that_would_have_come(tiny, source):
         44,
         45,
         plan.total_steps - 1,
-        *np.random.RandomState(0).permutation(plan.total_steps)[:20],
+        *np.random.RandomState(0).permutation(plan.total_steps)[:6],
     ):  # 44.9 steps are an epoch
         assert (
             batch_digest(next(iter(training_batches(tiny, source, begin=int(step)))))
@@ -281,7 +281,7 @@ def test_a_part_of_a_split_is_read_from_inside_its_file(source):
 
 @pytest.mark.parametrize(
     'devices, eval_batch_size',
-    [(1, 360), (2, 7), (4, 1000), slow(1, 7), slow(1, 1000), slow(2, 360), slow(2, 1000)]
+    [(2, 7), slow(1, 360), slow(4, 1000), slow(1, 7), slow(1, 1000), slow(2, 360), slow(2, 1000)]
     + [slow(4, 7), slow(4, 360)],
 )
 def test_evaluation_reads_every_example_exactly_once(still, source, devices, eval_batch_size):

@@ -120,7 +120,7 @@ def test_run_checkpoint_and_saved_model_give_evaluated_weights(digits_run, tiny,
     said = pretrained.load_weights(model, tiny, NAMES, find_checkpoint)
     for ours, theirs in zip(models.float_variables(model), averages_in(digits_run), strict=True):
         np.testing.assert_array_equal(ours, theirs)
-    assert said.startswith('12 of 12 variables (5,562 numbers) from ') and said.endswith(
+    assert said.startswith('12 of 12 variables (5,562 parameters) from ') and said.endswith(
         '; the head too'
     )
 
