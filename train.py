@@ -74,7 +74,7 @@ def run_chief(
     changes: Sequence[ConfigChange],
     held: workdir_lock.Held,
 ) -> int:
-    """Runs the process that writes, the only one or the chief; returns the exit status."""
+    """Runs the process that writes the files, the chief or the only one; returns the status."""
 
     def before_commit() -> None:
         """Checks that the folder is still this run's and puts the metrics on the disk."""
@@ -120,7 +120,7 @@ def run_worker(session: Session, scratch: str, changes: Sequence[ConfigChange]) 
     if stop_signal is not None:
         return preemption.exit_status(stop_signal)
     load_weights_to_export(session, progress)
-    # Until the chief has written its report: a worker that exits breaks the connection.
+    # Waits until the chief has written its report: a worker that exits early breaks the connection.
     session.wait_for_all()
     return 0
 
@@ -166,11 +166,11 @@ def train(
                 is_best = progress.record_evaluation(metrics, config.best_metric)
         is_last = at_end or progress.is_out_of_patience(plan.patience)
         finished = is_last and progress.evaluated_at == step
-        # The next two calls are collectives, so every worker must make them in the same order. A
+        # The next two calls may be collectives, so all workers must make them in the same order. A
         # finished run ignores signals, because little is left to do.
         stop_signal = None if finished else agreed_stop_signal(session, stop)
         checkpoint_due = is_checkpoint_due(session, step, saved_at)
-        # A diverging run must not overwrite a good checkpoint.
+        # A diverging run must not overwrite a good checkpoint, unless it has finished.
         is_healthy = not progress.skipped_in_a_row
         should_save = finished or (is_healthy and (checkpoint_due or is_best or stop_signal))
         if step and should_save:
@@ -227,13 +227,14 @@ def begin_stage(
 
 
 def check_finite(session: Session, progress: Progress, workdir: str) -> None:
-    """Raises RunError when the last `config.max_skipped_updates` updates were all skipped.
+    """Raises RunError if the run diverges, after writing skipped.json for `--mode=preview`.
 
-    Before raising, it writes skipped.json for `preview`.
+    It diverges when the last `config.max_skipped_updates` updates were all skipped or, with 0, when
+    the loss of the logging window is not finite.
     """
-    most = session.config.max_skipped_updates
-    if most:
-        is_diverging = progress.skipped_in_a_row >= most
+    max_skipped = session.config.max_skipped_updates
+    if max_skipped:
+        is_diverging = progress.skipped_in_a_row >= max_skipped
         first = progress.step - progress.skipped_in_a_row
     else:  # skipping is off; the loss covers the whole logging window
         is_diverging = not math.isfinite(progress.window['loss'])
@@ -244,7 +245,7 @@ def check_finite(session: Session, progress: Progress, workdir: str) -> None:
     last = progress.step - 1
     skipped = {'first_update': first, 'last_update': last, 'ahead': session.plan.offset}
     storage.write_json(os.path.join(workdir, resume.SKIPPED), skipped)
-    raise divergence_error(session, first, last, were_skipped=bool(most))
+    raise divergence_error(session, first, last, were_skipped=bool(max_skipped))
 
 
 def divergence_error(session: Session, first: int, last: int, were_skipped: bool) -> RunError:
@@ -267,7 +268,7 @@ def divergence_error(session: Session, first: int, last: int, were_skipped: bool
     if saved:
         remedies[-1] += f', and continue from step {saved:,} with --resume=changed'
     else:
-        remedies[-1] += ', and start again; no step is saved yet'
+        remedies[-1] += ', and start again: no checkpoint has been saved yet'
     return RunError(f'the loss or its gradient was not finite in {updates}', '; '.join(remedies))
 
 
@@ -305,9 +306,10 @@ def next_multiple(step: int, every: int) -> int:
 def describe_stop(session: Session, stop_signal: int, step: int) -> str:
     """Describes in one line a run that a signal stopped."""
     saved = session.checkpoints.latest_step()
-    resumes = f'the same command continues from step {saved:,}, the last one saved'
-    name = signal.Signals(stop_signal).name
-    return f'{name}: stopped at step {step:,}; {resumes if saved else "nothing is saved yet"}'
+    next_start = 'nothing has been saved yet'
+    if saved:
+        next_start = f'the same command continues from step {saved:,}, the last one saved'
+    return f'{signal.Signals(stop_signal).name}: stopped at step {step:,}; {next_start}'
 
 
 def describe_early_stop(session: Session, progress: Progress) -> str:
@@ -316,7 +318,7 @@ def describe_early_stop(session: Session, progress: Progress) -> str:
     since = max(progress.patience_from, progress.best_step or 0)
     return (
         f'stopped at step {progress.step:,} of {session.plan.total_steps:,}: {config.best_metric} '
-        f'has not improved since step {since:,}, for {config.patience} (config.patience); to '
+        f'has not improved since step {since:,}, which is {config.patience} (config.patience); to '
         "continue, raise it or set it to '', and add --resume=changed"
     )
 
@@ -367,7 +369,7 @@ def summarize(
     resumed_from: list[int],
     last_weights: str,
 ) -> dict[str, Any]:
-    """Returns summary.json: values after the last update, except best/... and export/..."""
+    """Returns summary.json's content: values after the last update, but best/... and export/..."""
     speeds = [
         row['train/examples_per_second'] for row in rows if 'train/examples_per_second' in row
     ]

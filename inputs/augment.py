@@ -7,9 +7,10 @@ numbers: they come with the batch, each a function of (seed, epoch, example), so
 how many replicas share a batch.
 
 Keras' layers are not used: they draw from a state that is the same on every replica and saved in no
-checkpoint, so neither order nor resume could be exact. That rules out even MixUp, CutMix and
-RandomFlip, which are as fast as the functions here. Keras' RandAugment also computes all operations
-for each image and keeps one (benchmarks/augmentation.py compares them).
+checkpoint, so neither the order of the examples nor a resumed run could be reproduced exactly. That
+rules out even MixUp, CutMix and RandomFlip, which are as fast as the functions here. Keras'
+RandAugment also computes all operations for each image and keeps one (benchmarks/augmentation.py
+compares them).
 """
 
 import math
@@ -49,8 +50,9 @@ def make_host_augment(
 ) -> Callable[[tf.Tensor, tf.Tensor, float], tf.Tensor]:
     """Returns the function that does the host's part of `config.augment`.
 
-    It takes an encoded image, string [], a seed, int64 [2], and the central share that evaluation
-    crops, and returns the cropped, resized and augmented image, uint8 [size, size, 3].
+    It takes an encoded image, string [], a seed, int64 [2], and `central_share`, the side of the
+    square that evaluation crops (see `center_crop_and_resize`), and returns the cropped, resized
+    and augmented image, uint8 [size, size, 3].
     """
     uses_affine = settings.translate or settings.rotate or settings.zoom
 
@@ -339,7 +341,7 @@ def mix(
     With both, a coin flip chooses for each pair.
     """
     drawn = tf.repeat(drawn[::2], 2, axis=0)  # a pair shares its numbers
-    coin, across, down, mixup_share, cutmix_share = tf.unstack(drawn, axis=1)  # [batch]
+    coin, down, across, mixup_share, cutmix_share = tf.unstack(drawn, axis=1)  # [batch]
     shape = tf.shape(images)
     pairs = tf.reshape(images, [-1, 2, shape[1], shape[2], 3])
     other_images = tf.reshape(tf.reverse(pairs, [1]), shape)
@@ -351,7 +353,7 @@ def mix(
         mixed, share = blended, mixup_share
     if cutmix:
         side = tf.sqrt(1 - cutmix_share)
-        inside = _rectangle(shape, side, side, across, down)
+        inside = _rectangle(shape, side, side, down, across)
         cut = tf.where(inside, other_images, images)
         kept = 1 - tf.reduce_mean(tf.cast(inside, tf.float32), (1, 2, 3))  # counted in whole pixels
         mixed, share = cut, kept
@@ -363,7 +365,7 @@ def mix(
 
 
 def random_affine(image: tf.Tensor, seed: tf.Tensor, settings: ConfigDict) -> tf.Tensor:
-    """Moves, rotates and zooms an image at random, each by at most its share either way."""
+    """Moves, rotates and zooms an image at random, by at most the shares in `settings`."""
     amounts = tf.random.stateless_uniform([5], seed, -1.0, 1.0)
     height, width = tf.unstack(tf.cast(tf.shape(image)[:2], tf.float32))
     zoom_x, zoom_y = 1 + amounts[3] * settings.zoom, 1 + amounts[4] * settings.zoom
@@ -428,7 +430,7 @@ def _equalized(channel: tf.Tensor) -> tf.Tensor:
 
 
 def _smoothed(values: tf.Tensor) -> tf.Tensor:
-    """Applies PIL's SMOOTH filter to float32 [height, width, 3], save the outermost pixels."""
+    """Applies PIL's SMOOTH filter to all but the outermost pixels of float32 [height, width, 3]."""
     kernel = tf.constant([[1.0, 1, 1], [1, 5, 1], [1, 1, 1]]) / 13
     kernels = tf.tile(kernel[:, :, None, None], [1, 1, 3, 1])
     inner = tf.nn.depthwise_conv2d(values[None], kernels, [1, 1, 1, 1], 'VALID')[0]

@@ -15,7 +15,8 @@ from inputs.digits import Digits
 
 # Archives that users download by hand. For other data sets TFDS knows only the web page.
 ARCHIVES = {'imagenet2012': ('ILSVRC2012_img_train.tar', 'ILSVRC2012_img_val.tar')}
-# Split sizes of the data sets in configs/, until they are prepared. Source: the TFDS catalog.
+# Split sizes of the data sets in configs/, for use before they are prepared. Source: the TFDS
+# catalog.
 SIZES = {
     'cifar10': {'train': 50_000, 'test': 10_000},
     'digits': {'train': Digits.NUM_EXAMPLES - Digits.NUM_TEST, 'test': Digits.NUM_TEST},
@@ -38,9 +39,9 @@ class DatasetStatus:
         num_train, num_eval: numbers of examples, or None if unknown until it is prepared.
         num_bytes: size of the stored images, or None; before preparation the download size, as
             images stay compressed.
-        room_bytes: most disk space that preparing it takes: archives, their contents, prepared
-            files.
-        how: instructions to the user for getting it.
+        room_bytes: the most disk space that preparing it takes up at once: archives, their
+            contents, prepared files.
+        how: instructions for the user on how to get it.
     """
 
     state: str
@@ -128,7 +129,7 @@ def _status_if_not_prepared(
     dataset_config: ConfigDict,
 ) -> DatasetStatus:
     download = int(builder.info.download_size or 0)
-    if not download:  # the sum over all its variants
+    if not download:  # unknown: take the sum over all its variants
         download = sum(int(info.size or 0) for info in (builder.url_infos or {}).values())
     stored = int(builder.info.dataset_size or 0) or download
     sizes: Sequence[int | None] = (None, None)
@@ -137,7 +138,7 @@ def _status_if_not_prepared(
     if label.num_classes is None:
         raise RunError(
             f'the number of classes of {builder.name} is known only once it is prepared',
-            'start once without --mode=check',
+            'run the same command once without --mode=check',
         )
     known: dict[str, Any] = {
         'place': str(builder.data_dir),
@@ -147,7 +148,7 @@ def _status_if_not_prepared(
         'num_bytes': stored or None,
     }
     if builder.name == 'digits':
-        known['num_bytes'] = 2**20  # 0.4 MiB of PNG files
+        known['num_bytes'] = 2**20  # rounded up: 0.4 MiB of PNG files
         return DatasetStatus('to_generate', room_bytes=2**20, **known)
     if not builder.MANUAL_DOWNLOAD_INSTRUCTIONS:
         return DatasetStatus('to_download', room_bytes=2 * download + stored, **known)

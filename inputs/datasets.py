@@ -24,12 +24,12 @@ from inputs import digits, image_folder, image_validation, record_index, tfds_ch
 MAX_BROKEN_LISTED = 50  # in the report
 
 
-class Sampled(NamedTuple):
+class SampledExample(NamedTuple):
     """One example.
 
     Attributes:
         encoded: the file that evaluation reads.
-        original: the user's file if it is one of a folder.
+        original: the content of the user's file if the example comes from a folder, else None.
     """
 
     encoded: bytes
@@ -53,9 +53,10 @@ class Source:
         num_train: 0 if there is no training split and none was needed.
         memory_bytes: host memory for reading ahead; from the config alone, because the order of
             examples depends on it.
-        open_split: maps (split, share, longest) to the examples of a host's share (index, count).
+        open_split: maps (split, share, longest) to the examples of a host's `share` (index, count);
+            `longest` is the most examples read as one piece.
         identity: text that changes when the training examples do.
-        notes: surprises for the user, for the report.
+        notes: what may surprise the user, a line each, also for the report.
         find_missing_files: names files lost or damaged since loading, or returns ''.
         original: maps (split, number of an example) to the content of the user's file, or None.
     """
@@ -77,7 +78,7 @@ class Source:
     def split(self, name: str, share: tuple[int, int] = (0, 1), in_memory: bool = True) -> Any:
         """Returns a host's share (index, count) of a split, readable from any position.
 
-        If it fits into a quarter of the budget, it is kept `in_memory`, encoded; with
+        If it fits into a quarter of `memory_bytes`, it is kept in memory, encoded; with
         `in_memory=False` it is read from disk in the same order. See `record_index`.
 
         Raises: RunError if free memory is below the budget and below the size of the split.
@@ -102,7 +103,7 @@ class Source:
             self._kept[name, share, in_memory] = found
         return self._kept[name, share, in_memory]
 
-    def sample(self, split: str, most: int) -> Iterator[Sampled]:
+    def sample(self, split: str, most: int) -> Iterator[SampledExample]:
         """Yields at most `most` examples, spread evenly: many data sets are sorted by class."""
         found = self.split(split)
         num_pieces = len(found.counts)
@@ -111,7 +112,7 @@ class Source:
             # The first of each piece.
             found = dataclasses.replace(found, counts=np.ones_like(found.counts))
         for number, encoded, label in found.read(chosen).as_numpy_iterator():
-            yield Sampled(encoded, self.original(split, number), int(label))
+            yield SampledExample(encoded, self.original(split, number), int(label))
 
     def examples(self, split: str) -> tf.data.Dataset:
         """Returns (encoded image string [], label int64 []) pairs, always in the same order."""
@@ -220,7 +221,7 @@ def _prepare(builder: tfds.core.DatasetBuilder, data_dir: str) -> None:
             )
         download = tfds.download.DownloadConfig(manual_dir=manual_dir)
     if isinstance(builder, digits.Digits):
-        tfds.disable_progress_bar()  # it takes a second
+        tfds.disable_progress_bar()  # preparing the digits takes only a second
     logging.getLogger('urllib3').setLevel(logging.ERROR)  # it tries ten times, and warns each time
     console.line(f'preparing {builder.name} in {builder.data_dir} (first use only)')
     try:

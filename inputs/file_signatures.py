@@ -81,7 +81,7 @@ UNSUPPORTED = (
     (rb'\x89HDF', 'an HDF5 file', 'save its images as PNG files'),
     (rb'\xd0\xcf\x11\xe0', 'an Office document or Thumbs.db', 'delete it, or save its images'),
 )
-# Markup, which may begin with a mark of its encoding, spaces and comments.
+# Text formats, which may begin with a byte-order mark, white space and comments.
 MARKUP = (
     (rb'<svg', 'a drawing (SVG)', 'convert it: rsvg-convert FILE.svg -o FILE.png'),
     (
@@ -158,7 +158,7 @@ SKIPPED_EXTENSIONS = frozenset(
 
 
 def why_unreadable(content: bytes) -> str:
-    """Returns why Pillow cannot read a file that it does not recognize, in 200 characters."""
+    """Returns why Pillow cannot read a file with these bytes, in at most 200 characters."""
     what, advice = _identify(content)
     if not what:
         return f'not a readable image: it begins with {content[:16]!r}; {UNKNOWN}'
@@ -191,7 +191,7 @@ def depth_of_jpeg2000(content: bytes) -> int:
     return (content[sizes + 40] & 0x7F) + 1
 
 
-def reason_of_raw(image: Image.Image, content: bytes) -> str:
+def why_raw_is_unreadable(image: Image.Image, content: bytes) -> str:
     """Returns why a camera's raw file, which Pillow takes for TIFF, cannot be read; else ''.
 
     DNG, NEF, ARW and others are TIFF/EP: their first page is a thumbnail, marked as reduced, which
@@ -212,8 +212,8 @@ def reason_of_raw(image: Image.Image, content: bytes) -> str:
     if is_dng:
         extension = 'dng'
     return (
-        "not a readable image: a camera's raw file, of which a TIFF reader sees the "
-        f'thumbnail; {RAW.format(extension)}'
+        "not a readable image: a camera's raw file, of which a TIFF reader sees "
+        f'only the thumbnail; {RAW.format(extension)}'
     )
 
 

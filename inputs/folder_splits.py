@@ -41,7 +41,8 @@ class Split(NamedTuple):
     """Where the images of a split are.
 
     Attributes:
-        place: in words: 'DIR/train', or 'DIR/CLASS/train' where the classes are above.
+        place: for messages: 'DIR/train', or 'DIR/CLASS/train' where the split folders are inside
+            the class folders.
         folder: the one that holds the class folders.
         classes: {class name: the folder of its images of this split}.
     """
@@ -71,7 +72,7 @@ def find(tree: Tree, asked: RequestedSplits) -> tuple[dict[str, Split], list[str
     folders, _ = tree.entries(root)
     like_splits = [name for name in folders if _is_like_split(name, asked)]
     subfolders = {name: tree.entries(os.path.join(root, name))[0] for name in like_splits}
-    # Without subfolders, 'train' may be a class: trains.
+    # A folder 'train' without subfolders may be a class: pictures of trains.
     splits = [name for name in like_splits if subfolders[name]]
     if not splits:
         _check_classes(tree, folders, like_splits)
@@ -217,7 +218,7 @@ def _count_outside(tree: Tree, folder: str, splits: list[str]) -> int:
 def _check_splits_of_classes(
     tree: Tree, inside: list[_SplitInClass], asked: RequestedSplits
 ) -> None:
-    """Raises RunError unless all splits are directly in class folders and have no classes."""
+    """Raises RunError unless all splits are right inside class folders and hold no folders."""
     deep = [place for place in inside if place.above]
     with_folders = [place for place in inside if place.below]
     # A single subfolder, such as train/images, is fine.

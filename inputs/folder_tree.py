@@ -48,7 +48,7 @@ SYSTEM_NAMES_IN_CAPITALS = frozenset(('RECYCLER', 'RECYCLED'))
 
 
 class Tree:
-    """A folder on any file system, without reading what is hidden or in SYSTEM_NAMES."""
+    """A folder on any file system, leaving out what is hidden or in SYSTEM_NAMES."""
 
     def __init__(self, root: str) -> None:
         self.root = root
@@ -59,11 +59,14 @@ class Tree:
         """Returns (folders, files): sorted names. Raises OSError or tf.errors.OpError."""
         if folder not in self._entries:
             folders, files = _read_remote(folder) if '://' in folder else _read_local(folder)
-            self._entries[folder] = _sorted_users(folders), _sorted_users(files)
+            self._entries[folder] = _sorted_user_entries(folders), _sorted_user_entries(files)
         return self._entries[folder]
 
     def walk(self, folder: str, *above: str) -> Iterator[tuple[str, list[str], list[str]]]:
-        """Yields what os.walk does, sorted. Links lead to no folder twice, nor to those `above`."""
+        """Yields what os.walk does, sorted.
+
+        Links are not followed to a folder a second time, nor to one in `above`.
+        """
         entered = {self._place(place) for place in above}
         waiting = [folder]
         while waiting:
@@ -82,18 +85,18 @@ class Tree:
         return self._places[folder]
 
 
-def _sorted_users(names: list[str]) -> list[str]:
-    return sorted(name for name in names if _is_users(name))
+def _sorted_user_entries(names: list[str]) -> list[str]:
+    return sorted(name for name in names if _is_user_entry(name))
 
 
-def _is_users(name: str) -> bool:
+def _is_user_entry(name: str) -> bool:
     folded = name.casefold()
-    is_of_system = (
+    is_system_entry = (
         folded in SYSTEM_NAMES
         or SYSTEM_NAMES_PATTERN.fullmatch(folded)
         or name in SYSTEM_NAMES_IN_CAPITALS
     )
-    return not name.startswith('.') and not is_of_system
+    return not name.startswith('.') and not is_system_entry
 
 
 def _read_local(folder: str) -> tuple[list[str], list[str]]:

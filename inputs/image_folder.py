@@ -1,8 +1,8 @@
 """A folder of your own images: its classes, its usable files, and those that are evaluated.
 
     DIR/train/CLASS/**  and  DIR/test/CLASS/**    the two splits as they are
-    DIR/CLASS/train/**  and  DIR/CLASS/test/**    the same, with the classes above
-    DIR/train/CLASS/**  or   DIR/CLASS/**         a share of each class is held out for evaluation
+    ... the same, with the split folders inside the class folders DIR/train/CLASS/**  or
+    DIR/CLASS/**         a share of each class is held out for evaluation
 
 `image_validation` decides which files are usable. Nothing is written into the user's folder.
 """
@@ -103,7 +103,7 @@ def find(dataset_config: ConfigDict, needs_training: bool = True) -> Folder:
     notes += _notes_on_odd_jpegs(files)
 
     splits: dict[str, list[ExampleFile]] = {split: [] for split in (*split_folders, eval_split)}
-    # As good as shuffled: any part has all classes.
+    # Sorting by digest is as good as shuffling: it mixes the classes.
     for file in sorted(files, key=lambda file: (file.check.digest, file.path)):
         original = os.path.join(root, file.path)
         path = file.check.copy or original
@@ -116,8 +116,8 @@ def find(dataset_config: ConfigDict, needs_training: bool = True) -> Folder:
 def count(dataset_config: ConfigDict) -> tuple[tuple[str, ...], dict[str, int], int | None]:
     """Returns what `find` would find, without opening any file.
 
-    If a part is held out, the numbers are those of a folder without duplicates. Raises as `find`
-    does.
+    If a part is held out, the numbers are exact only for a folder without duplicates. Raises as
+    `find` does.
 
     Returns: (class names, {split: files that may be images}, bytes of all or None).
     """
@@ -151,11 +151,16 @@ def _survey(dataset_config: ConfigDict, needs_training: bool) -> tuple:
     try:
         asked = folder_splits.RequestedSplits(train_split, eval_split, needs_training)
         split_folders, notes = folder_splits.find(tree, asked)
-        files, endings = _files(tree, split_folders)
+        files, extensions = _files(tree, split_folders)
         class_names = _class_names(tree, split_folders, files)
     except (OSError, tf.errors.OpError) as error:
         raise RunError(f'{printable(root)} cannot be read: {printable(one_line(error))}') from error
-    return split_folders, notes + _notes_on_names(tree, split_folders, endings), files, class_names
+    return (
+        split_folders,
+        notes + _notes_on_names(tree, split_folders, extensions),
+        files,
+        class_names,
+    )
 
 
 def _check_config(root: str, train_split: str, eval_split: str) -> None:
@@ -195,26 +200,27 @@ def _check_config(root: str, train_split: str, eval_split: str) -> None:
 
 
 def _notes_on_names(
-    tree: Tree, split_folders: dict[str, Split], endings: collections.Counter
+    tree: Tree, split_folders: dict[str, Split], extensions: collections.Counter
 ) -> list[str]:
     """Returns notes on what is left out because of its name or place."""
     notes = []
     unread = collections.Counter(
         {
             ending: count
-            for ending, count in endings.items()
+            for ending, count in extensions.items()
             if ending in file_signatures.SKIPPED_EXTENSIONS
         }
     )
-    others = endings - unread
+    others = extensions - unread
     if unread:
         notes.append(
             'not used, as their formats are not supported: '
-            f'{_counted(unread, MAX_NAMES)}; convert them to JPEG or PNG'
+            f'{_listed_counts(unread, MAX_NAMES)}; convert them to JPEG or PNG'
         )
     if others:
         notes.append(
-            f"not used, as their names do not end like an image's: {_counted(others, MAX_NAMES)}"
+            "not used, as their names do not end like an image's: "
+            f'{_listed_counts(others, MAX_NAMES)}'
         )
     for folder in dict.fromkeys(split.folder for split in split_folders.values()):
         loose = len(image_names(tree.entries(folder)[1]))
@@ -276,7 +282,7 @@ def _too_few_classes(tree: Tree, base: Split, others: list[tuple[str, Split]]) -
     if richer:  # as in data sets for anomaly detection
         splits = f'--config.dataset.train_split={richer} --config.dataset.eval_split={HELD_OUT}'
         return RunError(
-            f'{problem}, with training images of each. {richer} has more',
+            f'{problem}, with training images of each. {richer} has more class folders',
             f'{splits} to train on a part of it',
         )
     for _, inner, _ in tree.walk(folder, base.folder):
@@ -289,9 +295,11 @@ def _too_few_classes(tree: Tree, base: Split, others: list[tuple[str, Split]]) -
 def _empty_classes(tree: Tree, base: Split, names: list[str]) -> RunError:
     """Returns the error for a split that has class folders without images."""
     held = {name: _content(tree, base.classes[name], base.folder) for name in names}
-    empty = [f'{name} ({_counted(endings, 3) or "empty"})' for name, endings in held.items()]
+    empty = [
+        f'{name} ({_listed_counts(extensions, 3) or "empty"})' for name, extensions in held.items()
+    ]
     unread = {
-        ending for endings in held.values() for ending in endings
+        ending for extensions in held.values() for ending in extensions
     } & file_signatures.SKIPPED_EXTENSIONS
     advice = f'convert {named(unread)} to JPEG or PNG, ' if unread else ''
     problem = f'{base.place} has class folders without images, {named(empty)}'
@@ -380,7 +388,7 @@ def _check_enough(
             else 'a class with a single image keeps it for training; add more'
         )
         place = split_folders[eval_split].place if eval_split in split_folders else printable(root)
-        raise RunError(f'{place} has no image to evaluate', advice)
+        raise RunError(f'{place} has no images for evaluation', advice)
 
 
 def _content_notes(files: list[_File], class_names: Sequence[str], eval_split: str) -> list[str]:
@@ -388,7 +396,7 @@ def _content_notes(files: list[_File], class_names: Sequence[str], eval_split: s
     notes, same_content = [], collections.defaultdict(list)
     missing = set(class_names) - {file.class_name for file in files if file.split == eval_split}
     if missing:
-        notes.append(f'no image to evaluate for {named(missing)}')
+        notes.append(f'no evaluation images of {named(missing)}')
     for file in files:
         same_content[file.check.digest].append(file)
     in_both_splits = [
@@ -422,7 +430,7 @@ def _white_level_notes(files: list[_File], white_level: int) -> list[str]:
     num_cut = sum(file.check.peak > white_level for file in deep)
     if num_cut:
         return [
-            f'{num_cut:,} of {len(deep):,} images of 16 bits have values that are cut off at '
+            f'{num_cut:,} of {len(deep):,} 16-bit images have values that are cut off at '
             f'config.dataset.white_level={white_level}, such as {printable(brightest.path)}, up to '
             f'{peak:,}'
         ]
@@ -469,9 +477,9 @@ def image_paths(root: str) -> Iterator[str]:
 
 
 def _files(tree: Tree, split_folders: dict[str, Split]) -> tuple[list[_File], collections.Counter]:
-    """Returns the files below the class folders that may be images, and other files by ending."""
+    """Returns the files in class folders that may be images, and counts the others by extension."""
     found: list[_File] = []
-    endings: collections.Counter = collections.Counter()
+    extensions: collections.Counter = collections.Counter()
     for split, base in split_folders.items():
         for class_name, class_folder in base.classes.items():
             for folder, _, names in tree.walk(class_folder, base.folder, tree.root):
@@ -480,21 +488,21 @@ def _files(tree: Tree, split_folders: dict[str, Split]) -> tuple[list[_File], co
                 found += [_File(split, class_name, os.path.join(below, name)) for name in images]
                 if len(images) < len(names):
                     known = set(images)
-                    endings.update(_ending(name) for name in names if name not in known)
-    return found, endings
+                    extensions.update(_extension(name) for name in names if name not in known)
+    return found, extensions
 
 
 def _content(tree: Tree, folder: str, base: str) -> collections.Counter:
     """Returns what a class folder without images holds: {ending: number of files}."""
-    endings: collections.Counter = collections.Counter()
+    extensions: collections.Counter = collections.Counter()
     for _, _, names in tree.walk(folder, base):
-        endings.update(map(_ending, names))
-    return endings
+        extensions.update(map(_extension, names))
+    return extensions
 
 
-def _counted(endings: collections.Counter, most: int) -> str:
-    return ', '.join(f'{count:,} {ending}' for ending, count in endings.most_common(most))
+def _listed_counts(extensions: collections.Counter, most: int) -> str:
+    return ', '.join(f'{count:,} {ending}' for ending, count in extensions.most_common(most))
 
 
-def _ending(name: str) -> str:
-    return os.path.splitext(name)[1].lower() or 'without ending'
+def _extension(name: str) -> str:
+    return os.path.splitext(name)[1].lower() or 'without extension'

@@ -1,4 +1,4 @@
-"""Decodes, centre-crops and resizes images, for evaluation and the exported model."""
+"""Decodes, centre-crops and resizes images, for training, evaluation and the exported model."""
 
 import tensorflow as tf
 
@@ -49,7 +49,7 @@ def _decode_opaque(encoded: tf.Tensor) -> tf.Tensor:
     )
     is_readable = tf.io.is_jpeg(encoded) | _begins_with(encoded, GIF_SIGNATURE) | is_plain_bmp
     check = tf.debugging.Assert(
-        is_readable, ['neither JPEG nor PNG, nor a GIF or plain BMP: convert it to PNG']
+        is_readable, ['not a JPEG, PNG, GIF or plain BMP file: convert it to PNG']
     )
     with tf.control_dependencies([check] if check is not None else []):
         return tf.io.decode_image(encoded, channels=3, expand_animations=False)

@@ -59,8 +59,8 @@ SUFFIXES = (
     '.jxl',
     '.svg',
 )
-# Formats that begin with a mark of their own, and that Pillow reads without another program (EPS
-# would start Ghostscript).
+# Formats that begin with a signature of their own, and that Pillow reads without another program
+# (EPS would start Ghostscript).
 FORMATS = (
     'JPEG',
     'PNG',
@@ -88,9 +88,10 @@ TURNS = {  # EXIF orientation (EXIF 2.32, tag 0x0112) -> what a viewer does
     8: Image.Transpose.ROTATE_90,
 }
 BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # TIFF 6.0, pages 29 and 37
-# A doubt on at least this share and number of the JPEG files is taken for their writer's habit.
-NEARLY_ALL = 0.9
-LEAST_HABIT = 3
+# A doubt about at least this share, and at least this number, of the JPEG files is taken for a
+# habit of the program that wrote them.
+MIN_DOUBTFUL_SHARE = 0.9
+MIN_DOUBTFUL = 3
 CHUNK = 64  # files examined between two looks at standard error
 ENDS_TOO_EARLY = 'the file ends too early: copy or download it again'
 READERS = [
@@ -144,7 +145,7 @@ class Decodable(NamedTuple):
 
 
 def as_decodable(content: bytes) -> bytes:
-    """Returns a file as training reads it: itself, if TensorFlow shows it as viewers do.
+    """Returns a file as training reads it: itself, if TensorFlow decodes it to what viewers show.
 
     Otherwise a JPEG or PNG file: turned as EXIF says, in colours or greys that `image_ops.decode`
     reads. Possible damage is ignored; `decodable` reports it.
@@ -160,7 +161,7 @@ def as_decodable(content: bytes) -> bytes:
 def decodable(content: bytes) -> Decodable:
     """Does what `as_decodable` does, and returns what it found.
 
-    Other files decide whether a doubt counts.
+    Whether a doubt counts depends on the other files: see `_settle_doubts`.
 
     Raises: Broken: it cannot be used; the message says why.
     """
@@ -168,7 +169,9 @@ def decodable(content: bytes) -> Decodable:
         raise Broken('empty: 0 bytes')
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # Pillow's: what matters of them is an error here
+            warnings.simplefilter(
+                'ignore'
+            )  # Pillow's warnings: what matters is checked here, and raised as an error
             with captured_stderr() as said:
                 found = _convert(content)
                 warns = bool(said())
@@ -199,9 +202,9 @@ def examine(
     """
     try:
         tf.io.gfile.makedirs(_copies(root))
-        checks = _without_doubts(_examine_new(root, paths))
+        checks = _settle_doubts(_examine_new(root, paths))
         if white_level != image_ops.WHITE_LEVEL:
-            checks = _without_upper_bits(checks)
+            checks = _reject_upper_bits_only(checks)
         broken = [
             f'{printable(path)}: {checks[path].broken}\n' for path in paths if checks[path].broken
         ]
@@ -264,7 +267,7 @@ def _examine_new(root: str, paths: Sequence[str]) -> dict[str, FileCheck]:
             changed.append(path)
     if changed:
         console.line(
-            f'examining {counted(len(changed), "file")} of {printable(root)} (first use only)'
+            f'examining {counted(len(changed), "file")} in {printable(root)} (new or changed)'
         )
         try:
             found = _examine_all([os.path.join(root, path) for path in changed], _copies(root))
@@ -284,11 +287,11 @@ def _examine_new(root: str, paths: Sequence[str]) -> dict[str, FileCheck]:
     return checks
 
 
-def _without_doubts(checks: dict[str, FileCheck]) -> dict[str, FileCheck]:
+def _settle_doubts(checks: dict[str, FileCheck]) -> dict[str, FileCheck]:
     """Marks doubtful files as broken, unless nearly all JPEG files are doubtful."""
     doubtful = {path: check for path, check in checks.items() if check.doubt}
     num_jpegs = sum(check.file_format in JPEGS for check in checks.values())
-    if len(doubtful) >= max(LEAST_HABIT, NEARLY_ALL * num_jpegs):
+    if len(doubtful) >= max(MIN_DOUBTFUL, MIN_DOUBTFUL_SHARE * num_jpegs):
         return checks
     return checks | {
         path: FileCheck(check.digest, broken=f'damaged: {check.doubt}')
@@ -296,7 +299,7 @@ def _without_doubts(checks: dict[str, FileCheck]) -> dict[str, FileCheck]:
     }
 
 
-def _without_upper_bits(checks: dict[str, FileCheck]) -> dict[str, FileCheck]:
+def _reject_upper_bits_only(checks: dict[str, FileCheck]) -> dict[str, FileCheck]:
     """Marks files as broken if only the upper eight of their 16 bits can be read."""
     reason = (
         '16-bit colours, of which only the upper eight bits can be read: save it as a 16-bit PNG, '
@@ -350,7 +353,7 @@ def _examine_all(paths: Sequence[str], copies: str) -> Generator[FileCheck, None
     """
     Image.init()
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool, warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # Pillow's: each file gets its own check
+        warnings.simplefilter('ignore')  # Pillow's warnings: each file is checked anyway
         for begin in range(0, len(paths), CHUNK):
             chunk = paths[begin : begin + CHUNK]
             with captured_stderr() as read_new:
@@ -398,7 +401,7 @@ def _check_file(path: str, copies: str, checks_warnings: bool = False) -> FileCh
         found = _convert(content)
         if checks_warnings:
             found = _without_warning(content, found)
-    except MemoryError:  # there may be enough another time, so without digest
+    except MemoryError:  # without a digest it is examined again, perhaps with more memory
         return FileCheck(broken='too large for the memory that is free')
     except Exception as error:  # a damaged file can make Pillow raise anything
         return FileCheck(digest, broken=_fault(error, content), file_format=file_format)
@@ -452,7 +455,7 @@ def _convert(content: bytes) -> Decodable:
         raise Broken(file_signatures.why_unreadable(content)) from None
     except Image.DecompressionBombError:
         raise Broken(f'too large: more than {MAX_PIXELS:,} pixels') from None
-    raw = file_signatures.reason_of_raw(image, content)
+    raw = file_signatures.why_raw_is_unreadable(image, content)
     if raw:
         raise Broken(raw)
     width, height = image.size
@@ -483,7 +486,7 @@ def _convert(content: bytes) -> Decodable:
 
 
 def _convert_decodable(content: bytes, image: Image.Image) -> Decodable:
-    """Converts a JPEG or PNG file with TensorFlow alone, so that decoders cannot disagree."""
+    """Checks a JPEG or PNG file, decoded by TensorFlow alone; turns it if its EXIF data say so."""
     # Also notices damage that Pillow does not, such as a wrong checksum.
     decoded = image_ops.decode(content).numpy()
     width, height = image.size
@@ -549,7 +552,8 @@ def _over_white(image: Image.Image) -> Image.Image:
     """
     if image.mode in ('I', 'F'):
         raise Broken(
-            'float or 32-bit pixels, and nothing says which is white: save it with 8 or 16 bits'
+            'float or 32-bit pixels, and nothing says which value is white: save it with 8 or 16 '
+            'bits'
         )
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image.convert('RGBA'))
@@ -558,16 +562,16 @@ def _over_white(image: Image.Image) -> Image.Image:
 
 def _deep_greys(image: Image.Image) -> np.ndarray:
     """Returns grey values of more than 8 bits, uint16 [height, width, 1]; 0 is black."""
-    greys = np.asarray(image)[..., None].astype(np.uint16)  # Pillow would clip them
+    greys = np.asarray(image)[..., None].astype(np.uint16)  # Pillow's conversion clips
     if image.format == 'TIFF' and image.tag_v2.get(PHOTOMETRIC) == WHITE_IS_ZERO:
         return 2 ** max(_bits_of_tiff(image)) - 1 - greys
     return greys
 
 
 def _white_is_unknown(image: Image.Image, content: bytes) -> bool:
-    """Returns whether a file has 16 bits a channel, of which it may use fewer.
+    """Returns whether a file has 16 bits a channel, or in TIFF more than 8.
 
-    Then nothing in it says which value is white.
+    It may not use all of them, and nothing in it says which value is white.
     """
     if image.format == 'TIFF':
         return max(_bits_of_tiff(image)) > 8
@@ -629,6 +633,6 @@ def _fault(error: Exception, content: bytes) -> str:
 
 
 def _reason(error: Exception) -> str:
-    # TensorFlow adds its own names.
+    # TensorFlow adds the names of its nodes and operations.
     text = getattr(error, 'strerror', None) or re.sub(r'\{\{.*?\}\}|\[Op:.*?\]', '', str(error))
     return printable(one_line(text, 200)) or type(error).__name__

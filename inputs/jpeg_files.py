@@ -30,7 +30,7 @@ BIT_BUFFER = 8  # bytes that libjpeg reads ahead
 MAX_UNREAD_BYTES = (
     8  # bytes of the image itself that it may count as stray, as it did not need them
 )
-MAX_INTERVALS = 16  # places that are tried one by one
+MAX_INTERVALS = 16  # scans, or intervals between restart markers, that are tried one by one
 MAX_DECODES = 256  # per file, not counting the first
 MAX_BEFORE_MARKER = 1024  # bytes between the start of a file and its first marker
 SHORTEST_FILL = 8  # equal non-zero bytes that are taken for filling, not coincidence
@@ -119,8 +119,8 @@ def _repair(
         is_damaged = said.startswith(DAMAGE) and not STRAY_BYTES.match(said)
         if not is_damaged:
             return repair, said
-        # Bytes of the image itself may have been cut. If no other repair works, it was damaged
-        # before.
+        # Bytes of the image itself may have been cut. If no other repair works, the file was
+        # damaged already.
         if last_resort[0] is None:
             last_resort = repair, said
     return last_resort
@@ -198,11 +198,11 @@ def _edited(content: bytes, parts: list, edited_kind: int, edit: Callable[[bytes
 
 
 def _without_tails(content: bytes, parts: list, count: int, marker: int) -> Iterator[_Repair]:
-    """Yields the file without the last bytes of its scans, or of their intervals."""
+    """Yields repairs that cut the last bytes of scans, or of their restart intervals."""
     scans = {
         index: content[begin:end] for index, (kind, begin, end) in enumerate(parts) if kind == SCAN
     }
-    zeros = {index: _num_last_zeros(scan) for index, scan in scans.items()}
+    zeros = {index: _num_trailing_zeros(scan) for index, scan in scans.items()}
     fewer = range(count - 1, max(0, count - MAX_UNREAD_BYTES - 1), -1)
     kinds = RESTARTS if marker in RESTARTS else (marker,)
     named = [index for index in scans if index + 1 < len(parts) and parts[index + 1][0] in kinds]
@@ -218,7 +218,7 @@ def _without_tails(content: bytes, parts: list, count: int, marker: int) -> Iter
         candidates = [index for index in named if zeros[index] >= count][:MAX_INTERVALS]
         for index in candidates:
             yield _Repair(_joined(content, parts, {index: count}), True)
-    runs = {index: _num_last_equal(scan) for index, scan in scans.items()}
+    runs = {index: _num_trailing_equal(scan) for index, scan in scans.items()}
     fills = {index: number for index, number in runs.items() if number >= SHORTEST_FILL}
     if fills:
         for kept in (0, 1):  # the image's last byte may equal the fill byte
@@ -239,11 +239,11 @@ def _without_tails(content: bytes, parts: list, count: int, marker: int) -> Iter
             yield _Repair(_joined(content, parts, {index: length}), False)
 
 
-def _num_last_zeros(scan: bytes) -> int:
+def _num_trailing_zeros(scan: bytes) -> int:
     number = len(scan) - len(scan.rstrip(b'\x00'))
     is_stuffed = scan[: len(scan) - number].endswith(b'\xff')
     return number - 1 if number and is_stuffed else number
 
 
-def _num_last_equal(scan: bytes) -> int:
+def _num_trailing_equal(scan: bytes) -> int:
     return len(scan) - len(scan.rstrip(scan[-1:]))

@@ -109,7 +109,9 @@ def evaluation_batches(
 
 
 def ordered_entries(split: Any, seed: int, window_bytes: int, begin: int) -> tf.data.Dataset:
-    """Returns the endless stream of training entries, which locate examples, from `begin` on.
+    """Returns the endless stream of training entries from `begin` on.
+
+    An entry is an encoded example, or says where to read it.
 
     An epoch is a random order of the split's pieces. Where a piece has several examples, as many
     pieces as fit into `window_bytes`, but no more than 2 % of the epoch, are shuffled together.

@@ -22,7 +22,7 @@ from inputs import tfds_features
 from inputs.tfds_features import Columns
 
 PIECES_PER_EPOCH = 1000  # about, if it has that many examples
-EXAMPLES_AT_A_PLACE = 4  # that a sample takes from a piece
+EXAMPLES_PER_SAMPLED_PIECE = 4  # that a sample takes from a piece
 PARSED_TOGETHER = 1024  # records, where one feature is wanted: ten times as fast as one by one
 RECORD_OVERHEAD = 16  # bytes around each record of a TFRecord file: length, two checksums
 
@@ -84,16 +84,16 @@ class RecordRanges:
         return np.concatenate(list(values.as_numpy_iterator()))
 
     def sample(self, num_examples: int) -> 'RecordRanges':
-        """Returns up to `num_examples` examples of evenly spread pieces, the outermost included."""
-        at_a_place = min(EXAMPLES_AT_A_PLACE, int(self.counts.max()))
+        """Returns up to `num_examples` examples, of pieces evenly spread from first to last."""
+        per_piece = min(EXAMPLES_PER_SAMPLED_PIECE, int(self.counts.max()))
         last = len(self.counts) - 1
-        places = np.unique(np.linspace(0, last, num_examples // at_a_place).astype(np.int64))
+        chosen = np.unique(np.linspace(0, last, num_examples // per_piece).astype(np.int64))
         return dataclasses.replace(
             self,
-            counts=np.minimum(self.counts[places], at_a_place),
-            first_ids=self.first_ids[places],
-            filenames=self.filenames[places],
-            offsets=self.offsets[places],
+            counts=np.minimum(self.counts[chosen], per_piece),
+            first_ids=self.first_ids[chosen],
+            filenames=self.filenames[chosen],
+            offsets=self.offsets[chosen],
         )
 
     def _specs(self, *paths: str) -> dict[str, tf.io.FixedLenFeature]:
@@ -149,7 +149,7 @@ class ExampleList:
         )
 
     def entries(self, pieces: tf.Tensor) -> tf.data.Dataset:
-        """See `RecordRanges.entries`: an entry is an index; decoding reads the file."""
+        """See `RecordRanges.entries`: an entry is an index; `fetch` reads the file."""
         return tf.data.Dataset.from_tensor_slices((tf.gather(self.ids, pieces), pieces))
 
     def fetch(self, index: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
@@ -162,7 +162,8 @@ def require_tfrecord(builder: tfds.core.DatasetBuilder) -> None:
     if builder.info.file_format != tfds.core.FileFormat.TFRECORD:
         raise RunError(
             f'{builder.name} in {builder.data_dir} is prepared as {builder.info.file_format.value}',
-            'prepare it as tfrecord, or point --config.dataset.data_dir at a folder where it is',
+            'prepare it as tfrecord, or point --config.dataset.data_dir at a folder that has it in '
+            'this format',
         )
 
 
@@ -179,10 +180,11 @@ def from_builder(
         builder: prepared as TFRecord files.
         columns: which features are the image and the label.
         split: a TFDS split, such as 'train[:90%]'.
-        share: (index, number) of a host: which of how many even shares, as `tfds.even_splits` cuts
-            them.
+        share: (index, count) of a host: share `index` of `count` even ones, cut as
+            `tfds.even_splits` does.
         longest: the most examples of a piece (a whole file may have twice as many); by default,
-            chosen for about `PIECES_PER_EPOCH`. With 1 the order is the one of examples in memory.
+            chosen for about `PIECES_PER_EPOCH`. With 1 the order is the same as for examples kept
+            in memory.
     """
     info = builder.info.splits[split]
     begin, end = host_range(info.num_examples, share)

@@ -11,14 +11,15 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
 
-from common.errors import RunError, one_line
+from common.errors import RunError, counted, one_line
 from inputs import image_validation, record_index
 from inputs.image_ops import PNG_SIGNATURE, decode
 from inputs.tfds_features import Columns, feature_at
 
 # Bytes: all labels of a split up to this size are checked, in 4 s for images of 3 KB.
 READ_WHOLE = 2**30
-SAMPLE = 256  # examples checked of a larger one; misses faults in 2 % once in 170 (0.98 ** 256)
+# Examples checked of a larger split: faults in 2 % of them are missed once in 170 (0.98 ** 256).
+SAMPLE = 256
 DECODED = 16  # images of a split that are decoded as a test
 # Share of white: darker uint16 images have at most 16 shades of grey when read as uint8.
 DARKEST_SHARE = 1 / 16
@@ -30,7 +31,8 @@ def names_of_classes(builder: tfds.core.DatasetBuilder, columns: Columns) -> tup
     where = f'{builder.name} in {builder.data_dir}'
     num_classes = label.num_classes or 0  # None where TFDS was never told
     if num_classes < 2:
-        raise RunError(f'{where} has {num_classes} class; a classifier needs at least two')
+        number = counted(num_classes, 'class', 'classes')
+        raise RunError(f'{where} has {number}; a classifier needs at least two')
     if len(label.names) != num_classes:  # TFDS leaves out empty lines, and says nothing
         raise RunError(
             f'{where} has {num_classes} classes, but names for {len(label.names)}',
@@ -104,7 +106,7 @@ def _labeled_instead(
     key: str,
     dataset_config: ConfigDict,
 ) -> str:
-    """Returns what to write for a split without labels: another, or a part of that for training."""
+    """Returns what to write for a split without labels: another, or part of the training split."""
     train_split = dataset_config.train_split
     in_use = re.findall(r'[\w-]+', f'{train_split} {dataset_config.eval_split}')
     others = [name for name in builder.info.splits if name not in in_use]
@@ -116,7 +118,8 @@ def _labeled_instead(
             f"--config.dataset.eval_split='{train_split}[90%:]'"
         )
     return (
-        f'a part that has none, such as {train_split}[:50%], or prepare the data set without them'
+        f'use a part that has none, such as {train_split}[:50%], or prepare the data set without '
+        'them'
     )
 
 
@@ -125,7 +128,7 @@ def _why_unreadable(encoded: bytes) -> str:
     try:
         image_validation.decodable(encoded)
     except image_validation.Broken as broken:
-        return f'{broken}, and prepare the data set again'
+        return f'{broken}; replace it and prepare the data set again'
     return 'it is neither a JPEG nor a PNG file; prepare the data set with such files'
 
 

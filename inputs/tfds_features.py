@@ -51,7 +51,7 @@ def find_columns(
     problem, wanted = _pixel_problem(leaves[columns.image])
     if problem:
         raise ConfigError(
-            f'config.dataset.name={name!r}, whose image {columns.image!r} {problem}',
+            f'config.dataset.name={name!r} cannot be used: its image {columns.image!r} {problem}',
             f'build the data set with images of {wanted}',
             'dataset.name',
         )
@@ -89,8 +89,8 @@ def require_class(label: tf.Tensor, num_classes: int, name: str, number: tf.Tens
     """
     is_class = (label >= 0) & (label < num_classes)
     message = (
-        f'an example has a label outside the {num_classes:,} classes, which TFDS writes for '
-        f'unknown labels; choose another split: {name}, example'
+        f'an example of {name}, has a label outside the {num_classes:,} classes (TFDS writes -1 '
+        'for unknown labels); choose another split: example'
     )
     check = tf.debugging.Assert(is_class, [message, number, 'has', label])
     with tf.control_dependencies([check]):
@@ -121,7 +121,7 @@ def _pixel_problem(feature: tfds.features.Image) -> tuple[str, str]:
         problem = f'has dtype {dtype}, which TFDS stores in a way that only TFDS can read'
         return problem, ' or '.join(DTYPES)
     if len(shape) != 3:
-        return f'has the shape {shape}, several frames', 'height, width and channels'
+        return f'has the shape {shape}, so it is several frames', 'shape (height, width, channels)'
     if shape[-1] is not None and not 1 <= shape[-1] <= MAX_CHANNELS:
         return f'has {shape[-1]} channels', f'1 to {MAX_CHANNELS} channels'
     return '', ''

@@ -120,7 +120,7 @@ def _application_teacher(distill: ConfigDict, num_classes: int, pretrained: bool
     if classes != num_classes:
         raise ConfigError(
             f"config.distill.teacher={distill.teacher!r} knows ImageNet's {classes:,} classes, "
-            f'and this data set has {num_classes:,}',
+            f'but this data set has {num_classes:,}',
             'train a teacher on it first, with config.model.name, and give its run here',
             'distill.teacher',
         )

@@ -76,8 +76,8 @@ class BatchNormalization(keras.layers.BatchNormalization):
             def gradient(grad_output: tf.Tensor, *_: tf.Tensor) -> tuple:
                 # The name scope of TensorFlow's own gradients.
                 with tf.name_scope(f'gradient_tape/{self.name}'):
-                    sum_dtype = tf.cast(grad_output, gamma.dtype)
-                    grad_z = sum_dtype * activate(moments.normalized(inputs))[1]
+                    wide_grad_output = tf.cast(grad_output, gamma.dtype)
+                    grad_z = wide_grad_output * activate(moments.normalized(inputs))[1]
                     # Rounded to the input's dtype, as it is stored between two passes.
                     grad_z = tf.cast(tf.cast(grad_z, inputs.dtype), gamma.dtype)
                     grad_beta = tf.reduce_sum(grad_z, self._reduction_axes)
@@ -190,14 +190,15 @@ class SqueezeExcite(keras.layers.Layer):
     EfficientNets have them after a depthwise convolution: h = silu(bn(x)); output = h *
     sigmoid(expand(silu(reduce(mean(h))))), the mean being over height and width.
 
-    `reduce` is applied to each pixel and its result averaged, which is the same, as it is linear,
-    and faster: a TPU reads h into its matrix unit faster than it sums h. The gradient computes all
-    sums over pixels in one pass over x and the output's gradient, separately for what comes through
-    h and through the gate, so that the former need not wait for the latter.
+    The kernel of `reduce` is applied to each pixel and the results are averaged, which gives the
+    same, as a kernel is linear, and is faster: a TPU reads h into its matrix unit faster than it
+    sums h. The gradient computes all sums over pixels in one pass over x and the output's gradient,
+    separately for what comes through h and through the gate, so that the former need not wait for
+    the latter.
 
     Args:
         normalization: BatchNormalization with SiLU.
-        reduce, expand: keras.layers.Conv2D, 1 x 1, with bias, SiLU and sigmoid.
+        reduce, expand: keras.layers.Conv2D, 1 x 1, with bias; `reduce` has SiLU, `expand` sigmoid.
     """
 
     def __init__(
@@ -261,7 +262,7 @@ class SqueezeExcite(keras.layers.Layer):
             gate = tf.sigmoid(hidden @ expand + expand_bias)  # [batch, channels]
 
             def gradient(grad_output: tf.Tensor, *_: tf.Tensor) -> tuple:
-                # Named as where TensorFlow's own gradients are.
+                # In the name scope of TensorFlow's own gradients.
                 with tf.name_scope(f'gradient_tape/{self.name}'):
                     return wide_gradient(tf.cast(grad_output, gamma.dtype))
 
@@ -327,7 +328,7 @@ def fuse(model: dict[str, Any], synchronized: bool) -> None:
     for layer in model['layers']:
         for history in _histories(layer['inbound_nodes']):
             readers[history[0]].append(layer)
-    replaced_by: dict[str, str] = {}  # fused layer: the layer whose output to read
+    replaced_by: dict[str, str] = {}  # name of a removed layer -> name of the layer to read instead
     for layer in list(model['layers']):
         if layer['class_name'] == 'BatchNormalization':
             _fuse_normalization(layer, model, readers, replaced_by, synchronized)
@@ -347,7 +348,8 @@ def _fuse_normalization(
 ) -> None:
     """Replaces a batch normalisation and what follows it with a layer of this file.
 
-    Changes `layer` and `model`, and records in `replaced_by` whose outputs to read.
+    Changes `layer` and `model`, and records in `replaced_by` which layer replaces each one that
+    goes.
     """
     settings, name = layer['config'] | {'synchronized': synchronized}, layer['name']
     activation = next(iter(_follow(readers, layer, ('Activation', {}))), None)

@@ -1,4 +1,4 @@
-"""Converts class names from and to labels.txt beside a SavedModel: one per line, as in the head.
+"""Converts class names to and from labels.txt beside a SavedModel: one per line, as in the head.
 
 A name that would not be read back unchanged is written as a JSON string: one with a line break of
 any kind, an empty one, and one that could itself be taken for such a string. All others are written

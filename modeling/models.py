@@ -103,8 +103,8 @@ def derive_dropout_seeds(model: keras.Model, seed: int, updates: tf.Variable) ->
 
     Layers of drop-path share a draw, in which each has a row.
 
-    Keras' `SeedGenerator` holds the same state on each replica, so that masks would repeat across
-    them, and it is not part of a `tf.train.Checkpoint`, so that a resumed run would draw others.
+    Keras' `SeedGenerator` holds the same state on each replica, so masks would repeat across them,
+    and it is not part of a `tf.train.Checkpoint`, so a resumed run would draw others.
 
     Args:
         model: a keras.Model; changed in place.
@@ -146,7 +146,7 @@ def micro_batch(index: int, count: int) -> Iterator[None]:
 
 
 def float_variables(model: keras.Model) -> list[keras.Variable]:
-    """Returns the float variables, so not the states of random generators, which are not used."""
+    """Returns the float variables, leaving out the states of random generators: they are unused."""
     kinds = ('float16', 'bfloat16', 'float32', 'float64')
     return [variable for variable in model.variables if variable.dtype in kinds]
 
@@ -298,7 +298,7 @@ def _with_our_layers(model: dict[str, Any], settings: ConfigDict) -> dict[str, A
     if settings.drop_path and not has_drop_path:
         raise ConfigError(
             f'config.model.drop_path={settings.drop_path:g}, but {settings.name} has no residual '
-            'branches that drop',
+            'branches that can be dropped',
             'set it to 0',
             'model.drop_path',
         )

@@ -20,7 +20,10 @@ OPTIMIZERS = {
     'adafactor': keras.optimizers.Adafactor,
     'muon': keras.optimizers.Muon,
 }
-if tuple(map(int, keras.__version__.split('.')[:2])) < (3, 13):  # the newest for Python 3.10
+if tuple(map(int, keras.__version__.split('.')[:2])) < (
+    3,
+    13,
+):  # 3.12 is the newest for Python 3.10
     # Muon fails there: it reads the path of plain TensorFlow variables, which have none.
     del OPTIMIZERS['muon']
 FRACTIONS = ('momentum', 'rho', 'beta_1', 'beta_2')
@@ -63,8 +66,8 @@ def build_optimizer(
     if name == 'muon':
         if keras.config.dtype_policy().variable_dtype == 'float64':
             raise ConfigError(
-                "config.optimizer.name='muon' cannot compute in float64, as Keras multiplies with "
-                'float32 inside',
+                "config.optimizer.name='muon' cannot compute in float64, as Keras converts to "
+                'float32 inside it',
                 'write another config.precision',
                 'precision',
             )

@@ -15,7 +15,8 @@ from common.errors import ConfigError, RunError, did_you_mean, one_line
 from modeling import labels_file
 from modeling.models import NETWORKS, find_application, float_variables, input_shape
 
-KERAS_FILES = ('.h5', '.keras')  # with the weights of a keras.applications model without its head
+# Weights of a keras.applications model: without its head here, with it for a teacher.
+KERAS_FILES = ('.h5', '.keras')
 SAVED_VARIABLES = '/variables/variables'  # where a SavedModel has its checkpoint
 
 
@@ -52,7 +53,7 @@ def load_weights(
         reason = _why_head_differs(_class_names_beside(path), list(class_names))
         if reason:
             loaded = loaded[:-2]
-    # The model may also have a head.
+    # The loaded weights may lack the head.
     for variable, value in zip(wanted, loaded, strict=False):
         variable.assign(value)
     features, classes = wanted[-2].shape
@@ -135,8 +136,8 @@ def _checkpoint_in(source: str, find_checkpoint: Callable[[str], str | None]) ->
         what = f'cannot be reached ({one_line(error, 150)})'
     raise RunError(
         f'config.model.weights={source!r} {what}',
-        "write 'imagenet', a file that ends in .weights.h5, or the folder of a run, of one of its "
-        'checkpoints, such as runs/NAME/checkpoints/best, or of its SavedModel'
+        "write 'imagenet', a file that ends in .h5 or .keras, or the folder of a run, of one of "
+        'its checkpoints, such as runs/NAME/checkpoints/best, or of its SavedModel'
         + did_you_mean(source, ['imagenet']),
         'model.weights',
     )
@@ -183,8 +184,8 @@ def _require_same_network(
     ]
     if len(wanted) != len(loaded) or differing:
         raise RunError(
-            f'{path} is from another network than config.model.name={name!r}: it has {len(loaded)} '
-            f'variables, and this one {len(wanted)}{"".join(differing[:1])}',
+            f'{path} is from a different network than config.model.name={name!r}: it has '
+            f'{len(loaded)} variables, and this one {len(wanted)}{"".join(differing[:1])}',
             'use the model.name it was trained with',
             'model.name',
         )

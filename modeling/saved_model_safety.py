@@ -36,7 +36,7 @@ StatefulUniform StatefulUniformInt StatefulUniformFullInt StatefulStandardNormal
 StatefulTruncatedNormal
 Assert CheckNumerics GuaranteeConst PreventGradient
 """
-# They take strings but only compute: from files already read, from text, or with an equation or a
+# They take strings but only compute: the strings are the content of files, text, an equation or a
 # policy.
 STRINGS = """
 DecodeAndCropJpeg DecodeBmp DecodeGif DecodeImage DecodeJpeg DecodePng DecodeWebP ExtractJpegShape
@@ -56,7 +56,7 @@ SAVER = frozenset(
 )
 TABLE_OF_A_FILE = 'InitializeTableFromTextFileV2'
 STRING_KINDS = ('string', 'list(string)')
-MOST_NAMED = 5
+MAX_NAMED = 5
 
 
 def load(path: str) -> Any:
@@ -70,15 +70,16 @@ def load(path: str) -> Any:
     model = tf.__internal__.saved_model.parse_saved_model(path)
     if len(model.meta_graphs) != 1 or not model.meta_graphs[0].HasField('object_graph_def'):
         raise RunError(
-            f'{path} is not loaded: it is a TensorFlow 1 model, whose graphs run as a whole',
+            f'{path} is not loaded: it is a TensorFlow 1 model, whose graph runs as a whole, so '
+            'that it cannot be checked function by function',
             'export it with tf.saved_model.save of TensorFlow 2',
         )
     (graph,) = model.meta_graphs
     found = sorted(_beyond_computing(graph))
     if found:
-        names = one_line(', '.join(found[:MOST_NAMED]), 200)
-        if len(found) > MOST_NAMED:
-            names += f' and {len(found) - MOST_NAMED} more'
+        names = one_line(', '.join(found[:MAX_NAMED]), 200)
+        if len(found) > MAX_NAMED:
+            names += f' and {len(found) - MAX_NAMED} more'
         raise RunError(
             f'{path} is not loaded: its graph can do more than compute, with {names}',
             'export it without them, or use a model trained here',
@@ -93,7 +94,7 @@ def load(path: str) -> Any:
 
 
 def only_computes(operation: str) -> bool:
-    """Returns whether an operation of TensorFlow stays within the graph, by its name."""
+    """Returns whether the TensorFlow operation of this name stays within the graph."""
     definition = op_def_registry.get(operation)
     if definition is None or operation.startswith('_') or operation in ALLOWED:
         return operation in ALLOWED

@@ -17,7 +17,7 @@ from modeling.optimizers import decays
 
 LOSS_SCALE_START = 2.0**15  # float16's largest number is 65,504
 LOSS_SCALE_WINDOW = 2000  # finite updates before the scale doubles (Micikevicius et al. 2018)
-# Fewest vectors of one length that share a condition, which is one more operation.
+# The fewest vectors of one length for which a shared condition pays: it costs one more operation.
 MIN_SHARED = 8
 
 Tensors = list[tf.Tensor]
@@ -112,8 +112,8 @@ def make_train_step(
 
     An update whose loss or gradient is not finite on any replica is skipped: nothing changes but
     the counters, the loss scale and `optimizer.iterations`, so the learning rate stays in step. The
-    device decides alone. With max_skipped_updates=0 this is not checked, except in float16, whose
-    scale depends on it.
+    device decides this without the host. With max_skipped_updates=0 this is not checked, except in
+    float16, whose scale depends on it.
 
     With a teacher the loss is (1 - alpha) x cross-entropy + alpha x T^2 x KL(teacher, model), of
     probabilities at temperature T (Hinton et al. 2015); the teacher sees the same images as the
@@ -302,8 +302,8 @@ def make_predict(state: TrainState) -> Callable[[tf.Tensor], tf.Tensor]:
 def label_rank(logits: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
     """Counts the classes that rank before the label, int32 [batch].
 
-    Of equal logits the lower class ranks first, as in top_k. A NaN ranks before the label, and all
-    classes before a label whose logit is NaN: a broken model is right about nothing.
+    Of equal logits the class with the lower number ranks first, as in top_k. A NaN ranks before the
+    label, and all classes before a label whose logit is NaN: a broken model is right about nothing.
     """
     own = tf.gather(logits, labels[:, None], batch_dims=1)  # [batch, 1]
     classes = tf.range(tf.shape(logits)[1], dtype=labels.dtype)[None]

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import types
 from pathlib import Path
 
 import numpy as np
@@ -478,6 +479,15 @@ def test_a_loss_that_is_not_a_number_ends_the_run_with_advice(tiny, tmp_path):
     # Nothing was trained there, so nothing is in the way.
     tiny.schedule.peak_lr = tiny.schedule.start_lr = 1e-3
     assert train.run(tiny, str(tmp_path / 'run')) == 0
+
+
+def test_a_stop_before_the_first_checkpoint_is_described():
+    checkpoints = types.SimpleNamespace(latest_step=lambda: None)
+    session = types.SimpleNamespace(checkpoints=checkpoints)
+    line = train.describe_stop(session, signal.SIGTERM, 3)
+    assert line.startswith('SIGTERM: stopped at step 3; nothing')
+    checkpoints.latest_step = lambda: 1000
+    assert 'step 1,000' in train.describe_stop(session, signal.SIGTERM, 1003)
 
 
 def test_verbs_without_a_checkpoint_say_so(tiny, tmp_path):

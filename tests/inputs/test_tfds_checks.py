@@ -64,7 +64,7 @@ def refusal_of(config):
         (
             {'train': SOME, 'test': KNOWN},
             'train_split',
-            'a part that has none, such as train[:50%], or prepare the data set without them',
+            'use a part that has none, such as train[:50%], or prepare the data set without them',
         ),
         (
             {'train': SOME, 'test': KNOWN, 'a': KNOWN, 'b': KNOWN},
@@ -121,8 +121,8 @@ def test_a_label_that_the_sample_missed_is_one_line(tmp_path, monkeypatch, tiny,
     with pytest.raises(tf.errors.InvalidArgumentError) as raised:
         train.run(tiny, str(tmp_path / 'run'))
     assert main.as_user_error(raised.value).problem == (
-        'an example has a label outside the 2 classes, which TFDS writes for unknown labels; '
-        f'choose another split: mine, split {bad}, example 236 has -1'
+        f'an example of mine, split {bad}, has a label outside the 2 classes (TFDS writes -1 for '
+        'unknown labels); choose another split: example 236 has -1'
     )
 
 
