@@ -171,7 +171,7 @@ def test_a_signal_to_any_worker_stops_all_resumably(tmp_path):
     ended = finish(processes)
     assert [status for status, *_ in ended] == [143, 143], ended
     stopped = int(
-        re.search(r'continues at step ([\d,]+), the last one saved', ended[0][1])[1].replace(
+        re.search(r'continues from step ([\d,]+), the last one saved', ended[0][1])[1].replace(
             ',', ''
         )
     )
@@ -203,9 +203,7 @@ def test_a_killed_worker_ends_the_others_and_a_restart_continues(
     processes[1].kill()
     (status, _, said), _ = finish(processes, timeout=60)
     assert (
-        status == 1
-        and 'error: worker 1 no longer responds: start all workers again' in said
-        and 'Traceback' not in said
+        status == 1 and 'error: worker 1 no longer responds: ' in said and 'Traceback' not in said
     )
     again, _ = training(tmp_path)
     deadline = time.monotonic() + 100

@@ -427,12 +427,12 @@ def test_a_run_out_of_patience_ends_and_remembers_its_best(tiny, workdir, monkey
     assert (
         'with the averaged weights after update 10 of 20: the best by eval/loss, '
         'exported because `patience` is set. After the last update '
-        f'{summary["eval/accuracy"]:.2%} are right; '
+        f'it is {summary["eval/accuracy"]:.2%}; '
         '`--mode=export --checkpoint=last` exports those weights.'
     ) in report.replace('\n', ' ')
     said = (
-        'ended at step 20 of 60: no eval/loss was better than that of step 10 for 10 steps, '
-        "config.patience; to train on, raise it or set it to '', and add --resume=changed"
+        'stopped at step 20 of 60: eval/loss has not improved since step 10, which is 10 steps '
+        "(config.patience); to continue, raise it or set it to '', and add --resume=changed"
     )
     printed = capsys.readouterr().out
     assert (
@@ -440,9 +440,8 @@ def test_a_run_out_of_patience_ends_and_remembers_its_best(tiny, workdir, monkey
         and said in report.partition('## Changes during the run')[2].partition('## ')[0]
     )
     assert (
-        'exports   the weights after update 10, the best by eval/loss: config.patience is set; '
-        '--mode=export --checkpoint=last takes those after '
-        'update 20'
+        'exports   the weights after update 10, the best by eval/loss because config.patience is '
+        'set; --mode=export --checkpoint=last exports those after update 20'
     ) in printed
     assert export.run(tiny, workdir)['export/step'] == 10  # again what training exports
     assert export.run(tiny, workdir, 'last')['export/step'] == 20
@@ -761,8 +760,8 @@ def test_patience_counts_from_the_change_of_what_is_best(tiny, workdir, monkeypa
         train.run(tiny, workdir, 'changed') == 0
     )  # evaluates step 15 again; a loss that is not a number is never the best
     assert (
-        'ended at step 25 of 60: no eval/top5 was better since step 15, for 10 steps, '
-        'config.patience' in ' '.join(capsys.readouterr().out.split())
+        'stopped at step 25 of 60: eval/top5 has not improved since step 15, which is 10 steps '
+        '(config.patience)' in ' '.join(capsys.readouterr().out.split())
     )
     tiny.best_metric = 'eval/loss'
     assert train.run(tiny, workdir, 'changed') == 0
@@ -952,14 +951,14 @@ def test_another_batch_size_goes_on_to_the_same_length(tiny, other_batch):
     for row in rows[11:]:
         assert row['train/learning_rate'] == pytest.approx(rate(row['step'] + 11 - 1), rel=1e-4)
     goes_on = (
-        'changed at step 11: batch_size was 64, is now 32; the run continues after 704 examples, '
-        '0.4899 of 0.9798 epochs; 22 updates of 32 examples '
-        f'are left; the learning rate stays {rate(22):.4g}'
+        'changed at step 11: batch_size was 64, is now 32; the run continues after 704 examples '
+        '(0.4899 of 0.9798 epochs); 22 updates of 32 examples remain; the learning rate stays '
+        f'{rate(22):.4g}'
     )
     assert goes_on in said and goes_on in storage.read(os.path.join(workdir, 'report.md')).decode()
     assert (
-        'steps     33, some of them with batches of another size; 0.9798 epochs, '
-        'now of 44.9062 steps' in storage.read(os.path.join(workdir, 'report.md')).decode()
+        'steps     33, some with another batch size; 0.9798 epochs, '
+        'now 44.9062 steps each' in storage.read(os.path.join(workdir, 'report.md')).decode()
     )
 
 
@@ -1198,7 +1197,7 @@ def test_loops_longer_than_a_preemption_notice_are_noted_once(tiny, workdir, mon
     assert train.run(tiny, workdir) == 0
     assert (
         capsys.readouterr().out.count(
-            'a loop takes 0 s, and a machine that is preempted gives about 30: lower '
+            'a loop takes 0 s, and a preempted machine has only about 30: lower '
             'config.steps_per_loop'
         )
         == 1

@@ -11,7 +11,7 @@ import tensorflow as tf
 
 import main
 import train
-from common.errors import ConfigError, RunError
+from common.errors import ConfigError, RunError, counted
 from configs import default
 from experiment import config_schema
 from inputs import dataset_status, datasets, image_ops, tfds_checks
@@ -145,9 +145,7 @@ def test_fewer_than_two_classes_are_refused(tmp_path, num_classes):
         else {'train': rows(2, labels=(0,)), 'test': rows(2, labels=(0,))}
     )
     config = make(tmp_path, stored, examples, ('image', 'label'))
-    assert f'has {num_classes or 0} class; a classifier needs at least two' in str(
-        refusal_of(config)
-    )
+    assert f'has {counted(num_classes or 0, "class", "classes")};' in refusal_of(config).problem
 
 
 def test_records_that_are_not_what_is_stated_are_refused(tmp_path):

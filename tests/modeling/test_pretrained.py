@@ -530,7 +530,7 @@ def write_odd_teacher(path, inputs):
             'ResNet50',
             'imagenet',
             NAMES,
-            "ImageNet's 1,000 classes, and this data set has 10",
+            "ImageNet's 1,000 classes, but this data set has 10",
         ),
         (
             'ResNet5',
