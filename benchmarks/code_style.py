@@ -45,7 +45,8 @@ def main() -> None:
     options = parser.parse_args()
     report = {}
     for folder in options.folders:
-        name = os.path.basename(os.path.abspath(folder))
+        path = os.path.abspath(folder)
+        name = 'this repository' if path == ROOT else os.path.basename(path)
         report[name] = measures(sum((counts(text) for text in sources(folder)), Counter()))
         shown = ', '.join(f'{measure} {value:,}' for measure, value in report[name].items())
         print(f'{name}: {shown}')
