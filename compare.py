@@ -3,7 +3,6 @@
 python compare.py RUN [RUN ...] [--output=comparison.png]
 """
 
-import argparse
 import json
 import math
 import os
@@ -12,6 +11,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from common import console, storage
+from common.commands import ArgumentParser
 from common.console import discard_output
 from common.errors import RunError, UserError, one_line
 from common.storage import flatten, read_json
@@ -35,7 +35,7 @@ COLUMNS = {  # title: (source: config, last, best or median; key; format)
 
 def main(arguments: Sequence[str] | None) -> int:
     """Prints the table and draws the curves; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument('runs', nargs='+', metavar='RUN', help='folder of a run, finished or not')
     parser.add_argument('--output', default='comparison.png', help='PNG file for the curves')
     options = parser.parse_args(arguments)

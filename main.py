@@ -31,7 +31,13 @@ except ImportError as error:
 os.environ['KERAS_BACKEND'] = 'tensorflow'  # before Keras is imported, whatever ~/.keras says
 
 from common import console, tpu_environment  # noqa: E402
-from common.errors import ConfigError, UserError, assertion_message, one_line  # noqa: E402
+from common.errors import (
+    ConfigError,
+    UserError,
+    assertion_message,
+    closest_match,
+    one_line,
+)  # noqa: E402
 from experiment.overrides import check_overrides  # noqa: E402
 
 # The two ways in which TensorFlow's messages name a lost worker.
@@ -234,22 +240,26 @@ def parse(arguments: Sequence[str]) -> ConfigDict:
         sys.exit(0)
     logging.set_verbosity(logging.ERROR)  # unless --verbosity says otherwise
     path = config_path(arguments)
-    if path is None:
+    if not path:
         raise ConfigError('--config is missing', f'write --config=FILE, one of {known_configs()}')
     if not os.path.isfile(path):
-        raise ConfigError(f'--config={path} does not exist', f'write one of {known_configs()}')
+        nearest = closest_match(path, known_configs().split(', '))
+        fix = f'--config={nearest}' if nearest else f'write one of {known_configs()}'
+        raise ConfigError(f'--config={path} does not exist', fix)
     check_overrides(arguments)
     try:
         rest = FLAGS(arguments)[1:]
         config = FLAGS.config
         is_config = hasattr(config, 'to_json')  # a broken config file raises only when accessed
     except flags.Error as error:
-        raise ConfigError(explain_config_error(error, path)) from error
+        raise ConfigError(explain_config_error(error, path), 'see --help') from error
     except Exception as error:  # raised by the user's config file
         raise ConfigError(explain_config_error(error, path)) from error
     if rest:
-        fix = '--config=configs/NAME.py and --config.KEY=VALUE'
+        fix = 'write --config=configs/NAME.py and --config.KEY=VALUE'
         raise ConfigError(f'{rest[0]!r} is not a valid flag', fix)
+    if FLAGS.workdir == '':
+        raise ConfigError('--workdir is empty', 'name a folder, or leave it out')
     if not is_config:
         problem = 'get_config() of the config file must return the config'
         raise ConfigError(problem, 'end it with `return config`')
@@ -280,6 +290,8 @@ def explain_config_error(error: BaseException, path: str) -> str:
             return f'--config={path} is broken: {type(cause).__name__}: {one_line(cause)} ({where})'
     if isinstance(error, flags.Error):
         return one_line(error, 10_000)
+    if isinstance(error, AttributeError) and error.name == 'get_config':
+        return f'--config={path} does not define get_config()'
     return f'--config={path} is broken: {type(error).__name__}: {one_line(error)}'
 
 

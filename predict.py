@@ -7,7 +7,6 @@ evaluation reads it. Without one, the first examples of the evaluation split are
 the CPU, because the accelerator may be in use.
 """
 
-import argparse
 import functools
 import os
 import re
@@ -16,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 from common import console, storage, tpu_environment
+from common.commands import ArgumentParser
 from common.console import discard_output, import_tensorflow_quietly, tolerate_any_terminal
 from common.errors import RunError, UserError, one_line
 
@@ -48,7 +48,7 @@ class Prediction(NamedTuple):
 
 def main(arguments: Sequence[str] | None) -> int:
     """Prints the most likely classes of each image and draws them; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         'run',
         metavar='RUN',
@@ -99,10 +99,12 @@ def load(run: str) -> tuple[Any, list[str]]:
     Raises: RunError if it is missing or damaged, or contains operations that do more than compute.
     """
     directory = os.path.join(run, 'export')
+    if not storage.exists(run):
+        raise RunError(f'{run} does not exist', 'name the folder of a run')
     if not storage.exists(os.path.join(directory, 'saved_model.pb')):
         raise RunError(
             f'{run} has no export',
-            f'finish training, or run python main.py --config=... --workdir={run} --mode=export',
+            'finish training, or repeat its command with --mode=export',
         )
     from modeling import labels_file, saved_model_safety
 

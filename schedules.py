@@ -6,7 +6,7 @@ Let `W = warmup_steps`, `H = hold`, `T = total_steps`, and `t` the 0-based index
     W <= t <= W + H    target_lr
     W + H < t < T      the curve; the cosine is
                        end_lr + (target_lr - end_lr) * (1 + cos(pi * (t - W - H) / (T - W - H))) / 2
-    t >= T  end_lr, except target_lr on the constant curve, and at t = T if T = W + H (no decay)
+    t >= T             end_lr; but target_lr on the constant curve, and at t = T = W + H
 
 `CURVES` maps names to curve functions, whose docstrings give their formulas and arguments. Each
 formula is written once, in terms of `xp`: `numpy` (float64) or `keras.ops` (float32 regardless of

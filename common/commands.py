@@ -1,7 +1,11 @@
 """Formats commands as a user would type them in the current folder."""
 
+import argparse
 import os
 import sys
+from typing import NoReturn
+
+from common import console
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -19,3 +23,11 @@ def install_command(accelerator: str) -> str:
     )
     requirements = os.path.join('' if here == '.' else here, 'requirements', f'{accelerator}.txt')
     return f"{python_command()} -m pip install -c {requirements} '{here}[{accelerator}]'"
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """An argparse parser whose errors are one line, as those of `main.py` are."""
+
+    def error(self, message: str) -> NoReturn:
+        console.error(message, 'see --help')
+        sys.exit(2)

@@ -27,8 +27,8 @@ CAUSES = {
     errno.EACCES: ('you do not have permission to write there', ELSEWHERE),
     errno.EPERM: ('you may not write there', ELSEWHERE),
     errno.ENOENT: (
-        'its folder no longer exists',
-        'it was deleted or moved; restore it, or choose another --workdir',
+        'its folder does not exist',
+        'it was deleted, moved or cannot be created: restore it, or choose another --workdir',
     ),
     errno.ENOTDIR: ('a part of this path is a file', ELSEWHERE),
     errno.EEXIST: ('a file has the name of this folder', ELSEWHERE),

@@ -430,4 +430,4 @@ def check_workdir(config: ConfigDict, workdir: str) -> CheckResult:
         return ok('run', f'{workdir} holds the finished run of this config')
     if has_run:
         return ok('run', f'{workdir} holds a run of this config, which continues')
-    return ok('run', f'{workdir} is new')
+    return ok('run', f'{workdir} holds no run yet')

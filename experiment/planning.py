@@ -95,7 +95,10 @@ class PlanSummary(NamedTuple):
 
 def summarize(config: ConfigDict, plan: Plan) -> PlanSummary:
     per_replica = plan.batch_size // plan.num_replicas
-    epochs, steps_per_epoch = f'{plan.epochs:.4g} epochs', f'{plan.steps_per_epoch:.6g} steps'
+    epochs, steps_per_epoch = (
+        f'{plan.epochs:.4g} epochs',
+        f'{plan.steps_per_epoch:.6g} {"step" if plan.steps_per_epoch == 1 else "steps"}',
+    )
     length = f'{plan.total_steps:,} = {epochs} x {steps_per_epoch}'
     if plan.offset.updates or plan.offset.examples:
         other_sizes = 'some with another batch size'

@@ -1,8 +1,8 @@
 """A folder of your own images: its classes, its usable files, and those that are evaluated.
 
     DIR/train/CLASS/**  and  DIR/test/CLASS/**    the two splits as they are
-    ... the same, with the split folders inside the class folders DIR/train/CLASS/**  or
-    DIR/CLASS/**         a share of each class is held out for evaluation
+    DIR/CLASS/train/**  and  DIR/CLASS/test/**    the same, with splits inside the class folders
+    DIR/train/CLASS/**  or   DIR/CLASS/**         a share of each class is held out for evaluation
 
 `image_validation` decides which files are usable. Nothing is written into the user's folder.
 """
@@ -271,9 +271,8 @@ def _too_few_classes(tree: Tree, base: Split, others: list[tuple[str, Split]]) -
     """Returns the error for a split that has no class folder or a single one."""
     if not base.classes:
         _, files = tree.entries(base.folder)
-        number = counted(len(files), 'file')
-        problem = f'{base.place} has {number}, but no class folder; a classifier needs at least two'
-        return RunError(problem, SORT)
+        content = f'has {counted(len(files), "file")}, but no class folder' if files else 'is empty'
+        return RunError(f'{base.place} {content}; a classifier needs at least two classes', SORT)
     ((name, folder),) = base.classes.items()
     problem = (
         f'{base.place} has one class folder, {printable(name)}; a classifier needs at least two'

@@ -13,7 +13,6 @@ paths as the training machine. Anyone who reaches the port can use it, as tf.dat
 passwords: keep it inside a private network.
 """
 
-import argparse
 import contextlib
 import os
 import socket
@@ -24,6 +23,7 @@ from collections.abc import Callable, Iterator
 import tensorflow as tf
 
 from common import console
+from common.commands import ArgumentParser
 from common.errors import RunError, counted
 
 PATIENCE = 60  # seconds
@@ -158,7 +158,7 @@ def _require_dispatcher(address: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description='Runs a tf.data service, a dispatcher and its workers, until it is stopped.'
     )
     parser.add_argument(

@@ -778,7 +778,7 @@ IMPOSSIBLE = {
         ("'../other'",),
         '',
     ),
-    'empty folder': (lambda root: None, {}, RunError, ('0 files',), ''),
+    'empty folder': (lambda root: None, {}, RunError, ('is empty',), ''),
     'images without classes': (
         pictures_without_classes,
         {},

@@ -223,7 +223,7 @@ def tensorflow_is_full(*arguments, **named):
         ('replace', fail_with(errno.EROFS), 'read-only', '--workdir'),
         ('replace', fail_with(errno.EDQUOT), 'quota', 'free some space'),
         ('makedirs', fail_with(errno.EACCES), 'permission', '--workdir'),
-        ('makedirs', fail_with(errno.ENOENT), 'no longer exists', '--workdir'),
+        ('makedirs', fail_with(errno.ENOENT), 'does not exist', '--workdir'),
         ('fsync', fail_with(errno.EIO), 'failing', 'dmesg'),
     ],
 )
