@@ -118,7 +118,9 @@ def report_interrupt(interrupted: KeyboardInterrupt) -> int:
     if FLAGS.is_parsed() and FLAGS.mode in ('check', 'preflight'):
         console.warning('stopped: nothing was changed')
         return status or 128 + signal.SIGINT
-    console.warning('stopped; the same command continues from the last checkpoint, if there is one')
+    trains = not FLAGS.is_parsed() or FLAGS.mode == 'train'
+    resumes = '; the same command continues from the last checkpoint, if there is one'
+    console.warning(f'stopped{resumes if trains else ": nothing was changed"}')
     return status or 0
 
 

@@ -42,7 +42,10 @@ def one_line(done, status):
     'arguments, says',
     [
         ([], '--config is missing: write --config=FILE, one of configs/'),
-        (['--config=configs/digit.py'], 'configs/digit.py does not exist: write one of configs/'),
+        (
+            ['--config=configs/digit.py'],
+            'configs/digit.py does not exist: --config=configs/digits.py',
+        ),
         (['--config=configs/digits.py', '--wordir=x'], 'workdir'),
         (['--config=configs/digits.py', '--mode=tarin'], 'train|evaluate|export'),
         (['--config=configs/digits.py', '--json'], '--json is for --mode=check'),
