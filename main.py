@@ -109,7 +109,7 @@ def main(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt as interrupted:
         return report_interrupt(interrupted)
     except Exception as error:
-        return report_failure(error)
+        return report_failure(error, as_json='--json' in arguments)
 
 
 def report_interrupt(interrupted: KeyboardInterrupt) -> int:
@@ -124,7 +124,7 @@ def report_interrupt(interrupted: KeyboardInterrupt) -> int:
     return status or 0
 
 
-def report_failure(error: Exception) -> int:
+def report_failure(error: Exception, as_json: bool) -> int:
     """Prints an error, with its stack trace if the user cannot fix it or asks for it."""
     failure = as_user_error(error)
     if failure is None or (FLAGS.is_parsed() and FLAGS.verbosity >= 1):
@@ -132,6 +132,10 @@ def report_failure(error: Exception) -> int:
     if failure is None:
         console.error('internal error, please report it')
         return 1
+    if as_json:
+        from diagnostics import check, check_result
+
+        check.print_json([check_result.from_error('config', failure)])
     console.error(failure.problem, failure.fix)
     return failure.exit_status
 

@@ -64,10 +64,15 @@ def _print_json(config: ConfigDict, workdir: str) -> int:
         found = list(results(config, workdir))
     except ConfigError as error:
         found, status = [from_error('config', error)], error.exit_status
+    return status if print_json(found) == 'FAIL' else 0
+
+
+def print_json(found: Sequence[CheckResult]) -> str:
+    """Prints results as JSON; returns the worst status among them."""
     worst = min((result.status for result in found), key=STATUSES.index)
     rows = [result._asdict() for result in found]
     console.line(json.dumps({'status': worst, 'results': rows}, indent=2))
-    return status if worst == 'FAIL' else 0
+    return worst
 
 
 def results(

@@ -1301,6 +1301,15 @@ def test_a_wrong_config_is_json_too():
     assert row['fix'].startswith('it must be from 1 to')
 
 
+def test_a_broken_config_file_is_json_too(tmp_path):
+    (tmp_path / 'broken.py').write_text('def get_config(:')
+    done = call(f'--config={tmp_path}/broken.py', '--json')
+    (row,) = json.loads(done.stdout)['results']
+    assert done.returncode == 2
+    assert row['status'] == 'FAIL'
+    assert 'broken.py' in row['message']
+
+
 def test_a_wrong_config_is_one_line_and_status_2_in_every_mode():
     done = call('--config=configs/debug.py', '--config.train_for=20')
     assert done.returncode == 2 and done.stdout == ''
