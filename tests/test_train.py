@@ -389,7 +389,7 @@ def test_images_lost_during_a_stop_are_noted_and_schedule_stays(
         os.remove(data / 'train' / 'dark' / f'{index}.jpg')
     capsys.readouterr()
     assert train.run(config, str(tmp_path / 'run')) == 0
-    changed = 'the training images have changed during the run: it began with 40: now there are 36'
+    changed = 'the training images have changed during the run: it began with 40, now there are 36'
     assert (
         f'note      {changed}' in capsys.readouterr().out
         and changed in (tmp_path / 'run' / 'report.md').read_text()

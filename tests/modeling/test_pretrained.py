@@ -236,7 +236,7 @@ def test_a_run_from_other_weights_says_so_and_resumes_without(digits_run, tiny, 
     workdir = str(tmp_path / 'run')
     assert train.run(tiny, workdir) == 0
     expected = (
-        'weights   12 of 12 variables (5,562 numbers) from '
+        'weights   12 of 12 variables (5,562 parameters) from '
         f'{begun_with}/checkpoints/step-30; the head too'
     )
     assert expected in capsys.readouterr().out
