@@ -109,7 +109,7 @@ def main(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt as interrupted:
         return report_interrupt(interrupted)
     except Exception as error:
-        return report_failure(error, as_json='--json' in arguments)
+        return report_failure(error, as_json={'--json', '--mode=check'} <= set(arguments))
 
 
 def report_interrupt(interrupted: KeyboardInterrupt) -> int:

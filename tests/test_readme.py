@@ -114,7 +114,7 @@ COMMANDS = {
         whole=f'{PYTHON} predict.py runs/flowers picture.jpg picture.webp DIR',
         says='picture.webp: ',
     ),
-    'python -m inputs.service': Not(
+    'python -m inputs.service --host=NAME': Not(
         'serves until it is stopped; tests/inputs/test_service.py trains with it'
     ),
     f'{PYTHON} -m inputs.service --port=5050 --host=MACHINE1': Not('the same'),

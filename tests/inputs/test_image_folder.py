@@ -581,7 +581,7 @@ def test_content_decides_the_type_and_other_files_are_left_alone(tmp_path):
     assert (
         note.startswith('not used, as their names do not end like')
         and '1 .txt' in note
-        and '1 without ending' in note
+        and '1 without extension' in note
     )
 
 
@@ -1152,7 +1152,7 @@ def test_a_part_of_each_class_is_held_out_by_a_seed(tmp_path, split):
         1: 2,
         3: 1,
     }
-    assert any('no image to evaluate for fox' in note for note in found.notes) and any(
+    assert any('no evaluation images of fox' in note for note in found.notes) and any(
         '0.2 of each class' in note for note in found.notes
     )
     assert names_of(image_folder.find(dataset_config(tmp_path, split_seed=1)), 'test') != names_of(

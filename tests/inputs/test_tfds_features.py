@@ -315,7 +315,7 @@ NOT_FOUND = {
         ('image', 'label'),
         {},
         '(None, 24, 32, 3)',
-        'height, width and channels',
+        '(height, width, channels)',
     ),
     'many channels': (
         {'image': F.Image(shape=(24, 32, 5)), 'label': LABEL},
