@@ -242,15 +242,17 @@ def _tensorflow_user_error(error: Exception, errors: Any) -> UserError | None:
 def parse(arguments: Sequence[str]) -> ConfigDict:
     """Parses the command line; returns the config. Raises ConfigError."""
     if {'--help', '-h', '--helpfull'} & set(arguments):
-        console.line(f'{__doc__}\n{FLAGS.main_module_help()}\n\nconfigs: {known_configs()}')
+        configs = ', '.join(known_configs())
+        console.line(f'{__doc__}\n{FLAGS.main_module_help()}\n\nconfigs: {configs}')
         sys.exit(0)
     logging.set_verbosity(logging.ERROR)  # unless --verbosity says otherwise
     path = config_path(arguments)
     if not path:
-        raise ConfigError('--config is missing', f'write --config=FILE, one of {known_configs()}')
+        choices = ', '.join(known_configs())
+        raise ConfigError('--config is missing', f'write --config=FILE, one of {choices}')
     if not os.path.isfile(path):
-        nearest = closest_match(path, known_configs().split(', '))
-        fix = f'--config={nearest}' if nearest else f'write one of {known_configs()}'
+        nearest = closest_match(path, known_configs())
+        fix = f'--config={nearest}' if nearest else f'write one of {", ".join(known_configs())}'
         raise ConfigError(f'--config={path} does not exist', fix)
     check_overrides(arguments)
     try:
@@ -317,10 +319,10 @@ def config_name() -> str:
     return os.path.splitext(os.path.basename(path))[0]
 
 
-def known_configs() -> str:
+def known_configs() -> list[str]:
     folder = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configs')
     paths = sorted(glob.glob(os.path.join(folder, '[a-z]*.py')))
-    return ', '.join(f'configs/{os.path.basename(path)}' for path in paths)
+    return [f'configs/{os.path.basename(path)}' for path in paths]
 
 
 if __name__ == '__main__':
