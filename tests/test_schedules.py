@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 import schedules
 from schedules import WarmupCosineDecay, WarmupDecay, learning_rate, lr_warmup_cosine_decay
+from tests.conftest import slow
 
 COSINE_SETTINGS = [
     {'warmup_steps': 10, 'total_steps': 100, 'start_lr': 0.0, 'target_lr': 0.1, 'end_lr': 0.0},
@@ -274,7 +275,7 @@ def set_floatx():
     keras.config.set_floatx('float32')
 
 
-@pytest.mark.parametrize('floatx', ['float16', 'bfloat16', 'float64'])
+@pytest.mark.parametrize('floatx', [slow('float16'), 'bfloat16', slow('float64')])
 def test_a_schedule_is_float32_whatever_floatx_says(set_floatx, floatx):
     # float16 has nothing between 0 and 6e-8.
     tiny = {'start_lr': 1e-9, 'target_lr': 1e-8, 'end_lr': 2e-10}

@@ -218,6 +218,7 @@ def diverged(tiny, workdir):
     return error.value
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures('read_here')
 def test_finite_weights_with_nonfinite_outputs_have_diverged(tiny, tmp_path, capsys):
     error = diverged(tiny, str(tmp_path / 'run'))
@@ -359,6 +360,7 @@ def grey_pictures(tmp_path):
     return tmp_path / 'data', config
 
 
+@pytest.mark.slow
 def test_a_folder_of_ones_own_pictures_is_trained_on_to_the_end(grey_pictures, tmp_path):
     _, config = grey_pictures
     assert train.run(config, str(tmp_path / 'run')) == 0
@@ -476,7 +478,15 @@ def test_a_loss_that_is_not_a_number_ends_the_run_with_advice(tiny, tmp_path):
     with refused(RunError, 'updates 0 to 3', fix='--mode=preview'):
         train.run(tiny, str(tmp_path / 'run'))
     assert os.listdir(tmp_path / 'run' / 'checkpoints') == []
-    # Nothing was trained there, so nothing is in the way.
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures('read_here')
+def test_a_run_that_diverged_at_once_is_in_nobodys_way(tiny, tmp_path):
+    tiny.optimizer, tiny.max_skipped_updates = {'name': 'sgd'}, 0
+    tiny.schedule.peak_lr = tiny.schedule.start_lr = 1e30
+    with refused(RunError, 'updates 0 to 3'):
+        train.run(tiny, str(tmp_path / 'run'))
     tiny.schedule.peak_lr = tiny.schedule.start_lr = 1e-3
     assert train.run(tiny, str(tmp_path / 'run')) == 0
 

@@ -96,6 +96,7 @@ def finished(tmp_path_factory):
     return arguments, workdir, finish(start(arguments))
 
 
+@pytest.mark.slow
 def test_one_worker_writes_and_speaks_for_all(finished):
     _, workdir, ended = finished
     assert [status for status, *_ in ended] == [0, 0], ended

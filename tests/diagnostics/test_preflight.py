@@ -237,6 +237,7 @@ def test_what_was_kept_and_is_damaged_is_compiled_again(tmp_path, monkeypatch, d
         assert len(compiled) == times
 
 
+@pytest.mark.slow
 def test_what_the_compiler_cannot_read_is_one_line():
     with refused(RunError, 'HloModuleProto', fix='rm -r '):
         tpu_compiler.compile_program(lambda: b'no program', Topology.parse('v5e'))

@@ -179,6 +179,7 @@ def test_a_changed_config_continues_only_on_purpose(tiny, workdir, monkeypatch, 
     assert train.run(tiny, workdir) == 0 and 'is finished' in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_finished_run_can_be_extended_but_not_shortened(tiny, workdir, reference):
     shutil.copytree(reference, workdir)
     tiny.train_for = '20 steps'

@@ -153,7 +153,7 @@ def test_a_resumed_run_gets_the_batch_that_would_have_come(tiny, source):
         44,
         45,
         plan.total_steps - 1,
-        *np.random.RandomState(0).permutation(plan.total_steps)[:6],
+        *np.random.RandomState(0).permutation(plan.total_steps)[:3],
     ):  # 44.9 steps are an epoch
         assert (
             batch_digest(next(iter(training_batches(tiny, source, begin=int(step)))))
