@@ -141,12 +141,13 @@ def report_failure(error: Exception, as_json: bool) -> int:
 
 
 def import_tensorflow_and_check(config: ConfigDict) -> None:
-    """Imports TensorFlow with this machine's settings, and checks the config."""
+    """Checks the config, and imports TensorFlow with this machine's settings."""
+    from experiment import config_schema
+
+    config_schema.check_values(config)  # before the import, which takes seconds
     tpu_environment.set_pjrt_variables(config)
     if FLAGS.verbosity < 1:
         console.import_tensorflow_quietly()
-    from experiment import config_schema
-
     config_schema.check_config(config)
 
 

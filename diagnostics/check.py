@@ -22,6 +22,7 @@ from common.errors import ConfigError
 from diagnostics import packages, tpu_lock, tpu_probe
 from diagnostics.check_result import CheckResult, fail, from_error, ok, warn
 from diagnostics.worker_process import WorkerProcess
+from experiment import config_schema
 
 # Time limit of the checks with TensorFlow, without the TPU: a cold import over a network disk and a
 # large model take minutes.
@@ -82,7 +83,11 @@ def results(
     environ: Mapping[str, str] = os.environ,
     probe_seconds: float = tpu_probe.SECONDS,
 ) -> Iterator[CheckResult]:
-    """Yields the results in the order of the table; `root` has the folders proc, sys and dev."""
+    """Yields the results in the order of the table; `root` has the folders proc, sys and dev.
+
+    Raises: ConfigError.
+    """
+    config_schema.check_values(config)
     wants_tpu = tpu_environment.should_use_tpu(config, environ, root)
     seconds = CHECK_SECONDS + 2 * probe_seconds
     with WorkerProcess(

@@ -5,6 +5,7 @@ python -m experiment.config_docs > docs/config.md
 
 from typing import Any
 
+import schedules
 from common import console
 from common.storage import flatten
 from configs import default
@@ -26,7 +27,8 @@ def as_markdown() -> str:
     """Returns the text of docs/config.md: a table for each group of keys."""
     defaults = flatten(default.get_config())
     groups: dict[str, list[str]] = {}
-    for key, allowed in KEYS.items():
+    curve = KEYS['schedule.name']._replace(choices=schedules.CURVES)  # Keras knows them
+    for key, allowed in (KEYS | {'schedule.name': curve}).items():
         group = key.split('.')[0] if '.' in key else ''
         groups.setdefault(group, []).append(_row(key, defaults[key], allowed))
     parts = [INTRODUCTION]

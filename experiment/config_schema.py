@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-import schedules
 from common.errors import ConfigError, closest_match, did_you_mean
 from common.storage import flatten
 from configs import default
@@ -94,7 +93,6 @@ KEYS = {
     'schedule.name': Key(
         'The curve of the learning rate after warmup and hold. '
         'Further keys of `schedule` are its arguments.',
-        choices=schedules.CURVES,
     ),
     'schedule.peak_lr': Key('The peak learning rate, between warmup and decay.', 0),
     'schedule.start_lr': Key('The learning rate of the first update.', 0),
@@ -243,6 +241,16 @@ def check_config(config: ConfigDict) -> None:
 
     Raises: ConfigError if it does not.
     """
+    check_values(config)
+    _check_curve(config.schedule)
+    config.lock()
+
+
+def check_values(config: ConfigDict) -> None:
+    """Checks what can be checked without Keras and TensorFlow, whose import takes seconds.
+
+    Raises: ConfigError.
+    """
     defaults = flatten(default.get_config())
     values = flatten(config)
     for key, value in values.items():
@@ -255,10 +263,8 @@ def check_config(config: ConfigDict) -> None:
             fix = 'start from configs/default.py and change values, do not remove them'
             raise ConfigError(f'config.{key} is missing', fix, key)
         _check_value(key, values[key], KEYS[key])
-    _check_curve(config.schedule)
     _check_crop_area(values['augment.crop_area'])
     _check_combinations(values)
-    config.lock()
 
 
 def _check_argument(key: str, value: Any) -> None:
@@ -309,7 +315,10 @@ def _check_bounds(key: str, value: float, low: float, high: float | None) -> Non
 
 
 def _check_curve(schedule: ConfigDict) -> None:
-    """Raises ConfigError for an argument that the curve of the learning rate does not have."""
+    """Raises ConfigError if there is no such curve, or it has no such argument."""
+    import schedules  # imports Keras
+
+    _check_value('schedule.name', schedule.name, Key('', choices=schedules.CURVES))
     known = [key.removeprefix('schedule.') for key in KEYS if key.startswith('schedule.')]
     known += schedules.CURVES[schedule.name].__kwdefaults__ or ()
     for name in schedule:

@@ -29,7 +29,7 @@ from experiment import session as sessions
 from inputs import image_folder, image_ops, image_validation, jpeg_files, pipeline
 from modeling import steps
 from tests import conftest, image_kinds
-from tests.conftest import refused
+from tests.conftest import refused, slow
 from tests.image_kinds import KINDS
 
 EACH = 6  # files of each kind
@@ -801,7 +801,7 @@ def test_a_config_that_no_run_has_written_is_named(trained, tmp_path, config, sa
         assert status == 1 and len(err) == 1 and says in err[0], err
 
 
-@pytest.mark.parametrize('program', ['predict', 'compare'])
+@pytest.mark.parametrize('program', [slow('predict'), 'compare'])
 def test_who_stops_reading_sees_no_error(trained, tmp_path, program):
     _, workdir, _ = trained
     for number in range(3):

@@ -72,6 +72,7 @@ def test_the_files_are_there_and_nothing_else(tiny, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_each_stage_of_a_progressive_run_has_its_picture(tiny, tmp_path, drawn):
     tiny.image_size, tiny.progressive.stages, tiny.progressive.image_size = 96, 3, 32
     preview.run(tiny, str(tmp_path))

@@ -1099,6 +1099,7 @@ def test_a_folder_that_vanishes_ends_the_run_with_one_line(tiny, workdir, monkey
         train.run(tiny, workdir)
 
 
+@pytest.mark.slow
 def test_a_folder_that_vanishes_during_read_back_is_named(tiny, workdir, monkeypatch):
     original = storage.read_chunks
 

@@ -396,6 +396,7 @@ def test_heic_is_named_with_what_reads_it(tmp_path, kind):
     )
 
 
+@pytest.mark.slow
 def test_checks_are_those_of_what_was_installed():
     """With pillow-heif installed or taken away, files are examined again."""
     show = (

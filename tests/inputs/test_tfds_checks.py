@@ -110,7 +110,7 @@ def test_of_a_large_split_a_sample_is_looked_at(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     'bad, gib',
-    [('train', 1e-6), slow('train', 4.0), slow('test', 1e-6), slow('test', 4.0)],
+    [slow('train', 1e-6), slow('train', 4.0), slow('test', 1e-6), slow('test', 4.0)],
 )
 def test_a_label_that_the_sample_missed_is_one_line(tmp_path, monkeypatch, tiny, bad, gib):
     labels = {'train': [0] * 600, 'test': [1] * 600}

@@ -332,7 +332,7 @@ def test_frozen_layers_compute_as_in_evaluation(still):
                 'top',
             ],
         ),
-        ('ConvNeXtTiny', None),
+        slow('ConvNeXtTiny', None),
         ('tiny', ['stem', 'block1', 'block2', 'top']),
     ],
 )
@@ -598,6 +598,7 @@ def test_a_teacher_that_cannot_be_had_is_one_line(
 
 
 @pytest.mark.usefixtures('read_here')
+@pytest.mark.slow
 def test_a_taught_run_is_trained_and_exported_as_any_other(digits_run, tiny, tmp_path, capsys):
     tiny.distill.teacher = digits_run
     tiny.model.weights = digits_run

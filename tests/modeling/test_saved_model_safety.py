@@ -606,6 +606,7 @@ def test_a_run_listens_on_no_port(tmp_path):
     )  # the exported model is tried in a process of its own
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists('/proc/net/tcp'), reason='Linux says in /proc who listens')
 def test_the_service_listens_because_it_was_asked_to():
     with subprocess.Popen(
