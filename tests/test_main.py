@@ -131,10 +131,12 @@ def test_an_unknown_key_and_a_duration_without_unit_are_status_2(tmp_path):
 
 def test_a_wrong_value_is_reported_before_tensorflow_is_imported():
     program = (
-        "import sys; sys.modules['tensorflow'] = None; import main; "
-        "sys.exit(main.main(['main.py', '--config=configs/debug.py', '--config.batch_size=0']))"
+        "import sys; sys.modules['tensorflow'] = None; import main; sys.exit(main.main(sys.argv))"
     )
-    done = subprocess.run([sys.executable, '-c', program], cwd=ROOT, capture_output=True, text=True)
+    arguments = ['--config=configs/debug.py', '--config.batch_size=0']
+    done = subprocess.run(
+        [sys.executable, '-c', program, *arguments], cwd=ROOT, capture_output=True, text=True
+    )
     assert 'config.batch_size=0 is impossible' in one_line(done, 2)
 
 
