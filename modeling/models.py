@@ -4,7 +4,7 @@ import contextlib
 import re
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -21,6 +21,52 @@ BLOCK = r'.*?(block|expanded_conv)_?[0-9]+[a-z]?(?![0-9])'
 DEFAULT_DROP_RATE = 0.2  # what keras.applications builds its residual branches with
 
 
+PHILOX = 1  # TensorFlow's number of the algorithm (Salmon et al. 2011)
+# The key with which TensorFlow's kernels make a key and a counter of two seeds.
+SEED_KEY = 0x02461E293EC8F720
+
+
+def stateless_uniform(shape: Sequence[Any] | tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+    """Returns what the CPU kernel of tf.random.stateless_uniform draws, in [0, 1), float32.
+
+    XLA makes other numbers of the same seed, unless it is given key, counter and bits as here.
+
+    Args:
+        seed: int32 [2].
+    """
+    seeds = tf.cast(tf.cast(seed, tf.int64), tf.uint64)
+    mixed = tf.cast(_philox([4], tf.constant([SEED_KEY], tf.uint64), seeds), tf.uint64)
+    key, half = (
+        low + tf.bitwise.left_shift(high, tf.constant(32, tf.uint64))
+        for low, high in (tf.unstack(mixed[:2]), tf.unstack(mixed[2:]))
+    )
+    bits = _philox(shape, key[None], tf.stack([tf.zeros([], tf.uint64), half]))
+    from_one_to_two = tf.bitwise.bitwise_or(
+        tf.bitwise.bitwise_and(bits, tf.constant(0x7FFFFF, tf.uint32)),
+        tf.constant(0x3F800000, tf.uint32),
+    )
+    return tf.bitcast(from_one_to_two, tf.float32) - 1.0
+
+
+def _philox(shape: Sequence[Any] | tf.Tensor, key: tf.Tensor, counter: tf.Tensor) -> tf.Tensor:
+    """Returns random bits, uint32 of a shape; key is uint64 [1], counter uint64 [2]."""
+    return tf.raw_ops.StatelessRandomUniformFullIntV2(
+        shape=shape, key=key, counter=counter, alg=PHILOX, dtype=tf.uint32
+    )
+
+
+@keras.saving.register_keras_serializable(package='warmstart')
+class Dropout(keras.layers.Dropout):
+    """Drops values at random: Keras' Dropout, with the same mask in TensorFlow and under XLA."""
+
+    def call(self, inputs: tf.Tensor, training: bool = False) -> tf.Tensor:
+        if not training or not self.rate:
+            return inputs
+        drawn = stateless_uniform(tf.shape(inputs), self.seed_generator.next())
+        scaled = inputs * (1 / (1 - self.rate))
+        return tf.where(drawn >= self.rate, scaled, tf.zeros([], inputs.dtype))
+
+
 @keras.saving.register_keras_serializable(package='warmstart')
 class DropPath(keras.layers.Dropout):
     """Drops a residual branch for a random share `rate` of the examples.
@@ -35,9 +81,9 @@ class DropPath(keras.layers.Dropout):
     def call(self, inputs: tf.Tensor, training: bool = False) -> tf.Tensor:
         if not training or not self.rate:
             return inputs
-        drawn = tf.random.stateless_uniform(
-            [self.num_rows, tf.shape(inputs)[0]], self.seed_generator.next()
-        )[self.row]
+        drawn = stateless_uniform([self.num_rows, tf.shape(inputs)[0]], self.seed_generator.next())[
+            self.row
+        ]
         kept = tf.reshape(drawn >= self.rate, [-1] + [1] * (inputs.shape.rank - 1))
         return tf.where(kept, inputs / (1 - self.rate), tf.zeros([], inputs.dtype))
 
@@ -74,7 +120,7 @@ def build_model(config: ConfigDict, num_classes: int) -> keras.Model:
         features = backbone(preprocess(images))
     if config.model.freeze:
         _freeze(backbone, config.model.freeze)
-    dropped = keras.layers.Dropout(config.model.dropout, name='top_dropout')(features)
+    dropped = Dropout(config.model.dropout, name='top_dropout')(features)
     logits = keras.layers.Dense(num_classes, dtype=wide_dtype(), name='predictions')(dropped)
     return keras.Model(images, logits, name=config.model.name)
 
@@ -279,22 +325,24 @@ def _application(settings: ConfigDict, shape: tuple) -> tuple[keras.Model, Calla
 
 
 def _with_our_layers(model: dict[str, Any], settings: ConfigDict) -> dict[str, Any]:
-    """Replaces drop-path and batch normalisation in a model's Keras config with ours."""
+    """Replaces dropout, drop-path and batch normalisation in a model's Keras config with ours."""
     has_drop_path = False
     for layer in model['layers']:
         layer_config = layer['config']
         if layer['class_name'] in ('Rescaling', 'Normalization'):
             layer_config['dtype'] = wide_dtype()
-        # A Dropout with a noise shape draws once per example: it drops a residual branch.
-        elif layer['class_name'] == 'Dropout' and layer_config.get('noise_shape'):
-            # keras.applications' rates grow linearly to 0.2.
-            layer_config['rate'] *= settings.drop_path / DEFAULT_DROP_RATE
+        elif layer['class_name'] == 'Dropout':
+            # With a noise shape it draws once per example: it drops a residual branch.
+            is_drop_path = bool(layer_config.get('noise_shape'))
+            has_drop_path = has_drop_path or is_drop_path
+            own = DropPath if is_drop_path else Dropout
             layer.update(
-                module=DropPath.__module__,
-                class_name=DropPath.__name__,
-                registered_name=keras.saving.get_registered_name(DropPath),
+                module=own.__module__,
+                class_name=own.__name__,
+                registered_name=keras.saving.get_registered_name(own),
             )
-            has_drop_path = True
+            if is_drop_path:  # keras.applications' rates grow linearly to 0.2
+                layer_config['rate'] *= settings.drop_path / DEFAULT_DROP_RATE
     if settings.drop_path and not has_drop_path:
         raise ConfigError(
             f'config.model.drop_path={settings.drop_path:g}, but {settings.name} has no residual '

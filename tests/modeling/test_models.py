@@ -183,6 +183,29 @@ def test_drop_path_drops_examples_at_layer_rates():
     np.testing.assert_array_equal(tf.function(half)(ones, training=True)[:, 0, 0] > 0, kept[1])
 
 
+@pytest.mark.parametrize('jit_compile', [False, True])
+@pytest.mark.parametrize('seed', [(0, 0), (12345, 7), (-5, 2**31 - 1)])
+@pytest.mark.parametrize('shape', [[1], [3, 5], [1000, 77]])
+def test_the_same_numbers_are_drawn_with_and_without_xla(shape, seed, jit_compile):
+    """They are those of TensorFlow's kernel, bit for bit; XLA's own of this seed are others."""
+
+    @tf.function(jit_compile=jit_compile)
+    def drawn(seed):
+        return models.stateless_uniform(shape, seed)
+
+    expected = tf.random.stateless_uniform(shape, seed)
+    np.testing.assert_array_equal(drawn(tf.constant(seed, tf.int32)), expected)
+
+
+def test_dropout_in_float32_is_that_of_keras():
+    ours, plain = models.Dropout(0.3, seed=1), keras.layers.Dropout(0.3, seed=1)
+    for layer in (ours, plain):
+        layer.seed_generator.next = lambda ordered=True: tf.constant([3, 4])
+    values = tf.random.stateless_normal([64, 50], [0, 0])
+    np.testing.assert_array_equal(ours(values, training=True), plain(values, training=True))
+    np.testing.assert_array_equal(ours(values, training=False), values)
+
+
 def test_branches_have_the_drop_rates_of_keras_applications():
     model = models.build_model(config_for('EfficientNetV2B0', drop_path=0.2), 10)
     models.derive_dropout_seeds(model, 7, tf.Variable(3))
