@@ -90,6 +90,14 @@ flags.DEFINE_integer(
     'Which update to preview; by default the first skipped update of a run that diverged, else the '
     'first update of each stage.',
 )
+flags.DEFINE_string(
+    'coordinator',
+    None,
+    'HOST:PORT of process 0, for several processes on JAX. On TPU slices, Slurm and Kubernetes the '
+    'processes find each other without it.',
+)
+flags.DEFINE_integer('num_processes', None, 'How many processes there are; see --coordinator.')
+flags.DEFINE_integer('process_id', None, 'Which of them this is, from 0; see --coordinator.')
 flags.DEFINE_bool('json', False, 'Print the results of --mode=check as JSON.')
 
 
@@ -126,6 +134,8 @@ def report_interrupt(interrupted: KeyboardInterrupt) -> int:
 
 def report_failure(error: Exception, as_json: bool) -> int:
     """Prints an error, with its stack trace if the user cannot fix it or asks for it."""
+    if not isinstance(error, UserError) and 'devices.jax_start' in sys.modules:
+        sys.modules['devices.jax_start'].await_verdict()
     failure = as_user_error(error)
     if failure is None or (FLAGS.is_parsed() and FLAGS.verbosity >= 1):
         traceback.print_exc()
@@ -145,10 +155,27 @@ def import_tensorflow_and_check(config: ConfigDict) -> None:
     from experiment import config_schema
 
     config_schema.check_values(config)  # before the import, which takes seconds
+    join_processes(config)
     tpu_environment.set_pjrt_variables(config)
     if FLAGS.verbosity < 1:
         console.import_tensorflow_quietly()
     config_schema.check_config(config)
+
+
+def join_processes(config: ConfigDict) -> None:
+    """Makes this process one of several, if the flags or a launcher say so."""
+    from devices import jax_start
+
+    cluster = jax_start.Cluster.from_flags(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
+    is_wanted = jax_start.is_wanted(config)
+    if is_wanted and (cluster or jax_start.may_have_peers()):
+        jax_start.join(cluster)
+    elif cluster:
+        raise ConfigError(
+            f'--coordinator is for JAX, not for config.strategy={config.strategy!r}',
+            '--config.strategy=pjrt, or leave it out',
+            'strategy',
+        )
 
 
 def run_train(config: ConfigDict, workdir: str) -> int:
@@ -210,9 +237,18 @@ def as_user_error(error: Exception) -> UserError | None:
         return error
     if isinstance(error, OSError):
         return UserError(f'{type(error).__name__}: {one_line(error, 600)}')
+    if 'jax' in sys.modules and isinstance(error, sys.modules['jax'].errors.JaxRuntimeError):
+        text = one_line(error, 600)
+        is_memory = text.startswith('RESOURCE_EXHAUSTED')
+        return _out_of_memory(text) if is_memory else UserError(f'JAX stopped with {text}')
     if 'tensorflow' in sys.modules:
         return _tensorflow_user_error(error, sys.modules['tensorflow'].errors)
     return None
+
+
+def _out_of_memory(text: str) -> UserError:
+    fix = 'lower config.batch_size, config.eval_batch_size or config.image_size'
+    return UserError(f'out of memory ({text[:200]})', fix)
 
 
 def _tensorflow_user_error(error: Exception, errors: Any) -> UserError | None:
@@ -220,8 +256,7 @@ def _tensorflow_user_error(error: Exception, errors: Any) -> UserError | None:
     text = one_line(error, 600)
     short = text[:200]
     if isinstance(error, errors.ResourceExhaustedError):
-        fix = 'lower config.batch_size, config.eval_batch_size or config.image_size'
-        return UserError(f'out of memory ({short})', fix)
+        return _out_of_memory(text)
     lost = re.search(LOST_WORKER, str(error))
     if isinstance(error, errors.UnavailableError) and lost:
         fix = 'restart all workers; they continue at the last checkpoint'

@@ -340,7 +340,7 @@ def lower_program(built: Built, program: Program, size: int) -> tuple[bytes, lis
         tf.TensorSpec((batch,), tf.int64),
         {'flip': tf.TensorSpec((batch, 1), tf.float32)},
     )
-    hlo = lower(built.strategy, step, specs)
+    hlo = lower(built.strategy, step, specs).hlo
     return hlo, graphs[-1].external_captures
 
 

@@ -1,5 +1,6 @@
 """Ten updates of the tiny model: the same on 1, 2 and 4 virtual devices, on 2 workers, in
-micro-batches, with and without XLA.
+micro-batches, with and without XLA; and on JAX's runtime on 1, 2 and 4 devices, and in 2 processes
+of 2 devices.
 
     python benchmarks/same_step.py [--optimizers adamw lion] [--features clip ema]
     [--output=benchmarks/results/same_step.json]
@@ -38,7 +39,7 @@ from modeling import loops, models, optimizers, steps  # noqa: E402
 
 FEATURES = ('clip', 'accumulate', 'ema', 'bfloat16', 'all')
 BATCH_SIZE, UPDATES = 32, 10
-PLACES = ('1', '2', '4', 'workers')
+PLACES = ('1', '2', '4', 'workers', 'jax')
 # Of losses, which begin at 2.3 and are reported in float32, and of weights.
 TOLERANCE = {
     'float64': {'losses': 1e-6, 'weights': 1e-9},
@@ -106,6 +107,7 @@ def ten_updates(config, strategy, jit_compile, dtype_policy):
 
     batches = iter(strategy.distribute_datasets_from_function(share))
     losses = [float(loop(batches, tf.constant(1))['loss']) for _ in range(UPDATES)]
+    sessions.make_synchronize(strategy, state, sync_batch_norm=True)()
     variables = state.variables()
     return np.array(losses), np.concatenate(
         [
@@ -123,6 +125,16 @@ def strategy_at(place):
     )
 
 
+def jax_devices(count):
+    """A strategy on some of JAX's four virtual devices."""
+    from devices import jax_start
+
+    jax_start.start_virtual(4)
+    from devices import pjrt
+
+    return pjrt.PjrtStrategy(pjrt.jax.devices()[:count])
+
+
 def policy_of(name, feature):
     if feature in ('bfloat16', 'all'):
         return 'mixed_bfloat16'
@@ -131,9 +143,9 @@ def policy_of(name, feature):
     )  # Keras' Muon multiplies float32 with what it gets
 
 
-def as_workers(cases):
+def as_workers(cases, on_jax=False):
     """{case: (losses, weights)} of two worker processes on this machine, which must agree; a case
-    is (optimizer, feature, jit_compile).
+    is (optimizer, feature, jit_compile). On JAX's runtime each has two devices.
     """
     servers = [socket.create_server(('localhost', 0)) for _ in range(2)]
     addresses = [f'localhost:{server.getsockname()[1]}' for server in servers]
@@ -150,6 +162,7 @@ def as_workers(cases):
                 os.path.abspath(__file__),
                 f'--worker={folder}/{index}.npz',
                 f'--cases={json.dumps(cases)}',
+                *([f'--coordinator={addresses[0]}', f'--index={index}'] if on_jax else []),
             ]
             processes.append(
                 subprocess.Popen(
@@ -169,9 +182,19 @@ def as_workers(cases):
         }
 
 
-def work(path, cases):
+def join_jax(coordinator, index):
+    """A strategy on two devices of each of two processes."""
+    from devices import jax_start
+
+    jax_start.set_cluster(jax_start.Cluster(coordinator, 2, index))
+    jax_start.start_virtual(2)
+    from devices import pjrt
+
+    return pjrt.PjrtStrategy()
+
+
+def work(path, cases, strategy):
     """One of the worker processes of `as_workers`."""
-    strategy = tf.distribute.MultiWorkerMirroredStrategy()
     found = {}
     for index, (optimizer, feature, jit_compile) in enumerate(cases):
         found[f'{index} losses'], found[f'{index} weights'] = ten_updates(
@@ -186,6 +209,8 @@ def compare(names, features, places=PLACES, jit=(False, True)):
     """
     cases = list(itertools.product(names, features, jit))
     by_workers = as_workers(cases) if 'workers' in places else {}
+    cases = list(itertools.product(names, features, (False,)))
+    by_processes = as_workers(cases, on_jax=True) if 'jax' in places else {}
     report = {}
     for name, feature in itertools.product(names, features):
         config, policy = config_for(name, feature), policy_of(name, feature)
@@ -193,7 +218,7 @@ def compare(names, features, places=PLACES, jit=(False, True)):
         found = [
             ten_updates(config, strategy_at(place), with_xla, policy)
             for place in places
-            if place != 'workers'
+            if place not in ('workers', 'jax')
             for with_xla in jit
             if (place, with_xla) != ('1', False)
         ]
@@ -203,6 +228,13 @@ def compare(names, features, places=PLACES, jit=(False, True)):
             'weights': max(np.abs(other - values).max() for _, other in found),
             'micro_batches': micro_batches(name, feature),
         }
+        if 'jax' in places:
+            on_jax = [ten_updates(config, jax_devices(count), False, policy) for count in (1, 2, 4)]
+            on_jax.append(by_processes[name, feature, False])
+            report[name, feature] |= {
+                'losses on JAX': max(np.abs(other - losses).max() for other, _ in on_jax),
+                'weights on JAX': max(np.abs(other - values).max() for _, other in on_jax),
+            }
         print(
             f'{name:10} {feature:10} '
             + '  '.join(f'{key} {value:.1e}' for key, value in report[name, feature].items()),
@@ -248,9 +280,16 @@ def main():
     parser.add_argument('--output')
     parser.add_argument('--worker', help='where one of the worker processes writes')
     parser.add_argument('--cases', type=json.loads)
+    parser.add_argument('--coordinator', help='of two processes on JAX')
+    parser.add_argument('--index', type=int, help='which of them this is')
     options = parser.parse_args()
     if options.worker:
-        return work(options.worker, options.cases)
+        strategy = (
+            join_jax(options.coordinator, options.index)
+            if options.coordinator
+            else tf.distribute.MultiWorkerMirroredStrategy()
+        )
+        return work(options.worker, options.cases, strategy)
     tf.config.set_logical_device_configuration(
         tf.config.list_physical_devices('CPU')[0], [tf.config.LogicalDeviceConfiguration()] * 4
     )
@@ -277,8 +316,8 @@ def beyond_tolerance(report):
     def agrees(name, feature, row):
         allowed, exact = TOLERANCE[policy_of(name, feature)], TOLERANCE[policy_of(name, 'clip')]
         return (
-            row['losses'] <= allowed['losses']
-            and row['weights'] <= allowed['weights']
+            max(row['losses'], row.get('losses on JAX', 0)) <= allowed['losses']
+            and max(row['weights'], row.get('weights on JAX', 0)) <= allowed['weights']
             and row['micro_batches'] <= exact['weights']
         )
 

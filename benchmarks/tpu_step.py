@@ -110,7 +110,7 @@ def keras_on_tensorflow(policy, optimizer):
 
     return lower(
         strategy, step, (tf.TensorSpec((BATCH, SIZE, SIZE, 3)), tf.TensorSpec((BATCH,), tf.int32))
-    )
+    ).hlo
 
 
 ON_JAX = f"""
@@ -174,7 +174,7 @@ def piece(function, *shapes):
     """A function of bfloat16 tensors."""
     return lower(
         OneOfMany(1), function, tuple(tf.TensorSpec(shape, tf.bfloat16) for shape in shapes)
-    )
+    ).hlo
 
 
 def as_nine_products(images, kernel):

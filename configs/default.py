@@ -109,7 +109,7 @@ def get_config() -> ConfigDict:
 
     config.precision = 'auto'  # auto | float32 | bfloat16 | float16 | float64 (for comparisons)
     config.jit_compile = 'auto'  # auto | true | false: XLA for forward and backward
-    config.strategy = 'auto'  # auto | tpu | multi_worker | mirrored | one_device
+    config.strategy = 'auto'  # auto | tpu | pjrt | multi_worker | mirrored | one_device
     config.virtual_devices = 0  # CPU only: split it into this many devices, to try a strategy
     config.tpu = 'local'  # 'local' (Colab, Kaggle, TPU VM) or the name of a TPU
     config.steps_per_loop = 20  # steps per host call

@@ -11,7 +11,9 @@ import tensorflow as tf
 from ml_collections import ConfigDict
 
 from common import console, tpu_environment
-from common.errors import ConfigError, RunError, one_line
+from common.errors import ConfigError, RunError, counted, one_line
+from devices import jax_start
+from devices.lowering import OneOfMany
 
 
 def make_strategy(config: ConfigDict) -> tuple[tf.distribute.Strategy, str]:
@@ -26,9 +28,11 @@ def make_strategy(config: ConfigDict) -> tuple[tf.distribute.Strategy, str]:
             not start. There is no silent fallback.
         ConfigError: virtual devices together with real ones.
     """
+    wanted = config.strategy
+    if jax_start.is_wanted(config):
+        return _pjrt(config, wanted)
     if config.virtual_devices:
         _split_cpu(config.virtual_devices)
-    wanted = config.strategy
     if wanted == 'tpu' or (wanted == 'auto' and tpu_environment.is_tpu_expected(config.tpu)):
         return _tpu(config.tpu, wanted)
     workers = num_workers()
@@ -59,6 +63,8 @@ def make_strategy(config: ConfigDict) -> tuple[tf.distribute.Strategy, str]:
 
 def device_kind(strategy: tf.distribute.Strategy) -> str:
     """Returns where the replicas compute: 'TPU', 'GPU' or 'CPU'."""
+    if isinstance(strategy, OneOfMany):
+        return strategy.kind
     if isinstance(strategy, tf.distribute.TPUStrategy):
         return 'TPU'
     return 'GPU' if any('GPU' in device for device in strategy.extended.worker_devices) else 'CPU'
@@ -69,6 +75,11 @@ def runs_as_chief(config: ConfigDict) -> bool:
 
     That is the chief, or worker 0 if there is no chief.
     """
+    if jax_start.is_wanted(config):
+        jax_start.start(config)
+        from devices import pjrt
+
+        return pjrt.is_first_process()
     if config.strategy not in ('auto', 'multi_worker') or num_workers() < 2:
         return True
     environment = json.loads(os.environ['TF_CONFIG'])
@@ -85,6 +96,10 @@ def make_sum_over_workers(
     It takes numbers, float [n], and returns their sums; every worker must call it at the same
     point. With one process it returns the numbers themselves.
     """
+    if isinstance(strategy, OneOfMany):
+        from devices import pjrt
+
+        return pjrt.sum_over_processes
     if not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
         return lambda numbers: [float(number) for number in numbers]
     local_replicas = strategy.num_replicas_in_sync // strategy.extended._num_workers
@@ -115,7 +130,7 @@ def resolve_precision(precision: str, kind: str) -> str:
 
 
 def resolve_jit_compile(jit_compile: str, kind: str) -> bool:
-    """Returns whether XLA compiles forward and backward.
+    """Returns whether TensorFlow has XLA compile forward and backward.
 
     It does on GPUs, not on CPUs, where it is slower; a TPU compiles anyway.
 
@@ -130,6 +145,22 @@ def resolve_jit_compile(jit_compile: str, kind: str) -> bool:
             'jit_compile',
         )
     return kind == 'GPU' if jit_compile == 'auto' else jit_compile == 'true'
+
+
+def _pjrt(config: ConfigDict, wanted: str) -> tuple[tf.distribute.Strategy, str]:
+    if config.jit_compile == 'false':
+        raise ConfigError(
+            "config.jit_compile='false', but JAX runs compiled steps alone",
+            '--config.jit_compile=auto',
+            'jit_compile',
+        )
+    jax_start.start(config)
+    from devices.pjrt import PjrtStrategy  # imports JAX
+
+    strategy = PjrtStrategy()
+    kind = 'virtual CPU' if config.virtual_devices else strategy.kind
+    devices = counted(strategy.num_replicas_in_sync, kind)
+    return strategy, f"JAX's runtime on {devices}: {_reason(wanted, 'a TPU was found')}"
 
 
 def _split_cpu(count: int) -> None:

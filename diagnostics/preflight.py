@@ -193,7 +193,7 @@ def lower_training(config: ConfigDict, plan: Plan, topology: Topology) -> bytes:
                 for name, value in drawn.items()
             },
         ),
-    )
+    ).hlo
 
 
 def lower_evaluation(config: ConfigDict, plan: Plan, topology: Topology) -> bytes:
@@ -203,7 +203,7 @@ def lower_evaluation(config: ConfigDict, plan: Plan, topology: Topology) -> byte
         strategy,
         steps.make_eval_step(state, num_classes=plan.num_classes),
         (*image_specs(batch, config.image_size), tf.TensorSpec((batch,), tf.float32)),
-    )
+    ).hlo
 
 
 def description(config: ConfigDict, plan: Plan) -> tuple[str, ...]:

@@ -28,6 +28,7 @@ from diagnostics.hlo_cost import Program, read_program
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PINS = os.path.join(ROOT, 'requirements', 'preflight.txt')
 WORKER = os.path.join(ROOT, 'diagnostics', 'tpu_compiler_worker.py')
+READER = os.path.join(ROOT, 'devices', 'stable_hlo.py')  # what the worker reads programs with
 GIB = 2**30
 # How the compiler says that a program needs more memory than there is: before it has placed
 # anything, and after.
@@ -158,10 +159,11 @@ def compile_program(lower: Callable[[], bytes], topology: Topology, *described_b
         DoesNotFit: it needs more memory than there is.
         RunError: the compiler refuses it; or its environment cannot be created.
     """
-    with open(WORKER) as worker, open(PINS) as pins:
-        key = hashlib.sha256(
-            '\0'.join((str(topology), worker.read(), pins.read(), *described_by)).encode()
-        ).hexdigest()[:32]
+    texts = [str(topology), *described_by]
+    for path in (WORKER, READER, PINS):
+        with open(path) as file:
+            texts.append(file.read())
+    key = hashlib.sha256('\0'.join(texts).encode()).hexdigest()[:32]
     kept = os.path.join(cache_folder(), 'compiled', f'{key}.json.gz')
     answer = _read(kept)
     if answer is None:

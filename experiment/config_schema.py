@@ -206,7 +206,7 @@ KEYS = {
     'jit_compile': Key('Whether XLA compiles the step.', choices=('auto', 'true', 'false')),
     'strategy': Key(
         'Distribution strategy: which devices to use.',
-        choices=('auto', 'tpu', 'multi_worker', 'mirrored', 'one_device'),
+        choices=('auto', 'tpu', 'pjrt', 'multi_worker', 'mirrored', 'one_device'),
     ),
     'virtual_devices': Key(
         'If above 0, splits the CPU into this many devices, to try a strategy.', 0, 64

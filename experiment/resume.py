@@ -267,7 +267,7 @@ def record_start(
     """
     path, config, step = os.path.join(workdir, ENVIRONMENT), session.config, progress.step
     before = read_json(path) if step and storage.exists(path) else {}
-    environment = describe_environment()
+    environment = {**describe_environment(), **session.describe_runtime()}
     earlier_notes = list(before.get('changes', ()))
     new_notes = []
     if any(change.key == ANY_KEY for change in changes):
@@ -283,6 +283,12 @@ def record_start(
     ]
     if versions:
         new_notes.append(f'{"; ".join(versions)}: results may no longer be bit-identical')
+    runtime, earlier_runtime = environment['runtime'], before.get('runtime', 'TensorFlow')
+    if before and earlier_runtime != runtime:
+        new_notes.append(
+            f'the steps ran on {earlier_runtime}, and run on {runtime} now, which rounds '
+            'differently: the weights will not be to the bit those of a run on one of them'
+        )
     new_notes = [f'changed at step {step:,}: {note}' for note in new_notes]
     for note in new_notes:
         console.note(note)

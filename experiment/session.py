@@ -5,6 +5,7 @@ import math
 import os
 import random
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -35,8 +36,8 @@ class Session:
         kind: 'TPU', 'GPU' or 'CPU'.
         dtype_policy: the Keras dtype policy.
         data_changes: lines on what has changed since the run began.
-        synchronize: makes unsynchronized statistics the same on all replicas; call it before
-            reading the variables.
+        synchronize: makes unsynchronized statistics the same on all replicas, and brings the
+            state into TensorFlow's variables; call it before reading them. A collective.
         is_chief: whether this process writes files; only one of several workers does.
         sum_over_workers: a collective sum of numbers; every worker must call it at the same point.
         loaded: one line on what `config.model.weights` provided; '' for random weights.
@@ -73,7 +74,8 @@ class Session:
 
     def describe(self) -> list[tuple[str, str]]:
         """Describes the choices made and the plan, as (name, text) rows."""
-        xla = 'on' if self.jit_compile else 'off'
+        is_compiled = self.jit_compile or isinstance(self.strategy, loops.RunsSteps)
+        xla = 'on' if is_compiled else 'off'
         plan = planning.summarize(self.config, self.plan)
         return [
             ('strategy', self.strategy_reason),
@@ -82,6 +84,13 @@ class Session:
             *self._describe_transfer(),
             *(('note', change) for change in self.data_changes),
         ]
+
+    def describe_runtime(self) -> dict[str, Any]:
+        """Returns what runs the steps, and JAX's devices if it does, for environment.json."""
+        if not isinstance(self.strategy, loops.RunsSteps):
+            return {'runtime': 'TensorFlow'}
+        devices = self.strategy.describe_devices()
+        return {'runtime': self.strategy.runtime, 'devices': devices}
 
     def print_description(self) -> None:
         for name, text in self.describe():
@@ -115,7 +124,9 @@ def open_session(config: ConfigDict, workdir: str, trains: bool = True) -> Sessi
     strategy, reason = make_strategy(config)
     kind = device_kind(strategy)
     dtype_policy = resolve_precision(config.precision, kind)
-    jit_compile = resolve_jit_compile(config.jit_compile, kind)
+    # On JAX's runtime all of the step is compiled, and nothing in it once more.
+    runs_compiled = isinstance(strategy, loops.RunsSteps)
+    jit_compile = not runs_compiled and resolve_jit_compile(config.jit_compile, kind)
     is_chief, sum_over_workers = runs_as_chief(config), make_sum_over_workers(strategy)
     if not is_chief:
         # The chief prepares the data first; the others then find it on the shared disk.
@@ -148,9 +159,8 @@ def open_session(config: ConfigDict, workdir: str, trains: bool = True) -> Sessi
         config.keep_checkpoints,
         writes=is_chief,
     )
-    synchronize: Callable[[], None] = _do_nothing
-    if plan.num_replicas > 1 and not config.model.sync_batch_norm:
-        synchronize = loops.make_average_statistics(strategy, state)
+    if isinstance(strategy, loops.RunsSteps):
+        checkpoints.after_restore = strategy.forget
     return Session(
         config=config,
         strategy=strategy,
@@ -163,12 +173,28 @@ def open_session(config: ConfigDict, workdir: str, trains: bool = True) -> Sessi
         plan=plan,
         state=state,
         checkpoints=checkpoints,
-        synchronize=synchronize,
+        synchronize=make_synchronize(strategy, state, config.model.sync_batch_norm),
         is_chief=is_chief,
         sum_over_workers=sum_over_workers,
         loaded=loaded,
         teacher=teacher,
     )
+
+
+def make_synchronize(
+    strategy: tf.distribute.Strategy, state: steps.TrainState, sync_batch_norm: bool
+) -> Callable[[], None]:
+    """Returns what makes TensorFlow's variables those of the run: see `Session.synchronize`."""
+    average: Callable[[], None] = _do_nothing
+    if strategy.num_replicas_in_sync > 1 and not sync_batch_norm:
+        average = loops.make_average_statistics(strategy, state)
+
+    def synchronize() -> None:
+        average()
+        if isinstance(strategy, loops.RunsSteps):
+            strategy.read_back()
+
+    return synchronize
 
 
 def load_weights(

@@ -1,7 +1,7 @@
 """Runs the steps of modeling/steps.py in loops: many steps per host call."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import tensorflow as tf
 
@@ -11,8 +11,34 @@ from modeling.steps import TrainState
 # Results of a training step: those summed over all steps, and those of the last step.
 SUMS = ('correct', 'grad_norm', 'loss', 'skipped')
 LAST = ('learning_rate', 'skipped_in_a_row')
+# Results of an evaluation step, all summed.
+EVAL_SUMS = ('correct', 'examples', 'loss', 'top5')
 
 Results = dict[str, tf.Tensor]
+
+
+@runtime_checkable
+class RunsSteps(Protocol):
+    """A strategy whose steps another runtime runs: `devices.pjrt.PjrtStrategy`."""
+
+    runtime: str  # its name and version
+
+    def make_loop(
+        self, step: Callable[..., Results], sums: Sequence[str], last: Sequence[str]
+    ) -> Callable[[Any, tf.Tensor], Any]:
+        """Makes a function of batches and a number of steps, as `make_train_loop` does."""
+
+    def make_call(self, step: Callable[[], None]) -> Callable[[], None]:
+        """Makes a function that runs a step without arguments or results on all replicas."""
+
+    def describe_devices(self) -> list[str]:
+        """Describes the devices, in a few words each."""
+
+    def read_back(self) -> None:
+        """Brings the state, which is elsewhere, into TensorFlow's variables."""
+
+    def forget(self) -> None:
+        """Takes the state from TensorFlow's variables again."""
 
 
 def make_train_loop(
@@ -25,6 +51,8 @@ def make_train_loop(
         'learning_rate' and 'skipped_in_a_row' of the last, and 'input_seconds', float64 [], the
         time spent waiting for batches.
     """
+    if isinstance(strategy, RunsSteps):
+        return strategy.make_loop(train_step, SUMS, LAST)
 
     @tf.function(autograph=False)
     def train_loop(iterator: Any, num_steps: tf.Tensor) -> Results:
@@ -57,15 +85,16 @@ def make_eval_loop(
 
     Returns: a tf.function of an iterator and a number of steps that returns the sums.
     """
-    keys = ('correct', 'examples', 'loss', 'top5')
+    if isinstance(strategy, RunsSteps):
+        return strategy.make_loop(eval_step, EVAL_SUMS, ())
 
     @tf.function(autograph=False)
     def eval_loop(iterator: Any, num_steps: tf.Tensor) -> Results:
         def body(step: tf.Tensor, sums: Results) -> tuple:
             results = sum_over_replicas(strategy, strategy.run(eval_step, args=next(iterator)))
-            return step + 1, {key: sums[key] + results[key] for key in keys}
+            return step + 1, {key: sums[key] + results[key] for key in EVAL_SUMS}
 
-        start = (tf.constant(0), {key: tf.constant(0.0) for key in keys})
+        start = (tf.constant(0), {key: tf.constant(0.0) for key in EVAL_SUMS})
         _, sums = tf.while_loop(
             lambda step, _: step < num_steps, body, start, parallel_iterations=1
         )
@@ -77,7 +106,7 @@ def make_eval_loop(
 def make_average_statistics(
     strategy: tf.distribute.Strategy, state: TrainState
 ) -> Callable[[], None]:
-    """Returns a tf.function that sets the statistics of all replicas to their mean.
+    """Returns a function that sets the statistics of all replicas to their mean.
 
     They are those of unsynchronized batch normalisation. Keras gives them no aggregation, so they
     drift apart, and reading one returns the first replica's.
@@ -93,6 +122,9 @@ def make_average_statistics(
         )
         for variable, mean in zip(statistics, means, strict=True):
             variable.assign(mean)
+
+    if isinstance(strategy, RunsSteps):
+        return strategy.make_call(average)
 
     @tf.function(autograph=False)
     def average_statistics() -> None:

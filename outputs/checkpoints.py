@@ -39,6 +39,7 @@ class Checkpoints:
     Attributes:
         before_commit: a function without arguments, called in the writing thread before a
             checkpoint is committed.
+        after_restore: a function without arguments, called when the variables have been read.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Checkpoints:
     ) -> None:
         self.directory, self._keep, self._writes = directory, keep, writes
         self.before_commit: Callable[[], None] = lambda: None
+        self.after_restore: Callable[[], None] = lambda: None
         self._variables = {
             f'{part}/{index:04d}': variable
             for part, variables in variables.items()
@@ -172,6 +174,7 @@ class Checkpoints:
             )
         for variable, value in zip(self._variables.values(), self._load(prefix), strict=True):
             variable.assign(value)
+        self.after_restore()
 
     def _load(self, prefix: str) -> list[tf.Tensor]:
         """Returns the values in a file, in the order of the variables.

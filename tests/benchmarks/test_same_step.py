@@ -19,7 +19,7 @@ def test_ten_updates_match_everywhere_for_every_optimizer():
 
 @pytest.mark.slow
 def test_ten_updates_match_with_every_feature_and_xla():
-    report = same_step.compare(['adamw'], ['all'], places=('1', '2', 'workers'))
+    report = same_step.compare(['adamw'], ['all'], places=('1', '2', 'workers', 'jax'))
     assert not same_step.beyond_tolerance(report) and all(
         row['weights'] > 0 for row in report.values()
     )

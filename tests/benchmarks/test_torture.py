@@ -39,3 +39,12 @@ def test_kills_change_nothing(tmp_path):
     assert f'model/0000 in the checkpoint of step {last}' in ' '.join(
         torture.compare(alone, killed)
     )
+
+
+@pytest.mark.slow
+def test_kills_change_nothing_on_jax_either(tmp_path):
+    pytest.importorskip('jax', '0.10', 'JAX 0.10 is for Python 3.11 and later')
+    changes = ['virtual_devices=2']
+    torture.torture(str(tmp_path / 'jax'), 3, 1, 120, changes, ['pjrt'])
+    result = torture.torture(str(tmp_path / 'both'), 3, 2, 120, changes, ['mirrored', 'pjrt'])
+    assert len(result['kills']) == 3

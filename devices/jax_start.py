@@ -1,0 +1,192 @@
+"""Starts JAX's runtime in this process: which devices, which other processes, where it caches."""
+
+import dataclasses
+import functools
+import os
+import re
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from common import console, tpu_environment
+from common.commands import python_command
+from common.errors import ConfigError, RunError, one_line
+from devices import supervisor
+
+VERSION = '0.10.2'  # whose internals devices/pjrt.py calls; pinned in requirements/
+# Seconds after which a process that is not heard of is lost.
+HEARTBEAT_SECONDS = 30
+
+
+@dataclasses.dataclass(frozen=True)
+class Cluster:
+    """The processes of a run, which meet at an address."""
+
+    coordinator: str  # HOST:PORT of process 0
+    num_processes: int
+    process_id: int
+
+    @classmethod
+    def from_flags(
+        cls, coordinator: str | None, num_processes: int | None, process_id: int | None
+    ) -> 'Cluster | None':
+        """Returns what the flags say, None if they say nothing. Raises ConfigError."""
+        if coordinator is None and num_processes is None and process_id is None:
+            return None
+        if coordinator is None or num_processes is None or process_id is None:
+            raise ConfigError(
+                '--coordinator, --num_processes and --process_id belong together',
+                'write all three, or none where the launcher of the processes is known',
+            )
+        if not re.fullmatch(r'[^\s:]+:\d+|\[[^\s\]]+\]:\d+', coordinator):
+            problem = f'--coordinator={coordinator!r} is not an address'
+            raise ConfigError(problem, 'write HOST:PORT of process 0')
+        if not 0 <= process_id < num_processes:
+            problem = f'--process_id={process_id} is none of {num_processes} processes'
+            raise ConfigError(problem, f'write 0 to {num_processes - 1}')
+        return cls(coordinator, num_processes, process_id)
+
+
+_joined: Cluster | None = None
+
+
+def may_have_peers(environ: Mapping[str, str] = os.environ) -> bool:
+    """Returns whether a launcher may have started other processes of this run, to be found by JAX.
+
+    JAX itself is not asked, because importing it takes time.
+    """
+    launched = environ.get('SLURM_NTASKS', '1') != '1' or 'JOB_COMPLETION_INDEX' in environ
+    return launched or tpu_environment.is_tpu_expected(environ=environ)
+
+
+def join(cluster: Cluster | None) -> None:
+    """Prepares this process to be one of several once JAX starts. It returns in a child process.
+
+    Without a cluster JAX looks for the other processes.
+    """
+    set_cluster(cluster)
+    supervisor.run_as_child()
+
+
+def set_cluster(cluster: Cluster | None) -> None:
+    """Says whom this process meets once JAX starts."""
+    global _joined
+    _joined = cluster
+
+
+def await_verdict() -> None:
+    """Gives JAX's service the time to end this process because another one is lost.
+
+    Call it after an error that may be the consequence; the service then names the lost process.
+    """
+    if 'jax' in sys.modules and sys.modules['jax'].process_count() > 1:
+        time.sleep(1.5 * HEARTBEAT_SECONDS)
+
+
+def is_wanted(config: ConfigDict) -> bool:
+    """Returns whether the steps of this config run on JAX's runtime here.
+
+    With strategy='auto' they do on a TPU, unless TensorFlow's own TPU build is installed.
+    """
+    on_tpu = config.strategy == 'auto' and tpu_environment.is_tpu_expected(config.tpu)
+    return config.strategy == 'pjrt' or (on_tpu and not tpu_environment.build_version())
+
+
+def start(config: ConfigDict) -> None:
+    """Starts JAX's runtime; does nothing the second time.
+
+    Raises: RunError if JAX is missing, or does not start on the devices that are here.
+    """
+    _start(config.virtual_devices, tpu_environment.is_tpu_expected(config.tpu))
+
+
+def start_virtual(devices: int) -> None:
+    """Starts JAX's runtime on that many virtual devices of the CPU."""
+    _start(devices, False)
+
+
+@functools.cache
+def _start(virtual_devices: int, expects_tpu: bool) -> None:
+    import tensorflow as tf
+
+    tf.config.set_visible_devices([], 'GPU')  # it is JAX's
+    jax = _import_jax()
+    jax.config.update('jax_enable_x64', True)  # labels and counters are 64 bits wide
+    jax.config.update('jax_compilation_cache_dir', cache_folder())
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
+    jax.config.update('jax_enable_preemption_service', False)  # see devices/preemption.py
+    if virtual_devices:
+        jax.config.update('jax_platforms', 'cpu')
+        try:
+            jax.config.update('jax_num_cpu_devices', virtual_devices)
+        except RuntimeError as error:  # JAX has started
+            problem = f'config.virtual_devices={virtual_devices}, but JAX has already started'
+            raise RunError(problem, 'start a new process', 'virtual_devices') from error
+    if _joined:
+        _connect(jax, _joined)
+    elif may_have_peers():
+        _connect_found(jax)
+    try:
+        platform = jax.devices()[0].platform
+    except RuntimeError as error:
+        raise RunError(f'JAX does not start ({one_line(error, 300)})', key='strategy') from error
+    if expects_tpu and platform != 'tpu':
+        raise RunError(f'a TPU is here, but JAX starts on {platform}', key='strategy')
+
+
+def _import_jax() -> Any:
+    install = f'{python_command()} -m pip install jax=={VERSION} jaxlib=={VERSION}'
+    try:
+        import jax
+    except Exception as error:  # RuntimeError if jaxlib has another version
+        raise RunError(
+            f'JAX cannot be imported ({one_line(error)})', install, 'strategy'
+        ) from error
+    if jax.__version__ != VERSION:
+        problem = f'JAX {jax.__version__} is installed, and {VERSION} is needed'
+        raise RunError(problem, install, 'strategy')
+    return jax
+
+
+def _connect(jax: Any, cluster: Cluster) -> None:
+    """Meets the other processes."""
+    console.warning(f'waiting for the other processes of {cluster.num_processes}')
+    try:
+        jax.distributed.initialize(
+            cluster.coordinator,
+            cluster.num_processes,
+            cluster.process_id,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+        )
+    except Exception as error:  # ValueError, JaxRuntimeError
+        raise RunError(
+            f'the processes do not meet at {cluster.coordinator} ({one_line(error, 300)})',
+            'give all of them the same --coordinator and --num_processes, each its --process_id',
+        ) from error
+
+
+def _connect_found(jax: Any) -> None:
+    """Meets the other processes if a launcher that JAX knows has started some."""
+    from jax._src.clusters import ClusterEnv
+
+    try:
+        kinds = [kind for kind in ClusterEnv._cluster_types if not kind.opt_in_only_method]
+        found = next((kind for kind in kinds if kind.is_env_present()), None)
+        if found and found.get_process_count() > 1:
+            console.warning(f'waiting for the other processes of {found.get_process_count()}')
+            jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+    except Exception as error:  # of the launcher's variables, of the network
+        raise RunError(
+            f'the processes of this launcher do not meet ({one_line(error, 300)})',
+            'write --coordinator, --num_processes and --process_id',
+        ) from error
+
+
+def cache_folder() -> str:
+    """Returns the folder in which JAX keeps compiled programs."""
+    return os.path.join(
+        os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache'), 'warmstart', 'jax'
+    )
