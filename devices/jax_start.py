@@ -17,6 +17,10 @@ from common.errors import ConfigError, RunError, one_line
 from devices import supervisor
 
 VERSION = '0.10.2'  # whose internals devices/pjrt.py calls; pinned in requirements/
+ELSEWHERE = (
+    'end other processes that hold the device, install what JAX needs for it, or train without it: '
+    '--config.strategy=one_device'
+)
 # Seconds after which a process that is not heard of is lost.
 HEARTBEAT_SECONDS = 30
 
@@ -132,9 +136,12 @@ def _start(virtual_devices: int, expects_tpu: bool) -> None:
     try:
         platform = jax.devices()[0].platform
     except RuntimeError as error:
-        raise RunError(f'JAX does not start ({one_line(error, 300)})', key='strategy') from error
+        raise RunError(
+            f'JAX does not start ({one_line(error, 300)})', ELSEWHERE, 'strategy'
+        ) from error
     if expects_tpu and platform != 'tpu':
-        raise RunError(f'a TPU is here, but JAX starts on {platform}', key='strategy')
+        problem = f'a TPU is expected, but JAX starts on the {platform.upper()}'
+        raise RunError(problem, f'unset JAX_PLATFORMS, {ELSEWHERE}', 'strategy')
 
 
 def _import_jax() -> Any:

@@ -58,7 +58,7 @@ def run(config: ConfigDict, workdir: str, step: int | None = None) -> None:
     for end, stage in planning.stages(config, plan):
         drawn = begin if step is None else step
         if begin <= drawn < end:
-            images, labels = global_batch(stage, source, plan, strategy, drawn)
+            images, labels = global_batch(stage, source, plan, drawn)
             path = os.path.join(folder, f'batch_{drawn}.png')
             shown = min(len(images), MAX_IMAGES)
             title = (
@@ -79,7 +79,6 @@ def global_batch(
     config: ConfigDict,
     source: Source,
     plan: planning.Plan,
-    strategy: tf.distribute.Strategy,
     step: int,
 ) -> tuple[np.ndarray, ...]:
     """Returns one global batch as the model gets it.
@@ -87,21 +86,11 @@ def global_batch(
     Returns: images float32 [batch, size, size, 3] in 0..255, labels float32 [batch, classes].
     """
     change = augment.make_device_augment(config.augment, plan.num_classes)
-    parts = []
-    for _, batch in zip(
-        range(1),
-        pipeline.training_batches(source, config, plan, step, step + 1, strategy),
-        strict=False,
-    ):
-        columns = [strategy.experimental_local_results(column) for column in tf.nest.flatten(batch)]
-        parts = [
-            change(*tf.nest.pack_sequence_as(batch, list(replica)))
-            for replica in zip(*columns, strict=True)
-        ]
-    return tuple(
-        np.concatenate([tensor.numpy() for tensor in tensors])
-        for tensors in zip(*parts, strict=True)
-    )
+    # One device after the other: the batch of each replica is an element of the data set.
+    device = tf.distribute.OneDeviceStrategy('CPU:0')
+    batches = pipeline.training_batches(source, config, plan, step, step + 1, device)
+    parts = [change(*batch) for batch in batches]
+    return tuple(np.concatenate(tensors) for tensors in zip(*parts, strict=True))
 
 
 def caption(label: np.ndarray, class_names: Sequence[str]) -> str:
