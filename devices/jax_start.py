@@ -16,6 +16,7 @@ from common.commands import python_command
 from common.errors import ConfigError, RunError, one_line
 from devices import supervisor
 
+OLDEST_PYTHON = (3, 11)
 VERSION = '0.10.2'  # whose internals devices/pjrt.py calls; pinned in requirements/
 ELSEWHERE = (
     'end other processes that hold the device, install what JAX needs for it, or train without it: '
@@ -93,10 +94,12 @@ def await_verdict() -> None:
 def is_wanted(config: ConfigDict) -> bool:
     """Returns whether the steps of this config run on JAX's runtime here.
 
-    With strategy='auto' they do on a TPU, unless TensorFlow's own TPU build is installed.
+    With strategy='auto' they do on a TPU of this machine, unless TensorFlow's own TPU build is
+    installed, or there is no JAX for this Python.
     """
-    on_tpu = config.strategy == 'auto' and tpu_environment.is_tpu_expected(config.tpu)
-    return config.strategy == 'pjrt' or (on_tpu and not tpu_environment.build_version())
+    if config.strategy != 'auto' or config.tpu != 'local' or sys.version_info < OLDEST_PYTHON:
+        return config.strategy == 'pjrt'
+    return tpu_environment.is_tpu_expected() and not tpu_environment.build_version()
 
 
 def start(config: ConfigDict) -> None:
@@ -105,11 +108,19 @@ def start(config: ConfigDict) -> None:
     Raises: RunError if JAX is missing, or does not start on the devices that are here.
     """
     _start(config.virtual_devices, tpu_environment.is_tpu_expected(config.tpu))
+    _use_64_bits()
 
 
 def start_virtual(devices: int) -> None:
     """Starts JAX's runtime on that many virtual devices of the CPU."""
     _start(devices, False)
+    _use_64_bits()
+
+
+def _use_64_bits() -> None:
+    import jax
+
+    jax.config.update('jax_enable_x64', True)  # labels and counters have 64 bits
 
 
 @functools.cache
@@ -118,17 +129,12 @@ def _start(virtual_devices: int, expects_tpu: bool) -> None:
 
     tf.config.set_visible_devices([], 'GPU')  # it is JAX's
     jax = _import_jax()
-    jax.config.update('jax_enable_x64', True)  # labels and counters are 64 bits wide
     jax.config.update('jax_compilation_cache_dir', cache_folder())
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
     jax.config.update('jax_enable_preemption_service', False)  # see devices/preemption.py
     if virtual_devices:
         jax.config.update('jax_platforms', 'cpu')
-        try:
-            jax.config.update('jax_num_cpu_devices', virtual_devices)
-        except RuntimeError as error:  # JAX has started
-            problem = f'config.virtual_devices={virtual_devices}, but JAX has already started'
-            raise RunError(problem, 'start a new process', 'virtual_devices') from error
+        _split_cpu(jax, virtual_devices)
     if _joined:
         _connect(jax, _joined)
     elif may_have_peers():
@@ -140,8 +146,18 @@ def _start(virtual_devices: int, expects_tpu: bool) -> None:
             f'JAX does not start ({one_line(error, 300)})', ELSEWHERE, 'strategy'
         ) from error
     if expects_tpu and platform != 'tpu':
-        problem = f'a TPU is expected, but JAX starts on the {platform.upper()}'
+        problem = f'the TPU does not start: JAX found a {platform.upper()} alone'
         raise RunError(problem, f'unset JAX_PLATFORMS, {ELSEWHERE}', 'strategy')
+
+
+def _split_cpu(jax: Any, devices: int) -> None:
+    if jax.config.jax_num_cpu_devices == devices:
+        return
+    try:
+        jax.config.update('jax_num_cpu_devices', devices)
+    except RuntimeError as error:  # JAX has started
+        problem = f'config.virtual_devices={devices}, but JAX has already started'
+        raise RunError(problem, 'start a new process', 'virtual_devices') from error
 
 
 def _import_jax() -> Any:

@@ -16,6 +16,7 @@ os.environ.update(
     TF_CPP_MIN_LOG_LEVEL='2',
     TFDS_DATA_DIR=DATA.name,
     CUDA_VISIBLE_DEVICES='-1',
+    JAX_NUM_CPU_DEVICES='4',
 )
 
 import pytest  # noqa: E402

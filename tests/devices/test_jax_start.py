@@ -13,6 +13,10 @@ from devices import jax_start
 from devices.jax_start import Cluster
 from tests.conftest import refused, slow
 
+NEEDS_JAX = pytest.mark.skipif(
+    sys.version_info < jax_start.OLDEST_PYTHON, reason='JAX 0.10 is for Python 3.11 and later'
+)
+
 
 @pytest.mark.parametrize(
     'flags, about',
@@ -34,6 +38,13 @@ def test_flags_name_a_process_or_none():
     assert Cluster.from_flags(None, None, None) is None
     assert Cluster.from_flags('host:1', 2, 0) == Cluster('host:1', 2, 0)
     assert Cluster.from_flags('[::1]:80', 2, 1).process_id == 1
+
+
+def test_a_tpu_with_a_name_is_tensorflows(monkeypatch):
+    config = default.get_config()
+    config.tpu = 'mine'
+    monkeypatch.setattr(jax_start.tpu_environment, 'is_tpu_expected', lambda *_: True)
+    assert not jax_start.is_wanted(config)
 
 
 def test_the_version_is_pinned_wherever_jax_is_installed():
@@ -73,7 +84,7 @@ def test_a_launcher_is_known_by_its_variables(environ, expected):
     'strategy, is_expected, build, wanted',
     [
         ('pjrt', False, None, True),
-        ('auto', True, None, True),
+        pytest.param('auto', True, None, True, marks=NEEDS_JAX),
         ('auto', True, '2.19.1', False),
         ('auto', False, None, False),
         slow('tpu', True, None, False),
@@ -84,6 +95,6 @@ def test_a_tpu_is_jaxs_unless_tensorflow_has_a_build_for_it(
 ):
     config = default.get_config()
     config.strategy = strategy
-    monkeypatch.setattr(jax_start.tpu_environment, 'is_tpu_expected', lambda name: is_expected)
+    monkeypatch.setattr(jax_start.tpu_environment, 'is_tpu_expected', lambda: is_expected)
     monkeypatch.setattr(jax_start.tpu_environment, 'build_version', lambda: build)
     assert jax_start.is_wanted(config) == wanted

@@ -26,8 +26,10 @@ UPDATES, BATCH_SIZE = 40, 32
 
 @pytest.fixture(scope='module', autouse=True)
 def started():
-    """JAX's runtime with four virtual devices."""
+    """JAX's runtime with four virtual devices; other tests of this process compute in 32 bits."""
     jax_start.start_virtual(4)
+    yield
+    jax.config.update('jax_enable_x64', False)
 
 
 def on_jax(replicas):
