@@ -87,7 +87,8 @@ def await_verdict() -> None:
 
     Call it after an error that may be the consequence; the service then names the lost process.
     """
-    if 'jax' in sys.modules and sys.modules['jax'].process_count() > 1:
+    jax = sys.modules.get('jax')
+    if jax and jax.distributed.is_initialized():
         time.sleep(1.5 * HEARTBEAT_SECONDS)
 
 
