@@ -101,15 +101,6 @@ def test_losses_are_those_of_tensorflow(tiny, replicas):
     np.testing.assert_allclose(losses, trained(config, on_tensorflow(1))[0], atol=1e-4)
 
 
-@pytest.mark.slow
-def test_losses_of_efficientnet_are_those_of_tensorflow(tiny):
-    config = without_masks(tiny)
-    config.model.name, config.image_size = 'EfficientNetV2B0', 32
-    expected, _ = trained(config, on_tensorflow(1), 'float64', 8)
-    losses, _ = trained(config, on_jax(1), 'float64', 8)
-    np.testing.assert_allclose(losses, expected, atol=1e-6)
-
-
 @pytest.mark.parametrize(
     'changes',
     [
