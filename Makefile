@@ -2,10 +2,10 @@
 # make lint       checks format, style and types; installs ruff and mypy only
 # make test       runs the tests, in about ten minutes on two cores
 # make test-slow  runs longer tests, which repeat much of what the others check
-# make test-tpu   traces the loops of every config for a TPU that is not there, with both TPU builds of TensorFlow
+# make test-tpu   traces the loops of every config for a TPU that is not there, with TensorFlow's TPU build
 #
-# They create .venv from pinned versions first. PYTHON chooses the interpreter (3.10 to 3.13), ACCELERATOR one of cpu, gpu and tpu:
-# by default gpu if nvidia-smi finds one, else cpu.
+# They create .venv from pinned versions first. PYTHON chooses the interpreter (3.10 to 3.13), ACCELERATOR an extra of
+# pyproject.toml: cpu, gpu, tpu, gpu-jax or tpu-tf; by default gpu if nvidia-smi finds one, else cpu.
 
 PYTHON ?= python3
 ACCELERATOR ?= $(shell if nvidia-smi -L >/dev/null 2>&1; then echo gpu; else echo cpu; fi)
@@ -49,12 +49,11 @@ test-slow: .venv/test-$(ACCELERATOR)
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	@touch $@
 
-test-tpu: $(TPU_VENVS)/tpu/installed $(TPU_VENVS)/tpu220/installed
-	TPU_SKIP_MDS_QUERY=1 TRACE=all $(TPU_VENVS)/tpu/bin/python -m pytest -n 2 tests/test_tpu.py tests/diagnostics/test_libtpu.py
-	TPU_SKIP_MDS_QUERY=1 TRACE=all $(TPU_VENVS)/tpu220/bin/python -m pytest -n 2 tests/test_tpu.py tests/diagnostics/test_libtpu.py
+test-tpu: $(TPU_VENVS)/tpu-tf/installed
+	TPU_SKIP_MDS_QUERY=1 TRACE=all $(TPU_VENVS)/tpu-tf/bin/python -m pytest -n 2 tests/test_tpu.py tests/diagnostics/test_libtpu.py
 
 $(TPU_VENVS)/%/installed: pyproject.toml requirements/%.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)) and "both TPU builds are there for Python 3.11 and 3.12 only, and $(PYTHON) is %d.%d: name another, as in make test-tpu PYTHON=python3.11" % sys.version_info[:2])'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)) and "the TPU build of TensorFlow is tested with Python 3.11 and 3.12 only, and $(PYTHON) is %d.%d: name another, as in make test-tpu PYTHON=python3.11" % sys.version_info[:2])'
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -c requirements/$*.txt '.[$*,test]'
 	@touch $@

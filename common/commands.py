@@ -17,7 +17,7 @@ def python_command() -> str:
 
 
 def install_command(accelerator: str) -> str:
-    """Returns the command that installs the pinned packages for 'cpu', 'gpu', 'tpu' or 'tpu220'."""
+    """Returns the command that installs the pinned packages of an extra of pyproject.toml."""
     here = (
         os.path.relpath(ROOT) if os.path.realpath(os.getcwd()) == os.path.realpath(ROOT) else ROOT
     )

@@ -1,15 +1,17 @@
-"""Detects this machine's platform, CPU cores, memory, disk and GPUs.
+"""Detects this machine's platform, packages, CPU cores, memory, disk and GPUs.
 
 Reads /proc, /sys and the environment; does not import TensorFlow. `root` is the folder that
 contains them.
 """
 
 import glob
+import importlib.metadata
 import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from common import tpu_environment
@@ -18,6 +20,7 @@ from common.errors import counted
 # PCI vendor ID, and the prefix of the device class of display and 3D controllers.
 NVIDIA = '0x10de'
 DISPLAY_CLASS = '0x03'
+NO_GPU = ('', '-1')  # values of CUDA_VISIBLE_DEVICES that hide all GPUs
 
 
 class Gpu(NamedTuple):
@@ -46,6 +49,24 @@ def describe_platform(environ: Mapping[str, str] = os.environ, root: str = '/') 
         name = 'plain machine'
     tpus = f', {counted(len(chips), "TPU chip")} ({chips[0]})' if chips else ''
     return f'{name}, {platform.system()} {platform.machine()}{tpus}'
+
+
+def installed(names: Iterable[str], search_path: list[str] | None = None) -> dict[str, str]:
+    """Returns {name: version} of those distributions that are installed."""
+    path = sys.path if search_path is None else search_path
+    found: dict[str, str] = {}
+    for name in names:
+        for distribution in importlib.metadata.distributions(name=name, path=path):
+            found.setdefault(name, distribution.version)
+    return found
+
+
+def requirements_of(name: str, search_path: list[str] | None = None) -> list[str]:
+    """Returns what an installed distribution asks for, as its metadata write it; [] if none."""
+    path = sys.path if search_path is None else search_path
+    for distribution in importlib.metadata.distributions(name=name, path=path):
+        return distribution.requires or []
+    return []
 
 
 def cores(root: str = '/') -> float:

@@ -11,17 +11,17 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from common import console, tpu_environment
-from common.commands import python_command
+from common import console, machine, tpu_environment
 from common.errors import ConfigError, RunError, one_line
-from devices import supervisor
+from devices import jax_packages, supervisor
 
-OLDEST_PYTHON = (3, 11)
-VERSION = '0.10.2'  # whose internals devices/pjrt.py calls; pinned in requirements/
-ELSEWHERE = (
-    'end other processes that hold the device, install what JAX needs for it, or train without it: '
-    '--config.strategy=one_device'
-)
+# What to do where the device does not start although all packages are there.
+STARTS_NOT = {
+    'tpu': 'end what holds the TPU, or train without it: --config.strategy=one_device',
+    'cuda': 'nvidia-smi, which shows whether the driver works, or train on the CPU: '
+    'export CUDA_VISIBLE_DEVICES=-1',
+    'cpu': 'train without JAX: --config.strategy=one_device',
+}
 # Seconds after which a process that is not heard of is lost.
 HEARTBEAT_SECONDS = 30
 
@@ -92,15 +92,35 @@ def await_verdict() -> None:
         time.sleep(1.5 * HEARTBEAT_SECONDS)
 
 
-def is_wanted(config: ConfigDict) -> bool:
-    """Returns whether the steps of this config run on JAX's runtime here.
+def is_wanted(config: ConfigDict, environ: Mapping[str, str] = os.environ, root: str = '/') -> bool:
+    """Returns whether the steps of this (possibly unchecked) config run on JAX's runtime here.
 
     With strategy='auto' they do on a TPU of this machine, unless TensorFlow's own TPU build is
-    installed, or there is no JAX for this Python.
+    installed.
     """
-    if config.strategy != 'auto' or config.tpu != 'local' or sys.version_info < OLDEST_PYTHON:
-        return config.strategy == 'pjrt'
-    return tpu_environment.is_tpu_expected() and not tpu_environment.build_version()
+    strategy = config.get('strategy', 'auto')
+    if strategy != 'auto' or config.get('tpu', 'local') != 'local':
+        return strategy == 'pjrt'
+    is_expected = tpu_environment.is_tpu_expected(environ=environ, root=root)
+    return is_expected and not tpu_environment.build_version()
+
+
+def expected_platform(
+    config: ConfigDict, environ: Mapping[str, str] = os.environ, root: str = '/'
+) -> str:
+    """Returns which of JAX's platforms has to start here: 'tpu', 'cuda' or 'cpu'.
+
+    A GPU counts if its driver answers, or if what JAX needs for one is installed.
+    """
+    if config.get('virtual_devices', 0):
+        return 'cpu'
+    if tpu_environment.is_tpu_expected(environ=environ, root=root):
+        return 'tpu'
+    if environ.get('CUDA_VISIBLE_DEVICES') in machine.NO_GPU:
+        return 'cpu'
+    has_plugin = machine.installed(jax_packages.CUDA_PLUGINS)
+    has_gpu = machine.nvidia_smi()[0] or (has_plugin and machine.count_nvidia_cards(root))
+    return 'cuda' if has_gpu else 'cpu'
 
 
 def start(config: ConfigDict) -> None:
@@ -108,13 +128,13 @@ def start(config: ConfigDict) -> None:
 
     Raises: RunError if JAX is missing, or does not start on the devices that are here.
     """
-    _start(config.virtual_devices, tpu_environment.is_tpu_expected(config.tpu))
+    _start(config.virtual_devices, expected_platform(config))
     _use_64_bits()
 
 
 def start_virtual(devices: int) -> None:
     """Starts JAX's runtime on that many virtual devices of the CPU."""
-    _start(devices, False)
+    _start(devices, 'cpu')
     _use_64_bits()
 
 
@@ -125,30 +145,46 @@ def _use_64_bits() -> None:
 
 
 @functools.cache
-def _start(virtual_devices: int, expects_tpu: bool) -> None:
+def _start(virtual_devices: int, platform: str) -> None:
     import tensorflow as tf
 
     tf.config.set_visible_devices([], 'GPU')  # it is JAX's
-    jax = _import_jax()
+    jax = import_jax(platform)
     jax.config.update('jax_compilation_cache_dir', cache_folder())
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
     jax.config.update('jax_enable_preemption_service', False)  # see devices/preemption.py
     if virtual_devices:
-        jax.config.update('jax_platforms', 'cpu')
         _split_cpu(jax, virtual_devices)
     if _joined:
         _connect(jax, _joined)
     elif may_have_peers():
         _connect_found(jax)
     try:
-        platform = jax.devices()[0].platform
+        jax.devices()
     except RuntimeError as error:
-        raise RunError(
-            f'JAX does not start ({one_line(error, 300)})', ELSEWHERE, 'strategy'
-        ) from error
-    if expects_tpu and platform != 'tpu':
-        problem = f'the TPU does not start: JAX found a {platform.upper()} alone'
-        raise RunError(problem, f'unset JAX_PLATFORMS, {ELSEWHERE}', 'strategy')
+        problem = f'JAX does not start on {platform} ({reason_of(error)})'
+        raise RunError(problem, STARTS_NOT[platform], 'strategy') from error
+
+
+def import_jax(platform: str) -> Any:
+    """Imports JAX, which will start on this platform or not at all.
+
+    Raises: RunError if it is not installed as it has to be.
+    """
+    found = jax_packages.check(platform)
+    try:
+        import jax
+    except Exception as error:  # of a damaged installation
+        problem = f'{found} cannot be imported ({one_line(error)})'
+        raise RunError(problem, jax_packages.install(platform), 'strategy') from error
+    # Named, a platform that fails is an error; of those that JAX looks for, it takes another.
+    jax.config.update('jax_platforms', platform if platform == 'cpu' else f'{platform},cpu')
+    return jax
+
+
+def reason_of(error: RuntimeError) -> str:
+    """Returns why a platform did not start, without JAX's advice to take another one."""
+    return one_line(error).split(' (set JAX_PLATFORMS=')[0]
 
 
 def _split_cpu(jax: Any, devices: int) -> None:
@@ -159,20 +195,6 @@ def _split_cpu(jax: Any, devices: int) -> None:
     except RuntimeError as error:  # JAX has started
         problem = f'config.virtual_devices={devices}, but JAX has already started'
         raise RunError(problem, 'start a new process', 'virtual_devices') from error
-
-
-def _import_jax() -> Any:
-    install = f'{python_command()} -m pip install jax=={VERSION} jaxlib=={VERSION}'
-    try:
-        import jax
-    except Exception as error:  # RuntimeError if jaxlib has another version
-        raise RunError(
-            f'JAX cannot be imported ({one_line(error)})', install, 'strategy'
-        ) from error
-    if jax.__version__ != VERSION:
-        problem = f'JAX {jax.__version__} is installed, and {VERSION} is needed'
-        raise RunError(problem, install, 'strategy')
-    return jax
 
 
 def _connect(jax: Any, cluster: Cluster) -> None:

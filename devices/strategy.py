@@ -147,13 +147,28 @@ def resolve_jit_compile(jit_compile: str, kind: str) -> bool:
     return kind == 'GPU' if jit_compile == 'auto' else jit_compile == 'true'
 
 
-def _pjrt(config: ConfigDict, wanted: str) -> tuple[tf.distribute.Strategy, str]:
+def check_jit_compile_on_tpu(config: ConfigDict) -> None:
+    """Raises ConfigError for a `jit_compile` that a TPU refuses.
+
+    TensorFlow's TPU builds refuse 'true', JAX's runtime refuses 'false'.
+    """
+    if config.strategy == 'tpu':
+        resolve_jit_compile(config.jit_compile, 'TPU')
+    else:
+        _check_pjrt_compiles(config)
+
+
+def _check_pjrt_compiles(config: ConfigDict) -> None:
     if config.jit_compile == 'false':
         raise ConfigError(
             "config.jit_compile='false', but JAX runs compiled steps alone",
             '--config.jit_compile=auto',
             'jit_compile',
         )
+
+
+def _pjrt(config: ConfigDict, wanted: str) -> tuple[tf.distribute.Strategy, str]:
+    _check_pjrt_compiles(config)
     jax_start.start(config)
     from devices.pjrt import PjrtStrategy  # imports JAX
 
@@ -197,8 +212,8 @@ def _tpu(name: str, wanted: str) -> tuple[tf.distribute.Strategy, str]:
         reason = one_line(error, 200)
         raise RunError(
             f'the TPU {name!r} does not start ({type(error).__name__}: {reason}); found {_found()}',
-            "install the TPU build with pip install '.[tpu]', end other processes "
-            'that hold the TPU, or write --config.strategy=one_device',
+            '--config.strategy=auto, which starts it with JAX; TensorFlow needs its TPU build, '
+            "pip install '.[tpu-tf]', and a TPU that no other process holds",
         ) from error
     return (
         strategy,

@@ -19,7 +19,7 @@ from diagnostics import packages
 
 REQUIREMENTS = os.path.join(ROOT, 'requirements')
 ENVIRONMENT = os.path.join(ROOT, '.venv')
-ACCELERATORS = ('cpu', 'gpu', 'tpu', 'tpu220')
+ACCELERATORS = ('cpu', 'gpu', 'tpu', 'gpu-jax', 'tpu-tf')  # extras of pyproject.toml
 # The pins that are compared, with CUDA's; the rest depends on these.
 COMPARED = {
     *packages.PACKAGES,
@@ -29,6 +29,9 @@ COMPARED = {
     'tensorboard',
     'tensorflow-metadata',
 }
+WITH_JAX = ('tpu', 'gpu-jax')  # in the other sets JAX is only what a test needs
+# What compiles for a TPU: --mode=preflight takes these of 'tpu'.
+COMPILER = ('jax', 'jaxlib', 'libtpu', 'ml-dtypes', 'numpy', 'opt-einsum', 'scipy')
 
 
 def choose(environ: Mapping[str, str] = os.environ, root: str = '/') -> str:
@@ -81,7 +84,7 @@ def commands(accelerator: str, environment: str) -> list[list[str]]:
     if not folders:  # without pip, because some systems have no ensurepip
         needed.append([sys.executable, '-m', 'venv', '--without-pip', environment])
     pip = [sys.executable, '-m', 'pip', '--python', python]
-    builds = packages.installed(packages.BUILDS, folders) if folders else {}
+    builds = machine.installed(packages.BUILDS, folders) if folders else {}
     wanted = {name for name in pins(accelerator, version) if name in packages.BUILDS}
     if builds and set(builds) != wanted:  # the builds share one folder
         needed.append([*pip, 'uninstall', '--yes', *builds])
@@ -98,19 +101,37 @@ def missing(
 
     `search_path` is that of another environment.
     """
-    wanted = pins(accelerator, python)
-    found = packages.installed(wanted, search_path)
+    return missing_of(pins(accelerator, python), search_path)
+
+
+def missing_of(wanted: Mapping[str, str], search_path: list[str] | None = None) -> list[str]:
+    """Returns those of {name: version}, such as 'keras==3.15.1', that are not installed."""
+    found = machine.installed(wanted, search_path)
     return [f'{name}=={version}' for name, version in wanted.items() if found.get(name) != version]
 
 
 def pins(accelerator: str, python: str = platform.python_version()) -> dict[str, str]:
     """Returns {name: version} of the checked packages in requirements/ for this Python."""
+    with_jax = accelerator in WITH_JAX
+    return {
+        name: version
+        for name, version in all_pins(accelerator, python).items()
+        if name in COMPARED or name.startswith('nvidia-') or (with_jax and name.startswith('jax'))
+    }
+
+
+def compiler_pins(python: str = platform.python_version()) -> dict[str, str]:
+    """Returns {name: version} of what compiles for a TPU, as the set 'tpu' has it."""
+    pinned = all_pins('tpu', python)
+    return {name: pinned[name] for name in COMPILER}
+
+
+def all_pins(accelerator: str, python: str) -> dict[str, str]:
     values = {'python_full_version': python, 'python_version': '.'.join(python.split('.')[:2])}
     with open(os.path.join(REQUIREMENTS, f'{accelerator}.txt')) as file:
         lines = [Requirement(line.strip()) for line in file]
     return {
         line.name: next(iter(line.specifier)).version
         for line in lines
-        if (line.name in COMPARED or line.name.startswith('nvidia-'))
-        and (line.marker is None or line.marker.evaluate(values))
+        if line.marker is None or line.marker.evaluate(values)
     }

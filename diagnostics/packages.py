@@ -1,6 +1,5 @@
 """Checks what is installed, without importing it."""
 
-import importlib.metadata
 import importlib.util
 import os
 import re
@@ -10,6 +9,7 @@ from typing import Any
 
 from common import tpu_environment
 from common.commands import install_command, python_command
+from common.machine import installed
 from diagnostics.check_result import CheckResult, fail, ok, warn
 
 # All of them install into the same folder.
@@ -21,7 +21,7 @@ BUILDS = (
     'tf-nightly',
 )
 OLDEST, NEWEST = (2, 19, 1), (2, 21)  # versions that the tests pass with
-FITTING_LIBTPU = {'2.19': '0.0.10', '2.20': '0.0.21.1'}  # as pyproject.toml pins
+FITTING_LIBTPU = {'2.19': '0.0.10', '2.20': '0.0.21.1'}  # of builds of tensorflow-tpu
 PACKAGES = (
     'absl-py',
     'importlib-resources',
@@ -35,17 +35,6 @@ PACKAGES = (
     'tensorflow-datasets',
     'tqdm',
 )
-
-
-def installed(names: Iterable[str], search_path: list[str] | None = None) -> dict[str, str]:
-    """Returns {name: version} of those distributions that are installed."""
-    found: dict[str, str] = {}
-    for name in names:
-        for distribution in importlib.metadata.distributions(
-            name=name, path=sys.path if search_path is None else search_path
-        ):
-            found.setdefault(name, distribution.version)
-    return found
 
 
 def check_python(version: Sequence[Any] = sys.version_info) -> CheckResult:
@@ -63,7 +52,7 @@ def check_python(version: Sequence[Any] = sys.version_info) -> CheckResult:
 def check_tensorflow(
     accelerator: str, search_path: list[str] | None = None
 ) -> tuple[CheckResult, str, str]:
-    """Checks that one build of TensorFlow is installed, and that it fits 'cpu', 'gpu' or 'tpu'.
+    """Checks that one build of TensorFlow is installed, and that it fits one of ACCELERATORS.
 
     Returns: (result, name of the build or '', its version).
     """
@@ -91,10 +80,11 @@ def check_tensorflow(
             f'{name} {version} is too old: 2.19.1 to 2.21 are supported',
             reinstall(builds, install),
         )
-    elif accelerator == 'tpu' and name != 'tensorflow-tpu':
+    elif accelerator == 'tpu-tf' and name != 'tensorflow-tpu':
         found = fail(
             'TensorFlow',
-            f'{name} {version} cannot use the TPU of this machine: only tensorflow-tpu can',
+            f'{name} {version} cannot use the TPU of this machine: tensorflow-tpu can, and JAX '
+            'can with --config.strategy=auto',
             reinstall(builds, install),
         )
     elif accelerator == 'gpu' and name != 'tensorflow':
@@ -103,10 +93,10 @@ def check_tensorflow(
             f'{name} {version} cannot use the GPU of this machine: it trains on the CPU',
             reinstall(builds, install),
         )
-    elif accelerator != 'tpu' and name == 'tensorflow-tpu':
+    elif accelerator != 'tpu-tf' and name == 'tensorflow-tpu':
         found = warn(
             'TensorFlow',
-            f'{name} {version}, but this machine has no TPU: it trains on the CPU',
+            f'{name} {version}, but this run uses no TPU through TensorFlow',
             reinstall(builds, install),
         )
     elif number[:2] > NEWEST or name not in BUILDS[:3]:

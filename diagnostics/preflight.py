@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from common import console
 from common.errors import ConfigError, RunError, counted
 from devices.lowering import OneOfMany, lower
-from devices.strategy import resolve_jit_compile, resolve_precision
+from devices.strategy import check_jit_compile_on_tpu, resolve_precision
 from diagnostics.hlo_cost import Program
 from diagnostics.tpu_compiler import GIB, DoesNotFit, Topology, compile_program
 from experiment import planning
@@ -54,7 +54,7 @@ def run(config: ConfigDict, workdir: str, topology_name: str, largest_batch: boo
     Raises: ConfigError for what a TPU cannot do; RunError if it does not compile or does not fit.
     """
     topology = Topology.parse(topology_name)
-    resolve_jit_compile(config.jit_compile, 'TPU')
+    check_jit_compile_on_tpu(config)
     data = known_data(config)
     chips, replicas = counted(topology.num_chips, 'chip'), counted(topology.num_replicas, 'replica')
     console.line(f'preflight for {topology}: {chips}, {replicas}; compiling takes minutes')

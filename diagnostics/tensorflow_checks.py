@@ -78,7 +78,7 @@ def results(
     if not tpu_cores:
         result, replicas = check_strategy(config)
         yield result
-    elif config.jit_compile == 'true':
+    elif config.jit_compile != 'auto':
         yield check_tpu_compile(config)
     try:
         data = dataset_status.find_status(config.dataset)
@@ -102,6 +102,7 @@ def check_strategy(config: ConfigDict) -> tuple[CheckResult, int]:
 
     Several workers are counted, not contacted: they are not running yet.
     """
+    from devices.lowering import OneOfMany
     from devices.strategy import (
         device_kind,
         make_strategy,
@@ -122,7 +123,8 @@ def check_strategy(config: ConfigDict) -> tuple[CheckResult, int]:
     except UserError as error:
         return from_error('strategy', error), 1
     kind = device_kind(strategy)
-    xla = 'on' if resolve_jit_compile(config.jit_compile, kind) else 'off'
+    is_compiled = isinstance(strategy, OneOfMany) or resolve_jit_compile(config.jit_compile, kind)
+    xla = 'on' if is_compiled else 'off'
     precision = resolve_precision(config.precision, kind)
     message = f'{reason}; {precision}, XLA {xla}'
     return ok('strategy', message), strategy.num_replicas_in_sync
@@ -130,10 +132,10 @@ def check_strategy(config: ConfigDict) -> tuple[CheckResult, int]:
 
 def check_tpu_compile(config: ConfigDict) -> CheckResult:
     """Checks a `jit_compile` that TPUs refuse."""
-    from devices.strategy import resolve_jit_compile
+    from devices.strategy import check_jit_compile_on_tpu
 
     try:
-        resolve_jit_compile(config.jit_compile, 'TPU')
+        check_jit_compile_on_tpu(config)
     except ConfigError as error:
         return from_error('strategy', error)
     return ok('strategy', f'jit_compile={config.jit_compile}')

@@ -1,8 +1,7 @@
 """Compiles for a TPU on a machine without one: libtpu has the compiler, and JAX calls it.
 
-The compiler lives in an environment of its own, created on demand from requirements/preflight.txt:
-its libtpu is newer than what TensorFlow's TPU builds can call, and its compiler estimates the
-cycles of a program. Compiled programs are cached.
+It is the JAX and the libtpu of the extra 'tpu', so what is compiled here is what a TPU runs. Where
+they are not installed they are put into an environment of their own. Compiled programs are cached.
 """
 
 import dataclasses
@@ -23,12 +22,13 @@ from typing import Any
 
 from common import console
 from common.errors import ConfigError, RunError, one_line
+from diagnostics import installation
 from diagnostics.hlo_cost import Program, read_program
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-PINS = os.path.join(ROOT, 'requirements', 'preflight.txt')
 WORKER = os.path.join(ROOT, 'diagnostics', 'tpu_compiler_worker.py')
 READER = os.path.join(ROOT, 'devices', 'stable_hlo.py')  # what the worker reads programs with
+PIP_INSTALL = ('-m', 'pip', 'install', '--quiet', '--disable-pip-version-check', '--no-deps')
 GIB = 2**30
 # How the compiler says that a program needs more memory than there is: before it has placed
 # anything, and after.
@@ -159,8 +159,9 @@ def compile_program(lower: Callable[[], bytes], topology: Topology, *described_b
         DoesNotFit: it needs more memory than there is.
         RunError: the compiler refuses it; or its environment cannot be created.
     """
-    texts = [str(topology), *described_by]
-    for path in (WORKER, READER, PINS):
+    pins = installation.compiler_pins()
+    texts = [str(topology), *described_by, pins['jax'], pins['jaxlib'], pins['libtpu']]
+    for path in (WORKER, READER):
         with open(path) as file:
             texts.append(file.read())
     key = hashlib.sha256('\0'.join(texts).encode()).hexdigest()[:32]
@@ -248,10 +249,12 @@ def environment() -> str:
             'the TPU compiler is only available for Linux on x86-64 and Python 3.11 or later',
             'run preflight on such a machine',
         )
-    with open(PINS, 'rb') as file:
-        pins = hashlib.sha256(file.read()).hexdigest()[:12]
+    pins = [f'{name}=={version}' for name, version in installation.compiler_pins().items()]
+    if not installation.missing_of(installation.compiler_pins()):
+        return sys.executable
+    key = hashlib.sha256(' '.join(pins).encode()).hexdigest()[:12]
     folder = os.path.join(
-        cache_folder(), f'preflight-{sys.version_info[0]}.{sys.version_info[1]}-{pins}'
+        cache_folder(), f'preflight-{sys.version_info[0]}.{sys.version_info[1]}-{key}'
     )
     python, finished = os.path.join(folder, 'bin', 'python'), os.path.join(folder, 'installed')
     if not _is_there(python, finished):
@@ -259,7 +262,7 @@ def environment() -> str:
         with open(f'{folder}.lock', 'w') as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # until another preflight has installed it
             if not _is_there(python, finished):
-                _install(folder, python)
+                _install(folder, python, pins)
                 with open(finished, 'w'):
                     pass
     return python
@@ -270,22 +273,12 @@ def _is_there(python: str, finished: str) -> bool:
     return os.path.exists(finished) and os.path.exists(python)
 
 
-def _install(folder: str, python: str) -> None:
+def _install(folder: str, python: str, pins: list[str]) -> None:
     """Creates the compiler's environment. Raises RunError."""
     console.line(f'installing the TPU compiler into {folder} (first use only)')
     commands = (
         [sys.executable, '-m', 'venv', '--clear', folder],
-        [
-            python,
-            '-m',
-            'pip',
-            'install',
-            '--quiet',
-            '--disable-pip-version-check',
-            '--no-deps',
-            '-r',
-            PINS,
-        ],
+        [python, *PIP_INSTALL, *pins],
     )
     for command in commands:
         done = subprocess.run(command, capture_output=True, text=True)

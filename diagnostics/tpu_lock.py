@@ -4,9 +4,6 @@ import fcntl
 import glob
 import os
 import shlex
-import sys
-from collections.abc import Mapping
-from typing import Any
 
 from diagnostics.check_result import CheckResult, fail, ok, warn
 
@@ -51,17 +48,6 @@ def check_lock(lock: str = LOCK, root: str = '/') -> CheckResult:
         f'{lock} was left by a process that has ended; nobody holds it',
         f'rm -f {shlex.quote(lock)}',
     )
-
-
-def check_jax(modules: Mapping[str, Any] = sys.modules) -> CheckResult:
-    """Checks for JAX in this process: once used it holds the TPU, and TensorFlow fails."""
-    if 'jax' in modules:
-        return warn(
-            'JAX',
-            'imported in this process: its first operation takes the TPU',
-            'restart the notebook, and do not import jax before training',
-        )
-    return ok('JAX', 'not loaded in this process')
 
 
 def users(lock: str, root: str = '/') -> dict[int, str]:

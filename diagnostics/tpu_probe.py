@@ -5,10 +5,12 @@ The steps: import, resolve, initialise, a matmul, an all-reduce.
 
 import functools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from common import tpu_environment
+from common.errors import RunError
+from diagnostics import tpu_lock
 from diagnostics.worker_process import WorkerProcess
 
 SECONDS = 180.0  # a slice of several hosts and the first compilation may take most of it
@@ -16,7 +18,7 @@ OLDER = 'StreamExecutor'  # TensorFlow's name for the interface before PJRT
 
 
 class StartMethod(NamedTuple):
-    """How to start the TPU: a name for the table, and the variables that ask for it."""
+    """How TensorFlow starts the TPU: a name for the table, and the variables that ask for it."""
 
     name: str
     variables: dict
@@ -36,7 +38,7 @@ def start_methods(
     root: str = '/',
     library: str | None = None,
 ) -> list[StartMethod]:
-    """Returns the ways in which this build can start, first the one that `main.py` takes.
+    """Returns the ways in which this tensorflow-tpu can start, first the one of `main.py`.
 
     Args: see `tpu_environment.pjrt_variables`.
     """
@@ -63,22 +65,21 @@ def start_methods(
 
 
 def probe(
-    method: StartMethod,
-    name: str = 'local',
+    function: str,
+    argument: str,
     seconds: float = SECONDS,
     environ: Mapping[str, str] = os.environ,
-    lock: str = '/tmp/libtpu_lockfile',
+    lock: str = tpu_lock.LOCK,
 ) -> Outcome:
-    """Tries one method. A step that hangs is ended with its process after `seconds`."""
+    """Calls 'start_jax' or 'start_tensorflow' with its argument in a process of its own.
+
+    A step that hangs is ended with its process after `seconds`.
+    """
     had_no_lock = not os.path.exists(lock)
     step, cores = 'start', 0
-    with WorkerProcess(
-        'diagnostics.tpu_probe',
-        'start_tpu',
-        seconds,
-        {**environ, 'TF_CPP_MIN_LOG_LEVEL': '2', **method.variables},
-    ) as process:
-        process.send(name)
+    quiet = {**environ, 'TF_CPP_MIN_LOG_LEVEL': '2'}
+    with WorkerProcess('diagnostics.tpu_probe', function, seconds, quiet) as process:
+        process.send(argument)
         for message in process:
             step, cores = message.get('begin', step), message.get('cores', cores)
         reason = process.end
@@ -89,8 +90,37 @@ def probe(
     return Outcome(cores)
 
 
-def start_tpu(send: Callable[[dict], None], receive: Callable[[], Any]) -> None:
-    """Starts the TPU and computes on it, in a `WorkerProcess`."""
+def start_jax(send: Callable[[dict], None], receive: Callable[[], Any]) -> None:
+    """Starts JAX on a platform and computes on its devices, in a `WorkerProcess`."""
+    platform = receive()
+    send({'begin': 'import'})
+    import numpy
+
+    from devices import jax_start
+
+    jax = jax_start.import_jax(platform)
+    send({'begin': 'initialise'})
+    try:
+        devices = jax.devices()
+    except RuntimeError as error:
+        raise RunError(jax_start.reason_of(error)) from error
+    send({'begin': 'matmul'})
+    for device in jax.local_devices():
+        ones = jax.device_put(numpy.ones([128, 128], numpy.float32), device)
+        check_results([float(jax.numpy.max(ones @ ones))], 128)
+    send({'begin': 'all-reduce'})
+    shards = jax.sharding.NamedSharding(
+        jax.sharding.Mesh(numpy.array(devices), 'cores'), jax.sharding.PartitionSpec('cores')
+    )
+    ones = jax.make_array_from_callback(
+        (len(devices),), shards, lambda index: numpy.ones([len(devices)], numpy.float32)[index]
+    )
+    check_results([float(jax.jit(jax.numpy.sum)(ones))], len(devices))
+    send({'cores': len(devices)})
+
+
+def start_tensorflow(send: Callable[[dict], None], receive: Callable[[], Any]) -> None:
+    """Starts the TPU of that name with TensorFlow's TPU build, in a `WorkerProcess`."""
     name = receive()
     send({'begin': 'import'})
     import tensorflow as tf
@@ -114,7 +144,12 @@ def start_tpu(send: Callable[[dict], None], receive: Callable[[], Any]) -> None:
     for step, function, right in (('matmul', product, 128), ('all-reduce', total, cores)):
         send({'begin': step})
         compiled = tf.function(functools.partial(strategy.run, function), autograph=False)
-        results = [float(value) for value in strategy.experimental_local_results(compiled())]
-        if any(value != right for value in results):
-            raise ArithmeticError(f'the TPU computed {results} instead of {right}')
+        check_results(map(float, strategy.experimental_local_results(compiled())), right)
     send({'cores': cores})
+
+
+def check_results(results: Iterable[float], right: float) -> None:
+    """Raises ArithmeticError unless all results are right."""
+    computed = list(results)
+    if any(value != right for value in computed):
+        raise ArithmeticError(f'it computed {computed} instead of {right}')

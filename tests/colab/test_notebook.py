@@ -179,20 +179,10 @@ def test_the_set_of_pins_fits_hardware_and_python(tmp_path, monkeypatch, python,
     builds = {
         name: version for name, version in pins.items() if name in installation.packages.BUILDS
     }
-    tpu = (
-        {'tensorflow-tpu': '2.20.0'} if python.startswith('3.13') else {'tensorflow-tpu': '2.19.1'}
-    )
-    assert (
-        builds
-        == {'tpu': tpu, 'gpu': {'tensorflow': '2.21.0'}, 'cpu': {'tensorflow-cpu': '2.21.0'}}[
-            accelerator
-        ]
-    )
-    assert pins.get('libtpu') == (
-        installation.packages.FITTING_LIBTPU[builds['tensorflow-tpu'][:4]]
-        if accelerator == 'tpu'
-        else None
-    )
+    build = 'tensorflow' if accelerator == 'gpu' else 'tensorflow-cpu'
+    assert builds == {build: '2.21.0'}
+    assert pins.get('libtpu') == ('0.0.42.1' if accelerator == 'tpu' else None)
+    assert pins.get('jax') == ('0.10.2' if accelerator == 'tpu' else None)
     assert any(name.startswith('nvidia-cudnn') for name in pins) == (accelerator == 'gpu')
 
 
@@ -217,12 +207,12 @@ def test_nothing_is_installed_where_the_pinned_set_is(tmp_path):
 
 def test_another_build_is_taken_away_first(tmp_path):
     environment_with(tmp_path, installation.pins('cpu', '3.12.0'))
-    uninstall, install = installation.commands('tpu', str(tmp_path))
+    uninstall, install = installation.commands('tpu-tf', str(tmp_path))
     assert uninstall[-3:] == ['uninstall', '--yes', 'tensorflow-cpu']
     assert install[-4:-1] == [
         '-c',
-        os.path.join(notebook.ROOT, 'requirements', 'tpu.txt'),
-        f'{notebook.ROOT}[tpu]',
+        os.path.join(notebook.ROOT, 'requirements', 'tpu-tf.txt'),
+        f'{notebook.ROOT}[tpu-tf]',
     ]
 
 

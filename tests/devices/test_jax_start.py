@@ -1,21 +1,15 @@
 """How JAX's runtime is started: alone, among others, and what is said where it cannot be."""
 
-import os
 import sys
-import types
 
 import pytest
 
-from common.commands import ROOT
 from common.errors import ConfigError, RunError
 from configs import default
-from devices import jax_start
+from devices import jax_packages, jax_start
 from devices.jax_start import Cluster
+from diagnostics import installation
 from tests.conftest import refused, slow
-
-NEEDS_JAX = pytest.mark.skipif(
-    sys.version_info < jax_start.OLDEST_PYTHON, reason='JAX 0.10 is for Python 3.11 and later'
-)
 
 
 @pytest.mark.parametrize(
@@ -43,26 +37,22 @@ def test_flags_name_a_process_or_none():
 def test_a_tpu_with_a_name_is_tensorflows(monkeypatch):
     config = default.get_config()
     config.tpu = 'mine'
-    monkeypatch.setattr(jax_start.tpu_environment, 'is_tpu_expected', lambda *_: True)
+    monkeypatch.setattr(jax_start.tpu_environment, 'is_tpu_expected', lambda **_: True)
     assert not jax_start.is_wanted(config)
 
 
 def test_the_version_is_pinned_wherever_jax_is_installed():
-    for name in ('cpu', 'gpu', 'preflight'):
-        with open(os.path.join(ROOT, 'requirements', f'{name}.txt')) as file:
-            lines = file.read().splitlines()
-        pins = [line.split(' ')[0] for line in lines if '3.11' in line or ';' not in line]
-        assert f'jax=={jax_start.VERSION}' in pins and f'jaxlib=={jax_start.VERSION}' in pins
+    for name in ('cpu', 'gpu', 'tpu', 'gpu-jax'):
+        pins = installation.all_pins(name, '3.12.0')
+        assert pins['jax'] == pins['jaxlib'] == jax_packages.VERSION, name
 
 
-def test_another_or_no_jax_is_one_line(monkeypatch):
-    version = jax_start.VERSION
-    monkeypatch.setitem(sys.modules, 'jax', types.SimpleNamespace(__version__='0.4.0'))
-    with refused(RunError, '0.4.0', version, key='strategy', fix=f'jax=={version}'):
-        jax_start._import_jax()
+def test_a_damaged_jax_is_one_line(monkeypatch):
+    monkeypatch.setattr(jax_packages, 'check', lambda platform: 'JAX 0.10.2')
     monkeypatch.setitem(sys.modules, 'jax', None)
-    with refused(RunError, 'cannot be imported', key='strategy', fix=f'jax=={version}'):
-        jax_start._import_jax()
+    install = f'jax=={jax_packages.VERSION}'
+    with refused(RunError, 'JAX 0.10.2 cannot be imported', key='strategy', fix=install):
+        jax_start.import_jax('cpu')
 
 
 @pytest.mark.parametrize(
@@ -84,7 +74,7 @@ def test_a_launcher_is_known_by_its_variables(environ, expected):
     'strategy, is_expected, build, wanted',
     [
         ('pjrt', False, None, True),
-        pytest.param('auto', True, None, True, marks=NEEDS_JAX),
+        ('auto', True, None, True),
         ('auto', True, '2.19.1', False),
         ('auto', False, None, False),
         slow('tpu', True, None, False),
@@ -95,6 +85,25 @@ def test_a_tpu_is_jaxs_unless_tensorflow_has_a_build_for_it(
 ):
     config = default.get_config()
     config.strategy = strategy
-    monkeypatch.setattr(jax_start.tpu_environment, 'is_tpu_expected', lambda: is_expected)
+    monkeypatch.setattr(jax_start.tpu_environment, 'is_tpu_expected', lambda **_: is_expected)
     monkeypatch.setattr(jax_start.tpu_environment, 'build_version', lambda: build)
     assert jax_start.is_wanted(config) == wanted
+
+
+@pytest.mark.parametrize(
+    'changes, environ, gpus, platform',
+    [
+        ({}, {}, [], 'cpu'),
+        ({}, {'TPU_ACCELERATOR_TYPE': 'v5litepod-4'}, [], 'tpu'),
+        ({'virtual_devices': 2}, {'TPU_ACCELERATOR_TYPE': 'v5litepod-4'}, ['a GPU'], 'cpu'),
+        ({}, {}, ['a GPU'], 'cuda'),
+        ({}, {'CUDA_VISIBLE_DEVICES': '-1'}, ['a GPU'], 'cpu'),
+    ],
+)
+def test_the_platform_is_that_of_the_machine(
+    tmp_path, monkeypatch, changes, environ, gpus, platform
+):
+    config = default.get_config()
+    config.update(changes)
+    monkeypatch.setattr(jax_start.machine, 'nvidia_smi', lambda: (gpus, ''))
+    assert jax_start.expected_platform(config, environ, str(tmp_path)) == platform

@@ -2,14 +2,10 @@
 alone.
 """
 
-import contextlib
-import fcntl
 import json
 import os
 import subprocess
 import sys
-import textwrap
-import time
 
 import keras
 import numpy
@@ -19,9 +15,10 @@ from common import machine, tpu_environment
 from common.commands import ROOT
 from common.errors import ConfigError
 from configs import default
-from diagnostics import check, packages, tensorflow_checks, tpu_lock, tpu_probe, worker_process
+from diagnostics import check, packages, tensorflow_checks, worker_process
 from inputs import dataset_status
 from tests.conftest import refused
+from tests.diagnostics.machines import assert_mended, fake_tensorflow, installed
 
 
 def call(*arguments, **environ):
@@ -32,59 +29,6 @@ def call(*arguments, **environ):
         text=True,
         env={**os.environ, **environ},
     )
-
-
-def assert_mended(result, status, found, mend):
-    assert result.status == status, result
-    assert found in result.message and mend in result.fix, result
-    assert '\n' not in result.message + result.fix
-
-
-def installed(folder, **versions):
-    """A folder of installed packages that have metadata and nothing else, to look for distributions
-    in.
-    """
-    for name, version in versions.items():
-        info = folder / f'{name}-{version}.dist-info'
-        info.mkdir(parents=True)
-        (info / 'METADATA').write_text(
-            f'Metadata-Version: 2.1\nName: {name.replace("_", "-")}\nVersion: {version}\n'
-        )
-    return [str(folder)]
-
-
-def fake_machine(folder, **devices):
-    """A /sys with PCI devices: name=(vendor, device, class)."""
-    for name, values in devices.items():
-        place = folder / 'sys' / 'bus' / 'pci' / 'devices' / name
-        place.mkdir(parents=True)
-        for file, value in zip(('vendor', 'device', 'class'), values, strict=False):
-            (place / file).write_text(f'{value}\n')
-    return str(folder)
-
-
-def fake_tensorflow(folder, text):
-    """A folder whose `tensorflow` is this text; returns an environment that takes it from there."""
-    (folder / 'fake' / 'tensorflow').mkdir(parents=True)
-    (folder / 'fake' / 'tensorflow' / '__init__.py').write_text(textwrap.dedent(text))
-    environ = {
-        key: value
-        for key, value in os.environ.items()
-        if not key.startswith(('TPU_', 'PJRT_', 'TF_CONFIG'))
-    }
-    return {**environ, 'PYTHONPATH': str(folder / 'fake')}
-
-
-def program(folder, monkeypatch, name, text):
-    """A shell script on the PATH."""
-    (folder / 'bin').mkdir(exist_ok=True)
-    (folder / 'bin' / name).write_text(f'#!/bin/sh\n{text}\n')
-    (folder / 'bin' / name).chmod(0o755)
-    monkeypatch.setenv('PATH', f'{folder / "bin"}{os.pathsep}{os.environ["PATH"]}')
-
-
-V5E = {'chip0': ('0x1ae0', '0x0063', '0x088000')}
-NVIDIA = {'card': ('0x10de', '0x2330', '0x030200')}
 
 
 # What is installed.
@@ -124,13 +68,13 @@ def test_two_builds_in_one_folder_are_named_and_removed(tmp_path):
         ),
         ('cpu', {'tensorflow': '2.19.0'}, 'FAIL', 'too old', 'pip uninstall'),
         (
-            'tpu',
+            'tpu-tf',
             {'tensorflow_cpu': '2.21.0'},
             'FAIL',
             'cannot use the TPU',
-            "requirements/tpu.txt '.[tpu]'",
+            "requirements/tpu-tf.txt '.[tpu-tf]'",
         ),
-        ('tpu', {'tensorflow': '2.21.0'}, 'FAIL', 'cannot use the TPU', "'.[tpu]'"),
+        ('tpu-tf', {'tensorflow': '2.21.0'}, 'FAIL', 'cannot use the TPU', "'.[tpu-tf]'"),
         (
             'gpu',
             {'tensorflow_cpu': '2.21.0'},
@@ -317,348 +261,6 @@ def test_the_doctor_itself_imports_no_tensorflow():
     )
 
 
-# The TPU.
-
-
-@contextlib.contextmanager
-def holding(lock):
-    """A process that holds the lock as TensorFlow does."""
-    script = (
-        f'import fcntl, time; file = open({str(lock)!r}, "w"); fcntl.lockf(file, '
-        'fcntl.LOCK_EX); print("held", flush=True); time.sleep(60)'
-    )
-    with subprocess.Popen([sys.executable, '-c', script], stdout=subprocess.PIPE) as process:
-        try:
-            process.stdout.readline()
-            yield process
-        finally:
-            process.kill()
-
-
-def test_the_holder_of_the_tpu_is_named_with_how_to_end_it(tmp_path):
-    with holding(tmp_path / 'lock') as process:
-        result = tpu_lock.check_lock(str(tmp_path / 'lock'))
-        assert_mended(
-            result,
-            'FAIL',
-            f'held by process {process.pid}, {sys.executable} -c import fcntl',
-            f'kill {process.pid}',
-        )
-        assert tpu_lock.is_held(tmp_path / 'lock')
-    # The process is gone, its file is not.
-    assert_mended(
-        tpu_lock.check_lock(str(tmp_path / 'lock')),
-        'warn',
-        'nobody holds it',
-        f'rm -f {tmp_path / "lock"}',
-    )
-
-
-def test_a_jax_notebook_that_holds_the_tpu_is_named(tmp_path):
-    (tmp_path / 'proc' / '4711' / 'fd').mkdir(parents=True)
-    os.symlink('/dev/accel0', tmp_path / 'proc' / '4711' / 'fd' / '9')
-    (tmp_path / 'proc' / '4711' / 'cmdline').write_bytes(b'python\0-m\0ipykernel_launcher\0')
-    (tmp_path / 'proc' / '4711' / 'maps').write_text('7f0 r-xp /usr/lib/jaxlib/libjax_common.so\n')
-    result = tpu_lock.check_lock(str(tmp_path / 'lock'), str(tmp_path))
-    assert_mended(
-        result,
-        'FAIL',
-        'process 4711, python -m ipykernel_launcher (it has loaded JAX)',
-        'Runtime > Restart session',
-    )
-    (tmp_path / 'proc' / '4711' / 'cmdline').write_bytes(b'python\0serve.py\0')
-    assert_mended(
-        tpu_lock.check_lock(str(tmp_path / 'lock'), str(tmp_path)),
-        'FAIL',
-        'serve.py (it has loaded JAX)',
-        'kill 4711',
-    )
-
-
-def test_a_lock_of_an_invisible_process_is_named(tmp_path):
-    lock = tmp_path / 'lock'
-    with open(lock, 'w') as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # by this process, which is left out
-        assert_mended(
-            tpu_lock.check_lock(str(lock), str(tmp_path)),
-            'FAIL',
-            'cannot see',
-            f'sudo fuser -k {lock}',
-        )
-    (tmp_path / 'closed').mkdir()  # to root every file opens, but no folder does
-    assert_mended(
-        tpu_lock.check_lock(str(tmp_path / 'closed'), str(tmp_path)),
-        'FAIL',
-        'another user',
-        f'sudo rm -f {tmp_path / "closed"}',
-    )
-    assert tpu_lock.check_lock(str(tmp_path / 'none'), str(tmp_path)).status == 'ok'
-
-
-def test_jax_in_this_process_is_named():
-    assert_mended(tpu_lock.check_jax({'jax': None}), 'warn', 'imported in this process', 'restart')
-    assert tpu_lock.check_jax({}).status == 'ok'
-
-
-def test_a_tpu_held_by_this_process_is_named_and_kept(tmp_path):
-    with open(tmp_path / 'lock', 'w') as file:
-        fcntl.lockf(file, fcntl.LOCK_EX)
-        assert_mended(
-            tpu_lock.check_lock(str(tmp_path / 'lock')),
-            'FAIL',
-            'held by this very process',
-            'restart the notebook',
-        )
-        look = 'import sys; from diagnostics import tpu_lock; print(tpu_lock.is_held(sys.argv[1]))'
-        done = subprocess.run(
-            [sys.executable, '-c', look, str(tmp_path / 'lock')],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-        )
-        assert done.stdout == 'True\n', done.stderr
-
-
-# A TensorFlow with a TPU of 4 cores, of which one step can be made to fail. What it computes are
-# plain numbers.
-TPU = """
-    import os, time
-    {at_import}
-    class Resolver:
-        def __init__(self, tpu):
-            {resolve}
-    class Strategy:
-        num_replicas_in_sync = 4
-        def __init__(self, resolver): pass
-        def run(self, function): return [function()] * 4
-        def experimental_local_results(self, values): return values
-    class cluster_resolver: TPUClusterResolver = Resolver
-    class Context:
-        def all_reduce(self, operation, value): return {total}
-    class distribute:
-        cluster_resolver, TPUStrategy = cluster_resolver, Strategy
-        ReduceOp = type('ReduceOp', (), {{'SUM': 0}})
-        get_replica_context = Context
-    class config: experimental_connect_to_cluster = staticmethod(lambda resolver: None)
-    def initialize(resolver):
-        {initialise}
-    class tpu:
-        class experimental: initialize_tpu_system = staticmethod(initialize)
-    class linalg: matmul = staticmethod(lambda a, b: a * b * 128)
-    ones, reduce_max = (lambda shape: 1.0), (lambda value: value)
-    function = lambda function, autograph: function
-"""
-
-
-def tpu(folder, at_import='pass', resolve='pass', initialise='pass', total='value * 4'):
-    return fake_tensorflow(
-        folder, TPU.format(at_import=at_import, resolve=resolve, initialise=initialise, total=total)
-    )
-
-
-@pytest.mark.parametrize(
-    'broken, step, reason',
-    [
-        ({'at_import': 'os.abort()'}, 'import', 'ended by SIGABRT'),
-        (
-            {'resolve': 'raise ValueError("no TPU at local")'},
-            'resolve',
-            'ValueError: no TPU at local',
-        ),
-        ({'initialise': 'time.sleep(60)'}, 'initialise', 'did not end in 2 s, and was stopped'),
-        ({'total': 'value'}, 'all-reduce', 'computed [1.0, 1.0, 1.0, 1.0]'),
-        ({'initialise': 'os._exit(0)'}, 'initialise', 'it ended without a message'),
-    ],
-)
-def test_a_tpu_that_fails_or_hangs_is_named_with_the_step(tmp_path, broken, step, reason):
-    began = time.monotonic()
-    outcome = tpu_probe.probe(
-        tpu_probe.start_methods('2.20.0', {})[0],
-        seconds=2,
-        environ=tpu(tmp_path, **broken),
-        lock=str(tmp_path / 'lock'),
-    )
-    assert (outcome.cores, outcome.step) == (0, step) and reason in outcome.reason
-    assert time.monotonic() - began < 20
-
-
-def test_a_working_tpu_is_ok_and_a_stale_probe_lock_removed(tmp_path):
-    method, lock = tpu_probe.StartMethod('any', {}), tmp_path / 'lock'
-    assert tpu_probe.probe(
-        method, seconds=20, environ=tpu(tmp_path / 'well'), lock=str(lock)
-    ) == tpu_probe.Outcome(4)
-    hangs = tpu(tmp_path / 'hangs', at_import=f'open({str(lock)!r}, "w"); time.sleep(60)')
-    assert 'did not end' in tpu_probe.probe(method, seconds=1, environ=hangs, lock=str(lock)).reason
-    assert not lock.exists()
-
-
-def tpu_rows(folder, version, environ, config=None):
-    """(FAIL and warn rows, cores) of a host with a v5e chip."""
-    rows = check.check_tpu(
-        config or default.get_config(),
-        version,
-        environ,
-        fake_machine(folder / 'host', **V5E),
-        5,
-        str(folder / 'lock'),
-        __file__,
-    )
-    found = []
-    while True:
-        try:
-            found.append(next(rows))
-        except StopIteration as end:
-            return [
-                row for row in found if row.status != 'ok' and row.name != 'JAX'
-            ], end.value  # which these tests have loaded, or not
-
-
-def test_a_tpu_that_never_starts_fails_naming_the_other_build(tmp_path):
-    (row,), cores = tpu_rows(
-        tmp_path, '2.19.1', tpu(tmp_path, initialise='raise RuntimeError("no device")')
-    )
-    assert cores == 0
-    assert_mended(
-        row,
-        'FAIL',
-        'through PJRT it fails at step initialise: RuntimeError: no device; through StreamExecutor '
-        'it fails at step initialise',
-        'tpu220',
-    )
-    assert 'pip uninstall -y tensorflow-tpu libtpu' in check.other_build(
-        '2.20.0', (3, 11)
-    ) and "'.[tpu]'" in check.other_build('2.20.0', (3, 11))
-    assert 'PYTHON=python3.12 ACCELERATOR=tpu ' in check.other_build(
-        '2.20.0', (3, 13)
-    )  # for which 2.19.1 is not made
-    assert 'PYTHON=python3.12 ACCELERATOR=tpu220 ' in check.other_build('2.19.1', (3, 10))
-
-
-def test_a_tpu_that_needs_a_variable_fails_naming_it(
-    tmp_path,
-):
-    environ = tpu(
-        tmp_path,
-        initialise='assert os.environ["NEXT_PLUGGABLE_DEVICE_USE_C_API"] == "false", "PJRT is '
-        'broken"',
-    )
-    (row,), cores = tpu_rows(tmp_path, '2.19.1', environ)
-    assert cores == 4
-    assert_mended(
-        row,
-        'FAIL',
-        'but 4 cores computed through StreamExecutor',
-        'export NEXT_PLUGGABLE_DEVICE_USE_C_API=false',
-    )
-
-
-def test_a_tpu_that_starts_with_mains_variables_is_ok(tmp_path):
-    environ = tpu(
-        tmp_path,
-        initialise='assert os.environ["PJRT_DEVICE"] == "TPU" and '
-        'os.environ["TF_PLUGGABLE_DEVICE_LIBRARY_PATH"]',
-    )
-    assert tpu_rows(tmp_path, '2.19.1', environ) == ([], 4)
-
-
-def test_obstacles_to_the_tpu_are_named_before_trying(tmp_path):
-    (row,), _ = tpu_rows(tmp_path / 'library', '2.20.0', {'TPU_LOAD_LIBRARY': '0'})
-    assert_mended(row, 'FAIL', 'TPU_LOAD_LIBRARY=0', 'unset TPU_LOAD_LIBRARY')
-    os.makedirs(tmp_path / 'held' / 'host')
-    os.symlink('/proc', tmp_path / 'held' / 'host' / 'proc')
-    with holding(tmp_path / 'held' / 'lock') as process:
-        (row,), _ = tpu_rows(tmp_path / 'held', '2.20.0', {})
-        assert_mended(row, 'FAIL', 'is held by process', f'kill {process.pid}')
-
-
-def test_a_tpu_that_is_asked_for_and_not_there_is_named(tmp_path):
-    config = default.get_config()
-    config.strategy = 'tpu'
-    (row,) = check.check_tpu(config, '2.20.0', {}, str(tmp_path), 5)
-    assert_mended(row, 'FAIL', 'no TPU is attached', '--config.strategy=auto')
-
-
-def test_a_tpu_host_with_a_build_for_processors_is_never_ok(tmp_path):
-    environ = fake_tensorflow(tmp_path, "raise ImportError('not needed here')")
-    rows = list(
-        check.results(
-            default.get_config(), str(tmp_path / 'run'), fake_machine(tmp_path, **V5E), environ
-        )
-    )
-    (build,) = [row for row in rows if row.name == 'TensorFlow']
-    if 'tensorflow-tpu' not in build.message:  # unless these tests run with that build
-        assert_mended(build, 'FAIL', 'cannot use the TPU', "'.[tpu]'")
-    assert any('TPU VM' in row.message and '1 TPU chip (v5e)' in row.message for row in rows)
-
-
-@pytest.mark.parametrize(
-    'version, device, sets',
-    [
-        ('2.19.1', '0x0063', True),
-        ('2.19.1', '0x0062', True),
-        ('2.19.1', '0x006f', True),
-        ('2.19.1', '0x005e', False),
-        ('2.19.1', '0x0027', False),
-        ('2.20.0', '0x0063', False),
-        (None, '0x0063', False),
-    ],
-)
-def test_pjrt_variables_are_set_for_matching_builds_and_chips(tmp_path, version, device, sets):
-    root = fake_machine(tmp_path, chip=('0x1ae0', device))
-    wanted = {
-        'PJRT_DEVICE': 'TPU',
-        'NEXT_PLUGGABLE_DEVICE_USE_C_API': 'true',
-        'TF_PLUGGABLE_DEVICE_LIBRARY_PATH': '/lib/libtpu.so',
-    }
-    assert tpu_environment.pjrt_variables(version, {}, root, '/lib/libtpu.so') == (
-        wanted if sets else {}
-    )
-    assert (
-        tpu_environment.pjrt_variables(version, {'PJRT_DEVICE': 'CPU'}, root, '/lib/libtpu.so')
-        == {}
-    )  # the user has decided
-
-
-def test_main_sets_them_before_import_on_such_a_host_only(monkeypatch, tmp_path):
-    config = default.get_config()
-    monkeypatch.setattr(tpu_environment, 'build_version', lambda: '2.19.1')
-    monkeypatch.setenv('TPU_LIBRARY_PATH', __file__)
-    for name in (*tpu_environment.PJRT_VARIABLES, 'TPU_NAME', 'TPU_ACCELERATOR_TYPE'):
-        monkeypatch.delenv(name, raising=False)
-    tpu_environment.set_pjrt_variables(config)
-    assert 'PJRT_DEVICE' not in os.environ
-    monkeypatch.setenv('TPU_ACCELERATOR_TYPE', 'v6e-4')
-    config.strategy = 'one_device'
-    tpu_environment.set_pjrt_variables(config)
-    assert 'PJRT_DEVICE' not in os.environ
-    config.strategy = 'auto'
-    tpu_environment.set_pjrt_variables(config)
-    set_by_prepare = {name: os.environ.pop(name) for name in tpu_environment.PJRT_VARIABLES}
-    assert (
-        set_by_prepare['PJRT_DEVICE'] == 'TPU'
-        and set_by_prepare['TF_PLUGGABLE_DEVICE_LIBRARY_PATH'] == __file__
-    )
-    with open(os.path.join(ROOT, 'main.py')) as file:
-        text = file.read()
-    assert text.index('tpu_environment.set_pjrt_variables(') < text.index(
-        'import_tensorflow_quietly()'
-    )
-
-
-def test_a_tpu_is_expected_by_its_chips_its_files_or_its_name(tmp_path):
-    assert not tpu_environment.is_tpu_expected('local', {}, str(tmp_path))
-    assert tpu_environment.is_tpu_expected(
-        'mine', {}, str(tmp_path)
-    ) and tpu_environment.is_tpu_expected('local', {'TPU_NAME': 'x'}, str(tmp_path))
-    assert tpu_environment.is_tpu_expected('local', {}, fake_machine(tmp_path / 'chips', **V5E))
-    assert not tpu_environment.is_tpu_expected(
-        'local', {}, fake_machine(tmp_path / 'network', nic=('0x1ae0', '0x0042'), **NVIDIA)
-    )
-    (tmp_path / 'files' / 'dev').mkdir(parents=True)
-    (tmp_path / 'files' / 'dev' / 'accel0').write_text('')
-    assert tpu_environment.is_tpu_expected('local', {}, str(tmp_path / 'files'))
-
-
 # The machine.
 
 
@@ -681,64 +283,6 @@ def test_a_google_machine_is_told(tmp_path):
         'Google Compute Engine\n'
     )
     assert machine.describe_platform({}, str(tmp_path)).startswith('Google Compute Engine, ')
-
-
-SEES = {'gpus': ['/physical_device:GPU:0'], 'cuda': '12.5.1', 'cudnn': '9'}
-
-
-def test_gpus_are_listed_and_an_unseen_one_is_a_failure(tmp_path, monkeypatch):
-    program(
-        tmp_path,
-        monkeypatch,
-        'nvidia-smi',
-        'echo "NVIDIA H100, 550.54.15, 81559 MiB"; echo "NVIDIA H100, 550.54.15, 81559 MiB"',
-    )
-    gpus, problem = machine.nvidia_smi()
-    assert len(gpus) == 2 and not problem
-    (row,) = check.check_gpu(gpus, '', SEES, 'tensorflow', {}, str(tmp_path))
-    assert (
-        row.status == 'ok'
-        and row.message
-        == '2 x NVIDIA H100 (81559 MiB), driver 550.54.15, CUDA 12.5.1, cuDNN 9; TensorFlow sees 1'
-    )
-    (row,) = check.check_gpu(gpus, '', {**SEES, 'gpus': []}, 'tensorflow', {}, str(tmp_path))
-    assert_mended(row, 'FAIL', 'TensorFlow sees none', 'pip uninstall -y tensorflow && ')
-    assert "'.[gpu]'" in row.fix
-    (row,) = check.check_gpu(
-        [gpus[0]._replace(driver='470.82')], '', SEES, 'tensorflow', {}, str(tmp_path)
-    )
-    assert_mended(row, 'FAIL', 'driver 470.82 is too old', 'install && sudo reboot')
-    (row,) = check.check_gpu(
-        gpus, '', {**SEES, 'gpus': []}, 'tensorflow', {'CUDA_VISIBLE_DEVICES': '-1'}, str(tmp_path)
-    )
-    assert row.status == 'ok' and 'hidden by CUDA_VISIBLE_DEVICES' in row.message
-    (row,) = check.check_gpu(gpus, '', {**SEES, 'cuda': ''}, 'tensorflow', {}, str(tmp_path))
-    assert_mended(row, 'warn', 'has no CUDA', "'.[gpu]'")
-    (row,) = check.check_gpu(gpus, '', SEES, 'tensorflow-cpu', {}, str(tmp_path))
-    assert row.status == 'ok'  # the row of TensorFlow has said it
-
-
-def test_a_gpu_without_a_driver_that_works_is_named(tmp_path, monkeypatch):
-    program(tmp_path, monkeypatch, 'nvidia-smi', 'echo "NVIDIA-SMI has failed: no driver"; exit 9')
-    gpus, problem = machine.nvidia_smi()
-    root = fake_machine(tmp_path / 'host', **NVIDIA)
-    (row,) = check.check_gpu(gpus, problem, SEES, 'tensorflow', {}, root)
-    assert_mended(row, 'FAIL', 'NVIDIA-SMI has failed: no driver', 'CUDA_VISIBLE_DEVICES=-1')
-    (row,) = check.check_gpu([], '', SEES, 'tensorflow-cpu', {}, root)
-    assert_mended(row, 'warn', 'its driver is missing', 'sudo ubuntu-drivers install')
-    (row,) = check.check_gpu(
-        [], problem, SEES, 'tensorflow', {}, str(tmp_path)
-    )  # perhaps the program alone is there
-    assert_mended(
-        row,
-        'warn',
-        'nvidia-smi is installed, but fails: NVIDIA-SMI has failed: no driver',
-        'nvidia-smi',
-    )
-    program(tmp_path, monkeypatch, 'nvidia-smi', "printf '\\377\\376'; exit 9")
-    assert machine.nvidia_smi() == ([], '\ufffd\ufffd')
-    monkeypatch.setenv('PATH', str(tmp_path))
-    assert machine.nvidia_smi() == ([], '')
 
 
 def memory(folder, available, version=2, limit=None, used=0, inactive=0):
@@ -1170,11 +714,13 @@ def test_what_keras_downloads_is_said_and_not_downloaded(tmp_path, tiny, monkeyp
 
 
 def test_a_setting_that_a_tpu_refuses_is_named(tmp_path, tiny):
-    tiny.jit_compile = 'true'
+    tiny.jit_compile, tiny.strategy = 'true', 'tpu'
+    fix = '--config.jit_compile=auto'
     rows = {row.name: row for row in tensorflow_checks.results(tiny, str(tmp_path), tpu_cores=1)}
-    assert_mended(
-        rows['strategy'], 'FAIL', 'would compile for the host', '--config.jit_compile=auto'
-    )
+    assert_mended(rows['strategy'], 'FAIL', 'would compile for the host', fix)
+    tiny.jit_compile, tiny.strategy = 'false', 'auto'
+    rows = {row.name: row for row in tensorflow_checks.results(tiny, str(tmp_path), tpu_cores=1)}
+    assert_mended(rows['strategy'], 'FAIL', 'JAX runs compiled steps alone', fix)
 
 
 def test_the_table_says_what_the_run_will_be(tmp_path, tiny):

@@ -1,13 +1,10 @@
-"""The libtpu beside a TPU build of TensorFlow has every function that it looks up. `make test-tpu`
-runs this with both builds.
-"""
+"""The libtpu beside TensorFlow's TPU build has every function that it looks up: `make test-tpu`."""
 
 import ctypes
 import importlib.metadata
 import importlib.util
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -17,7 +14,7 @@ import zipfile
 import pytest
 
 from common.commands import ROOT
-from diagnostics import libtpu
+from diagnostics import installation, libtpu
 
 TENSORFLOW = os.path.dirname(importlib.util.find_spec('tensorflow').origin)
 LIBTPU = importlib.util.find_spec('libtpu')
@@ -65,54 +62,43 @@ def test_names_of_functions_are_told_from_other_text(tmp_path, text, names):
 if (
     os.environ.get('TRACE') == 'all' and LIBTPU
 ):  # `make test-tpu`: asks the package index, and downloads libtpu
-    BUILD = importlib.metadata.version('tensorflow-tpu')
-    EXTRA = 'tpu' if BUILD.startswith('2.19.') else 'tpu220'
 
     def test_the_pins_resolve_to_a_libtpu_that_has_every_function():
-        assert missing_functions(lambda text: text) == set()
+        versions = resolve('tpu-tf')
+        assert versions['tensorflow-tpu'] == importlib.metadata.version('tensorflow-tpu')
+        assert missing_functions(versions['libtpu']) == set()
 
-    def test_without_its_pin_libtpu_lacks_functions():
-        missing = missing_functions(lambda text: re.sub(r'\n +"libtpu==.*', '', text))
-        if BUILD.startswith('2.20.'):
-            assert len(missing) > 0
-        else:  # 2.19.1 pins libtpu itself
-            assert missing == set()
+    def test_the_tpu_extra_resolves_to_the_pinned_jax_and_libtpu():
+        found, pins = resolve('tpu'), installation.compiler_pins()
+        assert {name: found[name] for name in ('jax', 'jaxlib', 'libtpu')} == {
+            name: pins[name] for name in ('jax', 'jaxlib', 'libtpu')
+        }
 
 
-def missing_functions(change):
-    """What the installed TPU build needs and the libtpu lacks to which its extra resolves today in
-    a clean environment, when pyproject.toml is changed so.
-    """
+def resolve(extra):
+    """{name: version} of what an extra resolves to today in a clean environment."""
     with tempfile.TemporaryDirectory() as folder:
-        for name in ('README.md', 'LICENSE'):
+        for name in ('README.md', 'LICENSE', 'pyproject.toml'):
             shutil.copy(os.path.join(ROOT, name), folder)
-        with (
-            open(os.path.join(ROOT, 'pyproject.toml')) as before,
-            open(os.path.join(folder, 'pyproject.toml'), 'w') as after,
-        ):
-            after.write(change(before.read()))
-
-        def pip(*arguments):
-            command = [
-                os.path.join(folder, 'clean', 'bin', 'python'),
-                '-m',
-                'pip',
-                *arguments,
-                '--quiet',
-                '--disable-pip-version-check',
-            ]
-            subprocess.run(command, cwd=folder, check=True)
-
-        subprocess.run([sys.executable, '-m', 'venv', os.path.join(folder, 'clean')], check=True)
-        pip('install', '--dry-run', '--report', 'report.json', f'.[{EXTRA}]')
-        with open(os.path.join(folder, 'report.json')) as file:
-            versions = {
+        report = os.path.join(folder, 'report.json')
+        pip('install', '--dry-run', '--ignore-installed', '--report', report, f'{folder}[{extra}]')
+        with open(report) as file:
+            return {
                 package['metadata']['name'].replace('_', '-'): package['metadata']['version']
                 for package in json.load(file)['install']
             }
-        assert versions['tensorflow-tpu'] == BUILD
-        pip('download', '--no-deps', f'libtpu=={versions["libtpu"]}')
+
+
+def missing_functions(version):
+    """What the installed TPU build needs and a version of libtpu lacks."""
+    with tempfile.TemporaryDirectory() as folder:
+        pip('download', '--no-deps', '--dest', folder, f'libtpu=={version}')
         (wheel,) = (name for name in os.listdir(folder) if name.startswith('libtpu-'))
         with zipfile.ZipFile(os.path.join(folder, wheel)) as content:
             library = content.extract('libtpu/libtpu.so', folder)
         return libtpu.functions_needed(TENSORFLOW) - libtpu.functions_exported(library)
+
+
+def pip(*arguments):
+    command = [sys.executable, '-m', 'pip', *arguments]
+    subprocess.run([*command, '--quiet', '--disable-pip-version-check'], check=True)

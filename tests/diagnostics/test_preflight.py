@@ -6,6 +6,7 @@ import concurrent.futures
 import gzip
 import os
 import re
+import sys
 import threading
 
 import pytest
@@ -243,11 +244,22 @@ def test_what_the_compiler_cannot_read_is_one_line():
         tpu_compiler.compile_program(lambda: b'no program', Topology.parse('v5e'))
 
 
-def test_an_environment_whose_python_has_gone_is_made_again(tmp_path, monkeypatch):
+@pytest.fixture
+def without_compiler(monkeypatch, tmp_path):
+    """The compiler is not installed here, and its environment will be in `tmp_path`."""
+    monkeypatch.setattr(tpu_compiler.installation, 'missing_of', lambda wanted: ['libtpu==1'])
     monkeypatch.setattr(tpu_compiler, 'cache_folder', lambda: str(tmp_path))
+
+
+def test_the_compiler_that_a_tpu_runs_with_is_used_where_it_is(monkeypatch):
+    monkeypatch.setattr(tpu_compiler.installation, 'missing_of', lambda wanted: [])
+    assert tpu_compiler.environment() == sys.executable
+
+
+def test_an_environment_whose_python_has_gone_is_made_again(without_compiler, monkeypatch):
     made = []
 
-    def install(folder, python):
+    def install(folder, python, pins):
         made.append(folder)
         os.makedirs(os.path.dirname(python), exist_ok=True)
         os.symlink(os.devnull, python)
@@ -259,13 +271,12 @@ def test_an_environment_whose_python_has_gone_is_made_again(tmp_path, monkeypatc
     assert tpu_compiler.environment() == python and len(made) == 2
 
 
-def test_two_preflights_at_once_install_the_compiler_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(tpu_compiler, 'cache_folder', lambda: str(tmp_path))
+def test_two_preflights_at_once_install_the_compiler_once(without_compiler, monkeypatch):
     installed, begun, go_on = [], threading.Event(), threading.Event()
 
-    def install(folder, python):
+    def install(folder, python, pins):
         begun.set()
-        go_on.wait()
+        assert go_on.wait(30)
         os.makedirs(os.path.dirname(python))
         os.symlink(os.devnull, python)
         installed.append(python)
@@ -273,7 +284,7 @@ def test_two_preflights_at_once_install_the_compiler_once(tmp_path, monkeypatch)
     monkeypatch.setattr(tpu_compiler, '_install', install)
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         first = pool.submit(tpu_compiler.environment)
-        begun.wait()
+        assert begun.wait(30)
         second = pool.submit(tpu_compiler.environment)
         assert not concurrent.futures.wait([second], 0.5).done  # it waits
         go_on.set()
