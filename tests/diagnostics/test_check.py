@@ -82,7 +82,7 @@ def test_two_builds_in_one_folder_are_named_and_removed(tmp_path):
             'cannot use the GPU',
             "requirements/gpu.txt '.[gpu]'",
         ),
-        ('cpu', {'tensorflow_tpu': '2.20.0'}, 'warn', 'this machine has no TPU', "'.[cpu]'"),
+        ('cpu', {'tensorflow_tpu': '2.20.0'}, 'warn', 'this run uses no TPU', "'.[cpu]'"),
         ('cpu', {'tensorflow_cpu': '2.23.0'}, 'warn', '2.23.0', "'.[cpu]'"),
     ],
 )
