@@ -57,7 +57,6 @@ COMMANDS = {
         '--mode=check'
     ),
     'make test': Not('runs this file'),
-    'make test-tpu': Not('installs two builds of TensorFlow; .ci/run runs it'),
     f'{PYTHON} main.py --config=configs/folder.py --config.dataset.data_dir=DIR': Runs(
         FOLDER, says='report in runs/folder/report.md'
     ),

@@ -101,7 +101,8 @@ def test_a_build_that_does_not_fit_is_named(tmp_path, accelerator, versions, sta
         ('cpu', {'tensorflow_cpu': '2.21.0'}),
         ('cpu', {'tensorflow': '2.19.1'}),
         ('gpu', {'tensorflow': '2.20.0'}),
-        ('tpu', {'tensorflow_tpu': '2.19.1'}),
+        ('tpu', {'tensorflow_cpu': '2.21.0'}),
+        ('tpu-tf', {'tensorflow_tpu': '2.19.1'}),
     ],
 )
 def test_a_build_that_fits_is_ok(tmp_path, accelerator, versions):
