@@ -94,9 +94,7 @@ COMMANDS = {
     '... --mode=check [--json]': Runs(
         whole=f'{OF_DIGITS} --mode=check {DIGITS}', says='ready to train'
     ),
-    '... --mode=evaluate [--checkpoint=best]': Runs(
-        whole=f'{OF_DIGITS} --mode=evaluate --checkpoint=best {DIGITS}', says='"eval/accuracy"'
-    ),
+    '... --mode=evaluate [--checkpoint=best]': Not('tests/test_main.py runs it'),
     '... --mode=preview [--step=N]': Runs(
         whole=f'{OF_DIGITS} --mode=preview --step=2 {DIGITS}', says='preview/batch_2.png'
     ),
@@ -120,11 +118,7 @@ COMMANDS = {
     f'{PYTHON} main.py ... --config.dataset.service=MACHINE1:5050,MACHINE2:5050': Not(
         'needs two machines; tests/inputs/test_service.py'
     ),
-    '--config.virtual_devices=2': Runs(
-        whole=f'{PYTHON} main.py --config=configs/digits.py --workdir=runs/two {DIGITS} '
-        '--config.virtual_devices=2',
-        says='x 2 replicas',
-    ),
+    '--config.virtual_devices=2': Not('tests/test_train.py trains with them'),
     f'{PYTHON} main.py --config=configs/folder.py --config.dataset.data_dir=DIR '
     '--config.model.weights=runs/flowers': Runs(
         f'{FOLDER} --workdir=runs/transfer', says='from runs/flowers/checkpoints/step-4'

@@ -169,18 +169,14 @@ def small(config):
 
 # `make test-tpu` has all of them, with the real model too, which takes half a minute for each
 # trace.
-ALL = [(replicas, small, name) for replicas in (1, 32) for name in CONFIGS] + [
-    (REPLICAS, whole, name) for name in CONFIGS
-]
 SOME = [(1, small, 'digits'), (32, small, 'imagenet')]
+ALL = [*SOME, *((REPLICAS, whole, name) for name in CONFIGS)]
 TRACES_ALL = os.environ.get('TRACE') == 'all'
 
 
 @pytest.mark.parametrize(
     'strategy, change, name',
-    [(REPLICAS, small, 'digits')]
-    + [slow(REPLICAS, small, name) for name in CONFIGS if name != 'digits']
-    + [slow(*values) for values in (ALL if TRACES_ALL else SOME)],
+    [(REPLICAS, small, 'digits'), *(slow(*values) for values in (ALL if TRACES_ALL else SOME))],
     indirect=['strategy'],
 )
 def test_the_loops_of_every_config_are_fit_for_a_tpu(strategy, change, name):

@@ -11,7 +11,7 @@ from modeling import optimizers
 @pytest.mark.slow
 def test_ten_updates_match_everywhere_for_every_optimizer():
     names = sorted(optimizers.OPTIMIZERS)
-    report = same_step.compare(names, ['clip'], places=('1', '2'), jit=(False,))
+    report = same_step.compare(names, ['clip'], places=('2',), jit=(False,))
     assert not same_step.beyond_tolerance(report) and list(report) == [
         (name, 'clip') for name in names
     ]
@@ -19,7 +19,8 @@ def test_ten_updates_match_everywhere_for_every_optimizer():
 
 @pytest.mark.slow
 def test_ten_updates_match_with_every_feature_and_xla():
-    report = same_step.compare(['adamw'], ['all'], places=('1', '2', 'workers', 'jax'))
+    places = ('2', 'workers', 'jax')
+    report = same_step.compare(['adamw'], ['all'], places, jit=(True,))
     assert not same_step.beyond_tolerance(report) and all(
         row['weights'] > 0 for row in report.values()
     )

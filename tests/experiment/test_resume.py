@@ -444,8 +444,6 @@ def test_a_run_out_of_patience_ends_and_remembers_its_best(tiny, workdir, monkey
         'exports   the weights after update 10, the best by eval/loss because config.patience is '
         'set; --mode=export --checkpoint=last exports those after update 20'
     ) in printed
-    assert export.run(tiny, workdir)['export/step'] == 10  # again what training exports
-    assert export.run(tiny, workdir, 'last')['export/step'] == 20
     for which, step in ((None, 10), ('last', 20), (None, 10)):
         done = export.run(tiny, workdir, which)
         line = capsys.readouterr().out.splitlines()[0]

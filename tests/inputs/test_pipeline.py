@@ -108,7 +108,7 @@ def test_an_epoch_is_well_mixed(split):
 @pytest.mark.slow
 def test_a_resumed_stream_goes_on_at_any_position(split):
     whole = ids(split, 3, 0, 3 * 1437)
-    for begin in [0, 1, 1436, 1437, 1438, *np.random.RandomState(0).randint(0, 3 * 1437 - 50, 20)]:
+    for begin in [0, 1, 1436, 1437, 1438, *np.random.RandomState(0).randint(0, 3 * 1437 - 50, 8)]:
         assert ids(split, 3, int(begin), int(begin) + 50) == whole[begin : begin + 50]
 
 
@@ -132,7 +132,7 @@ def test_a_resumed_stream_rereads_at_most_two_percent(split):
                 )
             )
 
-    for begin in np.random.RandomState(1).randint(0, 3 * 1437 - 1, 20):
+    for begin in np.random.RandomState(1).randint(0, 3 * 1437 - 1, 8):
         read.clear()
         next(iter(pipeline.ordered_entries(Watched(), 0, 10**9, int(begin))))
         done = {
@@ -199,15 +199,12 @@ def test_batches_do_not_depend_on_group_size(tiny, source, batch_size, monkeypat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    'parallel_calls',
-    [2, pytest.param(1, marks=pytest.mark.slow), pytest.param(8, marks=pytest.mark.slow)],
-)
-def test_batches_do_not_depend_on_the_parallelism(tiny, source, parallel_calls, monkeypatch):
+def test_batches_do_not_depend_on_the_parallelism(tiny, source, monkeypatch):
     tiny.train_for, tiny.augment.policy.name = '6 steps', 'rand_augment'
     expected = [batch_digest(batch) for batch in training_batches(tiny, source)]
-    monkeypatch.setattr(pipeline, 'AUTOTUNE', parallel_calls)
-    assert [batch_digest(batch) for batch in training_batches(tiny, source)] == expected
+    for parallel_calls in (1, 8):
+        monkeypatch.setattr(pipeline, 'AUTOTUNE', parallel_calls)
+        assert [batch_digest(batch) for batch in training_batches(tiny, source)] == expected
 
 
 @pytest.mark.parametrize('devices', [2, slow(4)])
@@ -281,8 +278,7 @@ def test_a_part_of_a_split_is_read_from_inside_its_file(source):
 
 @pytest.mark.parametrize(
     'devices, eval_batch_size',
-    [(2, 7), slow(1, 360), slow(4, 1000), slow(1, 7), slow(1, 1000), slow(2, 360), slow(2, 1000)]
-    + [slow(4, 7), slow(4, 360)],
+    [(2, 7), slow(1, 360), slow(4, 1000)],
 )
 def test_evaluation_reads_every_example_exactly_once(still, source, devices, eval_batch_size):
     still.eval_batch_size = eval_batch_size
@@ -320,7 +316,7 @@ def test_without_augmentation_training_and_evaluation_match(still, source):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('policy', ['mixed_bfloat16', slow('mixed_float16')])
+@pytest.mark.parametrize('policy', ['mixed_bfloat16'])
 def test_batches_do_not_depend_on_the_type_the_model_computes_in(tiny, source, policy):
     tiny.augment.policy.name, tiny.augment.mixup, tiny.train_for = 'rand_augment', 0.2, '2 steps'
     expected = [batch_digest(batch) for batch in training_batches(tiny, source)]

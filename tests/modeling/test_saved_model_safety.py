@@ -439,10 +439,7 @@ def exported(model, path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     'name, write_out',
-    [
-        ('MobileNetV3Small', tf.saved_model.save),
-        pytest.param('EfficientNetV2B0', exported, marks=pytest.mark.slow),
-    ],
+    [('MobileNetV3Small', tf.saved_model.save), ('MobileNetV2', exported)],
 )
 def test_what_keras_exports_is_loaded(tmp_path, name, write_out):
     model = getattr(keras.applications, name)(weights=None, classes=10, input_shape=(32, 32, 3))

@@ -114,11 +114,7 @@ def test_a_step_is_what_plain_keras_computes(still, jit_compile):
 )
 def test_first_losses_match_on_1_2_and_4_devices_and_with_xla(still, changes):
     still.update(changes)
-    cases = (
-        [(devices, jit) for devices in (1, 2, 4) for jit in (False, True)]
-        if not changes
-        else [(1, False), (2, True), (4, False)]
-    )
+    cases = [(1, False), (1, True), (2, True), (4, False)]
     runs = {case: run(still, 20 if not changes else 8, *case) for case in cases}
     expected, first = runs[1, False]
     for results, state in runs.values():
