@@ -7,7 +7,7 @@ be the same.
 The run is configs/digits.py without augmentation, dropout and drop-path, with synchronized batch
 normalisation, at the config's global batch. Each case is a process of its own; the table shows the
 largest difference from the first case. A case is DEVICES JIT_COMPILE, as in --cases '1 false' '2
-true'. A third word, `permuted`, is a control: one device without XLA again, but the rows of each
+true', or DEVICES pjrt for JAX's runtime. A third word, `permuted`, is a control: one device without XLA again, but the rows of each
 batch in another order. It changes nothing except the rounding of sums.
 """
 
@@ -52,7 +52,7 @@ def main():
         )
         devices, jit_compile, *order = case.split()
         print(
-            f'{devices:>8} jit_compile={jit_compile:5} {" ".join(order):8}  loss '
+            f'{devices:>8} {jit_compile:5} {" ".join(order):8}  loss '
             f'{losses[case][0]:.6f} ... {losses[case][-1]:.6f}  '
             f'largest difference {max(differences):.1e}, within 1e-4 for {agreeing} steps',
             flush=True,
@@ -113,7 +113,10 @@ def first_losses(model, precision, num_steps, devices, jit_compile, order=None):
     config.model.name, config.model.dropout, config.model.drop_path = model, 0.0, 0.0
     config.augment = {**config.augment.to_dict(), 'translate': 0.0, 'rotate': 0.0, 'zoom': 0.0}
     config.virtual_devices = int(devices)
-    config.jit_compile = jit_compile
+    if jit_compile == 'pjrt':
+        config.strategy = 'pjrt'
+    else:
+        config.jit_compile = jit_compile
     config.precision = precision
     session = open_session(config, '/nonexistent')
     train_step = steps.make_train_step(
