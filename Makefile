@@ -32,7 +32,7 @@ test-slow: .venv/test-$(ACCELERATOR)
 	.venv/bin/python -m pytest -n 2 --dist loadfile -m slow
 
 .venv/train-$(ACCELERATOR): pyproject.toml requirements/$(ACCELERATOR).txt
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14) and "Python 3.10 to 3.13 is needed, and $(PYTHON) is %d.%d: name another, as in make PYTHON=python3.11" % sys.version_info[:2])'
+	@$(PYTHON) -c 'import sys; oldest, newest = {"tpu": (11, 13), "gpu-jax": (11, 13), "tpu-tf": (10, 12)}.get("$(ACCELERATOR)", (10, 13)); sys.exit(not (3, oldest) <= sys.version_info[:2] <= (3, newest) and "Python 3.%d to 3.%d is needed for $(ACCELERATOR), and $(PYTHON) is %d.%d: name another, as in make PYTHON=python3.11" % (oldest, newest, *sys.version_info[:2]))'
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
 	@# The builds of TensorFlow share one folder: only one of them can be there.
 	@if ls .venv/train-* 2>/dev/null | grep -qv -- '-$(ACCELERATOR)$$'; then \

@@ -93,8 +93,8 @@ flags.DEFINE_integer(
 flags.DEFINE_string(
     'coordinator',
     None,
-    'HOST:PORT of process 0, for several processes on JAX. On TPU slices, Slurm and Kubernetes the '
-    'processes find each other without it.',
+    'HOST:PORT of process 0, for several processes on JAX. On TPU slices and under Slurm they find '
+    'each other without it.',
 )
 flags.DEFINE_integer('num_processes', None, 'How many processes there are; see --coordinator.')
 flags.DEFINE_integer('process_id', None, 'Which of them this is, from 0; see --coordinator.')
@@ -164,13 +164,15 @@ def import_tensorflow_and_check(config: ConfigDict) -> None:
 
 def join_processes(config: ConfigDict) -> None:
     """Makes this process one of several, if the flags or a launcher say so."""
-    from devices import jax_start
+    from devices import cluster, jax_start
 
-    cluster = jax_start.Cluster.from_flags(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
-    is_wanted = jax_start.is_wanted(config)
-    if is_wanted and (cluster or jax_start.may_have_peers()):
-        jax_start.join(cluster)
-    elif cluster:
+    flags_ = (FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
+    processes = cluster.Cluster.from_flags(*flags_)
+    if jax_start.is_wanted(config):
+        processes = processes or cluster.find()
+        if processes.has_peers:
+            jax_start.join(processes)
+    elif processes:
         raise ConfigError(
             f'--coordinator is for JAX, not for config.strategy={config.strategy!r}',
             '--config.strategy=pjrt, or leave it out',

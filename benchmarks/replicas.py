@@ -7,8 +7,9 @@ be the same.
 The run is configs/digits.py without augmentation, dropout and drop-path, with synchronized batch
 normalisation, at the config's global batch. Each case is a process of its own; the table shows the
 largest difference from the first case. A case is DEVICES JIT_COMPILE, as in --cases '1 false' '2
-true', or DEVICES pjrt for JAX's runtime. A third word, `permuted`, is a control: one device without XLA again, but the rows of each
-batch in another order. It changes nothing except the rounding of sums.
+true', or DEVICES pjrt for JAX's runtime. A third word, `permuted`, is a control: one device without
+XLA again, but the rows of each batch in another order. It changes nothing except the rounding of
+sums.
 """
 
 import argparse

@@ -184,9 +184,9 @@ def as_workers(cases, on_jax=False):
 
 def join_jax(coordinator, index):
     """A strategy on two devices of each of two processes."""
-    from devices import jax_start
+    from devices import cluster, jax_start
 
-    jax_start.set_cluster(jax_start.Cluster(coordinator, 2, index))
+    jax_start.set_cluster(cluster.Cluster(2, coordinator, index))
     jax_start.start_virtual(2)
     from devices import pjrt
 

@@ -20,6 +20,14 @@ from common.errors import counted
 # PCI vendor ID, and the prefix of the device class of display and 3D controllers.
 NVIDIA = '0x10de'
 DISPLAY_CLASS = '0x03'
+# Builds of TensorFlow, all of which install into the same folder.
+TENSORFLOW_BUILDS = (
+    'tensorflow',
+    'tensorflow-cpu',
+    'tensorflow-tpu',
+    'tensorflow-gpu',
+    'tf-nightly',
+)
 NO_GPU = ('', '-1')  # values of CUDA_VISIBLE_DEVICES that hide all GPUs
 
 

@@ -10,12 +10,13 @@ from packaging.requirements import Requirement
 
 from common.commands import install_command, python_command
 from common.errors import RunError
-from common.machine import installed, requirements_of
+from common.machine import TENSORFLOW_BUILDS, installed, requirements_of
 
 VERSION = '0.10.2'  # whose internals devices/pjrt.py calls; pinned in requirements/
+REQUIREMENTS = f'jax=={VERSION} jaxlib=={VERSION}'
 OLDEST_PYTHON = (3, 11)
-# By platform, as JAX names it: the extra of pyproject.toml that installs what it needs.
-EXTRAS = {'tpu': 'tpu', 'cuda': 'gpu-jax', 'cpu': 'cpu'}
+# By platform, as JAX names it: the extra of pyproject.toml that has JAX and what it needs.
+EXTRAS = {'tpu': 'tpu', 'cuda': 'gpu-jax'}
 TPU_LIBRARIES = ('libtpu', 'libtpu-nightly')  # they share one folder
 CUDA_PLUGINS = ('jax-cuda12-plugin', 'jax-cuda13-plugin')  # of which a process can load one
 PLUGIN_FUNCTION = 'GetPjrtApi'  # what a library for JAX exports
@@ -34,10 +35,11 @@ def check(
     Raises: RunError with what is wrong, and what fixes it.
     """
     if tuple(python[:2]) < OLDEST_PYTHON:
-        accelerator = EXTRAS[platform]
+        extra = EXTRAS.get(platform, 'cpu')
         raise _error(
             f'JAX {VERSION} needs Python 3.11 or later, and this is {python[0]}.{python[1]}',
-            f'rm -rf .venv && make train PYTHON=python3.12 ACCELERATOR={accelerator}',
+            f'rm -rf .venv && make train PYTHON=python3.12 ACCELERATOR={extra}   # docs/tpu.md '
+            'says where to get one',
         )
     _check_jax(platform, search_path)
     _check_platforms(platform, environ)
@@ -49,19 +51,33 @@ def check(
     return found
 
 
+def device_name(platform: str) -> str:
+    """Returns how users call a device of a platform: 'TPU', 'GPU' or 'CPU'."""
+    return 'GPU' if platform == 'cuda' else platform.upper()
+
+
 def install(platform: str) -> str:
     """Returns the command that installs JAX and what it needs on a platform."""
     if platform == 'cpu':  # whose extra has no JAX
-        return f'{python_command()} -m pip install jax=={VERSION} jaxlib=={VERSION}'
-    return install_command(EXTRAS[platform])
+        return f'{python_command()} -m pip install {REQUIREMENTS}'
+    command = install_command(EXTRAS[platform])
+    others = [name for name in installed(TENSORFLOW_BUILDS) if name != 'tensorflow-cpu']
+    if others:  # they share one folder with the build of this extra
+        return f'{python_command()} -m pip uninstall -y {" ".join(others)} && {command}'
+    return command
+
+
+def repair() -> str:
+    """Returns the command that replaces a damaged JAX."""
+    return f'{python_command()} -m pip install --force-reinstall --no-deps {REQUIREMENTS}'
 
 
 def _check_jax(platform: str, search_path: list[str] | None) -> None:
     names = ('jax', 'jaxlib')
     found = installed(names, search_path)
-    lacking = [name for name in names if name not in found]
-    if lacking:
-        raise _error(f'not installed: {" and ".join(lacking)}', install(platform))
+    missing = [name for name in names if name not in found]
+    if missing:
+        raise _error(f'not installed: {" and ".join(missing)}', install(platform))
     wrong = [f'{name} {version}' for name, version in found.items() if version != VERSION]
     if wrong:
         problem = f'{" and ".join(wrong)} {"are" if len(wrong) > 1 else "is"} installed'
@@ -74,8 +90,8 @@ def _check_platforms(platform: str, environ: Mapping[str, str]) -> None:
     names = {'cuda': {'cuda', 'gpu'}}.get(platform, {platform})
     if platform != 'cpu' and wanted and not names & set(wanted.split(',')):
         raise _error(
-            f'JAX_PLATFORMS={wanted} hides the {_device(platform)} of this machine',
-            'unset JAX_PLATFORMS, or train without it: --config.strategy=one_device',
+            f'JAX_PLATFORMS={wanted} hides the {device_name(platform)} of this machine',
+            'unset JAX_PLATFORMS, or train without JAX: --config.strategy=one_device',
         )
 
 
@@ -84,7 +100,7 @@ def _check_tpu(environ: Mapping[str, str], search_path: list[str] | None) -> str
     if installed(['tensorflow-tpu'], search_path):
         remove = f'{python_command()} -m pip uninstall -y tensorflow-tpu libtpu'
         raise _error(
-            'tensorflow-tpu is installed too, and only one of the two can have the TPU',
+            'tensorflow-tpu and JAX are both installed, and only one of them can use the TPU',
             f'{remove} && {install("tpu")}',
         )
     path = environ.get('TPU_LIBRARY_PATH')
@@ -104,7 +120,7 @@ def _check_tpu(environ: Mapping[str, str], search_path: list[str] | None) -> str
     ((name, version),) = found.items()
     needed = _libtpu_of_jax(search_path)
     if name != 'libtpu' or (needed and version not in needed.specifier):
-        wanted = str(needed.specifier if needed else '').removeprefix('==')
+        wanted = str(needed.specifier).removeprefix('==') if needed else 'itself'
         problem = f'{name} {version} is installed, and JAX {VERSION} needs libtpu {wanted}'
         remove = f'{python_command()} -m pip uninstall -y {name}'
         raise _error(problem, f'{remove} && {install("tpu")}')
@@ -139,21 +155,17 @@ def _check_cuda(search_path: list[str] | None) -> str:
         raise _error('no jax-cuda13-plugin is installed, and JAX needs it for a GPU', fix)
     if len(found) > 1:
         raise _error(
-            f'{" and ".join(found)} are installed, and JAX can load one of them',
+            f'{" and ".join(found)} are installed, and JAX can load only one of them',
             f'{python_command()} -m pip uninstall -y jax-cuda12-plugin jax-cuda12-pjrt',
         )
     ((plugin, version),) = found.items()
     runtime = plugin.replace('plugin', 'pjrt')
-    of_runtime = installed([runtime], search_path).get(runtime)
-    for name, number in ((plugin, version), (runtime, of_runtime)):
+    runtime_version = installed([runtime], search_path).get(runtime)
+    for name, number in ((plugin, version), (runtime, runtime_version)):
         if number != VERSION:
             has = f'{name} {number} is installed' if number else f'{name} is not installed'
-            raise _error(f'{has}, and JAX {VERSION} needs its own version of it', fix)
+            raise _error(f'{has}, and {VERSION} is needed', fix)
     return f'{plugin} {version}'
-
-
-def _device(platform: str) -> str:
-    return 'GPU' if platform == 'cuda' else platform.upper()
 
 
 def _error(problem: str, fix: str) -> RunError:

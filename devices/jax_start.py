@@ -1,10 +1,9 @@
-"""Starts JAX's runtime in this process: which devices, which other processes, where it caches."""
+"""Starts JAX's runtime in this process, and connects it to the other processes."""
 
-import dataclasses
 import functools
 import os
-import re
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -12,72 +11,37 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from common import console, machine, tpu_environment
-from common.errors import ConfigError, RunError, one_line
+from common.errors import RunError, one_line
 from devices import jax_packages, supervisor
+from devices.cluster import Cluster, local_devices
 
 # What to do where the device does not start although all packages are there.
 STARTS_NOT = {
-    'tpu': 'end what holds the TPU, or train without it: --config.strategy=one_device',
+    'tpu': 'end what holds the TPU; on a slice, start the command on all hosts; or train without '
+    'it: --config.strategy=one_device',
     'cuda': 'nvidia-smi, which shows whether the driver works, or train on the CPU: '
     'export CUDA_VISIBLE_DEVICES=-1',
     'cpu': 'train without JAX: --config.strategy=one_device',
 }
-# Seconds after which a process that is not heard of is lost.
-HEARTBEAT_SECONDS = 30
-
-
-@dataclasses.dataclass(frozen=True)
-class Cluster:
-    """The processes of a run, which meet at an address."""
-
-    coordinator: str  # HOST:PORT of process 0
-    num_processes: int
-    process_id: int
-
-    @classmethod
-    def from_flags(
-        cls, coordinator: str | None, num_processes: int | None, process_id: int | None
-    ) -> 'Cluster | None':
-        """Returns what the flags say, None if they say nothing. Raises ConfigError."""
-        if coordinator is None and num_processes is None and process_id is None:
-            return None
-        if coordinator is None or num_processes is None or process_id is None:
-            raise ConfigError(
-                '--coordinator, --num_processes and --process_id belong together',
-                'write all three, or none where the launcher of the processes is known',
-            )
-        if not re.fullmatch(r'[^\s:]+:\d+|\[[^\s\]]+\]:\d+', coordinator):
-            problem = f'--coordinator={coordinator!r} is not an address'
-            raise ConfigError(problem, 'write HOST:PORT of process 0')
-        if not 0 <= process_id < num_processes:
-            problem = f'--process_id={process_id} is none of {num_processes} processes'
-            raise ConfigError(problem, f'write 0 to {num_processes - 1}')
-        return cls(coordinator, num_processes, process_id)
+HEARTBEAT_SECONDS = 30  # of silence after which a process counts as lost
+PATIENCE_SECONDS = 30
+STILL_WAITING = (
+    'the devices have not started yet: a slice waits until the command runs on all its hosts; '
+    'in another terminal --mode=check says who holds a TPU'
+)
 
 
 _joined: Cluster | None = None
 
 
-def may_have_peers(environ: Mapping[str, str] = os.environ) -> bool:
-    """Returns whether a launcher may have started other processes of this run, to be found by JAX.
-
-    JAX itself is not asked, because importing it takes time.
-    """
-    launched = environ.get('SLURM_NTASKS', '1') != '1' or 'JOB_COMPLETION_INDEX' in environ
-    return launched or tpu_environment.is_tpu_expected(environ=environ)
-
-
-def join(cluster: Cluster | None) -> None:
-    """Prepares this process to be one of several once JAX starts. It returns in a child process.
-
-    Without a cluster JAX looks for the other processes.
-    """
+def join(cluster: Cluster) -> None:
+    """Prepares this process to be one of several once JAX starts. It returns in a child process."""
     set_cluster(cluster)
     supervisor.run_as_child()
 
 
 def set_cluster(cluster: Cluster | None) -> None:
-    """Says whom this process meets once JAX starts."""
+    """Sets the processes that this one meets once JAX starts; None if it is alone."""
     global _joined
     _joined = cluster
 
@@ -89,20 +53,26 @@ def await_verdict() -> None:
     """
     jax = sys.modules.get('jax')
     if jax and jax.distributed.is_initialized():
-        time.sleep(1.5 * HEARTBEAT_SECONDS)
+        seconds = 1.5 * HEARTBEAT_SECONDS
+        console.warning(f'an error: waiting {seconds:g} s to hear whether another process is lost')
+        time.sleep(seconds)
 
 
 def is_wanted(config: ConfigDict, environ: Mapping[str, str] = os.environ, root: str = '/') -> bool:
     """Returns whether the steps of this (possibly unchecked) config run on JAX's runtime here.
 
     With strategy='auto' they do on a TPU of this machine, unless TensorFlow's own TPU build is
-    installed.
+    installed; and on a GPU, if only JAX has what it needs for one.
     """
     strategy = config.get('strategy', 'auto')
     if strategy != 'auto' or config.get('tpu', 'local') != 'local':
         return strategy == 'pjrt'
-    is_expected = tpu_environment.is_tpu_expected(environ=environ, root=root)
-    return is_expected and not tpu_environment.build_version()
+    if tpu_environment.is_tpu_expected(environ=environ, root=root):
+        return not tpu_environment.build_version()
+    is_set_for_gpus = machine.installed(jax_packages.CUDA_PLUGINS) and not machine.installed(
+        ['tensorflow']
+    )
+    return bool(is_set_for_gpus) and expected_platform(config, environ, root) == 'cuda'
 
 
 def expected_platform(
@@ -110,7 +80,8 @@ def expected_platform(
 ) -> str:
     """Returns which of JAX's platforms has to start here: 'tpu', 'cuda' or 'cpu'.
 
-    A GPU counts if its driver answers, or if what JAX needs for one is installed.
+    A GPU counts if nvidia-smi lists it, or if a card is on the PCI bus and what JAX needs for one
+    is installed.
     """
     if config.get('virtual_devices', 0):
         return 'cpu'
@@ -130,6 +101,14 @@ def start(config: ConfigDict) -> None:
     """
     _start(config.virtual_devices, expected_platform(config))
     _use_64_bits()
+
+
+def gpus() -> list[Any]:
+    """Returns the GPUs of this process that JAX has started, [] if it has not."""
+    jax = sys.modules.get('jax')
+    if not jax or not _start.cache_info().currsize:
+        return []
+    return [device for device in jax.local_devices() if device.platform == 'gpu']
 
 
 def start_virtual(devices: int) -> None:
@@ -157,13 +136,13 @@ def _start(virtual_devices: int, platform: str) -> None:
         _split_cpu(jax, virtual_devices)
     if _joined:
         _connect(jax, _joined)
-    elif may_have_peers():
-        _connect_found(jax)
+    patience = threading.Timer(PATIENCE_SECONDS, console.warning, [STILL_WAITING])
+    patience.daemon = True
+    patience.start()
     try:
-        jax.devices()
-    except RuntimeError as error:
-        problem = f'JAX does not start on {platform} ({reason_of(error)})'
-        raise RunError(problem, STARTS_NOT[platform], 'strategy') from error
+        start_devices(jax, platform)
+    finally:
+        patience.cancel()
 
 
 def import_jax(platform: str) -> Any:
@@ -176,15 +155,24 @@ def import_jax(platform: str) -> Any:
         import jax
     except Exception as error:  # of a damaged installation
         problem = f'{found} cannot be imported ({one_line(error)})'
-        raise RunError(problem, jax_packages.install(platform), 'strategy') from error
-    # Named, a platform that fails is an error; of those that JAX looks for, it takes another.
+        raise RunError(problem, jax_packages.repair(), 'strategy') from error
+    # Of platforms that it looks for itself, JAX takes another one if one fails.
     jax.config.update('jax_platforms', platform if platform == 'cpu' else f'{platform},cpu')
     return jax
 
 
-def reason_of(error: RuntimeError) -> str:
-    """Returns why a platform did not start, without JAX's advice to take another one."""
-    return one_line(error).split(' (set JAX_PLATFORMS=')[0]
+def start_devices(jax: Any, platform: str) -> list[Any]:
+    """Returns the devices of all processes. Raises RunError if they are not of this platform."""
+    name, fix = jax_packages.device_name(platform), STARTS_NOT[platform]
+    try:
+        devices = jax.devices()
+    except RuntimeError as error:
+        # Without JAX's advice to take another platform.
+        reason = one_line(error).split(' (set JAX_PLATFORMS=')[0]
+        raise RunError(f'JAX does not start the {name} ({reason})', fix, 'strategy') from error
+    if devices[0].platform != {'cuda': 'gpu'}.get(platform, platform):
+        raise RunError(f'JAX finds no {name}: its driver does not work', fix, 'strategy')
+    return devices
 
 
 def _split_cpu(jax: Any, devices: int) -> None:
@@ -199,36 +187,20 @@ def _split_cpu(jax: Any, devices: int) -> None:
 
 def _connect(jax: Any, cluster: Cluster) -> None:
     """Meets the other processes."""
-    console.warning(f'waiting for the other processes of {cluster.num_processes}')
+    several = f' {cluster.num_processes - 1}' if cluster.num_processes else ''
+    console.warning(f'waiting for the{several} other processes, up to 5 minutes')
     try:
         jax.distributed.initialize(
             cluster.coordinator,
             cluster.num_processes,
             cluster.process_id,
+            local_device_ids=None if cluster.coordinator else local_devices(),
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
         )
-    except Exception as error:  # ValueError, JaxRuntimeError
-        raise RunError(
-            f'the processes do not meet at {cluster.coordinator} ({one_line(error, 300)})',
-            'give all of them the same --coordinator and --num_processes, each its --process_id',
-        ) from error
-
-
-def _connect_found(jax: Any) -> None:
-    """Meets the other processes if a launcher that JAX knows has started some."""
-    from jax._src.clusters import ClusterEnv
-
-    try:
-        kinds = [kind for kind in ClusterEnv._cluster_types if not kind.opt_in_only_method]
-        found = next((kind for kind in kinds if kind.is_env_present()), None)
-        if found and found.get_process_count() > 1:
-            console.warning(f'waiting for the other processes of {found.get_process_count()}')
-            jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
-    except Exception as error:  # of the launcher's variables, of the network
-        raise RunError(
-            f'the processes of this launcher do not meet ({one_line(error, 300)})',
-            'write --coordinator, --num_processes and --process_id',
-        ) from error
+    except Exception as error:  # ValueError, JaxRuntimeError; of the launcher's variables
+        place = f'at {cluster.coordinator}' if cluster.coordinator else 'that were launched'
+        fix = 'give all of them the same --coordinator and --num_processes, each its --process_id'
+        raise RunError(f'the processes {place} cannot connect ({one_line(error)})', fix) from error
 
 
 def cache_folder() -> str:

@@ -8,6 +8,7 @@ import tensorflow as tf
 from tensorflow.compiler.tf2xla.ops import gen_xla_ops
 from tensorflow.python.distribute import one_device_strategy
 
+from common import tpu_environment
 from common.errors import RunError, one_line
 
 HOST = '/job:localhost/replica:0/task:0/device:CPU:0'
@@ -50,11 +51,12 @@ class OneOfManyExtended(one_device_strategy.OneDeviceExtended):
         return False  # all sums over replicas come through here
 
     def _replica_ctx_all_reduce(self, reduce_op: Any, value: Any, options: Any = None) -> Any:
-        share = 1 / self._num_replicas if reduce_op == tf.distribute.ReduceOp.MEAN else 1
+        is_mean = reduce_op == tf.distribute.ReduceOp.MEAN
 
         def total(tensor: tf.Tensor) -> tf.Tensor:
             add = self._sum_of_rows if tensor.dtype == tf.float64 else self._sum
-            return add(tensor) * tf.cast(share, tensor.dtype)
+            share = tf.constant(1 / self._num_replicas if is_mean else 1, tensor.dtype)
+            return add(tensor) * share  # a mean of integers has no share, and raises
 
         return tf.nest.map_structure(total, value)
 
@@ -119,10 +121,11 @@ def lower(strategy: OneOfMany, step: Callable[..., Any], specs: tuple) -> Lowere
             stage='hlo_serialized', platform_name='CPU'
         )
     except (tf.errors.OpError, ValueError) as error:
-        raise RunError(
-            f'this build of TensorFlow cannot lower the step ({one_line(error, 300)})',
-            "preflight needs the CPU or GPU build: pip install '.[cpu]' in a separate environment",
-        ) from error
+        if tpu_environment.build_version():
+            problem = f'tensorflow-tpu cannot lower the step ({one_line(error, 300)})'
+            raise RunError(problem, "pip install '.[cpu]' in a separate environment") from error
+        problem = f'XLA cannot compile the step ({one_line(error, 300)})'
+        raise RunError(problem, '--verbosity=1 shows where') from error
     results = [tf.TensorSpec(result.shape, result.dtype) for result in traced.outputs]
     captured, variables = list(traced.captured_inputs), list(traced.graph.variables)
     return Lowered(hlo, len(flat), results, captured, variables)

@@ -25,22 +25,20 @@ What Google documents:
 
 import contextlib
 import dataclasses
-import http.client
 import os
 import signal
 import threading
-import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
 from typing import Any
 
 from common import console
+from devices import google_metadata
 
 # Seconds between requests to the metadata server, after whose notice 30 remain; at most, if it
 # does not answer.
 POLL_SECONDS = 2
 MAX_POLL_SECONDS = 60
-TIMEOUT = 3  # seconds for an answer of the metadata server, as google-auth has it
 NOTICES = {  # key: (the value that announces a stop, message)
     'preempted': ('TRUE', 'Google Cloud is reclaiming this machine'),
     'maintenance-event': (
@@ -200,17 +198,10 @@ def _ask_google(notify: Callable[[int, str], None], ended: threading.Event) -> N
     A server that does not answer, or answers with errors (Colab, containers), is polled less and
     less.
     """
-    # No proxy: the server is the machine's own.
-    open_url = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
-    # The address of metadata.google.internal, whose look-up has no time limit.
-    host = os.environ.get('GCE_METADATA_HOST') or '169.254.169.254'
     pause = POLL_SECONDS
     earlier_event = None
     while not ended.is_set():
-        answers = {
-            key: _answer(open_url, f'http://{host}/computeMetadata/v1/instance/{key}')
-            for key in NOTICES
-        }
+        answers = {key: google_metadata.get(f'instance/{key}', 100) for key in NOTICES}
         if earlier_event is None:  # one that an earlier start stopped for, up to an hour ago
             earlier_event = answers['maintenance-event']
         for key, (value, why) in NOTICES.items():
@@ -219,15 +210,3 @@ def _ask_google(notify: Callable[[int, str], None], ended: threading.Event) -> N
                 return
         pause = POLL_SECONDS if any(answers.values()) else min(2 * pause, MAX_POLL_SECONDS)
         ended.wait(pause)
-
-
-def _answer(open_url: Callable[..., Any], url: str) -> str | None:
-    """Returns what the metadata server answers, or None."""
-    try:
-        with open_url(
-            urllib.request.Request(url, headers={'Metadata-Flavor': 'Google'}), timeout=TIMEOUT
-        ) as response:
-            return response.read(100).decode(errors='replace').strip()
-    # ValueError: GCE_METADATA_HOST is not a host.
-    except (OSError, ValueError, http.client.HTTPException):
-        return None

@@ -175,7 +175,8 @@ def _pjrt(config: ConfigDict, wanted: str) -> tuple[tf.distribute.Strategy, str]
     strategy = PjrtStrategy()
     kind = 'virtual CPU' if config.virtual_devices else strategy.kind
     devices = counted(strategy.num_replicas_in_sync, kind)
-    return strategy, f"JAX's runtime on {devices}: {_reason(wanted, 'a TPU was found')}"
+    reason = _reason(wanted, f'found {strategy.kind}s that JAX drives')
+    return strategy, f"JAX's runtime on {devices}: {reason}"
 
 
 def _split_cpu(count: int) -> None:
@@ -212,8 +213,8 @@ def _tpu(name: str, wanted: str) -> tuple[tf.distribute.Strategy, str]:
         reason = one_line(error, 200)
         raise RunError(
             f'the TPU {name!r} does not start ({type(error).__name__}: {reason}); found {_found()}',
-            '--config.strategy=auto, which starts it with JAX; TensorFlow needs its TPU build, '
-            "pip install '.[tpu-tf]', and a TPU that no other process holds",
+            "for JAX's runtime --config.strategy=auto --config.tpu=local, without tensorflow-tpu; "
+            "TensorFlow's own needs pip install '.[tpu-tf]', and a TPU that no process holds",
         ) from error
     return (
         strategy,
@@ -297,6 +298,10 @@ def _found() -> str:
 
 
 def _compute_capabilities() -> list[tuple[int, int]]:
+    gpus = jax_start.gpus()
+    if gpus:
+        numbers = [gpu.compute_capability.split('.') for gpu in gpus]
+        return [(int(major), int(minor)) for major, minor in numbers]
     details = [
         tf.config.experimental.get_device_details(gpu)
         for gpu in tf.config.list_physical_devices('GPU')

@@ -44,6 +44,10 @@ def run_as_child() -> None:
     sys.stderr.write(last_words)
     sys.stderr.flush()
     code = os.waitstatus_to_exitcode(status)
+    if code < 0:
+        reason = ', perhaps for lack of memory' if -code == signal.SIGKILL else ''
+        problem = f'this process was ended by {signal.Signals(-code).name}{reason}'
+        console.error(problem, 'the same command continues from the last checkpoint')
     os._exit(code if code >= 0 else 128 - code)
 
 
@@ -58,7 +62,7 @@ def lost_process(last_words: str) -> str | None:
 def _pass_on(reading: int) -> Iterator[str]:
     """Passes on what the child writes, line by line; yields the service's last words instead."""
     ends = False
-    with open(reading, errors='replace') as lines:
+    with open(reading, errors='replace', newline='') as lines:
         for line in lines:
             ends = ends or re.match(ENDS, line) is not None
             if ends:

@@ -16,7 +16,7 @@ from diagnostics.check_result import CheckResult, fail, from_error, ok, warn
 # Versions of CUDA, and the oldest NVIDIA driver that each runs with. Source: CUDA's table of minor
 # version compatibility.
 TENSORFLOW_CUDA = ('CUDA 12', 525)
-JAX_CUDA = ('CUDA 13', 580)
+JAX_CUDA = {'jax-cuda12-plugin': ('CUDA 12', 525), 'jax-cuda13-plugin': ('CUDA 13', 580)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Runtime:
     def extra(self) -> str:
         """The extra of pyproject.toml that installs it."""
         if self.is_jax:
-            return jax_packages.EXTRAS[self.platform]
+            return jax_packages.EXTRAS.get(self.platform, 'cpu')
         return {'tpu': 'tpu-tf', 'cuda': 'gpu', 'cpu': 'cpu'}[self.platform]
 
 
@@ -78,7 +78,7 @@ def check_jax(
         yield fail(name, message, jax_start.STARTS_NOT[platform])
         return 0
     noun = 'core' if platform == 'tpu' else 'device'
-    yield ok(name, f'{counted(outcome.cores, noun)} computed and summed up, through JAX')
+    yield ok(name, f'{counted(outcome.cores, noun)} computed through JAX, and their sum is right')
     return outcome.cores if platform == 'tpu' else 0
 
 
@@ -127,7 +127,7 @@ def check_tpu(
         return 0
     holders = tpu_lock.check_lock(lock, root)
     yield holders
-    tpu_name = environ.get('TPU_NAME', config.tpu)
+    tpu_name = environ.get('TPU_NAME', 'local') if config.tpu == 'local' else config.tpu
     if environ.get('TPU_LOAD_LIBRARY') == '0' and tpu_name == 'local':
         message = 'TPU_LOAD_LIBRARY=0 keeps TensorFlow from loading libtpu'
         yield fail('TPU library', message, 'unset TPU_LOAD_LIBRARY')
@@ -211,7 +211,8 @@ def _check_driver(
         return warn('GPU', message, install_command('gpu'))
     if not has_cuda:
         return ok('GPU', f'{found}; this build of TensorFlow does not use it')
-    cuda, oldest = JAX_CUDA if runtime.is_jax else TENSORFLOW_CUDA
+    plugin = next(iter(machine.installed(JAX_CUDA)), 'jax-cuda13-plugin')
+    cuda, oldest = JAX_CUDA[plugin] if runtime.is_jax else TENSORFLOW_CUDA
     if packages.numbers(driver)[:1] < (oldest,):
         message = f'{found} is too old for {cuda}, which needs {oldest} or later'
         return fail('GPU', message, 'sudo ubuntu-drivers install && sudo reboot')

@@ -139,7 +139,7 @@ def check_environment(
     Returns: the number of TPU cores that computed.
     """
     gpus, gpu_problem = machine.nvidia_smi()
-    yield packages.check_python()
+    yield packages.check_python(runtime.extra)
     yield ok('platform', machine.describe_platform(environ, root))
     build, name, version = packages.check_tensorflow(runtime.extra)
     yield build

@@ -23,7 +23,7 @@ ACCELERATORS = ('cpu', 'gpu', 'tpu', 'gpu-jax', 'tpu-tf')  # extras of pyproject
 # The pins that are compared, with CUDA's; the rest depends on these.
 COMPARED = {
     *packages.PACKAGES,
-    *packages.BUILDS,
+    *machine.TENSORFLOW_BUILDS,
     'keras',
     'libtpu',
     'tensorboard',
@@ -35,10 +35,7 @@ COMPILER = ('jax', 'jaxlib', 'libtpu', 'ml-dtypes', 'numpy', 'opt-einsum', 'scip
 
 
 def choose(environ: Mapping[str, str] = os.environ, root: str = '/') -> str:
-    """Returns the extra of pyproject.toml that fits this machine: 'tpu', 'gpu' or 'cpu'.
-
-    The markers of that extra choose by the version of Python.
-    """
+    """Returns the extra of pyproject.toml that fits this machine: 'tpu', 'gpu' or 'cpu'."""
     if tpu_environment.is_tpu_expected(environ=environ, root=root):
         return 'tpu'
     return 'gpu' if machine.nvidia_smi()[0] else 'cpu'
@@ -59,7 +56,7 @@ def ensure(accelerator: str, environment: str = ENVIRONMENT) -> str:
         )
     if not missing(accelerator):
         return sys.executable
-    supported = packages.check_python()
+    supported = packages.check_python(accelerator)
     if supported.status == 'FAIL':
         raise RunError(supported.message)
     for command in commands(accelerator, environment):
@@ -84,8 +81,8 @@ def commands(accelerator: str, environment: str) -> list[list[str]]:
     if not folders:  # without pip, because some systems have no ensurepip
         needed.append([sys.executable, '-m', 'venv', '--without-pip', environment])
     pip = [sys.executable, '-m', 'pip', '--python', python]
-    builds = machine.installed(packages.BUILDS, folders) if folders else {}
-    wanted = {name for name in pins(accelerator, version) if name in packages.BUILDS}
+    builds = machine.installed(machine.TENSORFLOW_BUILDS, folders) if folders else {}
+    wanted = {name for name in pins(accelerator, version) if name in machine.TENSORFLOW_BUILDS}
     if builds and set(builds) != wanted:  # the builds share one folder
         needed.append([*pip, 'uninstall', '--yes', *builds])
     constraints = os.path.join(REQUIREMENTS, f'{accelerator}.txt')

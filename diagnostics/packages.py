@@ -9,19 +9,17 @@ from typing import Any
 
 from common import tpu_environment
 from common.commands import install_command, python_command
-from common.machine import installed
+from common.machine import TENSORFLOW_BUILDS, installed
 from diagnostics.check_result import CheckResult, fail, ok, warn
 
-# All of them install into the same folder.
-BUILDS = (
-    'tensorflow',
-    'tensorflow-cpu',
-    'tensorflow-tpu',
-    'tensorflow-gpu',
-    'tf-nightly',
-)
 OLDEST, NEWEST = (2, 19, 1), (2, 21)  # versions that the tests pass with
 FITTING_LIBTPU = {'2.19': '0.0.10', '2.20': '0.0.21.1'}  # of builds of tensorflow-tpu
+# Where not 3.10 to 3.13.
+PYTHONS = {
+    'tpu': ((3, 11), (3, 13)),
+    'gpu-jax': ((3, 11), (3, 13)),
+    'tpu-tf': ((3, 10), (3, 12)),
+}
 PACKAGES = (
     'absl-py',
     'importlib-resources',
@@ -37,15 +35,19 @@ PACKAGES = (
 )
 
 
-def check_python(version: Sequence[Any] = sys.version_info) -> CheckResult:
-    """Checks that TensorFlow has builds for this Python."""
+def check_python(
+    accelerator: str = 'cpu', version: Sequence[Any] = sys.version_info
+) -> CheckResult:
+    """Checks that what an extra of pyproject.toml pins is made for this Python."""
     number = '.'.join(map(str, version[:3]))
-    if (3, 10) <= tuple(version[:2]) <= (3, 13):
+    oldest, newest = PYTHONS.get(accelerator, ((3, 10), (3, 13)))
+    if oldest <= tuple(version[:2]) <= newest:
         return ok('Python', f'{number}, {sys.executable}')
+    supported = f'3.{oldest[1]} to 3.{newest[1]}'
     return fail(
         'Python',
-        f'{number}; TensorFlow and this repository need 3.10 to 3.13',
-        'rm -rf .venv && make train PYTHON=python3.12',
+        f'{number}; TensorFlow and this repository need {supported} for {accelerator}',
+        f'rm -rf .venv && make train PYTHON=python3.12 ACCELERATOR={accelerator}',
     )
 
 
@@ -56,7 +58,7 @@ def check_tensorflow(
 
     Returns: (result, name of the build or '', its version).
     """
-    builds, install = installed(BUILDS, search_path), install_command(accelerator)
+    builds, install = installed(TENSORFLOW_BUILDS, search_path), install_command(accelerator)
     if len(builds) > 1:
         names = ' and '.join(f'{name} {version}' for name, version in builds.items())
         return (
@@ -99,7 +101,7 @@ def check_tensorflow(
             f'{name} {version}, but this run uses no TPU through TensorFlow',
             reinstall(builds, install),
         )
-    elif number[:2] > NEWEST or name not in BUILDS[:3]:
+    elif number[:2] > NEWEST or name not in TENSORFLOW_BUILDS[:3]:
         found = warn(
             'TensorFlow',
             f'{name} {version} has not been tested: 2.19.1 to 2.21 have',

@@ -102,6 +102,7 @@ def check_strategy(config: ConfigDict) -> tuple[CheckResult, int]:
 
     Several workers are counted, not contacted: they are not running yet.
     """
+    from devices import cluster, jax_start
     from devices.lowering import OneOfMany
     from devices.strategy import (
         device_kind,
@@ -118,7 +119,10 @@ def check_strategy(config: ConfigDict) -> tuple[CheckResult, int]:
         devices = max(1, len(tf.config.list_physical_devices('GPU')))
         message = f'MultiWorkerMirroredStrategy on {workers} workers: TF_CONFIG names them'
         return ok('strategy', message), workers * devices
+    num_processes = 1
     try:
+        if jax_start.is_wanted(config):  # the other processes are counted, not contacted
+            num_processes = cluster.find().num_processes or 1
         strategy, reason = make_strategy(config)
     except UserError as error:
         return from_error('strategy', error), 1
@@ -127,7 +131,7 @@ def check_strategy(config: ConfigDict) -> tuple[CheckResult, int]:
     xla = 'on' if is_compiled else 'off'
     precision = resolve_precision(config.precision, kind)
     message = f'{reason}; {precision}, XLA {xla}'
-    return ok('strategy', message), strategy.num_replicas_in_sync
+    return ok('strategy', message), strategy.num_replicas_in_sync * num_processes
 
 
 def check_tpu_compile(config: ConfigDict) -> CheckResult:

@@ -28,7 +28,7 @@ from diagnostics.hlo_cost import Program, read_program
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 WORKER = os.path.join(ROOT, 'diagnostics', 'tpu_compiler_worker.py')
 READER = os.path.join(ROOT, 'devices', 'stable_hlo.py')  # what the worker reads programs with
-PIP_INSTALL = ('-m', 'pip', 'install', '--quiet', '--disable-pip-version-check', '--no-deps')
+PIP_INSTALL = ('install', '--quiet', '--disable-pip-version-check', '--no-deps')
 GIB = 2**30
 # How the compiler says that a program needs more memory than there is: before it has placed
 # anything, and after.
@@ -169,10 +169,8 @@ def compile_program(lower: Callable[[], bytes], topology: Topology, *described_b
     answer = _read(kept)
     if answer is None:
         answer = _compile(environment(), lower(), topology)
-        os.makedirs(os.path.dirname(kept), exist_ok=True)
-        with gzip.open(f'{kept}.{os.getpid()}', 'wt') as file:
-            json.dump(answer, file)
-        os.replace(f'{kept}.{os.getpid()}', kept)
+        if 'error' not in answer or re.search(TOO_MUCH, answer['error'], re.IGNORECASE):
+            _keep(kept, answer)
     if 'error' not in answer:
         return read_program(answer, topology.chip)
     too_much = re.search(TOO_MUCH, answer['error'], re.IGNORECASE)
@@ -198,6 +196,13 @@ def _read(path: str) -> dict[str, Any] | None:
     return answer if isinstance(answer, dict) and answer.keys() & {'error', 'text'} else None
 
 
+def _keep(path: str, answer: dict[str, Any]) -> None:
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with gzip.open(f'{path}.{os.getpid()}', 'wt') as file:
+        json.dump(answer, file)
+    os.replace(f'{path}.{os.getpid()}', path)
+
+
 def _compile(python: str, hlo: bytes, topology: Topology) -> dict[str, Any]:
     """Returns the worker's answer. Raises RunError if it dies."""
     name, accelerator = topology.for_compiler()
@@ -209,13 +214,14 @@ def _compile(python: str, hlo: bytes, topology: Topology) -> dict[str, Any]:
         'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',  # it uses no TPU, so it needs no lock and leaves none
         'TF_CPP_MIN_LOG_LEVEL': '3',
     }
+    environ = {name: value for name, value in os.environ.items() if name != 'TPU_LIBRARY_PATH'}
     with tempfile.TemporaryDirectory() as folder:
         program, answer = os.path.join(folder, 'program.hlo'), os.path.join(folder, 'answer.json')
         with open(program, 'wb') as file:
             file.write(hlo)
         done = subprocess.run(
             [python, '-I', WORKER, program, name, str(topology.num_replicas), answer],
-            env={**os.environ, **variables},
+            env={**environ, **variables},
             capture_output=True,
             text=True,
         )
@@ -277,13 +283,13 @@ def _install(folder: str, python: str, pins: list[str]) -> None:
     """Creates the compiler's environment. Raises RunError."""
     console.line(f'installing the TPU compiler into {folder} (first use only)')
     commands = (
-        [sys.executable, '-m', 'venv', '--clear', folder],
-        [python, *PIP_INSTALL, *pins],
+        [sys.executable, '-m', 'venv', '--clear', '--without-pip', folder],
+        [sys.executable, '-m', 'pip', '--python', python, *PIP_INSTALL, *pins],
     )
     for command in commands:
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise RunError(
                 f'the TPU compiler could not be installed into {folder}: '
-                f'{one_line(done.stderr, 400)}'
+                f'{one_line(done.stderr or done.stdout, 400)}'
             )

@@ -8,6 +8,7 @@ import shlex
 from diagnostics.check_result import CheckResult, fail, ok, warn
 
 LOCK = '/tmp/libtpu_lockfile'
+KERNELS = ('ipykernel', 'colab_kernel_launcher')  # in the commands of notebooks
 
 
 def check_lock(lock: str = LOCK, root: str = '/') -> CheckResult:
@@ -21,7 +22,7 @@ def check_lock(lock: str = LOCK, root: str = '/') -> CheckResult:
                 f'the TPU is held by this very process ({names})',
                 'restart the notebook, and train before anything else uses the TPU',
             )
-        if any('ipykernel' in command or 'colab' in command for command in found.values()):
+        if any(kernel in command for command in found.values() for kernel in KERNELS):
             return fail(
                 'TPU lock',
                 f'the TPU is held by a notebook ({names})',

@@ -83,7 +83,7 @@ def probe(
         for message in process:
             step, cores = message.get('begin', step), message.get('cores', cores)
         reason = process.end
-    if reason and had_no_lock and os.path.exists(lock):
+    if reason and had_no_lock and os.path.exists(lock) and not tpu_lock.is_held(lock):
         os.remove(lock)  # a killed process leaves it behind, and the next one would stop at it
     if reason or not cores:
         return Outcome(0, step, reason or 'it ended without a message')
@@ -101,9 +101,9 @@ def start_jax(send: Callable[[dict], None], receive: Callable[[], Any]) -> None:
     jax = jax_start.import_jax(platform)
     send({'begin': 'initialise'})
     try:
-        devices = jax.devices()
-    except RuntimeError as error:
-        raise RunError(jax_start.reason_of(error)) from error
+        devices = jax_start.start_devices(jax, platform)
+    except RunError as error:
+        raise RunError(error.problem) from error
     send({'begin': 'matmul'})
     for device in jax.local_devices():
         ones = jax.device_put(numpy.ones([128, 128], numpy.float32), device)

@@ -177,7 +177,9 @@ def test_the_set_of_pins_fits_hardware_and_python(tmp_path, monkeypatch, python,
     assert installation.choose({}, str(tmp_path)) == accelerator
     pins = installation.pins(accelerator, python)
     builds = {
-        name: version for name, version in pins.items() if name in installation.packages.BUILDS
+        name: version
+        for name, version in pins.items()
+        if name in installation.machine.TENSORFLOW_BUILDS
     }
     build = 'tensorflow' if accelerator == 'gpu' else 'tensorflow-cpu'
     assert builds == {build: '2.21.0'}

@@ -73,7 +73,7 @@ def check(folder, platform, packages, environ=None, python=(3, 12, 1)):
         (
             'tpu',
             PACKAGES | {'tensorflow_tpu': '2.19.1'},
-            'tensorflow-tpu is installed too',
+            'tensorflow-tpu and JAX are both installed',
             'pip uninstall -y tensorflow-tpu libtpu && ',
         ),
         ('cuda', PACKAGES, 'no jax-cuda13-plugin is installed', FOR_GPU),
@@ -81,7 +81,7 @@ def check(folder, platform, packages, environ=None, python=(3, 12, 1)):
         (
             'cuda',
             CUDA_PACKAGES | {'jax_cuda13_plugin': '0.9.0'},
-            'jax-cuda13-plugin 0.9.0 is installed, and JAX 0.10.2 needs its own version',
+            'jax-cuda13-plugin 0.9.0 is installed, and 0.10.2 is needed',
             FOR_GPU,
         ),
         (
@@ -145,3 +145,9 @@ def test_an_own_library_is_taken(tmp_path):
 def test_a_python_that_jax_is_not_made_for_is_named(tmp_path):
     with refused(RunError, 'Python 3.11 or later', '3.10', key='strategy', fix='ACCELERATOR=tpu'):
         check(tmp_path, 'tpu', PACKAGES, python=(3, 10, 4))
+
+
+def test_the_fix_removes_a_build_that_shares_the_folder(monkeypatch):
+    monkeypatch.setattr(jax_packages, 'installed', lambda names: {'tensorflow': '2.21.0'})
+    assert 'pip uninstall -y tensorflow && ' in jax_packages.install('cuda')
+    assert 'uninstall' not in jax_packages.install('cpu')

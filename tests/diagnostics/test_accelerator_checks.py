@@ -435,6 +435,7 @@ FAKE_JAX = """
     __version__ = '{version}'
     def devices():
         {start}
+        return [type('Device', (), {{'platform': 'cpu'}})]
     class config: update = staticmethod(lambda key, value: None)
 """
 
@@ -467,8 +468,9 @@ def jax_rows(folder, environ, path, seconds=20):
         (
             'raise RuntimeError("Unable to initialize backend (set JAX_PLATFORMS=)")',
             20,
-            'fails at step initialise: RunError: Unable to initialize backend',
+            'fails at step initialise: RunError: JAX does not start the TPU (Unable to initialize',
         ),
+        ('pass', 20, 'fails at step initialise: RunError: JAX finds no TPU'),
         ('time.sleep(60)', 2, 'fails at step initialise: did not end in 2 s, and was stopped'),
         ('os.abort()', 20, 'fails at step initialise: ended by SIGABRT'),
     ],
@@ -495,4 +497,4 @@ def test_jax_computes_on_all_devices_of_this_machine(tmp_path, devices, message)
     environ = {**os.environ, 'JAX_NUM_CPU_DEVICES': devices}
     jax, computed = accelerator_checks.check_jax('cpu', environ, str(tmp_path), 60)
     assert (jax.status, jax.message) == ('ok', 'JAX 0.10.2')
-    assert computed.status == 'ok' and computed.message.startswith(message)
+    assert computed.status == 'ok' and computed.message.startswith(message), computed

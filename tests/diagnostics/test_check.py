@@ -36,10 +36,24 @@ def call(*arguments, **environ):
 
 def test_a_python_that_is_too_old_or_too_new_is_named():
     for version in ((3, 9, 1), (3, 14, 0)):
-        assert_mended(packages.check_python(version), 'FAIL', '3.10 to 3.13', 'make train PYTHON=')
-    assert (
-        packages.check_python((3, 10, 0)).status == packages.check_python((3, 13, 5)).status == 'ok'
-    )
+        result = packages.check_python('cpu', version)
+        assert_mended(result, 'FAIL', '3.10 to 3.13', 'make train PYTHON=')
+
+
+@pytest.mark.parametrize(
+    'extra, version, status',
+    [
+        ('cpu', (3, 10, 0), 'ok'),
+        ('cpu', (3, 13, 5), 'ok'),
+        ('tpu', (3, 10, 4), 'FAIL'),
+        ('tpu', (3, 13, 5), 'ok'),
+        ('gpu-jax', (3, 10, 4), 'FAIL'),
+        ('tpu-tf', (3, 10, 4), 'ok'),
+        ('tpu-tf', (3, 13, 5), 'FAIL'),
+    ],
+)
+def test_each_set_has_its_own_pythons(extra, version, status):
+    assert packages.check_python(extra, version).status == status
 
 
 def test_two_builds_in_one_folder_are_named_and_removed(tmp_path):
