@@ -11,7 +11,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from common import console, machine, tpu_environment
-from common.errors import RunError, one_line
+from common.errors import RunError, counted, one_line
 from devices import jax_packages, supervisor
 from devices.cluster import Cluster, local_devices
 
@@ -46,16 +46,17 @@ def set_cluster(cluster: Cluster | None) -> None:
     _joined = cluster
 
 
-def await_verdict() -> None:
-    """Gives JAX's service the time to end this process because another one is lost.
+def await_verdict(error: Exception) -> None:
+    """Gives JAX's service the time to end this process if another one is lost.
 
-    Call it after an error that may be the consequence; the service then names the lost process.
+    Call it with an error that may be the consequence; the service then names the lost process.
     """
     jax = sys.modules.get('jax')
-    if jax and jax.distributed.is_initialized():
-        seconds = 1.5 * HEARTBEAT_SECONDS
-        console.warning(f'an error: waiting {seconds:g} s to hear whether another process is lost')
-        time.sleep(seconds)
+    if not jax or not jax.distributed.is_initialized():
+        return
+    is_of_jax = isinstance(error, jax.errors.JaxRuntimeError)
+    if is_of_jax and not str(error).startswith('RESOURCE_EXHAUSTED'):
+        time.sleep(1.5 * HEARTBEAT_SECONDS)
 
 
 def is_wanted(config: ConfigDict, environ: Mapping[str, str] = os.environ, root: str = '/') -> bool:
@@ -187,8 +188,10 @@ def _split_cpu(jax: Any, devices: int) -> None:
 
 def _connect(jax: Any, cluster: Cluster) -> None:
     """Meets the other processes."""
-    several = f' {cluster.num_processes - 1}' if cluster.num_processes else ''
-    console.warning(f'waiting for the{several} other processes, up to 5 minutes')
+    others = 'the other processes'
+    if cluster.num_processes:
+        others = counted(cluster.num_processes - 1, 'other process', 'other processes')
+    console.warning(f'waiting for {others}, up to 5 minutes')
     try:
         jax.distributed.initialize(
             cluster.coordinator,
