@@ -135,7 +135,7 @@ def report_interrupt(interrupted: KeyboardInterrupt) -> int:
 def report_failure(error: Exception, as_json: bool) -> int:
     """Prints an error, with its stack trace if the user cannot fix it or asks for it."""
     if 'devices.jax_start' in sys.modules:
-        sys.modules['devices.jax_start'].await_verdict(error)
+        sys.modules['devices.jax_start'].await_report_of_loss(error)
     failure = as_user_error(error)
     if failure is None or (FLAGS.is_parsed() and FLAGS.verbosity >= 1):
         traceback.print_exc()

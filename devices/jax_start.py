@@ -16,7 +16,7 @@ from devices import jax_packages, supervisor
 from devices.cluster import Cluster, local_devices
 
 # What to do where the device does not start although all packages are there.
-STARTS_NOT = {
+START_FIXES = {
     'tpu': 'end what holds the TPU; on a slice, start the command on all hosts; or train without '
     'it: --config.strategy=one_device',
     'cuda': 'nvidia-smi, which shows whether the driver works, or train on the CPU: '
@@ -46,7 +46,7 @@ def set_cluster(cluster: Cluster | None) -> None:
     _joined = cluster
 
 
-def await_verdict(error: Exception) -> None:
+def await_report_of_loss(error: Exception) -> None:
     """Gives JAX's service the time to end this process if another one is lost.
 
     Call it with an error that may be the consequence; the service then names the lost process.
@@ -164,7 +164,7 @@ def import_jax(platform: str) -> Any:
 
 def start_devices(jax: Any, platform: str) -> list[Any]:
     """Returns the devices of all processes. Raises RunError if they are not of this platform."""
-    name, fix = jax_packages.device_name(platform), STARTS_NOT[platform]
+    name, fix = jax_packages.device_name(platform), START_FIXES[platform]
     try:
         devices = jax.devices()
     except RuntimeError as error:

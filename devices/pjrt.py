@@ -26,9 +26,9 @@ from devices.lowering import Lowered, OneOfMany, OneOfManyExtended, lower
 
 
 class Placement:
-    """How arrays lie on the devices: a part on each, or the same shape on all.
+    """Places arrays on the devices: split along the first axis, or one copy each.
 
-    What is on all need not be equal: unsynchronized statistics are each replica's own.
+    Copies need not stay equal: unsynchronized statistics are each replica's own.
     """
 
     def __init__(self, devices: Sequence[Any]) -> None:
@@ -98,7 +98,7 @@ class BatchesAhead:
         self._following = self._thread.submit(next, self._batches, None)
         return batch
 
-    def is_there(self) -> bool:
+    def is_ready(self) -> bool:
         """Returns whether the next batch has come, so that asking for it takes no time."""
         return self._following.done()
 
@@ -174,20 +174,20 @@ class Program:
         self._handlers = [placement.handler(spec) for spec in (*lowered.results, *self._updated)]
 
     def __call__(self, arguments: Sequence[jax.Array]) -> list[jax.Array]:
-        """Starts it on this process's devices, and updates the state; returns the step's results.
+        """Starts the program on this process's devices, and updates the state.
 
-        It does not wait for them.
+        Returns: the step's results, without waiting for them.
         """
         captured = [self._state[key] if isinstance(key, int) else key for key in self._captured]
-        ended = self._executable.execute_sharded([*arguments, *captured])
-        results = ended.consume_with_handlers(self._handlers)
+        execution = self._executable.execute_sharded([*arguments, *captured])
+        results = execution.consume_with_handlers(self._handlers)
         for variable, value in zip(self._updated, results[self._num_results :], strict=True):
             self._state[id(variable)] = value
         return results[: self._num_results]
 
 
 class PjrtStrategy(OneOfMany):
-    """Stands for one of the replicas that JAX's devices are, of all processes.
+    """One replica of a step that JAX runs on every device of every process.
 
     `jax.devices()` are ordered by process, so a replica has the same number wherever it runs.
 
@@ -225,7 +225,7 @@ class PjrtStrategy(OneOfMany):
         key = self._state.add(totals)
         program: Program | None = None
 
-        def totalled(*batch: Any) -> tf.Tensor:
+        def step_with_totals(*batch: Any) -> tf.Tensor:
             results = step(*batch)
             new = tf.stack([tf.cast(results[name], tf.float32) for name in keys])
             totals.assign(
@@ -236,11 +236,11 @@ class PjrtStrategy(OneOfMany):
         def loop(batches: BatchesAhead, num_steps: tf.Tensor) -> dict[str, float]:
             nonlocal program
             if program is None:
-                program = self._program(totalled, batches.element_spec)
+                program = self._program(step_with_totals, batches.element_spec)
             self._state[key] = self.placement.copy(np.zeros(len(keys), np.float32))
             input_seconds, running = 0.0, None
             for _ in range(int(num_steps)):
-                if running is not None and not batches.is_there():
+                if running is not None and not batches.is_ready():
                     jax.block_until_ready(running)
                 begin = time.monotonic()
                 batch = next(batches)
@@ -299,8 +299,8 @@ def sum_over_processes(numbers: Sequence[float]) -> list[float]:
     """Sums numbers over all processes; each must call it at the same point."""
     if jax.process_count() == 1:
         return [float(number) for number in numbers]
-    every = multihost_utils.process_allgather(np.array(numbers, np.float64))
-    return every.sum(axis=0).tolist()
+    gathered = multihost_utils.process_allgather(np.array(numbers, np.float64))
+    return gathered.sum(axis=0).tolist()
 
 
 def is_first_process() -> bool:

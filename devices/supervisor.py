@@ -16,9 +16,9 @@ from common import console
 PR_SET_PDEATHSIG = 1  # of Linux' prctl
 # What the service writes: a list of numbers, one a line; or that process 0, where it runs, is lost.
 UNHEALTHY = r'stopped sending heartbeats\):\n((?:[^\n]*\d+\n)+)'
-LEADER_LOST = 'Failed to send RPC to coordination service'
+PROCESS_0_LOST = 'Failed to send RPC to coordination service'
 # How the lines that lead to the end begin.
-ENDS = r'[EF]\d{4} [^\]]*(coordination_service|client\.h)'
+FATAL_LINE = r'[EF]\d{4} [^\]]*(coordination_service|client\.h)'
 
 
 def run_as_child() -> None:
@@ -56,7 +56,7 @@ def lost_process(last_words: str) -> str | None:
     unhealthy = re.search(UNHEALTHY, last_words)
     if unhealthy:
         return ', '.join(re.findall(r'(\d+)\n', unhealthy[1]))
-    return '0' if LEADER_LOST in last_words else None
+    return '0' if PROCESS_0_LOST in last_words else None
 
 
 def _pass_on(reading: int) -> Iterator[str]:
@@ -64,7 +64,7 @@ def _pass_on(reading: int) -> Iterator[str]:
     ends = False
     with open(reading, errors='replace', newline='') as lines:
         for line in lines:
-            ends = ends or re.match(ENDS, line) is not None
+            ends = ends or re.match(FATAL_LINE, line) is not None
             if ends:
                 yield line
             else:

@@ -75,7 +75,7 @@ def check_jax(
     outcome = tpu_probe.probe('start_jax', platform, probe_seconds, environ, lock)
     if not outcome.cores:
         message = f'JAX does not start: it fails at step {outcome.step}: {outcome.reason}'
-        yield fail(name, message, jax_start.STARTS_NOT[platform])
+        yield fail(name, message, jax_start.START_FIXES[platform])
         return 0
     noun = 'core' if platform == 'tpu' else 'device'
     yield ok(name, f'{counted(outcome.cores, noun)} computed through JAX, and their sum is right')

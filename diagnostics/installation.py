@@ -1,6 +1,6 @@
 """Chooses the pinned packages that fit this machine, and finds or makes a Python that has them.
 
-It is for places where nobody types `make`, such as a notebook. It imports no TensorFlow.
+For places without `make`, such as a notebook. It imports no TensorFlow.
 """
 
 import glob
@@ -20,7 +20,7 @@ from diagnostics import packages
 REQUIREMENTS = os.path.join(ROOT, 'requirements')
 ENVIRONMENT = os.path.join(ROOT, '.venv')
 ACCELERATORS = ('cpu', 'gpu', 'tpu', 'gpu-jax', 'tpu-tf')  # extras of pyproject.toml
-# The pins that are compared, with CUDA's; the rest depends on these.
+# Pins whose versions are compared, besides CUDA's; the rest depends on these.
 COMPARED = {
     *packages.PACKAGES,
     *machine.TENSORFLOW_BUILDS,

@@ -14,7 +14,7 @@ from diagnostics import tpu_lock
 from diagnostics.worker_process import WorkerProcess
 
 SECONDS = 180.0  # a slice of several hosts and the first compilation may take most of it
-OLDER = 'StreamExecutor'  # TensorFlow's name for the interface before PJRT
+STREAM_EXECUTOR = 'StreamExecutor'  # TensorFlow's name for the interface before PJRT
 
 
 class StartMethod(NamedTuple):
@@ -44,13 +44,13 @@ def start_methods(
     """
     if any(variable in environ for variable in tpu_environment.PJRT_VARIABLES):
         return [StartMethod('the PJRT variables of your environment', {})]
-    older = StartMethod(OLDER, {})
+    older = StartMethod(STREAM_EXECUTOR, {})
     chosen = tpu_environment.pjrt_variables(version, environ, root, library)
     if chosen:
         # main.py sets the three variables only if none of them is set.
         return [
             StartMethod('PJRT', chosen),
-            StartMethod(OLDER, {'NEXT_PLUGGABLE_DEVICE_USE_C_API': 'false'}),
+            StartMethod(STREAM_EXECUTOR, {'NEXT_PLUGGABLE_DEVICE_USE_C_API': 'false'}),
         ]
     library = library or tpu_environment.libtpu_path(environ)
     if version and version.startswith('2.19.') and library:
