@@ -421,7 +421,7 @@ def random_batch(seed: int, batch_size: int, size: int, classes: int) -> tuple[n
 def convert(path: str, exact: bool) -> None:
     """Turns PATH.hlo into PATH.stablehlo, a portable artifact, and PATH.json, which describes it.
 
-    It reaches into JAX, so it runs with the JAX of requirements/preflight.txt alone.
+    It reaches into JAX, so it runs with the JAX of requirements/tpu.txt alone.
 
     Args:
         exact: whether matrix products and convolutions are to be computed in full float32.

@@ -164,6 +164,12 @@ def free_disk(path: str) -> tuple[int, int]:
     return shutil.disk_usage(path).free, os.stat(path).st_dev
 
 
+def cache_folder() -> str:
+    """Returns the folder for what can be made again, such as compiled programs."""
+    caches = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
+    return os.path.join(caches, 'warmstart')
+
+
 def nearest_existing_path(path: str) -> str:
     """Returns `path` or its nearest existing parent, which may be a file."""
     path = os.path.abspath(path)

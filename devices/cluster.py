@@ -6,12 +6,13 @@ before it imports anything large; see devices/supervisor.py. JAX then finds the 
 
 import dataclasses
 import importlib.util
+import json
 import os
 import re
 from collections.abc import Callable, Mapping
 
 from common import machine, tpu_environment
-from common.errors import ConfigError, RunError
+from common.errors import ConfigError, RunError, one_line
 from devices import google_metadata
 
 # What JAX's detection of Slurm reads; inside `srun` all of them are set.
@@ -66,8 +67,12 @@ def find(
 ) -> Cluster:
     """Returns the processes that a launcher has started: Slurm, Open MPI, a TPU slice, Kubernetes.
 
-    Raises: RunError in a pod of Kubernetes that cannot find the others.
+    TF_CONFIG, which names TensorFlow's workers, counts before all others.
+
+    Raises: RunError in a pod of Kubernetes that cannot find the others, or for a wrong TF_CONFIG.
     """
+    if environ.get('TF_CONFIG'):
+        return _from_tf_config(environ['TF_CONFIG'])
     if all(name in environ for name in SLURM):
         return Cluster(int(environ['SLURM_NTASKS']))
     if 'OMPI_MCA_orte_hnp_uri' in environ:
@@ -82,6 +87,24 @@ def find(
             f'{BY_HAND}; --num_processes=1 if it trains alone; or pip install kubernetes',
         )
     return ALONE
+
+
+def _from_tf_config(text: str) -> Cluster:
+    """Returns the cluster of workers, the chief first."""
+    try:
+        values = json.loads(text)
+        jobs = values.get('cluster', {})
+        chief, workers = jobs.get('chief', []), jobs.get('worker', [])
+        if len(chief) + len(workers) < 2:
+            return ALONE
+        task = values['task']
+        first = {'chief': 0, 'worker': len(chief)}[task['type']]
+        process_id = first + int(task.get('index', 0))
+        return Cluster.from_flags((chief + workers)[0], len(chief + workers), process_id) or ALONE
+    except (ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
+        reason = one_line(f'{type(error).__name__}: {error}')
+        problem = f'the environment variable TF_CONFIG names no place for this process ({reason})'
+        raise RunError(problem, 'fix it or unset it') from None
 
 
 def _num_tpu_hosts(environ: Mapping[str, str], metadata: Callable[[str], str | None]) -> int:

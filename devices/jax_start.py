@@ -130,7 +130,8 @@ def _start(virtual_devices: int, platform: str) -> None:
 
     tf.config.set_visible_devices([], 'GPU')  # it is JAX's
     jax = import_jax(platform)
-    jax.config.update('jax_compilation_cache_dir', cache_folder())
+    cache = os.path.join(machine.cache_folder(), 'jax')
+    jax.config.update('jax_compilation_cache_dir', cache)
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
     jax.config.update('jax_enable_preemption_service', False)  # see devices/preemption.py
     if virtual_devices:
@@ -204,10 +205,3 @@ def _connect(jax: Any, cluster: Cluster) -> None:
         place = f'at {cluster.coordinator}' if cluster.coordinator else 'that were launched'
         fix = 'give all of them the same --coordinator and --num_processes, each its --process_id'
         raise RunError(f'the processes {place} cannot connect ({one_line(error)})', fix) from error
-
-
-def cache_folder() -> str:
-    """Returns the folder in which JAX keeps compiled programs."""
-    return os.path.join(
-        os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache'), 'warmstart', 'jax'
-    )

@@ -21,11 +21,12 @@ from collections.abc import Callable
 from typing import Any
 
 from common import console
+from common.commands import ROOT
 from common.errors import ConfigError, RunError, one_line
+from common.machine import cache_folder
 from diagnostics import installation
 from diagnostics.hlo_cost import Program, read_program
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 WORKER = os.path.join(ROOT, 'diagnostics', 'tpu_compiler_worker.py')
 READER = os.path.join(ROOT, 'devices', 'stable_hlo.py')  # what the worker reads programs with
 PIP_INSTALL = ('install', '--quiet', '--disable-pip-version-check', '--no-deps')
@@ -237,12 +238,6 @@ def _compile(python: str, hlo: bytes, topology: Topology) -> dict[str, Any]:
             )
         with open(answer) as file:
             return json.load(file)
-
-
-def cache_folder() -> str:
-    return os.path.join(
-        os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache'), 'warmstart'
-    )
 
 
 def environment() -> str:

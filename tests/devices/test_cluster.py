@@ -118,3 +118,38 @@ def test_the_metadata_server_is_asked_for_a_path(monkeypatch):
     assert google_metadata.get('instance/attributes/tpu-env') == 'A: 1'
     server.server_close()
     assert google_metadata.get('instance/attributes/tpu-env') is None
+
+
+@pytest.mark.parametrize(
+    'text, found',
+    [
+        ('{}', ALONE),
+        ('{"cluster": {"worker": ["a:1"]}, "task": {"type": "worker", "index": 0}}', ALONE),
+        (
+            '{"cluster": {"worker": ["a:1", "b:1"]}, "task": {"type": "worker", "index": 1}}',
+            Cluster(2, 'a:1', 1),
+        ),
+        (
+            '{"cluster": {"chief": ["a:1"], "worker": ["b:1"]}, "task": {"type": "worker"}}',
+            Cluster(2, 'a:1', 1),
+        ),
+    ],
+)
+def test_tensorflows_workers_are_processes_too(text, found):
+    assert cluster.find({'TF_CONFIG': text, **SLURM, 'SLURM_NTASKS': '4'}) == found
+
+
+@pytest.mark.parametrize(
+    'text',
+    [
+        '{"cluster": ',
+        '[]',
+        '{"cluster": {"worker": ["a:1", "b:1"]}}',
+        '{"cluster": {"worker": ["a:1", "b:1"]}, "task": {"type": "ps", "index": 0}}',
+        '{"cluster": {"worker": ["a:1", "b:1"]}, "task": {"type": "worker", "index": 2}}',
+        '{"cluster": {"worker": ["a", "b"]}, "task": {"type": "worker", "index": 0}}',
+    ],
+)
+def test_a_cluster_without_a_place_for_this_process_is_one_line(text):
+    with refused(RunError, 'TF_CONFIG', fix='unset it'):
+        cluster.find({'TF_CONFIG': text})

@@ -10,6 +10,7 @@ import tensorflow as tf
 
 import evaluate
 import train
+from common import machine
 from common.storage import read_json
 from experiment import planning
 from experiment import session as sessions
@@ -201,6 +202,5 @@ def test_compiled_programs_are_kept(tiny, monkeypatch):
     assert len(keys) == 2 and keys[0] == keys[1], keys
 
 
-def test_the_cache_is_beside_the_compilers(monkeypatch):
-    monkeypatch.setenv('XDG_CACHE_HOME', '/somewhere')
-    assert jax_start.cache_folder() == '/somewhere/warmstart/jax'
+def test_the_cache_is_beside_the_compilers():
+    assert jax.config.jax_compilation_cache_dir == os.path.join(machine.cache_folder(), 'jax')
