@@ -28,7 +28,7 @@ import tensorflow as tf  # noqa: E402
 
 from configs import imagenet  # noqa: E402
 from devices.lowering import OneOfMany, lower  # noqa: E402
-from diagnostics import preflight, tpu_compiler  # noqa: E402
+from diagnostics import installation, preflight, tpu_compiler  # noqa: E402
 from experiment import planning  # noqa: E402
 from inputs import augment  # noqa: E402
 from modeling import fused_layers, models, steps  # noqa: E402
@@ -144,19 +144,9 @@ def keras_on_jax():
     python = os.path.join(folder, 'bin', 'python')
     if not os.path.exists(os.path.join(folder, 'installed')):
         subprocess.run([sys.executable, '-m', 'venv', '--clear', folder], check=True)
-        subprocess.run(
-            [
-                python,
-                '-m',
-                'pip',
-                'install',
-                '--quiet',
-                '-r',
-                tpu_compiler.PINS,
-                f'keras=={keras.__version__}',
-            ],
-            check=True,
-        )
+        pins = [f'{name}=={version}' for name, version in installation.compiler_pins().items()]
+        install = [python, '-m', 'pip', 'install', '--quiet', *pins, f'keras=={keras.__version__}']
+        subprocess.run(install, check=True)
         with open(os.path.join(folder, 'installed'), 'w'):
             pass
     with tempfile.TemporaryDirectory() as scratch:
