@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from common import machine, tpu_environment
 from common.commands import install_command
 from common.errors import RunError, counted
-from devices import jax_packages, jax_start
+from devices import cluster, jax_packages, jax_start
 from diagnostics import packages, tpu_lock, tpu_probe
 from diagnostics.check_result import CheckResult, fail, from_error, ok, warn
 
@@ -158,6 +158,14 @@ def jax_instead() -> str:
     """Returns the command that installs JAX's runtime in place of TensorFlow's TPU build."""
     install = packages.reinstall(['tensorflow-tpu', 'libtpu'], install_command('tpu'))
     return f'{install}   # then --config.strategy=auto takes JAX'
+
+
+def num_hosts(environ: Mapping[str, str], root: str) -> int:
+    """Returns how many hosts share the devices that JAX starts, 1 if that is unknown."""
+    try:
+        return cluster.find(environ, root).num_processes or 1
+    except RunError:  # the row of the strategy says why
+        return 1
 
 
 def expected_cores(root: str) -> int:

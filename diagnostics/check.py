@@ -164,7 +164,8 @@ def check_environment(
     yield from accelerator_checks.check_gpu(
         gpus, gpu_problem, imported, name, runtime, environ, root
     )
-    yield check_cores(machine.cores(root), len(gpus) or tpu_cores)
+    hosts = accelerator_checks.num_hosts(environ, root) if runtime.is_jax else 1
+    yield check_cores(machine.cores(root), len(gpus) or tpu_cores // hosts)
     if 'TF_CONFIG' in environ:
         yield check_cluster(environ['TF_CONFIG'])
     return tpu_cores
