@@ -59,6 +59,7 @@ def small_config(tmp_path):
     return config
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures('read_here')
 def test_a_small_imagenet_is_prepared_trained_and_evaluated(tmp_path, monkeypatch):
     write_archives(str(tmp_path / 'data' / 'downloads' / 'manual'))

@@ -105,7 +105,14 @@ def test_losses_are_those_of_tensorflow(tiny, replicas):
 @pytest.mark.parametrize(
     'changes',
     [
-        {'model.dropout': 0.5, 'grad_clip_norm': 0.5, 'accumulate_steps': 4, 'ema_decay': 0.9},
+        slow(
+            {
+                'model.dropout': 0.5,
+                'grad_clip_norm': 0.5,
+                'accumulate_steps': 4,
+                'ema_decay': 0.9,
+            }
+        ),
         slow({'model.sync_batch_norm': False}),
         slow(
             {

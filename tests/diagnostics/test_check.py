@@ -763,6 +763,7 @@ def test_a_checkpoint_is_as_large_as_the_table_says(tmp_path, tiny):
     )  # the names of its parts come to it
 
 
+@pytest.mark.slow
 def test_multiply_adds_of_efficientnetv2b0_are_as_published():
     model = keras.applications.EfficientNetV2B0(weights=None)
     assert tensorflow_checks.forward_multiply_adds(model, 224) == pytest.approx(0.72e9, rel=0.02)

@@ -161,6 +161,7 @@ def test_a_resumed_run_gets_the_batch_that_would_have_come(tiny, source):
         )
 
 
+@pytest.mark.slow
 def test_repeated_examples_differ_and_come_equally_often(tiny, source):
     tiny.augment.repeats = 3
     tiny.batch_size = 48

@@ -166,6 +166,7 @@ def run(tmp_path_factory):
     return config, workdir
 
 
+@pytest.mark.slow
 def test_the_export_and_what_is_beside_it_have_the_same_names(run):
     _, workdir = run
     model, labels = predict.load(workdir)
@@ -174,6 +175,7 @@ def test_the_export_and_what_is_beside_it_have_the_same_names(run):
         assert len(file.read().splitlines()) == len(NAMES)
 
 
+@pytest.mark.slow
 def test_the_label_that_is_printed_is_the_models(run, tmp_path, capsys, monkeypatch):
     for name in (
         'TPU_LOAD_LIBRARY',
@@ -195,6 +197,7 @@ def test_the_label_that_is_printed_is_the_models(run, tmp_path, capsys, monkeypa
     assert f'x.png: {label.decode()} ' in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_weights_and_teachers_with_odd_classes_are_recognized(run):
     config, workdir = run
     config = copy.deepcopy(config)
@@ -210,6 +213,7 @@ def test_weights_and_teachers_with_odd_classes_are_recognized(run):
         distillation.make_teacher(config, NAMES[::-1])
 
 
+@pytest.mark.slow
 def test_a_run_with_such_classes_goes_on(run, capsys):
     config, workdir = run
     assert train.run(config, workdir) == 0
