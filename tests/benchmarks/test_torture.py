@@ -45,5 +45,5 @@ def test_kills_change_nothing(tmp_path):
 def test_kills_change_nothing_on_jax_either(tmp_path):
     pytest.importorskip('jax', '0.10', 'JAX 0.10 is for Python 3.11 and later')
     strategies = ['mirrored', 'pjrt']  # in turn
-    result = torture.torture(str(tmp_path), 2, 2, 80, ['virtual_devices=2'], strategies)
-    assert len(result['kills']) == 2
+    result = torture.torture(str(tmp_path), 1, 2, 80, ['virtual_devices=2'], strategies)
+    assert len(result['kills']) == 1
