@@ -168,13 +168,14 @@ def compile_program(lower: Callable[[], bytes], topology: Topology, *described_b
     key = hashlib.sha256('\0'.join(texts).encode()).hexdigest()[:32]
     kept = os.path.join(cache_folder(), 'compiled', f'{key}.json.gz')
     answer = _read(kept)
+    is_new = answer is None
     if answer is None:
         answer = _compile(environment(), lower(), topology)
-        if 'error' not in answer or re.search(TOO_MUCH, answer['error'], re.IGNORECASE):
-            _keep(kept, answer)
+    too_much = re.search(TOO_MUCH, answer.get('error', ''), re.IGNORECASE)
+    if is_new and (too_much or 'error' not in answer):  # other errors may be this machine's
+        _keep(kept, answer)
     if 'error' not in answer:
         return read_program(answer, topology.chip)
-    too_much = re.search(TOO_MUCH, answer['error'], re.IGNORECASE)
     if too_much:
         raise DoesNotFit(
             *(
@@ -250,9 +251,10 @@ def environment() -> str:
             'the TPU compiler is only available for Linux on x86-64 and Python 3.11 or later',
             'run preflight on such a machine',
         )
-    pins = [f'{name}=={version}' for name, version in installation.compiler_pins().items()]
-    if not installation.missing_of(installation.compiler_pins()):
+    pinned = installation.compiler_pins()
+    if not installation.missing_of(pinned):
         return sys.executable
+    pins = [f'{name}=={version}' for name, version in pinned.items()]
     key = hashlib.sha256(' '.join(pins).encode()).hexdigest()[:12]
     folder = os.path.join(
         cache_folder(), f'preflight-{sys.version_info[0]}.{sys.version_info[1]}-{key}'

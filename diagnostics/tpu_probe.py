@@ -83,7 +83,7 @@ def probe(
         for message in process:
             step, cores = message.get('begin', step), message.get('cores', cores)
         reason = process.end
-    if reason and had_no_lock and os.path.exists(lock) and not tpu_lock.is_held(lock):
+    if reason and had_no_lock and os.path.exists(lock) and tpu_lock.is_held(lock) is False:
         os.remove(lock)  # a killed process leaves it behind, and the next one would stop at it
     if reason or not cores:
         return Outcome(0, step, reason or 'it ended without a message')

@@ -195,6 +195,16 @@ def test_a_working_tpu_is_ok_and_a_stale_probe_lock_removed(tmp_path):
     assert not lock.exists()
 
 
+def collected(rows):
+    """(FAIL and warn rows, what the generator returns)."""
+    found = []
+    while True:
+        try:
+            found.append(next(rows))
+        except StopIteration as end:
+            return [row for row in found if row.status != 'ok'], end.value
+
+
 def tpu_rows(folder, version, environ, config=None):
     """(FAIL and warn rows, cores) of a host with a v5e chip."""
     rows = accelerator_checks.check_tpu(
@@ -206,12 +216,7 @@ def tpu_rows(folder, version, environ, config=None):
         str(folder / 'lock'),
         __file__,
     )
-    found = []
-    while True:
-        try:
-            found.append(next(rows))
-        except StopIteration as end:
-            return [row for row in found if row.status != 'ok'], end.value
+    return collected(rows)
 
 
 def test_a_tpu_that_tensorflow_never_starts_is_left_to_jax(tmp_path):
@@ -454,12 +459,7 @@ def jax_rows(folder, environ, path, seconds=20):
     rows = accelerator_checks.check_jax(
         'tpu', environ, str(folder), seconds, str(folder / 'lock'), path
     )
-    found = []
-    while True:
-        try:
-            found.append(next(rows))
-        except StopIteration as end:
-            return [row for row in found if row.status != 'ok'], end.value
+    return collected(rows)
 
 
 @pytest.mark.parametrize(
