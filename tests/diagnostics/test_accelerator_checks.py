@@ -195,6 +195,15 @@ def test_a_working_tpu_is_ok_and_a_stale_probe_lock_removed(tmp_path):
     assert not lock.exists()
 
 
+@pytest.mark.parametrize('is_held, stays', [(True, True), (None, True), (False, False)])
+def test_only_a_lock_that_nobody_holds_is_removed(tmp_path, monkeypatch, is_held, stays):
+    lock = tmp_path / 'lock'
+    monkeypatch.setattr(tpu_lock, 'is_held', lambda path: is_held)
+    dies = tpu(tmp_path, at_import=f'open({str(lock)!r}, "w"); os.abort()')
+    tpu_probe.probe('start_tensorflow', 'local', seconds=20, environ=dies, lock=str(lock))
+    assert lock.exists() == stays
+
+
 def collected(rows):
     """(FAIL and warn rows, what the generator returns)."""
     found = []

@@ -238,6 +238,26 @@ def test_what_was_kept_and_is_damaged_is_compiled_again(tmp_path, monkeypatch, d
         assert len(compiled) == times
 
 
+@pytest.mark.parametrize(
+    'error, kind, times',
+    [
+        ('the disk is full', RunError, 2),
+        ('Used 20.0G of 15.75G hbm', tpu_compiler.DoesNotFit, 1),
+    ],
+)
+def test_only_what_the_program_is_to_blame_for_is_kept(tmp_path, monkeypatch, error, kind, times):
+    monkeypatch.setattr(tpu_compiler, 'cache_folder', lambda: str(tmp_path))
+    monkeypatch.setattr(tpu_compiler, 'environment', lambda: 'python')
+    compiled = []
+    monkeypatch.setattr(
+        tpu_compiler, '_compile', lambda *arguments: compiled.append(arguments) or {'error': error}
+    )
+    for _ in range(2):
+        with pytest.raises(kind):
+            tpu_compiler.compile_program(lambda: b'program', Topology.parse('v5e'), 'a text')
+    assert len(compiled) == times
+
+
 @pytest.mark.slow
 def test_what_the_compiler_cannot_read_is_one_line():
     with refused(RunError, 'HloModuleProto', fix='rm -r '):
