@@ -176,6 +176,7 @@ def _divergence_fix(session: Session) -> str:
     )
 
 
+@tf.autograph.experimental.do_not_convert
 def _write_saved_model(session: Session, directory: str) -> None:
     """Rebuilds the model, with the weights that evaluation uses, and writes it.
 
@@ -342,6 +343,7 @@ def _write_examples(
     return np.array(labels), num_converted
 
 
+@tf.autograph.experimental.do_not_convert
 def _expected_logits(session: Session, evaluated: str) -> np.ndarray:
     """Returns the trained model's logits, float32 [files, classes], for a TFRecord of images."""
     config, predict = session.config, steps.make_predict(session.state)

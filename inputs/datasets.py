@@ -114,6 +114,7 @@ class Source:
         for number, encoded, label in found.read(chosen).as_numpy_iterator():
             yield SampledExample(encoded, self.original(split, number), int(label))
 
+    @tf.autograph.experimental.do_not_convert
     def examples(self, split: str) -> tf.data.Dataset:
         """Returns (encoded image string [], label int64 []) pairs, always in the same order."""
         found = self.split(split)

@@ -21,6 +21,7 @@ AUTOTUNE = tf.data.AUTOTUNE
 SHUFFLE_WINDOW = 0.02  # share of an epoch that is shuffled together, and reread after a resume
 
 
+@tf.autograph.experimental.do_not_convert
 def training_batches(
     source: Source,
     config: ConfigDict,
@@ -74,6 +75,7 @@ def training_batches(
     return strategy.distribute_datasets_from_function(make_dataset)
 
 
+@tf.autograph.experimental.do_not_convert
 def evaluation_batches(
     source: Source, config: ConfigDict, plan: Any, strategy: tf.distribute.Strategy
 ) -> tuple[tf.distribute.DistributedDataset, int]:

@@ -51,6 +51,7 @@ class RecordRanges:
     name: str
     num_bytes: int
 
+    @tf.autograph.experimental.do_not_convert
     def read(self, pieces: tf.Tensor) -> tf.data.Dataset:
         """Returns (id int64 [], encoded string [], label int64 []) of `pieces`, int64 [n].
 
@@ -76,6 +77,7 @@ class RecordRanges:
         """Returns (encoded string [], label int64 []) of an entry."""
         return encoded, label
 
+    @tf.autograph.experimental.do_not_convert
     def column(self, path: str) -> np.ndarray:
         """Reads one feature of all examples, unchecked and in no particular order."""
         specs = self._specs(path)
@@ -142,6 +144,7 @@ class ExampleList:
     def counts(self) -> np.ndarray:
         return np.ones(len(self.labels), np.int64)
 
+    @tf.autograph.experimental.do_not_convert
     def read(self, pieces: tf.Tensor) -> tf.data.Dataset:
         """See `RecordRanges.read`; in the order of `pieces`."""
         return self.entries(pieces).map(

@@ -7,8 +7,9 @@ usage: python read_saved_model.py SAVED_MODEL ENCODED.tfrecord OPAQUE_PNGS.tfrec
 
 import sys
 
-# Makes any `import keras` fail: the model must not need it.
-sys.modules['keras'] = None  # type: ignore[assignment]
+# Makes any import of them fail: the model must not need Keras; JAX is for TensorFlow's converter to
+# TFLite, and takes a second.
+sys.modules['keras'] = sys.modules['jax'] = None  # type: ignore[assignment]
 
 import numpy as np  # noqa: E402
 import tensorflow as tf  # noqa: E402

@@ -20,7 +20,6 @@ from common.commands import ROOT
 from experiment import planning, session
 from inputs import augment, datasets, pipeline
 from modeling import distillation, loops, models, optimizers, steps
-from tests.conftest import slow
 from tests.modeling.test_pretrained import write_foreign_teacher
 
 REPLICAS = 8
@@ -167,17 +166,19 @@ def small(config):
     return whole(config)
 
 
-# `make test-tpu` has all of them, with the real model too, which takes half a minute for each
-# trace.
-SOME = [(1, small, 'digits'), (32, small, 'imagenet')]
-ALL = [*SOME, *((REPLICAS, whole, name) for name in CONFIGS)]
+# `make test-tpu` traces all of them; a real model takes half a minute.
 TRACES_ALL = os.environ.get('TRACE') == 'all'
+LOOPS = [
+    (REPLICAS, small, 'digits'),
+    (1, small, 'digits'),
+    (32, small, 'imagenet'),
+    *((REPLICAS, whole, name) for name in CONFIGS),
+]
+OPTIMIZERS = ['adamw', *sorted(set(optimizers.OPTIMIZERS) - {'adamw'})]
 
 
 @pytest.mark.parametrize(
-    'strategy, change, name',
-    [(REPLICAS, small, 'digits'), *(slow(*values) for values in (ALL if TRACES_ALL else SOME))],
-    indirect=['strategy'],
+    'strategy, change, name', LOOPS if TRACES_ALL else LOOPS[:1], indirect=['strategy']
 )
 def test_the_loops_of_every_config_are_fit_for_a_tpu(strategy, change, name):
     config = change(importlib.import_module(f'configs.{name}').get_config())
@@ -214,9 +215,7 @@ def test_the_loops_of_every_config_are_fit_for_a_tpu(strategy, change, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    'name', ['adamw', *(slow(name) for name in optimizers.OPTIMIZERS if name != 'adamw')]
-)
+@pytest.mark.parametrize('name', OPTIMIZERS if TRACES_ALL else OPTIMIZERS[:1])
 def test_everything_at_once_fits_a_tpu_with_every_optimizer(tiny, strategy, name, tmp_path):
     write_foreign_teacher(str(tmp_path / 'teacher'))
     tiny.distill.teacher = str(tmp_path / 'teacher')

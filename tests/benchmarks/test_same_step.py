@@ -19,8 +19,8 @@ def test_ten_updates_match_everywhere_for_every_optimizer():
 
 @pytest.mark.slow
 def test_ten_updates_match_with_every_feature_and_xla():
-    places = ('2', 'workers')  # tests/devices/test_pjrt.py is about JAX
-    report = same_step.compare(['adamw'], ['all'], places, jit=(True,))
+    # tests/test_workers.py is about workers, tests/devices/test_pjrt.py about JAX.
+    report = same_step.compare(['adamw'], ['all'], places=('2',), jit=(True,))
     assert not same_step.beyond_tolerance(report) and all(
         row['weights'] > 0 for row in report.values()
     )

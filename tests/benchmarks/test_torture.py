@@ -39,11 +39,3 @@ def test_kills_change_nothing(tmp_path):
     assert f'model/0000 in the checkpoint of step {last}' in ' '.join(
         torture.compare(alone, killed)
     )
-
-
-@pytest.mark.slow
-def test_kills_change_nothing_on_jax_either(tmp_path):
-    pytest.importorskip('jax', '0.10', 'JAX 0.10 is for Python 3.11 and later')
-    strategies = ['mirrored', 'pjrt']  # in turn
-    result = torture.torture(str(tmp_path), 1, 2, 80, ['virtual_devices=2'], strategies)
-    assert len(result['kills']) == 1

@@ -1,5 +1,7 @@
 """Rows fit the terminal, and colors are there for a terminal alone."""
 
+import importlib
+import json
 import os
 import pty
 import subprocess
@@ -68,3 +70,12 @@ def test_an_error_has_its_fix_behind_it():
     program = "from common import console; console.error('no room', 'free some')"
     assert on_terminal(program, NO_COLOR='1') == 'error: no room: free some\n'
     assert on_terminal(program) == '\033[31merror:\033[0m no room: free some\n'
+
+
+def test_packages_that_are_not_needed_are_hidden_for_a_while_only(monkeypatch):
+    monkeypatch.delitem(sys.modules, 'colorsys', raising=False)
+    with console._not_installed('colorsys', 'json'):
+        with pytest.raises(ModuleNotFoundError):
+            importlib.import_module('colorsys')
+        assert importlib.import_module('json') is json  # it had been imported before
+    assert importlib.import_module('colorsys').rgb_to_hsv(0, 0, 0) == (0, 0, 0)
