@@ -84,6 +84,7 @@ flags.DEFINE_string(
     'alone for one chip.',
 )
 flags.DEFINE_bool('largest_batch', False, 'Let preflight search for the largest batch that fits.')
+flags.DEFINE_bool('tune', False, 'Let preflight compare numbers of micro-batches.')
 flags.DEFINE_integer(
     'step',
     None,
@@ -213,7 +214,7 @@ def run_preview(config: ConfigDict, workdir: str) -> None:
 def run_preflight(config: ConfigDict, workdir: str) -> None:
     from diagnostics import preflight
 
-    preflight.run(config, workdir, FLAGS.topology, FLAGS.largest_batch)
+    preflight.run(config, workdir, FLAGS.topology, FLAGS.largest_batch, FLAGS.tune)
 
 
 # Each returns the exit status, or None for 0. Their modules need TensorFlow, so they are imported

@@ -1128,7 +1128,7 @@ def ours(folder: str, platform: str, name: str, profiled: bool, output: str, upd
     """Compiles a program and makes the first updates; `updates` in each call."""
     import jax
 
-    from diagnostics.hlo_cost import entry_computation, hbm_traffic
+    from diagnostics.hlo_cost import executed, hbm_traffic
 
     step = read_step(folder, name)
     description = step.description
@@ -1169,7 +1169,7 @@ def ours(folder: str, platform: str, name: str, profiled: bool, output: str, upd
         'skipped_in_a_row': float(holder['results'][RESULTS.index('skipped_in_a_row')]),
         'in_place': f'{aliases} of {len(compiled.state)} variables',
         'work': description['work'],
-        'compiled_bytes': hbm_traffic(entry_computation(text)) if updates == 1 else None,
+        'compiled_bytes': hbm_traffic(executed(text)[0][0]) if updates == 1 else None,
         'by_cost_analysis': cost_analysis(compiled.program),
         'program_bytes': {kind: getattr(memory, f'{kind}_size_in_bytes') for kind in MEMORY},
         'peak_bytes': (jax.devices()[0].memory_stats() or {}).get('peak_bytes_in_use'),

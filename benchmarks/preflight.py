@@ -1,4 +1,5 @@
-"""What the TPU compiler estimates for the shipped configs, on four chips of v5e and of v6e.
+"""What the TPU compiler estimates for the shipped configs, on four chips of v5e, on four of v6e,
+and on two hosts of v5e.
 
     python benchmarks/preflight.py [--configs imagenet digits] [--topologies v5e:2x2]
     [--output=benchmarks/results/preflight.json]
@@ -66,7 +67,7 @@ def estimate(name, topology):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--configs', nargs='+', default=CONFIGS, choices=CONFIGS)
-    parser.add_argument('--topologies', nargs='+', default=('v5e:2x2', 'v6e:2x2'))
+    parser.add_argument('--topologies', nargs='+', default=('v5e:2x2', 'v6e:2x2', 'v5e:4x4'))
     parser.add_argument('--output')
     arguments = parser.parse_args()
     results = {}

@@ -5,7 +5,7 @@ docs/config.md has the meaning and the bounds of each key. Durations are one str
 '10 minutes'. experiment/planning.py turns them into steps.
 """
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 
 
 def get_config() -> ConfigDict:
@@ -34,8 +34,9 @@ def get_config() -> ConfigDict:
     config.image_size = 224  # pixels, height and width of what the model sees
 
     config.batch_size = 128  # global: over all replicas of all hosts
-    # Micro-batches per update (gradient accumulation). Batch normalisation sees a micro-batch.
-    config.accumulate_steps = 1
+    # Micro-batches per update (gradient accumulation), or 'auto'. Batch normalisation sees one at a
+    # time.
+    config.accumulate_steps = FieldReference(1, field_type=object)
     config.eval_batch_size = 128
     config.train_for = '10 epochs'
 

@@ -29,6 +29,8 @@ SHAPE = re.compile(rf'\b({"|".join(BYTES)})\[([\d,]*)\](\{{[^}}]*\}})?')
 INSTRUCTION = re.compile(
     r'\s*(?:ROOT )?%(?P<name>[\w.\-]+) = (?P<shape>.*?) (?P<kind>[a-z][\w\-]*)\((?P<rest>.*)$'
 )
+COMPUTATION = re.compile(r'(?P<entry>ENTRY )?%(?P<name>[\w.\-]+) \(.*\{$')
+LOOP = re.compile(r' while\(.*condition=%(?P<condition>[\w.\-]+), body=%(?P<body>[\w.\-]+)')
 NO_TRAFFIC = {
     'parameter',
     'tuple',
@@ -39,6 +41,7 @@ NO_TRAFFIC = {
     'slice-done',
     'all-reduce-done',
     'partition-id',
+    'while',
     'replica-id',
     'after-all',
 }
@@ -87,39 +90,72 @@ class Program:
 
 def read_program(answer: Mapping[str, Any], chip: Any) -> Program:
     """Returns the Program in an answer of diagnostics/tpu_compiler_worker.py, for a Chip."""
-    entry = entry_computation(answer['text'])
+    parts = executed(answer['text'])
     memory = answer['memory']
     return Program(
         compiler=answer['compiler'],
         seconds=answer['seconds'],
-        flops=answer['flops'],
+        # The compiler counts a loop once. What is outside of it is a thousandth of a step.
+        flops=answer['flops'] * max(times for _, times in parts),
         memory_bytes=memory['argument']
         + memory['output']
         - memory['alias']
         + memory['temp']
         + memory['generated_code'],
         memory_available=chip.hbm_bytes / chip.replicas,
-        hbm_traffic=hbm_traffic(entry),
+        hbm_traffic=sum(hbm_traffic(lines) * times for lines, times in parts),
         all_reduce_bytes=tuple(
             _result_bytes(line, ' all-reduce')
-            for line in answer['text'].splitlines()
+            for lines, times in parts
+            for line in lines
             if re.search(r' all-reduce(-start)?\(', line)
+            for _ in range(times)
         ),
         instructions=tuple(
-            sorted(instructions(entry), key=lambda instruction: -instruction.cycles)
+            sorted(
+                (part for lines, times in parts for part in instructions(lines, times)),
+                key=lambda instruction: -instruction.cycles,
+            )
         ),
     )
 
 
-def entry_computation(text: str) -> list[str]:
-    """Returns the lines of the computation that runs; others count where they are called."""
-    begin = text.index('\nENTRY ')
-    return text[begin : text.index('\n}', begin)].splitlines()[2:]
+def executed(text: str) -> list[tuple[list[str], int]]:
+    """Returns (lines, how many times they run) of the computations that run by themselves.
+
+    They are the entry computation and the bodies of its loops; others count where they are called.
+    """
+    computations: dict[str, list[str]] = {}
+    name = ''
+    for line in text.splitlines():
+        if head := COMPUTATION.match(line):
+            name = 'ENTRY' if head['entry'] else head['name']
+            computations[name] = []
+        elif line.startswith('}'):
+            name = ''
+        elif name:
+            computations[name].append(line)
+
+    def with_loops(name: str, times: int) -> list[tuple[list[str], int]]:
+        found = [(computations[name], times)]
+        for loop in filter(None, map(LOOP.search, computations[name])):
+            trips = times * _trips(computations[loop['condition']])
+            found += with_loops(loop['body'], trips)
+        return found
+
+    return with_loops('ENTRY', 1)
 
 
-def instructions(entry: Iterable[str]) -> Iterator[Instruction]:
-    """Yields each Instruction that has an estimate."""
-    for line in entry:
+def _trips(condition: Iterable[str]) -> int:
+    """Returns how often a loop runs that counts from 0 up to a constant; 1 for any other."""
+    text = '\n'.join(condition)
+    limits = re.findall(r'= s32\[\]\S* constant\((\d+)\)', text)
+    return int(limits[0]) if len(limits) == 1 and 'direction=LT' in text else 1
+
+
+def instructions(lines: Iterable[str], times: int = 1) -> Iterator[Instruction]:
+    """Yields each Instruction that has an estimate, with the cycles of all `times` it runs."""
+    for line in lines:
         cycles = re.search(r'"estimated_cycles":"?(\d+)', line)
         match = INSTRUCTION.match(line)
         if cycles and match:
@@ -127,7 +163,7 @@ def instructions(entry: Iterable[str]) -> Iterator[Instruction]:
             layer, operation, backward = split_name(name[1] if name else '')
             first = SHAPE.search(match['shape'])
             yield Instruction(
-                int(cycles[1]),
+                int(cycles[1]) * times,
                 layer,
                 operation or match['kind'],
                 backward,
@@ -163,13 +199,13 @@ def _result_bytes(line: str, operation: str) -> int:
     return sum(map(tensor_bytes, SHAPE.finditer(line.partition(operation)[0])))
 
 
-def hbm_traffic(entry: Iterable[str]) -> int:
+def hbm_traffic(lines: Iterable[str]) -> int:
     """Returns the bytes of all operands and results that are not in the chip's own memory.
 
     An asynchronous copy counts once.
     """
     shapes, total = {}, 0
-    for match in filter(None, map(INSTRUCTION.match, entry)):
+    for match in filter(None, map(INSTRUCTION.match, lines)):
         shapes[match['name']] = match['shape']
         if match['kind'] in NO_TRAFFIC:
             continue

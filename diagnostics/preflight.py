@@ -30,6 +30,7 @@ from modeling import distillation, models, steps
 
 NUM_EXPENSIVE = 10  # instructions that are listed
 BATCH_MULTIPLE = 8  # rows of a TPU's registers
+MICRO_BATCHES = (64, 128, 256, 512)  # that are compared
 TOLERANCE = 0.03  # of the search for the largest batch, as a share of it
 
 
@@ -48,8 +49,18 @@ class EvaluationDoesNotFit(DoesNotFit):
     """Evaluation needs more memory than there is."""
 
 
-def run(config: ConfigDict, workdir: str, topology_name: str, largest_batch: bool = False) -> None:
+def run(
+    config: ConfigDict,
+    workdir: str,
+    topology_name: str,
+    largest_batch: bool = False,
+    tune: bool = False,
+) -> None:
     """Prints the compiler's report.
+
+    Args:
+        largest_batch: whether to search for the largest batch that fits, too.
+        tune: whether to compare numbers of micro-batches instead.
 
     Raises: ConfigError for what a TPU cannot do; RunError if it does not compile or does not fit.
     """
@@ -61,6 +72,9 @@ def run(config: ConfigDict, workdir: str, topology_name: str, largest_batch: boo
     plan = plan_for(config, data, topology)
     for name, text in planning.summarize(config, plan).rows().items():
         console.row(name, text)
+    if tune:
+        tune_micro_batches(config, plan, topology)
+        return
     try:
         compiled_steps = compile_steps(config, plan, topology)
     except DoesNotFit as error:
@@ -304,10 +318,38 @@ def search_largest(
     return fits, program
 
 
+def tune_micro_batches(config: ConfigDict, plan: Plan, topology: Topology) -> None:
+    """Prints the speed of the training step, in its last stage, for several micro-batches.
+
+    Their sizes are `MICRO_BATCHES` where they divide the batch of a replica, and the whole batch.
+    """
+    stage = planning.stages(config, plan)[-1][1]
+    per_replica = plan.batch_size // plan.num_replicas
+    chosen = steps.num_micro_batches(stage, plan.num_replicas, on_tpu=True)
+    counts = {per_replica // size for size in MICRO_BATCHES if per_replica % size == 0}
+    for count in sorted({chosen, 1} | counts):
+        stage.accumulate_steps = count
+        label = f'{counted(count, "micro-batch", "micro-batches")} of {per_replica // count:,}'
+        try:
+            program = compile_training(stage, plan, topology)
+        except DoesNotFit as error:
+            console.row('', f'{label}: does not fit, {error}')
+            continue
+        step = CompiledStep('training', per_replica, stage.image_size, 1, program)
+        found = figures(step, topology)
+        mark = ', which this config has' if count == chosen else ''
+        console.row(
+            '',
+            f'{label}: {found["images_per_second_per_chip"][found["binds"]]:,.0f} images/s a chip, '
+            f'{found["hbm_mb_per_image"]:.3g} MB of HBM traffic an image, '
+            f'{found["memory_gib"]:.3g} GiB{mark}',
+        )
+
+
 def batch_multiple(config: ConfigDict) -> int:
     """Returns the number of which a replica's batch must be a multiple."""
     return math.lcm(
-        config.accumulate_steps,
+        1 if config.accumulate_steps == 'auto' else config.accumulate_steps,
         config.augment.repeats,
         2 if config.augment.mixup or config.augment.cutmix else 1,
     )

@@ -52,9 +52,10 @@ def _values(allowed: Key) -> str:
         return ', '.join(allowed.units)
     if allowed.low is None:
         return ''
+    instead = f', or `{allowed.word!r}`' if allowed.word else ''
     if allowed.high is None:
-        return f'{allowed.low} and more'
-    return f'{allowed.low} to {allowed.high:,}'
+        return f'{allowed.low} and more{instead}'
+    return f'{allowed.low} to {allowed.high:,}{instead}'
 
 
 if __name__ == '__main__':

@@ -43,6 +43,7 @@ class Key(NamedTuple):
         choices: the allowed values; () means any.
         units: the units allowed for a duration; () means that it is not a duration.
         optional: whether a duration may be ''.
+        word: what may stand instead of a number; '' if nothing may.
     """
 
     doc: str
@@ -51,6 +52,7 @@ class Key(NamedTuple):
     choices: Collection[str] = ()
     units: tuple[str, ...] = ()
     optional: bool = False
+    word: str = ''
 
 
 KEYS = {
@@ -87,7 +89,13 @@ KEYS = {
     ),
     'image_size': Key('Height and width of the model input, in pixels.', 8, 4096),
     'batch_size': Key('Examples per update, over all replicas of all hosts.', 1, 2**24),
-    'accumulate_steps': Key('Micro-batches per update (gradient accumulation).', 1, 2**16),
+    'accumulate_steps': Key(
+        "Micro-batches per update (gradient accumulation); `'auto'` takes as many as keep a "
+        "micro-batch within a TPU's on-chip memory, and 1 elsewhere.",
+        1,
+        2**16,
+        word='auto',
+    ),
     'eval_batch_size': Key('Examples per evaluation batch, over all replicas.', 1, 2**24),
     'train_for': Key('The length of the run.', units=DURATION),
     'schedule.name': Key(
@@ -254,6 +262,8 @@ def check_values(config: ConfigDict) -> None:
     defaults = flatten(default.get_config())
     values = flatten(config)
     for key, value in values.items():
+        if key in KEYS and KEYS[key].word and value == KEYS[key].word:
+            continue
         if key in defaults:
             _check_type(key, value, defaults[key])
         else:
@@ -290,7 +300,9 @@ def _check_type(key: str, value: Any, default_value: Any) -> None:
     else:
         fits = isinstance(value, kind)
     if not fits:
-        fix = f'write {TYPES[kind]}, as in {key}={default_value!r}'
+        word = KEYS[key].word
+        instead = f', or {word!r}' if word else ''
+        fix = f'write {TYPES[kind]}, as in {key}={default_value!r}{instead}'
         raise ConfigError(f'config.{key}={value!r} has the wrong type', fix, key)
 
 
@@ -299,7 +311,7 @@ def _check_value(key: str, value: Any, allowed: Key) -> None:
         choices = ', '.join(map(repr, allowed.choices))
         fix = f'--config.{key}={closest_match(value, allowed.choices, cutoff=0)}'
         raise ConfigError(f'config.{key}={value!r} is not one of {choices}', fix, key)
-    if allowed.low is not None:
+    if allowed.low is not None and not (allowed.word and value == allowed.word):
         _check_bounds(key, value, allowed.low, allowed.high)
     is_absent = allowed.optional and not value
     if allowed.units and not is_absent:

@@ -221,7 +221,7 @@ def _check_batch(config: ConfigDict, num_replicas: int) -> None:
     per_replica = batch_size // num_replicas
     for key in ('accumulate_steps', 'augment.repeats'):
         divisor = _get(config, key)
-        if per_replica % divisor:
+        if divisor != 'auto' and per_replica % divisor:
             raise ConfigError(
                 f'config.{key}={divisor} does not divide the {per_replica} examples of a replica',
                 f'--config.batch_size={_round_up(batch_size, num_replicas * divisor)}',

@@ -81,6 +81,7 @@ class Session:
             ('strategy', self.strategy_reason),
             ('compute', f'{self.dtype_policy}, jit_compile {xla}'),
             *plan.rows().items(),
+            *self._describe_micro_batches(),
             *self._describe_transfer(),
             *(('note', change) for change in self.data_changes),
         ]
@@ -95,6 +96,13 @@ class Session:
     def print_description(self) -> None:
         for name, text in self.describe():
             console.row(name, text)
+
+    def _describe_micro_batches(self) -> Iterator[tuple[str, str]]:
+        plan, on_tpu = self.plan, self.kind == 'TPU'
+        count = steps.num_micro_batches(self.config, plan.num_replicas, on_tpu)
+        if count > 1:
+            size = plan.batch_size // plan.num_replicas // count
+            yield 'parts', f'{count:,} micro-batches of {size:,} on each replica'
 
     def _describe_transfer(self) -> Iterator[tuple[str, str]]:
         model, distill = self.config.model, self.config.distill

@@ -6,6 +6,7 @@ Everything that trains, traces, compiles or measures the step uses the functions
 import collections
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -19,6 +20,10 @@ LOSS_SCALE_START = 2.0**15  # float16's largest number is 65,504
 LOSS_SCALE_WINDOW = 2000  # finite updates before the scale doubles (Micikevicius et al. 2018)
 # The fewest vectors of one length for which a shared condition pays: it costs one more operation.
 MIN_SHARED = 8
+
+# Activations of more do not fit into the 128 MiB that a TPU core of v5e or v6e has on the chip: see
+# docs/tpu.md for what the compiler says of other sizes.
+MICRO_BATCH_PIXELS = 128 * 224**2
 
 Tensors = list[tf.Tensor]
 Draws = dict[str, tf.Tensor]
@@ -142,7 +147,8 @@ def make_train_step(
     """
     model, optimizer = state.model, state.optimizer
     assert optimizer is not None
-    trained, accumulate = model.trainable_variables, config.accumulate_steps
+    trained = model.trainable_variables
+    accumulate = num_micro_batches(config, num_replicas, on_tpu)
     guarded = config.max_skipped_updates > 0 or state.loss_scale is not None
     synchronizes = any(getattr(layer, 'synchronized', False) for layer in model._flatten_layers())
     trained_ids = {id(variable) for variable in trained}
@@ -157,23 +163,26 @@ def make_train_step(
     layer_decayed_variables = [variable for variable, _ in layer_decayed]
 
     def loss_and_gradients(images: tf.Tensor, labels: tf.Tensor, draws: Draws) -> tuple:
-        images, targets = augment(images, labels, draws)
-        sums: tuple = ()
-        # In sequence, so that a micro-batch's activations are freed before the next.
-        for index in range(accumulate):
-            with tf.control_dependencies(tf.nest.flatten(sums)), micro_batch(index, accumulate):
-                # Every n-th example, so that a global micro-batch is the same for any number of
-                # replicas.
-                part = of_micro_batch(
-                    tf.identity(images[index::accumulate]), targets[index::accumulate]
-                )
-                sums = tf.nest.map_structure(tf.add, sums, part) if sums else part
-        return sums
+        batch = images, labels, draws
+        if accumulate == 1 or not on_tpu:
+            augmented = augment(*batch)
+            return sum_in_sequence(
+                lambda index: of_micro_batch(index, *every_nth(augmented, index, accumulate)),
+                accumulate,
+            )
+        mixes = bool(config.augment.mixup or config.augment.cutmix)
+        parts = augmented_parts(augment, batch, accumulate, mixes)
+        zeros = tf.zeros([], model.outputs[0].dtype), tf.zeros([])
+        no_gradients = [tf.zeros(variable.shape, variable.dtype) for variable in trained]
+        return sum_in_loop(
+            lambda index: of_micro_batch(index, *parts(index)), accumulate, (*zeros, no_gradients)
+        )
 
-    def of_micro_batch(images: tf.Tensor, targets: tf.Tensor) -> tuple:
+    def of_micro_batch(index: int | tf.Tensor, images: tf.Tensor, targets: tf.Tensor) -> tuple:
         teacher_logits = teacher(images) if teacher else None
         with tf.GradientTape() as tape:
-            logits = model(images, training=True)  # [batch, num_classes], float32 or float64
+            with micro_batch(index, accumulate):
+                logits = model(images, training=True)  # [batch, num_classes], float32 or float64
             targets = tf.cast(targets, logits.dtype)
             smoothed = targets * (1 - config.label_smoothing) + config.label_smoothing / num_classes
             losses = tf.nn.softmax_cross_entropy_with_logits(smoothed, logits)  # [batch]
@@ -248,6 +257,86 @@ def make_train_step(
         }
 
     return train_step
+
+
+def num_micro_batches(config: ConfigDict, num_replicas: int, on_tpu: bool) -> int:
+    """Returns into how many micro-batches a replica's batch is split.
+
+    `config.accumulate_steps` says it. 'auto' is the fewest that keep a micro-batch within
+    `MICRO_BATCH_PIXELS` on a TPU, and 1 elsewhere.
+    """
+    if config.accumulate_steps != 'auto':
+        return config.accumulate_steps
+    per_replica = config.batch_size // num_replicas
+    pixels = per_replica * config.image_size**2
+    if not on_tpu or pixels <= MICRO_BATCH_PIXELS:
+        return 1
+    counts = range(1, per_replica + 1)
+    fit = (n for n in counts if per_replica % n == 0 and pixels <= n * MICRO_BATCH_PIXELS)
+    return next(fit, per_replica)
+
+
+def every_nth(batch: Any, index: int | tf.Tensor, count: int) -> Any:
+    """Returns examples `index`, `index + count`, and so on, of a nest of tensors [batch, ...].
+
+    A global micro-batch of them is the same for any number of replicas.
+    """
+
+    def chosen(tensor: tf.Tensor) -> tf.Tensor:
+        return tf.reshape(tensor, [-1, count, *tensor.shape[1:]])[:, index]
+
+    return tf.nest.map_structure(chosen, batch)
+
+
+def augmented_parts(
+    augment: Callable[..., Any], batch: Any, count: int, mixes: bool
+) -> Callable[[tf.Tensor], Any]:
+    """Returns a function of an index, int32 [], that augments that micro-batch of `batch`.
+
+    So only one is in memory as floats. The results are those of augmenting the whole batch.
+
+    Args:
+        mixes: whether `augment` mixes neighbours, images 0 and 1, 2 and 3, and so on.
+    """
+
+    def with_neighbours(index: tf.Tensor) -> Any:
+        pairs = tf.nest.map_structure(lambda t: tf.reshape(t, [-1, 2, *t.shape[1:]]), batch)
+        chosen = every_nth(pairs, index // 2, count // 2)
+        both = tf.nest.map_structure(lambda t: tf.reshape(t, [-1, *t.shape[2:]]), chosen)
+        return every_nth(augment(*both), index % 2, 2)
+
+    if not mixes:
+        return lambda index: augment(*every_nth(batch, index, count))
+    if count % 2 == 0:
+        return with_neighbours
+    augmented = augment(*batch)  # neighbours are nowhere the same distance apart
+    return lambda index: every_nth(augmented, index, count)
+
+
+def sum_in_sequence(part: Callable[[int], Any], count: int) -> Any:
+    """Returns the sum of part(0) to part(count - 1), nests of tensors.
+
+    Each is computed after the one before, so that only one takes memory at a time.
+    """
+    sums = part(0)
+    for index in range(1, count):
+        with tf.control_dependencies(tf.nest.flatten(sums)):
+            sums = tf.nest.map_structure(tf.add, sums, part(index))
+    return sums
+
+
+def sum_in_loop(part: Callable[[tf.Tensor], Any], count: int, zeros: Any) -> Any:
+    """Does the same with a program that has `part` once: it takes an index, int32 [].
+
+    Such a program is compiled in the time of one part, and the compiler keeps more of it in the
+    memory of the chip.
+    """
+
+    def body(index: tf.Tensor, sums: Any) -> tuple:
+        return index + 1, tf.nest.map_structure(tf.add, sums, part(index))
+
+    start = (tf.constant(0), zeros)
+    return tf.while_loop(lambda index, _: index < count, body, start, parallel_iterations=1)[1]
 
 
 def make_eval_step(

@@ -53,18 +53,22 @@ def state_for(config, strategy, policy='float32'):
         return sessions.build_state(models.build_model(config, 10), config, plan, policy)
 
 
-def batches_for(strategy, size, updates=UPDATES):
+def batches_for(strategy, config, updates=UPDATES):
     """The same global batches for any number of replicas: replica r of n gets every n-th."""
-    random = np.random.RandomState(0)
+    random, size = np.random.RandomState(0), config.image_size
     images = random.randint(0, 256, (updates * BATCH_SIZE, size, size, 3)).astype(np.uint8)
     labels = random.randint(0, 10, updates * BATCH_SIZE)
-    examples = tf.data.Dataset.from_tensor_slices((images, labels))
+    examples = tf.data.Dataset.from_tensor_slices((images, labels)).enumerate()
     share = BATCH_SIZE // strategy.num_replicas_in_sync
-    parts = examples.map(lambda image, label: (image, label, {})).batch(share, drop_remainder=True)
+
+    def with_draws(number, example):
+        return *example, augment.draw_numbers(config.augment, tf.stack([0, number]))
+
+    parts = examples.map(with_draws).batch(share, drop_remainder=True)
     return iter(strategy.distribute_datasets_from_function(lambda context: parts))
 
 
-def trained(config, strategy, policy='float32', updates=UPDATES):
+def trained(config, strategy, policy='float32', updates=UPDATES, on_tpu=False):
     """(losses [updates], all variables by part) after training from the same start."""
     state = state_for(config, strategy, policy)
     step = steps.make_train_step(
@@ -74,9 +78,10 @@ def trained(config, strategy, policy='float32', updates=UPDATES):
         num_classes=10,
         num_replicas=strategy.num_replicas_in_sync,
         jit_compile=False,
+        on_tpu=on_tpu,
     )
     loop = loops.make_train_loop(strategy, step)
-    batches = batches_for(strategy, config.image_size, updates)
+    batches = batches_for(strategy, config, updates)
     losses = [float(loop(batches, tf.constant(1))['loss']) for _ in range(updates)]
     sessions.make_synchronize(strategy, state, config.model.sync_batch_norm)()
     values = {
@@ -100,6 +105,18 @@ def test_losses_are_those_of_tensorflow(tiny, replicas):
     config = without_masks(tiny)
     losses, _ = trained(config, on_jax(replicas))
     np.testing.assert_allclose(losses, trained(config, on_tensorflow(1))[0], atol=1e-4)
+
+
+@pytest.mark.parametrize('mixup', [0.0, 0.2])
+def test_a_loop_over_micro_batches_computes_the_same(tiny, mixup):
+    config = without_masks(tiny)
+    config.accumulate_steps, config.model.dropout = 4, 0.5
+    config.augment.flip, config.augment.mixup, config.augment.cutmix = True, mixup, mixup
+    expected, state = trained(config, on_jax(2), updates=10)
+    losses, looped = trained(config, on_jax(2), updates=10, on_tpu=True)
+    np.testing.assert_allclose(losses, expected, atol=1e-4)
+    for part, values in state.items():
+        np.testing.assert_allclose(looped[part], values, rtol=1e-3, atol=1e-4, err_msg=part)
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,19 @@ TEXT = """HloModule step
   ROOT %big = bf16[8,128]{1,0} fusion(%p), backend_config={"estimated_cycles":"999"}
 }
 
+%body (q: (s32[], f32[128])) -> (s32[], f32[128]) {
+  %q = (s32[], f32[128]{0:T(128)}) parameter(0)
+  %element.1 = f32[128]{0:T(128)} get-tuple-element(%q), index=1
+  ROOT %turn = (s32[], f32[128]{0:T(128)}) fusion(%element.1), kind=kLoop, backend_config={"estimated_cycles":"10"}
+}
+
+%condition (q.1: (s32[], f32[128])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(8)
+  %q.1 = (s32[], f32[128]{0:T(128)}) parameter(0)
+  %number = s32[]{:T(128)} get-tuple-element(%q.1), index=0
+  ROOT %less = pred[]{:T(512)} compare(%number, %limit), direction=LT
+}
+
 ENTRY %main (a: bf16[8,128], b: f32[128]) -> f32[128] {
   %a = bf16[8,128]{1,0:T(8,128)(2,1)} parameter(0)
   %b = f32[128]{0:T(128)} parameter(1)
@@ -55,6 +68,33 @@ def test_what_a_program_says_is_read():
     # The copy's 512 bytes once; the convolution reads a and its copy is not in HBM; the sum writes
     # what the last one reads, which writes 512 + 4 more.
     assert program.hbm_traffic == 512 + 2048 + 512 + (512 + 512 + 4)
+
+
+def test_what_a_loop_repeats_counts_each_time():
+    loop = '  %while.2 = (s32[], f32[128]) while(%b), condition=%condition, body=%body\n'
+    text = TEXT.replace('  %copy-start.1', loop + '  %copy-start.1')
+    memory = dict.fromkeys(('argument', 'output', 'alias', 'temp', 'generated_code'), 0)
+    answer = {'compiler': '', 'seconds': 1.0, 'flops': 5.0, 'memory': memory}
+    once = hlo_cost.read_program({**answer, 'text': TEXT}, tpu_compiler.CHIPS['v5e'])
+    looped = hlo_cost.read_program({**answer, 'text': text}, tpu_compiler.CHIPS['v5e'])
+    assert looped.cycles == once.cycles + 8 * 10 and looped.flops == 8 * once.flops
+    assert looped.hbm_traffic == once.hbm_traffic + 8 * (512 + 512 + 4)
+    endless = text.replace('direction=LT', 'direction=NE')  # who knows how often
+    assert hlo_cost.read_program({**answer, 'text': endless}, tpu_compiler.CHIPS['v5e']).flops == 5
+
+
+@pytest.mark.parametrize('fits', [True, False])
+def test_numbers_of_micro_batches_are_compared(tiny, memory_for, capsys, fits):
+    tiny.batch_size, tiny.accumulate_steps = 512, 'auto'
+    memory_for(10**6 if fits else 1)
+    preflight.tune_micro_batches(
+        tiny,
+        preflight.plan_for(tiny, preflight.known_data(tiny), Topology.parse('v5e')),
+        Topology.parse('v5e'),
+    )
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4 and all(('does not fit' in line) != fits for line in lines)
+    assert ('which this config has' in lines[0]) == fits and '1 micro-batch of 512' in lines[0]
 
 
 @pytest.mark.parametrize(
@@ -162,9 +202,10 @@ def memory_for(monkeypatch):
             tried.append(plan.batch_size // plan.num_replicas)
             if tried[-1] > limit:
                 raise DoesNotFit(tried[-1], limit)
-            return hlo_cost.Program('libtpu', 1.0, 1.0, tried[-1] + 500, limit + 500, 1, (), ())
+            memory = tried[-1] + 500, limit + 500
+            return hlo_cost.Program('libtpu', 1.0, 1.0, *memory, 1, (), (instruction,))
 
-        tried = []
+        tried, instruction = [], hlo_cost.Instruction(1000, '', 'mul', False, 'f32[]')
         monkeypatch.setattr(preflight, 'compile_training', compile_training)
         return tried
 

@@ -203,6 +203,49 @@ def test_an_update_from_micro_batches_is_that_of_the_whole_batch(
     assert state.optimizer.iterations.numpy() == 5
 
 
+@pytest.mark.parametrize(
+    'batch_size, image_size, on_tpu, count',
+    [
+        (4096, 224, True, 8),
+        (4096, 224, False, 1),
+        (4 * 128, 224, True, 1),
+        (4096, 384, True, 32),  # 128 images of 224 pixels have as many as 43 of 384
+        (4 * 130, 224, True, 2),
+        (4 * 131, 224, True, 131),  # a prime
+        (4096, 8192, True, 1024),  # a single image has more
+    ],
+)
+def test_auto_keeps_a_micro_batch_within_the_memory_of_a_tpu(
+    tiny, batch_size, image_size, on_tpu, count
+):
+    tiny.accumulate_steps, tiny.batch_size, tiny.image_size = 'auto', batch_size, image_size
+    assert steps.num_micro_batches(tiny, 4, on_tpu) == count
+    tiny.accumulate_steps = 2
+    assert steps.num_micro_batches(tiny, 4, on_tpu) == 2
+
+
+@pytest.mark.parametrize('mixes', [False, True])
+@pytest.mark.parametrize('count', [1, 2, 3, 4])
+def test_micro_batches_augmented_one_by_one_are_parts_of_the_batch(tiny, count, mixes):
+    settings = tiny.augment
+    settings.flip, settings.color_jitter, settings.random_erasing = True, 0.3, 0.5
+    settings.mixup = settings.cutmix = 0.5 * mixes
+    seeds = tf.stack([tf.zeros([24], tf.int64), tf.range(24, dtype=tf.int64)], 1)
+    draws = tf.map_fn(
+        lambda seed: augment.draw_numbers(settings, seed),
+        seeds,
+        fn_output_signature=tf.nest.map_structure(
+            tf.TensorSpec.from_tensor, augment.draw_numbers(settings, seeds[0])
+        ),
+    )
+    batch = tf.constant(IMAGES[:24]), tf.constant(LABELS[:24]), draws
+    change = augment.make_device_augment(settings, 10)
+    whole, parts = change(*batch), steps.augmented_parts(change, batch, count, mixes)
+    for index in range(count):
+        for part, expected in zip(parts(tf.constant(index)), whole, strict=True):
+            np.testing.assert_allclose(part, expected[index::count], rtol=1e-5, atol=1e-3)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('devices', [2, 4])
 def test_micro_batch_statistics_match_on_any_number_of_devices(still, devices):
