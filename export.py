@@ -195,8 +195,15 @@ def _write_saved_model(session: Session, directory: str) -> None:
             model, session.config, os.path.join(directory, 'backbone.weights.h5')
         )
 
+    images_spec = tf.TensorSpec([None, *model.input_shape[1:]], tf.float32, name='images')
+
+    # A function, so that the model is traced and stored once, not for each signature.
+    @tf.function(input_signature=[images_spec], autograph=False)
+    def predict(images: tf.Tensor) -> tf.Tensor:
+        return model(images, training=False)
+
     def answer(images: tf.Tensor) -> dict[str, tf.Tensor]:
-        logits = model(tf.cast(images, tf.float32), training=False)  # [batch, classes]
+        logits = predict(tf.cast(images, tf.float32))  # [batch, classes]
         best = tf.argmax(logits, -1)
         return {
             'logits': logits,
@@ -228,11 +235,7 @@ def _write_saved_model(session: Session, directory: str) -> None:
     archive.add_endpoint(
         'classify_encoded', classify_encoded, [tf.TensorSpec([None], tf.string, name='encoded')]
     )
-    archive.add_endpoint(
-        'logits',
-        lambda images: model(images, training=False),
-        [tf.TensorSpec([None, *model.input_shape[1:]], tf.float32, name='images')],
-    )
+    archive.add_endpoint('logits', predict, [images_spec])
     archive.add_endpoint('label_names', lambda: names, [])
     archive.write_out(directory, verbose=False)
 
