@@ -1,7 +1,8 @@
 """Keras' optimizers by name, with their arguments from the config."""
 
+import contextlib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import keras
@@ -90,6 +91,24 @@ def build_optimizer(
     optimizer.build(variables)
     optimizer._all_reduce_sum_gradients = lambda gradients_and_variables: gradients_and_variables
     return optimizer
+
+
+@contextlib.contextmanager
+def fixed_rate(
+    optimizer: keras.optimizers.Optimizer,
+    learning_rate: Any,
+    schedule: keras.optimizers.schedules.LearningRateSchedule,
+) -> Iterator[None]:
+    """Makes `optimizer` use a tensor during the block, and `schedule` again after it.
+
+    With a schedule Keras computes the rate for each variable that decays, at thirty operations
+    each. `schedule` is an argument because replicas take turns inside the block.
+    """
+    optimizer.learning_rate = lambda: learning_rate
+    try:
+        yield
+    finally:
+        optimizer.learning_rate = schedule
 
 
 def shift_schedule(

@@ -13,8 +13,8 @@ import tensorflow as tf
 from ml_collections import ConfigDict
 from tensorflow.compiler.tf2xla.python import xla
 
+from modeling import optimizers
 from modeling.models import float_variables, layer_lr_multipliers, micro_batch
-from modeling.optimizers import decays
 
 LOSS_SCALE_START = 2.0**15  # float16's largest number is 65,504
 LOSS_SCALE_WINDOW = 2000  # finite updates before the scale doubles (Micikevicius et al. 2018)
@@ -147,6 +147,7 @@ def make_train_step(
     """
     model, optimizer = state.model, state.optimizer
     assert optimizer is not None
+    schedule = optimizer._learning_rate
     trained = model.trainable_variables
     accumulate = num_micro_batches(config, num_replicas, on_tpu)
     guarded = config.max_skipped_updates > 0 or state.loss_scale is not None
@@ -219,8 +220,8 @@ def make_train_step(
         finite = tf.math.is_finite(norm) if guarded else tf.constant(True)
         if config.grad_clip_norm:
             gradients, _ = tf.clip_by_global_norm(gradients, config.grad_clip_norm, use_norm=norm)
-        # Read before the update increments `iterations`.
-        learning_rate = tf.cast(optimizer.learning_rate, tf.float32)
+        # Computed once, before the update increments `iterations`.
+        learning_rate = tf.cast(schedule(optimizer.iterations), tf.float32)
 
         select = make_select(finite, on_tpu) if guarded else lambda new, old: new
         changed = []  # what is restored if the update is skipped
@@ -229,7 +230,8 @@ def make_train_step(
             changed = [v.value for v in variables if v is not optimizer.iterations]
         before = [tf.identity(variable) for variable in changed]
         layer_decayed_before = [tf.identity(variable) for variable in layer_decayed_variables]
-        optimizer.apply(gradients, trained)
+        with optimizers.fixed_rate(optimizer, learning_rate, schedule):
+            optimizer.apply(gradients, trained)
         layer_decayed_after = [
             old + multiplier * (variable - old)
             for (variable, multiplier), old in zip(layer_decayed, layer_decayed_before, strict=True)
@@ -440,7 +442,7 @@ def _unscaled(gradients: Tensors, loss_scale: tf.Variable | None) -> Tensors:
 def _with_l2(gradients: Tensors, variables: Sequence[keras.Variable], weight: float) -> Tensors:
     """Adds the gradient of L2, `weight` times the variable, where decay applies."""
     return [
-        gradient + weight * variable if decays(variable) else gradient
+        gradient + weight * variable if optimizers.decays(variable) else gradient
         for gradient, variable in zip(gradients, variables, strict=True)
     ]
 
