@@ -25,21 +25,22 @@ import functools
 import io
 import json
 import os
-import signal
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 
 import numpy as np
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+
+from benchmarks import turns  # noqa: E402
+
 SIZE, BATCH_SIZE, PICTURES = 224, 64, 1024
 PIXELS = (500, 375)
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-SETTLE = 0.5  # seconds of each turn before its pictures count
 
 
 def main():
@@ -53,7 +54,7 @@ def main():
     parser.add_argument('--folder', help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.peer:
-        take_turns(PEERS[options.peer](options.folder))
+        turns.take(PEERS[options.peer](options.folder))
         return
     pythons = interpreters(options.torch_python)
     report = {'cpu_cores': os.cpu_count(), 'rounds': options.rounds, 'seconds': options.seconds}
@@ -106,102 +107,27 @@ def measure(
     mean_bytes = write_pictures(os.path.join(folder, 'pictures'), count, pixels)
     kilobytes = mean_bytes / 1000
     print(f'{count} JPEG files of {pixels[0]}x{pixels[1]} pixels, {kilobytes:.0f} KB on average')
-    peers, speeds = {}, {}
-    try:
-        for name, python in pythons.items():
-            peers[name] = Peer(python, name, folder)
-            speeds[name] = []
-        for _ in range(rounds + 1):
-            for name, peer in peers.items():
-                speeds[name].append(peer.pictures_per_second(seconds))
-    finally:
-        for peer in peers.values():
-            peer.end()
+    speeds = turns.measure(
+        {name: command_of(name, python, folder) for name, python in pythons.items()},
+        rounds,
+        seconds,
+        environment(folder),
+    )
     streams = {}
     for name, measured in speeds.items():
-        counted = measured[1:]  # the first round warms up
-        ratios = [ours / other for ours, other in zip(speeds['ours'][1:], counted, strict=True)]
-        speed, ratio = statistics.median(counted), statistics.median(ratios)
+        speed, (ratio, *_) = statistics.median(measured), turns.ratio(speeds['ours'], measured)
         streams[name] = {'pictures_per_second': round(speed), 'ours_divided_by_it': round(ratio, 3)}
         print(f'{name:21} {speed:6,.0f} pictures/s   ours / it {ratio:.2f}', flush=True)
     return {'files': count, 'mean_bytes': round(mean_bytes), 'streams': streams}
 
 
-class Peer:
-    """A pipeline in a process of its own, which is stopped whenever it is not its turn."""
-
-    def __init__(self, python: str, name: str, folder: str):
-        self.name = name
-        self.log = os.path.join(folder, f'{name}.log')
-        environment = {
-            **os.environ,
-            'CUDA_VISIBLE_DEVICES': '-1',
-            'KERAS_BACKEND': 'tensorflow',
-            'TF_CPP_MIN_LOG_LEVEL': '2',
-            'TFDS_DATA_DIR': os.path.join(folder, 'tfds'),
-        }
-        command = [python, os.path.abspath(__file__), f'--peer={name}']
-        command.append('--folder=' + os.path.join(folder, 'pictures'))
-        with open(self.log, 'w') as log:
-            self.process = subprocess.Popen(
-                command,
-                env=environment,
-                text=True,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                preexec_fn=os.setpgrp,
-            )  # a group: its workers are stopped with it
-        self._answer()  # it is ready
-        self._signal(signal.SIGSTOP)
-
-    def pictures_per_second(self, seconds: float) -> float:
-        """Gives it a turn."""
-        self._signal(signal.SIGCONT)
-        print(seconds, file=self.process.stdin, flush=True)
-        speed = float(self._answer())
-        self._signal(signal.SIGSTOP)
-        return speed
-
-    def end(self) -> None:
-        self._signal(signal.SIGKILL)
-        self.process.wait()
-
-    def _answer(self) -> str:
-        answer = self.process.stdout.readline()
-        if not answer:
-            with open(self.log) as log:
-                said = log.read()
-            sys.exit(f'{said}error: {self.name} ended with status {self.process.wait()}')
-        return answer
-
-    def _signal(self, number: int) -> None:
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, number)
+def command_of(name: str, python: str, folder: str) -> list[str]:
+    pictures = os.path.join(folder, 'pictures')
+    return [python, os.path.abspath(__file__), f'--peer={name}', f'--folder={pictures}']
 
 
-def take_turns(batches: Iterator[int]) -> None:
-    """Runs a peer: answers each number of seconds on standard input with its pictures a second.
-
-    Args:
-        batches: the number of pictures in each batch, without end.
-    """
-    answers = os.fdopen(os.dup(1), 'w')
-    os.dup2(2, 1)  # what a library prints is no answer
-    next(batches)
-    print('ready', file=answers, flush=True)
-    for line in sys.stdin:
-        count_pictures(batches, SETTLE)
-        count, seconds = count_pictures(batches, float(line))
-        print(count / seconds, file=answers, flush=True)
-
-
-def count_pictures(batches: Iterator[int], seconds: float) -> tuple[int, float]:
-    """Returns how many pictures came in a time of at least `seconds`, and the time."""
-    began, count = time.perf_counter(), 0
-    while time.perf_counter() - began < seconds:
-        count += next(batches)
-    return count, time.perf_counter() - began
+def environment(folder: str) -> dict[str, str]:
+    return turns.ENVIRONMENT | {'TFDS_DATA_DIR': os.path.join(folder, 'tfds')}
 
 
 def write_pictures(folder, count=PICTURES, pixels=PIXELS):

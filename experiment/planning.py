@@ -104,7 +104,7 @@ def summarize(config: ConfigDict, plan: Plan) -> PlanSummary:
         other_sizes = 'some with another batch size'
         length = f'{plan.total_steps:,}, {other_sizes}; {epochs}, now {steps_per_epoch} each'
     decay_steps = plan.schedule_steps - plan.warmup_steps - plan.hold_steps
-    saving = f'{plan.checkpoint_every:,} steps' if plan.checkpoint_every else ''
+    saving = counted(plan.checkpoint_every, 'step') if plan.checkpoint_every else ''
     if plan.checkpoint_seconds:
         saving = f'{plan.checkpoint_seconds / 60:g} minutes'
     parts = stages(config, plan)
@@ -116,8 +116,8 @@ def summarize(config: ConfigDict, plan: Plan) -> PlanSummary:
         steps=length,
         schedule=f'warmup {plan.warmup_steps:,}, hold {plan.hold_steps:,}, '
         f'decay {decay_steps:,} steps',
-        intervals=f'log {plan.log_every:,} steps, evaluate {plan.eval_every:,} steps, '
-        f'checkpoint {saving}',
+        intervals=f'log {counted(plan.log_every, "step")}, '
+        f'evaluate {counted(plan.eval_every, "step")}, checkpoint {saving}',
         stages=', '.join(growth) if len(growth) > 1 else '',
     )
 
