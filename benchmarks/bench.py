@@ -1,4 +1,4 @@
-"""This project beside what people would use instead, in one run: `make bench`.
+"""This project beside what people would use instead, in one run.
 
     python benchmarks/bench.py [--only 'step, 32 px' ...] [--rounds 5] [--seconds 10]
         [--torch_python=PYTHON] [--output=benchmarks/results/bench.json]

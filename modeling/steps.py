@@ -20,7 +20,6 @@ LOSS_SCALE_START = 2.0**15  # float16's largest number is 65,504
 LOSS_SCALE_WINDOW = 2000  # finite updates before the scale doubles (Micikevicius et al. 2018)
 # The fewest vectors of one length for which a shared condition pays: it costs one more operation.
 MIN_SHARED = 8
-
 # Activations of more do not fit into the 128 MiB that a TPU core of v5e or v6e has on the chip: see
 # docs/tpu.md for what the compiler says of other sizes.
 MICRO_BATCH_PIXELS = 128 * 224**2
