@@ -240,7 +240,8 @@ def as_user_error(error: Exception) -> UserError | None:
         return error
     if isinstance(error, OSError):
         return UserError(f'{type(error).__name__}: {one_line(error, 600)}')
-    if 'jax' in sys.modules and isinstance(error, sys.modules['jax'].errors.JaxRuntimeError):
+    jax = sys.modules.get('jax')
+    if jax and isinstance(error, jax.errors.JaxRuntimeError):
         text = one_line(error, 600)
         is_memory = text.startswith('RESOURCE_EXHAUSTED')
         return _out_of_memory(text) if is_memory else UserError(f'JAX stopped with {text}')

@@ -209,6 +209,7 @@ def begin_stage(
 ) -> tuple[Callable[..., dict[str, tf.Tensor]], Iterator]:
     """Returns the (not yet traced) training loop of a stage and an iterator over its batches."""
     plan = session.plan
+    is_alone = isinstance(session.strategy, tf.distribute.OneDeviceStrategy)
     models.set_dropout(session.state.model, config.model.dropout)
     train_step = steps.make_train_step(
         session.state,
@@ -218,6 +219,7 @@ def begin_stage(
         num_replicas=plan.num_replicas,
         jit_compile=session.jit_compile,
         on_tpu=session.kind == 'TPU',
+        skips_by_branch=session.kind == 'CPU' and is_alone,
         teacher=session.teacher.predict if session.teacher else None,
     )
     batches = pipeline.training_batches(

@@ -57,6 +57,7 @@ def ours_train(size: int, batch_size: int, classes: int, model: str = '') -> Ite
         num_classes=classes,
         num_replicas=1,
         jit_compile=False,
+        skips_by_branch=True,
     )
     loop = loops.make_train_loop(strategy, train_step)
     images, labels = batch_of(size, batch_size, classes)

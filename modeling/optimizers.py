@@ -6,16 +6,93 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import keras
+import tensorflow as tf
 from ml_collections import ConfigDict
 
 import schedules
 from common.errors import ConfigError, closest_match, did_you_mean, one_line
 
+
+class FusedSGD(keras.optimizers.SGD):
+    """Keras' SGD, whose update of a variable is one of TensorFlow's operations, not several."""
+
+    def update_step(self, gradient: tf.Tensor, variable: Any, learning_rate: tf.Tensor) -> None:
+        rate = tf.cast(learning_rate, variable.dtype)
+        gradient = tf.cast(gradient, variable.dtype)
+        if not self.momentum:
+            tf.raw_ops.ResourceApplyGradientDescent(
+                var=_handle(variable), alpha=rate, delta=gradient
+            )
+            return
+        tf.raw_ops.ResourceApplyKerasMomentum(
+            var=_handle(variable),
+            accum=_handle(self.momentums[self._get_variable_index(variable)]),
+            lr=rate,
+            grad=gradient,
+            momentum=keras.ops.cast(self.momentum, variable.dtype),
+            use_nesterov=self.nesterov,
+        )
+
+
+class FusedRMSprop(keras.optimizers.RMSprop):
+    """Keras' RMSprop in the same way, where it has momentum and does not centre."""
+
+    def update_step(self, gradient: tf.Tensor, variable: Any, learning_rate: tf.Tensor) -> None:
+        if self.centered or not self.momentum:
+            super().update_step(gradient, variable, learning_rate)
+            return
+        index, dtype = self._get_variable_index(variable), variable.dtype
+        tf.raw_ops.ResourceApplyRMSProp(
+            var=_handle(variable),
+            ms=_handle(self._velocities[index]),
+            mom=_handle(self._momentums[index]),
+            lr=tf.cast(learning_rate, dtype),
+            rho=tf.constant(self.rho, dtype),
+            momentum=tf.constant(self.momentum, dtype),
+            epsilon=tf.constant(self.epsilon, dtype),
+            grad=tf.cast(gradient, dtype),
+        )
+
+
+class FusedAdam(keras.optimizers.Adam):
+    """Keras' Adam in the same way, where it is not `amsgrad`."""
+
+    def update_step(self, gradient: tf.Tensor, variable: Any, learning_rate: tf.Tensor) -> None:
+        if self.amsgrad:
+            keras.optimizers.Adam.update_step(self, gradient, variable, learning_rate)
+            return
+        index, dtype = self._get_variable_index(variable), variable.dtype
+        step = tf.cast(self.iterations + 1, dtype)
+        tf.raw_ops.ResourceApplyAdam(
+            var=_handle(variable),
+            m=_handle(self._momentums[index]),
+            v=_handle(self._velocities[index]),
+            beta1_power=keras.ops.cast(self.beta_1, dtype) ** step,
+            beta2_power=keras.ops.cast(self.beta_2, dtype) ** step,
+            lr=tf.cast(learning_rate, dtype),
+            beta1=tf.constant(self.beta_1, dtype),
+            beta2=tf.constant(self.beta_2, dtype),
+            epsilon=tf.constant(self.epsilon, dtype),
+            grad=tf.cast(gradient, dtype),
+        )
+
+
+class FusedAdamW(keras.optimizers.AdamW):
+    """Keras' AdamW in the same way."""
+
+    update_step = FusedAdam.update_step
+
+
+def _handle(variable: Any) -> tf.Tensor:
+    """Returns the resource of a Keras or TensorFlow variable, on the device of this update."""
+    return (variable.value if isinstance(variable, keras.Variable) else variable).handle
+
+
 OPTIMIZERS = {
-    'sgd': keras.optimizers.SGD,
-    'rmsprop': keras.optimizers.RMSprop,
-    'adam': keras.optimizers.Adam,
-    'adamw': keras.optimizers.AdamW,
+    'sgd': FusedSGD,
+    'rmsprop': FusedRMSprop,
+    'adam': FusedAdam,
+    'adamw': FusedAdamW,
     'lamb': keras.optimizers.Lamb,
     'lion': keras.optimizers.Lion,
     'adafactor': keras.optimizers.Adafactor,

@@ -106,6 +106,7 @@ def make_train_step(
     num_replicas: int,
     jit_compile: bool,
     on_tpu: bool = False,
+    skips_by_branch: bool = False,
     teacher: Callable[[tf.Tensor], tf.Tensor] | None = None,
 ) -> Callable[[tf.Tensor, tf.Tensor, Draws], dict[str, tf.Tensor]]:
     """Returns the training step of one replica.
@@ -136,6 +137,8 @@ def make_train_step(
             of it: XLA has no all-reduce for CPU devices (and none inside a function that each GPU
             compiles for itself).
         on_tpu: whether the step is for a TPU, for which XLA compiles all of it.
+        skips_by_branch: whether a branch leaves out an update that is not finite, not a selection
+            between old and new values: for a single replica on a CPU, where copies cost most.
         teacher: None, or a function from such images to logits float32 [batch, num_classes]:
             `distillation.make_teacher`.
 
@@ -146,21 +149,12 @@ def make_train_step(
     """
     model, optimizer = state.model, state.optimizer
     assert optimizer is not None
-    schedule = optimizer._learning_rate
     trained = model.trainable_variables
     accumulate = num_micro_batches(config, num_replicas, on_tpu)
     guarded = config.max_skipped_updates > 0 or state.loss_scale is not None
     synchronizes = any(getattr(layer, 'synchronized', False) for layer in model._flatten_layers())
-    trained_ids = {id(variable) for variable in trained}
-    untrained = [v for v in float_variables(model) if id(v) not in trained_ids]
-    statistics = [variable.value for variable in untrained]  # of batch normalisation
-    multipliers = layer_lr_multipliers(model, config.model.layer_decay)
-    layer_decayed = [
-        (variable.value, multiplier)
-        for variable, multiplier in zip(trained, multipliers, strict=True)
-        if multiplier != 1
-    ]
-    layer_decayed_variables = [variable for variable, _ in layer_decayed]
+    statistics = _statistics(model)
+    update = _make_update(state, config, guarded, skips_by_branch, on_tpu)
 
     def loss_and_gradients(images: tf.Tensor, labels: tf.Tensor, draws: Draws) -> tuple:
         batch = images, labels, draws
@@ -220,28 +214,9 @@ def make_train_step(
         if config.grad_clip_norm:
             gradients, _ = tf.clip_by_global_norm(gradients, config.grad_clip_norm, use_norm=norm)
         # Computed once, before the update increments `iterations`.
-        learning_rate = tf.cast(schedule(optimizer.iterations), tf.float32)
+        learning_rate = tf.cast(optimizer.learning_rate, tf.float32)
 
-        select = make_select(finite, on_tpu) if guarded else lambda new, old: new
-        changed = []  # what is restored if the update is skipped
-        if guarded:
-            variables = (*trained, *optimizer.variables)
-            changed = [v.value for v in variables if v is not optimizer.iterations]
-        before = [tf.identity(variable) for variable in changed]
-        layer_decayed_before = [tf.identity(variable) for variable in layer_decayed_variables]
-        with optimizers.fixed_rate(optimizer, learning_rate, schedule):
-            optimizer.apply(gradients, trained)
-        layer_decayed_after = [
-            old + multiplier * (variable - old)
-            for (variable, multiplier), old in zip(layer_decayed, layer_decayed_before, strict=True)
-        ]
-        _assign(layer_decayed_variables, layer_decayed_after)
-        if guarded:
-            # Restores what the optimizer and the forward pass changed; a conditional cannot contain
-            # the merging of replicas.
-            changed, before = changed + statistics, before + statistics_before
-            _assign(changed, select(changed, before))
-        _update_average(state, config.ema_decay, select)
+        update(gradients, learning_rate, finite, statistics_before)
         _count_skipped(finite, state)
         results = {'loss': loss, 'correct': correct, 'grad_norm': norm / num_replicas}
         results = {
@@ -403,6 +378,88 @@ def label_rank(logits: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
     before = (logits > own) | (tf.equal(logits, own) & earlier) | tf.math.is_nan(logits)
     before = (before & others) | tf.math.is_nan(own)
     return tf.reduce_sum(tf.cast(before, tf.int32), axis=1)
+
+
+def _statistics(model: keras.Model) -> list[tf.Variable]:
+    """Returns what the forward pass changes: the statistics of batch normalisation."""
+    trained = {id(variable) for variable in model.trainable_variables}
+    return [variable.value for variable in float_variables(model) if id(variable) not in trained]
+
+
+def _make_update(
+    state: TrainState, config: ConfigDict, guarded: bool, skips_by_branch: bool, on_tpu: bool
+) -> Callable[[Tensors, tf.Tensor, tf.Tensor, Tensors], None]:
+    """Returns a function that updates the weights and their averages, unless it is to be skipped.
+
+    It takes gradients, the learning rate, whether all is finite, bool [], and the statistics before
+    the forward pass. If it is `guarded` and not all is finite, it restores these and only counts
+    the update in `optimizer.iterations`.
+    """
+    optimizer = state.optimizer
+    assert optimizer is not None
+    statistics = _statistics(state.model)
+    apply_gradients = _make_apply(state, config.model.layer_decay)
+    variables = (*state.model.trainable_variables, *optimizer.variables)
+    changed = [variable.value for variable in variables if variable is not optimizer.iterations]
+
+    def update(gradients: Tensors, learning_rate: tf.Tensor) -> None:
+        apply_gradients(gradients, learning_rate)
+        _update_average(state, config.ema_decay, lambda new, old: new)
+
+    def skip(statistics_before: Tensors) -> None:
+        _assign(statistics, statistics_before)
+        optimizer.iterations.assign_add(1)
+
+    def branch(
+        gradients: Tensors, learning_rate: tf.Tensor, finite: tf.Tensor, statistics_before: Tensors
+    ) -> None:
+        if guarded:
+            tf.cond(
+                finite, lambda: update(gradients, learning_rate), lambda: skip(statistics_before)
+            )
+        else:
+            update(gradients, learning_rate)
+
+    def select(
+        gradients: Tensors, learning_rate: tf.Tensor, finite: tf.Tensor, statistics_before: Tensors
+    ) -> None:
+        before = [*map(tf.identity, changed), *statistics_before]
+        apply_gradients(gradients, learning_rate)
+        chosen = make_select(finite, on_tpu)
+        _assign([*changed, *statistics], chosen([*changed, *statistics], before))
+        _update_average(state, config.ema_decay, chosen)
+
+    # A branch cannot contain the merging of replicas.
+    return branch if skips_by_branch or not guarded else select
+
+
+def _make_apply(state: TrainState, layer_decay: float) -> Callable[[Tensors, tf.Tensor], None]:
+    """Returns a function of gradients and a rate that updates what is trained.
+
+    A layer's rate is the rate times its multiplier.
+    """
+    optimizer = state.optimizer
+    assert optimizer is not None
+    trained, schedule = state.model.trainable_variables, optimizer._learning_rate
+    multipliers = layer_lr_multipliers(state.model, layer_decay)
+    layer_decayed = [
+        (variable.value, multiplier)
+        for variable, multiplier in zip(trained, multipliers, strict=True)
+        if multiplier != 1
+    ]
+    variables = [variable for variable, _ in layer_decayed]
+
+    def apply_gradients(gradients: Tensors, learning_rate: tf.Tensor) -> None:
+        before = [tf.identity(variable) for variable in variables]
+        with optimizers.fixed_rate(optimizer, learning_rate, schedule):
+            optimizer.apply(gradients, trained)
+        after = [
+            old + multiplier * (variable - old)
+            for (variable, multiplier), old in zip(layer_decayed, before, strict=True)
+        ]
+        _assign(variables, after)
+
+    return apply_gradients
 
 
 def _compiled(function: Callable, jit_compile: bool, has_collectives: bool) -> Callable:

@@ -7,9 +7,10 @@ usage: python read_saved_model.py SAVED_MODEL ENCODED.tfrecord OPAQUE_PNGS.tfrec
 
 import sys
 
-# Makes any import of them fail: the model must not need Keras; JAX is for TensorFlow's converter to
-# TFLite, and takes a second.
-sys.modules['keras'] = sys.modules['jax'] = None  # type: ignore[assignment]
+if __name__ == '__main__':
+    # Makes any import of them fail: the model must not need Keras; JAX is for TensorFlow's
+    # converter to TFLite, and takes a second.
+    sys.modules['keras'] = sys.modules['jax'] = None  # type: ignore[assignment]
 
 import numpy as np  # noqa: E402
 import tensorflow as tf  # noqa: E402

@@ -72,7 +72,7 @@ def test_an_error_has_its_fix_behind_it():
     assert on_terminal(program) == '\033[31merror:\033[0m no room: free some\n'
 
 
-def test_packages_that_are_not_needed_are_hidden_for_a_while_only(monkeypatch):
+def test_packages_that_are_not_needed_are_hidden_for_a_while(monkeypatch):
     monkeypatch.delitem(sys.modules, 'colorsys', raising=False)
     with console._not_installed('colorsys', 'json'):
         with pytest.raises(ModuleNotFoundError):

@@ -64,7 +64,13 @@ def run(config, num_steps, devices=1, jit_compile=False, dtype_policy='float32',
     loop = loops.make_train_loop(
         strategy,
         steps.make_train_step(
-            state, config, UNCHANGED, num_classes=10, num_replicas=devices, jit_compile=jit_compile
+            state,
+            config,
+            UNCHANGED,
+            num_classes=10,
+            num_replicas=devices,
+            jit_compile=jit_compile,
+            skips_by_branch=devices == 1,
         ),
     )
     iterator = batches(strategy, devices, **data)
@@ -226,7 +232,7 @@ def test_auto_keeps_a_micro_batch_within_the_memory_of_a_tpu(
 
 @pytest.mark.parametrize('mixes', [False, True])
 @pytest.mark.parametrize('count', [1, 2, 3, 4])
-def test_micro_batches_augmented_one_by_one_are_parts_of_the_batch(tiny, count, mixes):
+def test_micro_batches_augmented_alone_are_parts_of_the_batch(tiny, count, mixes):
     settings = tiny.augment
     settings.flip, settings.color_jitter, settings.random_erasing = True, 0.3, 0.5
     settings.mixup = settings.cutmix = 0.5 * mixes
@@ -408,7 +414,13 @@ def test_float16_skips_a_nonfinite_update_and_halves_its_scale(still, devices):
     loop = loops.make_train_loop(
         strategy,
         steps.make_train_step(
-            state, still, UNCHANGED, num_classes=10, num_replicas=devices, jit_compile=False
+            state,
+            still,
+            UNCHANGED,
+            num_classes=10,
+            num_replicas=devices,
+            jit_compile=False,
+            skips_by_branch=devices == 1,
         ),
     )
     assert (
@@ -452,7 +464,13 @@ def test_a_nan_loss_changes_nothing_and_is_counted(still, name, devices):
     still.model.layer_decay = 0.9
     strategy, state, plan = build(still, devices)
     step = steps.make_train_step(
-        state, still, spoiling([7]), num_classes=10, num_replicas=devices, jit_compile=False
+        state,
+        still,
+        spoiling([7]),
+        num_classes=10,
+        num_replicas=devices,
+        jit_compile=False,
+        skips_by_branch=devices == 1,
     )
     loop = loops.make_train_loop(strategy, step)
     good, bad = [np.full(32, label) for label in (3, 7)]
