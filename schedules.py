@@ -11,7 +11,7 @@ Let `W = warmup_steps`, `H = hold`, `T = total_steps`, and `t` the 0-based index
 `CURVES` maps names to curve functions, whose docstrings give their formulas and arguments. Each
 formula is written once, in terms of `xp`: `numpy` (float64) or `keras.ops` (float32 regardless of
 `keras.config.floatx()`, also inside a compiled step). The schedules come in three forms:
-`learning_rate`, a function; `WarmupDecay`, for an optimizer; and `WarmupCosineDecayCallback`, for
+`learning_rate`, a function; `WarmupDecay`, for an optimizer; and `WarmupDecayCallback`, for
 `model.fit`.
 """
 
@@ -185,13 +185,14 @@ class WarmupCosineDecay(WarmupDecay):
         return config
 
 
-class WarmupCosineDecayCallback(keras.callbacks.Callback):
-    """Sets the optimizer's rate before each batch of `model.fit`: warmup, hold and cosine decay.
+class WarmupDecayCallback(keras.callbacks.Callback):
+    """Sets the optimizer's rate before each batch of `model.fit`: `learning_rate` as a callback.
 
-    The arguments are those of `WarmupCosineDecay`. With `total_steps=None` there is no decay: after
+    The arguments are those of `WarmupDecay`. With `total_steps=None` there is no decay: after
     warmup and hold the callback leaves the rate alone. The step is the optimizer's count of
     updates, so a run with a restored optimizer continues along the curve, and batches accumulated
-    into one update share a step.
+    into one update share a step. At the end of an epoch `logs['learning_rate']` is the rate in use,
+    for `History` and other callbacks.
 
     Attributes:
         lrs: the rates used, one per call before a batch. With `steps_per_execution=n` that is every
@@ -222,25 +223,34 @@ class WarmupCosineDecayCallback(keras.callbacks.Callback):
 
     def __init__(
         self,
-        start_lr: Any,
-        target_lr: Any,
+        *,
+        curve: str = 'cosine',
         warmup_steps: Any,
         total_steps: Any = None,
         hold: Any = 0,
+        start_lr: Any = 0.0,
+        target_lr: Any,
         end_lr: Any = 0.0,
+        **curve_arguments: Any,
     ):
         super().__init__()
         self._decays = total_steps is not None
         if not self._decays:
+            if curve != 'cosine' or curve_arguments:
+                raise ValueError(
+                    f'without total_steps there is no decay, so curve={curve!r} would not be used: '
+                    'write total_steps'
+                )
             total_steps = max(1, _whole('warmup_steps', warmup_steps) + _whole('hold', hold))
         self._arguments = _checked_arguments(
-            'cosine' if self._decays else 'constant',
+            curve if self._decays else 'constant',
             warmup_steps,
             total_steps,
             hold,
             start_lr,
             target_lr,
             end_lr,
+            curve_arguments,
         )
         self.lrs: list[float] = []
         self._factor = 1.0
@@ -296,6 +306,10 @@ class WarmupCosineDecayCallback(keras.callbacks.Callback):
         self._warn_of_end(step)
         self._at_first_batch = False
 
+    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
+        if logs is not None:
+            logs['learning_rate'] = float(_to_numpy(self.model.optimizer.learning_rate))
+
     def on_train_end(self, logs: dict | None = None) -> None:
         # Other callbacks may have changed the rate at the end of the last epoch.
         self._absorb_rate_change()
@@ -338,7 +352,7 @@ class WarmupCosineDecayCallback(keras.callbacks.Callback):
             'factor',
             f'before update {step} the optimizer has a learning rate of {rate:.4g}, {factor:.4g} '
             'times the planned one, which replaces it: if another callback changed the rate, set '
-            f'WarmupCosineDecayCallback.factor = {factor:.4g} before fit',
+            f'{type(self).__name__}.factor = {factor:.4g} before fit',
         )
 
     def _warn_of_rounding(self, optimizer: keras.optimizers.Optimizer) -> None:
@@ -386,6 +400,28 @@ class WarmupCosineDecayCallback(keras.callbacks.Callback):
             else:
                 self._factor = rate / self._last_planned_lr
             self._last_set_lr = rate
+
+
+class WarmupCosineDecayCallback(WarmupDecayCallback):
+    """`WarmupDecayCallback` with the cosine, and its arguments in the customary order."""
+
+    def __init__(
+        self,
+        start_lr: Any,
+        target_lr: Any,
+        warmup_steps: Any,
+        total_steps: Any = None,
+        hold: Any = 0,
+        end_lr: Any = 0.0,
+    ):
+        super().__init__(
+            start_lr=start_lr,
+            target_lr=target_lr,
+            warmup_steps=warmup_steps,
+            total_steps=total_steps,
+            hold=hold,
+            end_lr=end_lr,
+        )
 
 
 class _Arguments(NamedTuple):

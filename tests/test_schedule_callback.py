@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from schedules import WarmupCosineDecay, WarmupCosineDecayCallback, lr_warmup_cosine_decay
+import schedules
+from schedules import (
+    WarmupCosineDecay,
+    WarmupCosineDecayCallback,
+    WarmupDecayCallback,
+    lr_warmup_cosine_decay,
+)
 from tests.conftest import slow
 
 # 2 steps of warmup, 1 of hold, and a cosine to step 12.
@@ -85,6 +91,28 @@ def test_callback_uses_and_keeps_the_rates_of_the_function():
     fit(a_model(), callback, epochs=4)
     assert len(callback.lrs) == 16
     np.testing.assert_allclose(callback.lrs, PLANNED[:16], rtol=1e-6)
+
+
+@pytest.mark.parametrize('curve', schedules.CURVES)
+def test_a_callback_follows_any_curve(curve):
+    arguments = {**ARGUMENTS, 'curve': curve, 'end_lr': 0.0, 'total_steps': 16}
+    if curve == 'piecewise':
+        arguments.update(boundaries=[6, 9], factors=[0.5, 0.1])
+    callback = WarmupDecayCallback(**arguments)
+    fit(a_model(), callback, epochs=4)
+    expected = schedules.learning_rate(np.arange(16), **arguments)
+    np.testing.assert_allclose(callback.lrs, expected, rtol=1e-6)
+
+
+def test_a_curve_needs_a_total():
+    with pytest.raises(ValueError, match='write total_steps'):
+        WarmupDecayCallback(curve='linear', warmup_steps=2, target_lr=0.1)
+
+
+def test_the_history_has_the_rate_at_the_end_of_each_epoch():
+    history = fit(a_model(), WarmupCosineDecayCallback(**ARGUMENTS), SetsRate({1: 0.5}), epochs=4)
+    expected = [PLANNED[3], PLANNED[7], PLANNED[11] / 2, PLANNED[15] / 2]
+    np.testing.assert_allclose(history.history['learning_rate'], expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize('jit_compile', [False, True])
