@@ -85,7 +85,12 @@ class FusedAdamW(keras.optimizers.AdamW):
 
 def _handle(variable: Any) -> tf.Tensor:
     """Returns the resource of a Keras or TensorFlow variable, on the device of this update."""
-    return (variable.value if isinstance(variable, keras.Variable) else variable).handle
+    value = variable.value if isinstance(variable, keras.Variable) else variable
+    graph = tf.compat.v1.get_default_graph()
+    is_in_graph = not tf.executing_eagerly()
+    if is_in_graph and not isinstance(value, tf.distribute.DistributedValues):
+        graph.watch_variable(value)  # as a read does: a function lists its variables by that
+    return value.handle
 
 
 OPTIMIZERS = {

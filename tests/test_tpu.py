@@ -278,9 +278,9 @@ def checked_sums(make_loop, strategy, step, batches):
     on_cores = [op for op in body.get_operations() if '_tpu_replicate' in op.node_def.attr]
     assert len(on_cores) > 100
     called = [node for function in functions.values() for node in function.node_def]
-    assert not [
-        node.name for node in called if 'CrossReplicaSum' in node.op
-    ]  # none in a conditional or a loop
+    # None in a conditional. In the loop over micro-batches all cores turn equally often.
+    sums = [node.name for node in called if 'CrossReplicaSum' in node.op]
+    assert all(name.startswith('while/while/') for name in sums)
     assert not [
         node.name
         for node in (*called, *(op.node_def for op in body.get_operations()))
