@@ -5,8 +5,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import tensorflow as tf
 
-from modeling.models import float_variables
-from modeling.steps import TrainState
+from modeling.steps import TrainState, statistics_of
 
 # Results of a training step: those summed over all steps, and those of the last step.
 SUMS = ('correct', 'grad_norm', 'loss', 'skipped')
@@ -111,9 +110,7 @@ def make_average_statistics(
     They are those of unsynchronized batch normalisation. Keras gives them no aggregation, so they
     drift apart, and reading one returns the first replica's.
     """
-    trained = {id(variable) for variable in state.model.trainable_variables}
-    untrained = [v for v in float_variables(state.model) if id(v) not in trained]
-    statistics = [variable.value for variable in untrained] + list(state.average)
+    statistics = statistics_of(state.model) + list(state.average)
 
     # Not a lambda: TPUStrategy makes a scope of its name, and rejects '<lambda>'.
     def average() -> None:

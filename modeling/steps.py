@@ -153,7 +153,7 @@ def make_train_step(
     accumulate = num_micro_batches(config, num_replicas, on_tpu)
     guarded = config.max_skipped_updates > 0 or state.loss_scale is not None
     synchronizes = any(getattr(layer, 'synchronized', False) for layer in model._flatten_layers())
-    statistics = _statistics(model)
+    statistics = statistics_of(model)
     update = _make_update(state, config, guarded, skips_by_branch, on_tpu)
 
     def loss_and_gradients(images: tf.Tensor, labels: tf.Tensor, draws: Draws) -> tuple:
@@ -380,7 +380,7 @@ def label_rank(logits: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
     return tf.reduce_sum(tf.cast(before, tf.int32), axis=1)
 
 
-def _statistics(model: keras.Model) -> list[tf.Variable]:
+def statistics_of(model: keras.Model) -> list[tf.Variable]:
     """Returns what the forward pass changes: the statistics of batch normalisation."""
     trained = {id(variable) for variable in model.trainable_variables}
     return [variable.value for variable in float_variables(model) if id(variable) not in trained]
@@ -397,7 +397,7 @@ def _make_update(
     """
     optimizer = state.optimizer
     assert optimizer is not None
-    statistics = _statistics(state.model)
+    statistics = statistics_of(state.model)
     apply_gradients = _make_apply(state, config.model.layer_decay)
     variables = (*state.model.trainable_variables, *optimizer.variables)
     changed = [variable.value for variable in variables if variable is not optimizer.iterations]
