@@ -219,7 +219,7 @@ def begin_stage(
         num_replicas=plan.num_replicas,
         jit_compile=session.jit_compile,
         on_tpu=session.kind == 'TPU',
-        skips_by_branch=session.kind == 'CPU' and is_alone,
+        on_cpu=session.kind == 'CPU' and is_alone,
         teacher=session.teacher.predict if session.teacher else None,
     )
     batches = pipeline.training_batches(

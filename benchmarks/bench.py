@@ -27,18 +27,22 @@ TRAINING = (
     'ours',
     'fit',
     'fit, jit_compile',
+    'fit, oneDNN',
     'timm, eager',
     'timm, compiled',
     'timm, eager, bfloat16',
     'timm, compiled, bfloat16',
 )
+EVALUATION = ('ours, evaluation', 'evaluate', 'evaluate, oneDNN')
+# Ours has it on by itself.
+WITH_ONEDNN = ['env', 'TF_ENABLE_ONEDNN_OPTS=1']
 SMALL = {'size': 32, 'batch_size': 64, 'classes': 10}
 LARGE = {'size': 224, 'batch_size': 16, 'classes': 1000}
 STEPS = {  # {case: (its programs, ours first, and their arguments)}
     'step, 32 px': (TRAINING, SMALL),
     'step, 224 px': (TRAINING, LARGE),
-    'evaluation, 32 px': (('ours, evaluation', 'evaluate'), SMALL),
-    'evaluation, 224 px': (('ours, evaluation', 'evaluate'), LARGE),
+    'evaluation, 32 px': (EVALUATION, SMALL),
+    'evaluation, 224 px': (EVALUATION, LARGE),
     'step of a tiny model': (('ours, tiny', 'fit, tiny'), {**SMALL, 'size': 16, 'batch_size': 8}),
 }
 STARTS = {
@@ -76,19 +80,26 @@ def run(case: str, rounds: int, seconds: float, torch_python: str | None) -> dic
             pythons = inputs.interpreters(torch_python)
             return inputs.measure(inputs.PIXELS, pythons, rounds, seconds, folder)
     if case == 'start':
-        speeds = {name: [] for name in STARTS}
+        starts: dict[str, list[float]] = {name: [] for name in STARTS}
         for _ in range(rounds):
             for name in STARTS:
-                speeds[name].append(1 / seconds_to_first_step(STARTS[name]))
-        return compared(speeds, 'starts a second')
+                starts[name].append(1 / seconds_to_first_step(STARTS[name]))
+        return compared(starts, 'starts a second')
     names, arguments = STEPS[case]
     commands = {}
     for name in names:
         python = torch_python if name.startswith('timm') else sys.executable
         if python:
             flags = [f'--{key}={value}' for key, value in arguments.items()]
-            commands[name] = [python, os.path.join(ROOT, 'benchmarks/peers.py'), name, *flags]
-    return {**arguments, **compared(turns.measure(commands, rounds, seconds), 'examples a second')}
+            program = [python, os.path.join(ROOT, 'benchmarks/peers.py'), name, *flags]
+            commands[name] = [*WITH_ONEDNN, *program] if name.endswith('oneDNN') else program
+    measured = turns.measure(commands, rounds, seconds)
+    speeds = {name: program.speeds for name, program in measured.items()}
+    found = compared(speeds, 'examples a second')
+    for name, program in measured.items():
+        found[name]['peak_mib'] = round(program.peak_bytes / 2**20)
+    print('  peak memory in MiB: ' + ', '.join(f'{n} {found[n]["peak_mib"]}' for n in found))
+    return {**arguments, **found}
 
 
 def seconds_to_first_step(command: list[str]) -> float:

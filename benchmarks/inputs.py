@@ -6,6 +6,8 @@
 ours                  inputs/pipeline.py: random crop while decoding, uint8; flips are the device's
 usual                 tf.data: decode all, crop, resize with antialiasing, flip, float32, normalise
 usual, aliased        the same without antialiasing
+keras                 image_dataset_from_directory: decode and resize all, without antialiasing,
+                      float32; crops and flips are left to layers of the model
 torchvision, PIL      ImageFolder and DataLoader, a worker for each core: RandomResizedCrop, flip,
                       normalise
 torchvision, tensors  the same with torchvision's own decoder and transforms.v2 on uint8 tensors
@@ -107,15 +109,16 @@ def measure(
     mean_bytes = write_pictures(os.path.join(folder, 'pictures'), count, pixels)
     kilobytes = mean_bytes / 1000
     print(f'{count} JPEG files of {pixels[0]}x{pixels[1]} pixels, {kilobytes:.0f} KB on average')
-    speeds = turns.measure(
+    found = turns.measure(
         {name: command_of(name, python, folder) for name, python in pythons.items()},
         rounds,
         seconds,
         environment(folder),
     )
     streams = {}
-    for name, measured in speeds.items():
-        speed, (ratio, *_) = statistics.median(measured), turns.ratio(speeds['ours'], measured)
+    for name, measured in found.items():
+        speed = statistics.median(measured.speeds)
+        ratio, *_ = turns.ratio(found['ours'].speeds, measured.speeds)
         streams[name] = {'pictures_per_second': round(speed), 'ours_divided_by_it': round(ratio, 3)}
         print(f'{name:21} {speed:6,.0f} pictures/s   ours / it {ratio:.2f}', flush=True)
     return {'files': count, 'mean_bytes': round(mean_bytes), 'streams': streams}
@@ -216,6 +219,20 @@ def usual(folder, antialias=True):
 
     paths = tf.data.Dataset.from_tensor_slices(paths_of(folder)).shuffle(PICTURES).repeat()
     for images in paths.map(picture, tf.data.AUTOTUNE).batch(BATCH_SIZE).prefetch(tf.data.AUTOTUNE):
+        yield len(images)
+
+
+def keras_directory(folder):
+    import keras
+    import tensorflow as tf
+
+    pictures = keras.utils.image_dataset_from_directory(
+        os.path.join(folder, 'train'),
+        image_size=(SIZE, SIZE),
+        batch_size=BATCH_SIZE,
+        verbose=False,
+    )
+    for images, _ in pictures.repeat().prefetch(tf.data.AUTOTUNE):
         yield len(images)
 
 
@@ -322,6 +339,7 @@ PEERS = {
     'ours': ours,
     'usual': usual,
     'usual, aliased': functools.partial(usual, antialias=False),
+    'keras': keras_directory,
     'torchvision, PIL': torchvision_pil,
     'torchvision, tensors': torchvision_tensors,
     'decoding': decoding,

@@ -32,6 +32,8 @@ def main() -> None:
     parser.add_argument('--batch_size', type=int, default=64)
     parser.add_argument('--classes', type=int, default=10)
     options = parser.parse_args()
+    if options.name.startswith('ours'):
+        import main as program  # noqa: F401 - for the variables that it sets before TensorFlow starts
     peer = PEERS[options.name]
     turns.take(peer(options.size, options.batch_size, options.classes))
 
@@ -57,7 +59,7 @@ def ours_train(size: int, batch_size: int, classes: int, model: str = '') -> Ite
         num_classes=classes,
         num_replicas=1,
         jit_compile=False,
-        skips_by_branch=True,
+        on_cpu=True,
     )
     loop = loops.make_train_loop(strategy, train_step)
     images, labels = batch_of(size, batch_size, classes)
@@ -187,12 +189,14 @@ PEERS: dict[str, Callable[[int, int, int], Iterator[int]]] = {
     'ours': ours_train,
     'fit': lambda *sizes: fit(*sizes, compiled=False),
     'fit, jit_compile': lambda *sizes: fit(*sizes, compiled=True),
+    'fit, oneDNN': lambda *sizes: fit(*sizes, compiled=False),  # with a variable of the environment
     'timm, eager': lambda *sizes: timm(*sizes, compiled=False, bfloat16=False),
     'timm, compiled': lambda *sizes: timm(*sizes, compiled=True, bfloat16=False),
     'timm, eager, bfloat16': lambda *sizes: timm(*sizes, compiled=False, bfloat16=True),
     'timm, compiled, bfloat16': lambda *sizes: timm(*sizes, compiled=True, bfloat16=True),
     'ours, evaluation': ours_evaluate,
     'evaluate': keras_evaluate,
+    'evaluate, oneDNN': keras_evaluate,
     'ours, tiny': lambda *sizes: ours_train(*sizes, model='tiny'),
     'fit, tiny': lambda *sizes: fit(*sizes, compiled=False, tiny=True),
 }

@@ -5,6 +5,7 @@ A program calls `take` with an iterator over what it does. While one runs, the o
 a signal, with their threads and workers, those that read ahead included.
 """
 
+import dataclasses
 import os
 import signal
 import statistics
@@ -22,13 +23,27 @@ ENVIRONMENT = {
 }
 
 
+@dataclasses.dataclass
+class Measured:
+    """What was seen of a program.
+
+    Attributes:
+        speeds: a number for each round.
+        peak_bytes: the most memory that it had at once, without that of its workers; 0 where the
+            system is not Linux.
+    """
+
+    speeds: list[float]
+    peak_bytes: int = 0
+
+
 def measure(
     commands: Mapping[str, Sequence[str]],
     rounds: int,
     seconds: float,
     environment: Mapping[str, str] = ENVIRONMENT,
-) -> dict[str, list[float]]:
-    """Returns the speeds of each program, a number for each round.
+) -> dict[str, Measured]:
+    """Lets programs take turns.
 
     A first round, which warms up, is left out.
 
@@ -38,7 +53,7 @@ def measure(
         environment: variables added to those of this process.
     """
     peers: dict[str, Peer] = {}
-    speeds: dict[str, list[float]] = {name: [] for name in commands}
+    found = {name: Measured([]) for name in commands}
     with tempfile.TemporaryDirectory() as folder:
         try:
             for name, command in commands.items():
@@ -46,11 +61,15 @@ def measure(
                 peers[name] = Peer(name, command, log, environment)
             for _ in range(rounds + 1):
                 for name, peer in peers.items():
-                    speeds[name].append(peer.speed(seconds))
+                    found[name].speeds.append(peer.speed(seconds))
+            for name, peer in peers.items():
+                found[name].peak_bytes = peer.peak_bytes()
         finally:
             for peer in peers.values():
                 peer.end()
-    return {name: measured[1:] for name, measured in speeds.items()}
+    for measured in found.values():
+        del measured.speeds[0]
+    return found
 
 
 def ratio(speeds: Sequence[float], others: Sequence[float]) -> tuple[float, float, float]:
@@ -84,6 +103,14 @@ class Peer:
         speed = float(self._answer())
         self._signal(signal.SIGSTOP)
         return speed
+
+    def peak_bytes(self) -> int:
+        status = f'/proc/{self.process.pid}/status'
+        if not os.path.exists(status):
+            return 0
+        with open(status) as file:
+            peak = next(line for line in file if line.startswith('VmHWM:'))
+        return int(peak.split()[1]) * 1024  # the line counts in KiB
 
     def end(self) -> None:
         self._signal(signal.SIGKILL)

@@ -5,6 +5,7 @@ passes over large tensors, so mean and variance come from one pass, and gradient
 hand, so that only the input is kept for them. docs/tpu.md has figures for each step.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,11 +22,32 @@ GATE: tuple[tuple[str, dict[str, Any]], ...] = (
 )
 
 
+@tf.custom_gradient
+def _silu_by_kernels(z: tf.Tensor) -> tuple[tf.Tensor, Callable[[tf.Tensor], tf.Tensor]]:
+    """Computes SiLU, and its gradient with as few of TensorFlow's operations as possible."""
+
+    def gradient(grad_output: tf.Tensor) -> tf.Tensor:
+        gate = tf.sigmoid(z)
+        # The derivative is gate + z gate (1 - gate), of which an operation has the second part.
+        return grad_output * (gate + tf.raw_ops.SigmoidGrad(y=gate, dy=z))
+
+    return z * tf.sigmoid(z), gradient
+
+
 def _silu(z: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     gate = tf.sigmoid(z)
     return z * gate, gate * (1 + z * (1 - gate))
 
 
+# What `DepthwiseConv2D` takes for granted, and the most pixels that are few for it.
+PLAIN = {
+    'depth_multiplier': 1,
+    'dilation_rate': (1, 1),
+    'data_format': 'channels_last',
+    'use_bias': False,
+    'activation': 'linear',
+}
+FEW_PIXELS = 4
 ACTIVATIONS: dict[
     str, Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor]]
 ] = {  # name: function of z that returns (value, derivative)
@@ -33,6 +55,22 @@ ACTIVATIONS: dict[
     'relu': lambda z: (tf.nn.relu(z), tf.cast(z > 0, z.dtype)),
     'silu': _silu,
 }
+KERNELS: dict[str, Callable[[tf.Tensor], tf.Tensor]] = {  # the same, with TensorFlow's gradient
+    'linear': tf.identity,
+    'relu': tf.nn.relu,
+    'silu': _silu_by_kernels,
+}
+
+
+def use_kernels(model: keras.Model, use: bool) -> None:
+    """Makes the layers of this file train with one of TensorFlow's operations for each thing.
+
+    That is faster where nobody fuses the passes over the data that they are written as: on a CPU
+    without XLA. Statistics are those of this replica then.
+    """
+    for layer in model._flatten_layers():
+        if isinstance(layer, (BatchNormalization, DepthwiseConv2D, SqueezeExcite)):
+            layer.uses_kernels = use
 
 
 @keras.saving.register_keras_serializable(package='warmstart')
@@ -55,6 +93,8 @@ class BatchNormalization(keras.layers.BatchNormalization):
     float32 or float64.
     """
 
+    uses_kernels = False
+
     def __init__(self, *, activation: str = 'linear', **arguments: Any):
         super().__init__(**arguments)
         self.activation = activation
@@ -68,6 +108,8 @@ class BatchNormalization(keras.layers.BatchNormalization):
             scale = gamma * tf.math.rsqrt(variance + self.epsilon)
             z = tf.cast(inputs, scale.dtype) * scale + (beta - mean * scale)
             return tf.cast(activate(z)[0], self.compute_dtype)
+        if self.uses_kernels and inputs.dtype != tf.float64 and inputs.shape.rank == 4:
+            return KERNELS[self.activation](self._normalized_by_kernel(inputs))
 
         @tf.custom_gradient
         def normalize(inputs: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor) -> tuple:
@@ -92,6 +134,22 @@ class BatchNormalization(keras.layers.BatchNormalization):
         gamma, beta, shift, _ = self.parameters(inputs.dtype)
         output, mean, variance = normalize(inputs, gamma, beta)
         self.update_moving_statistics(mean, variance)
+        return output
+
+    def _normalized_by_kernel(self, inputs: tf.Tensor) -> tf.Tensor:
+        gamma, beta, *_ = self.parameters(inputs.dtype)
+        output, mean, variance, *_ = tf.raw_ops.FusedBatchNormV3(
+            x=inputs,
+            scale=gamma,
+            offset=beta,
+            mean=tf.zeros([0]),
+            variance=tf.zeros([0]),
+            epsilon=self.epsilon,
+            is_training=True,
+        )
+        # The kernel divides by one less than the number of values.
+        count = tf.cast(tf.size(inputs[..., 0]), variance.dtype)
+        self.update_moving_statistics(mean, variance * (tf.maximum(count - 1, 1) / count))
         return output
 
     def parameters(self, dtype: tf.DType) -> list[tf.Tensor]:
@@ -201,6 +259,8 @@ class SqueezeExcite(keras.layers.Layer):
         reduce, expand: keras.layers.Conv2D, 1 x 1, with bias; `reduce` has SiLU, `expand` sigmoid.
     """
 
+    uses_kernels = False
+
     def __init__(
         self,
         normalization: BatchNormalization,
@@ -236,6 +296,11 @@ class SqueezeExcite(keras.layers.Layer):
             for layer in (self.reduce, self.expand)
             for variable in (layer.kernel[0, 0], layer.bias)
         ]
+        if self.uses_kernels:
+            features = self.normalization(inputs, training=True)
+            squeezed = tf.cast(tf.reduce_mean(features, (1, 2)), gamma.dtype)  # [batch, channels]
+            gate = _gate(squeezed, *kernels)
+            return features * tf.cast(gate, features.dtype)[:, None, None]
         output, mean, variance = self._train(shift, inputs, gamma, beta, *kernels)
         self.normalization.update_moving_statistics(mean, variance)
         return output
@@ -317,6 +382,63 @@ class SqueezeExcite(keras.layers.Layer):
         return cls(**arguments)
 
 
+def _gate(
+    squeezed: tf.Tensor,
+    reduce: tf.Tensor,
+    reduce_bias: tf.Tensor,
+    expand: tf.Tensor,
+    expand_bias: tf.Tensor,
+) -> tf.Tensor:
+    hidden = _silu_by_kernels(squeezed @ reduce + reduce_bias)
+    return tf.sigmoid(hidden @ expand + expand_bias)  # [batch, channels]
+
+
+@keras.saving.register_keras_serializable(package='warmstart')
+class DepthwiseConv2D(keras.layers.DepthwiseConv2D):
+    """`keras.layers.DepthwiseConv2D`, whose gradient is also quick for pictures of few pixels.
+
+    oneDNN takes 53 ms for the gradient of the kernel where 64 pictures have one pixel and 1,152
+    channels, and 3 ms where they have nine.
+    """
+
+    uses_kernels = False
+
+    def call(self, inputs: tf.Tensor) -> tf.Tensor:
+        pixels = inputs.shape[1:3].num_elements()
+        if not self.uses_kernels or pixels is None or pixels > FEW_PIXELS:
+            return super().call(inputs)
+
+        @tf.custom_gradient
+        def convolve(inputs: tf.Tensor, kernel: tf.Tensor) -> tuple:
+            output = tf.nn.depthwise_conv2d(inputs, kernel, strides, padding)
+
+            def gradient(grad_output: tf.Tensor) -> tuple:
+                grad_inputs = tf.nn.depthwise_conv2d_backprop_input(
+                    tf.shape(inputs), kernel, grad_output, strides, padding
+                )
+                return grad_inputs, self._kernel_gradient(inputs, grad_output)
+
+            return output, gradient
+
+        strides, padding = [1, *self.strides, 1], self.padding.upper()
+        return convolve(inputs, tf.cast(self.kernel, inputs.dtype))
+
+    def _kernel_gradient(self, inputs: tf.Tensor, grad_output: tf.Tensor) -> tf.Tensor:
+        """Sums products of pixels, first over the batch, then over those that share a weight."""
+        height, width, channels = inputs.shape[1:]
+        before, num_weights = height * width, math.prod(self.kernel_size)
+        pairs = tf.reshape(inputs, [-1, before, 1, channels]) * tf.reshape(
+            grad_output, [-1, 1, grad_output.shape[1] * grad_output.shape[2], channels]
+        )
+        sums = tf.reshape(tf.reduce_sum(pairs, 0), [-1, channels])
+        # A picture for each pixel, convolved with a kernel for each weight, is 1 where it is used.
+        pictures = tf.reshape(tf.eye(before, dtype=sums.dtype), [before, height, width, 1])
+        kernels = tf.reshape(tf.eye(num_weights, dtype=sums.dtype), [*self.kernel_size, 1, -1])
+        used = tf.nn.conv2d(pictures, kernels, self.strides, self.padding.upper())
+        gradient = tf.matmul(tf.reshape(used, [-1, num_weights]), sums, transpose_a=True)
+        return tf.reshape(gradient, self.kernel.shape)
+
+
 def fuse(model: dict[str, Any], synchronized: bool) -> None:
     """Replaces Keras' layers with those of this file.
 
@@ -332,6 +454,9 @@ def fuse(model: dict[str, Any], synchronized: bool) -> None:
     for layer in list(model['layers']):
         if layer['class_name'] == 'BatchNormalization':
             _fuse_normalization(layer, model, readers, replaced_by, synchronized)
+        elif layer['class_name'] == 'DepthwiseConv2D' and _has(layer, PLAIN):
+            own = DepthwiseConv2D.from_config(layer['config'])
+            layer.update(keras.saving.serialize_keras_object(own), name=own.name)
     model['layers'] = [layer for layer in model['layers'] if layer['name'] not in replaced_by]
     read_by_layers = [layer['inbound_nodes'] for layer in model['layers']]
     outputs = {'keras_history': model['output_layers']}
@@ -387,10 +512,14 @@ def _follow(
         if len(following) != 1 or following[0]['class_name'] != kind:
             return []
         layer = following[0]
-        if any(layer['config'][key] != value for key, value in settings.items()):
+        if not _has(layer, settings):
             return []
         found.append(layer)
     return found
+
+
+def _has(layer: dict[str, Any], settings: dict[str, Any]) -> bool:
+    return all(layer['config'][key] == value for key, value in settings.items())
 
 
 def _histories(node: Any) -> Iterator[list]:

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from tensorflow.compiler.tf2xla.python import xla
 
 from modeling import optimizers
+from modeling.fused_layers import use_kernels
 from modeling.models import float_variables, layer_lr_multipliers, micro_batch
 
 LOSS_SCALE_START = 2.0**15  # float16's largest number is 65,504
@@ -106,7 +107,7 @@ def make_train_step(
     num_replicas: int,
     jit_compile: bool,
     on_tpu: bool = False,
-    skips_by_branch: bool = False,
+    on_cpu: bool = False,
     teacher: Callable[[tf.Tensor], tf.Tensor] | None = None,
 ) -> Callable[[tf.Tensor, tf.Tensor, Draws], dict[str, tf.Tensor]]:
     """Returns the training step of one replica.
@@ -137,8 +138,10 @@ def make_train_step(
             of it: XLA has no all-reduce for CPU devices (and none inside a function that each GPU
             compiles for itself).
         on_tpu: whether the step is for a TPU, for which XLA compiles all of it.
-        skips_by_branch: whether a branch leaves out an update that is not finite, not a selection
-            between old and new values: for a single replica on a CPU, where copies cost most.
+        on_cpu: whether the step is for a single replica on a CPU, where copies and passes over the
+            data cost most: a branch leaves out an update that is not finite, in place of a
+            selection between old and new values, and without `jit_compile` TensorFlow's kernels
+            normalise batches.
         teacher: None, or a function from such images to logits float32 [batch, num_classes]:
             `distillation.make_teacher`.
 
@@ -154,7 +157,8 @@ def make_train_step(
     guarded = config.max_skipped_updates > 0 or state.loss_scale is not None
     synchronizes = any(getattr(layer, 'synchronized', False) for layer in model._flatten_layers())
     statistics = statistics_of(model)
-    update = _make_update(state, config, guarded, skips_by_branch, on_tpu)
+    update = _make_update(state, config, guarded, on_cpu, on_tpu)
+    use_kernels(model, on_cpu and not jit_compile)
 
     def loss_and_gradients(images: tf.Tensor, labels: tf.Tensor, draws: Draws) -> tuple:
         batch = images, labels, draws
@@ -387,7 +391,7 @@ def statistics_of(model: keras.Model) -> list[tf.Variable]:
 
 
 def _make_update(
-    state: TrainState, config: ConfigDict, guarded: bool, skips_by_branch: bool, on_tpu: bool
+    state: TrainState, config: ConfigDict, guarded: bool, on_cpu: bool, on_tpu: bool
 ) -> Callable[[Tensors, tf.Tensor, tf.Tensor, Tensors], None]:
     """Returns a function that updates the weights and their averages, unless it is to be skipped.
 
@@ -430,7 +434,7 @@ def _make_update(
         _update_average(state, config.ema_decay, chosen)
 
     # A branch cannot contain the merging of replicas.
-    return branch if skips_by_branch or not guarded else select
+    return branch if on_cpu or not guarded else select
 
 
 def _make_apply(state: TrainState, layer_decay: float) -> Callable[[Tensors, tf.Tensor], None]:

@@ -13,6 +13,7 @@ DATA = tempfile.TemporaryDirectory(prefix='warmstart-test-data-')
 os.environ.update(
     KERAS_BACKEND='tensorflow',
     TF_CPP_MIN_LOG_LEVEL='2',
+    TF_ENABLE_ONEDNN_OPTS='1',  # as in main.py
     TFDS_DATA_DIR=DATA.name,
     CUDA_VISIBLE_DEVICES='-1',
     JAX_NUM_CPU_DEVICES='4',

@@ -8,7 +8,12 @@ import pytest
 import tensorflow as tf
 
 from modeling import models, pretrained
-from modeling.fused_layers import BatchNormalization, SqueezeExcite
+from modeling.fused_layers import (
+    BatchNormalization,
+    DepthwiseConv2D,
+    SqueezeExcite,
+    use_kernels,
+)
 from tests.modeling.test_models import config_for
 
 SIZE = 32
@@ -76,6 +81,14 @@ def trained_once(model, plain, preprocess):
     return results
 
 
+def distance(one, other):
+    """The relative distance of two lists of arrays."""
+    return np.sqrt(
+        sum(np.square(our - their).sum() for our, their in zip(one, other, strict=True))
+        / sum(np.square(their).sum() for their in other)
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     'name, gates',
@@ -102,16 +115,87 @@ def test_a_fused_model_trains_as_the_one_of_keras_applications(name, gates):
 def test_a_fused_bfloat16_model_is_as_exact_as_keras():
     exact = trained_once(*pair('EfficientNetV2B0', 'float64'))[1]
     ours, theirs = trained_once(*pair('EfficientNetV2B0', 'mixed_bfloat16'))
-
-    def distance(one, other):
-        return np.sqrt(
-            sum(np.square(our - their).sum() for our, their in zip(one, other, strict=True))
-            / sum(np.square(their).sum() for their in other)
-        )
-
     for part in (0, 1):
         assert distance(ours[part], exact[part]) < 1.2 * distance(theirs[part], exact[part])
         assert distance(theirs[part], exact[part]) > 1e-3  # it is rounded
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('policy', ['float32', 'mixed_bfloat16'])
+def test_a_model_that_uses_kernels_is_as_exact_as_keras(policy):
+    exact = trained_once(*pair('EfficientNetV2B0', 'float64'))[1]
+    model, plain, preprocess = pair('EfficientNetV2B0', policy)
+    use_kernels(model, True)
+    ours, theirs = trained_once(model, plain, preprocess)
+    for part in (0, 1):
+        assert distance(ours[part], exact[part]) < 1.2 * distance(theirs[part], exact[part])
+
+
+def of_one_step(layer, inputs):
+    """[output, gradients of input and weights, moving statistics] of `layer` in training."""
+    with tf.GradientTape() as tape:
+        tape.watch(inputs)
+        output = layer(inputs, training=True)
+        loss = tf.reduce_sum(tf.sin(output))
+    weights = [variable.value for variable in layer.trainable_variables]
+    moving = [variable.value.numpy() for variable in layer.non_trainable_variables]
+    return [output, *tape.gradient(loss, [inputs, *weights]), *moving]
+
+
+@pytest.mark.parametrize('shape', [(8, 5, 4, 3), (7, 1, 1, 3), (1, 1, 1, 3)])
+@pytest.mark.parametrize('activation', ['linear', 'relu', 'silu'])
+def test_kernels_normalise_as_the_passes_do(activation, shape):
+    inputs = tf.constant(np.random.RandomState(0).randn(*shape).astype('float32')) + 2
+    results = []
+    for uses in (False, True):
+        layer = BatchNormalization(activation=activation, momentum=0.5)
+        layer.build(shape)
+        layer.gamma.assign([0.5, 1.0, 2.0])
+        layer.uses_kernels = uses
+        results.append(of_one_step(layer, inputs))
+    for passes, kernels in zip(*results, strict=True):
+        np.testing.assert_allclose(kernels, passes, rtol=1e-4, atol=1e-4)
+
+
+def test_kernels_squeeze_and_excite_as_the_passes_do():
+    inputs = tf.constant(np.random.RandomState(0).randn(8, 5, 4, 6).astype('float32'))
+    results = []
+    for uses in (False, True):
+        keras.utils.set_random_seed(0)
+        layer = SqueezeExcite(
+            BatchNormalization(activation='silu'),
+            keras.layers.Conv2D(2, 1, activation='silu'),
+            keras.layers.Conv2D(6, 1, activation='sigmoid'),
+        )
+        layer.build(inputs.shape)
+        layer.uses_kernels = layer.normalization.uses_kernels = uses
+        results.append(of_one_step(layer, inputs))
+    for passes, kernels in zip(*results, strict=True):
+        np.testing.assert_allclose(kernels, passes, rtol=1e-4, atol=1e-4)
+
+
+FEW = [
+    (shape, kernel, strides, padding)
+    for shape in ((1, 1), (1, 2), (2, 2), (4, 1), (1, 3))
+    for kernel in (1, 2, 3, 5)
+    for strides in (1, 2)
+    for padding in ('same', 'valid')
+    if padding == 'same' or kernel <= min(shape)
+]
+
+
+@pytest.mark.parametrize('shape, kernel, strides, padding', FEW)
+def test_few_pixels_have_the_gradient_of_keras(shape, kernel, strides, padding):
+    inputs = tf.constant(np.random.RandomState(0).randn(3, *shape, 4), tf.float64)
+    keras.config.set_dtype_policy('float64')
+    ours = DepthwiseConv2D(kernel, strides, padding, use_bias=False)
+    theirs = keras.layers.DepthwiseConv2D(kernel, strides, padding, use_bias=False)
+    for layer in (ours, theirs):
+        layer.build(inputs.shape)
+        layer.kernel.assign(np.random.RandomState(1).randn(*layer.kernel.shape))
+    ours.uses_kernels = True
+    for our, their in zip(of_one_step(ours, inputs), of_one_step(theirs, inputs), strict=True):
+        np.testing.assert_allclose(our, their, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(

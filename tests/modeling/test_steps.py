@@ -70,7 +70,7 @@ def run(config, num_steps, devices=1, jit_compile=False, dtype_policy='float32',
             num_classes=10,
             num_replicas=devices,
             jit_compile=jit_compile,
-            skips_by_branch=devices == 1,
+            on_cpu=devices == 1,
         ),
     )
     iterator = batches(strategy, devices, **data)
@@ -420,7 +420,7 @@ def test_float16_skips_a_nonfinite_update_and_halves_its_scale(still, devices):
             num_classes=10,
             num_replicas=devices,
             jit_compile=False,
-            skips_by_branch=devices == 1,
+            on_cpu=devices == 1,
         ),
     )
     assert (
@@ -470,7 +470,7 @@ def test_a_nan_loss_changes_nothing_and_is_counted(still, name, devices):
         num_classes=10,
         num_replicas=devices,
         jit_compile=False,
-        skips_by_branch=devices == 1,
+        on_cpu=devices == 1,
     )
     loop = loops.make_train_loop(strategy, step)
     good, bad = [np.full(32, label) for label in (3, 7)]
@@ -520,7 +520,7 @@ def test_several_steps_in_one_call_are_the_same_steps(still):
     loop = loops.make_train_loop(
         strategy,
         steps.make_train_step(
-            state, still, UNCHANGED, num_classes=10, num_replicas=1, jit_compile=False
+            state, still, UNCHANGED, num_classes=10, num_replicas=1, jit_compile=False, on_cpu=True
         ),
     )
     iterator = batches(strategy, 1)
