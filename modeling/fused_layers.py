@@ -6,11 +6,14 @@ hand, so that only the input is kept for them. docs/tpu.md has figures for each 
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
+
+from modeling import optimizers
 
 # The layers of a squeeze-and-excitation block after its mean, each with the settings that
 # `SqueezeExcite` takes for granted.
@@ -20,18 +23,6 @@ GATE: tuple[tuple[str, dict[str, Any]], ...] = (
     ('Conv2D', {'kernel_size': (1, 1), 'activation': 'sigmoid', 'use_bias': True}),
     ('Multiply', {}),
 )
-
-
-@tf.custom_gradient
-def _silu_by_kernels(z: tf.Tensor) -> tuple[tf.Tensor, Callable[[tf.Tensor], tf.Tensor]]:
-    """Computes SiLU, and its gradient with as few of TensorFlow's operations as possible."""
-
-    def gradient(grad_output: tf.Tensor) -> tf.Tensor:
-        gate = tf.sigmoid(z)
-        # The derivative is gate + z gate (1 - gate), of which an operation has the second part.
-        return grad_output * (gate + tf.raw_ops.SigmoidGrad(y=gate, dy=z))
-
-    return z * tf.sigmoid(z), gradient
 
 
 def _silu(z: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
@@ -58,7 +49,7 @@ ACTIVATIONS: dict[
 KERNELS: dict[str, Callable[[tf.Tensor], tf.Tensor]] = {  # the same, with TensorFlow's gradient
     'linear': tf.identity,
     'relu': tf.nn.relu,
-    'silu': _silu_by_kernels,
+    'silu': lambda z: z * tf.sigmoid(z),
 }
 
 
@@ -137,20 +128,33 @@ class BatchNormalization(keras.layers.BatchNormalization):
         return output
 
     def _normalized_by_kernel(self, inputs: tf.Tensor) -> tf.Tensor:
-        gamma, beta, *_ = self.parameters(inputs.dtype)
-        output, mean, variance, *_ = tf.raw_ops.FusedBatchNormV3(
-            x=inputs,
-            scale=gamma,
-            offset=beta,
-            mean=tf.zeros([0]),
-            variance=tf.zeros([0]),
-            epsilon=self.epsilon,
-            is_training=True,
-        )
-        # The kernel divides by one less than the number of values.
-        count = tf.cast(tf.size(inputs[..., 0]), variance.dtype)
-        self.update_moving_statistics(mean, variance * (tf.maximum(count - 1, 1) / count))
-        return output
+        settings = {'epsilon': self.epsilon, 'is_training': True}
+
+        # With its own gradient TensorFlow makes zeros for each statistic, and adds them up.
+        @tf.custom_gradient
+        def normalize(inputs: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor) -> tuple:
+            empty = tf.zeros([0])
+            output, mean, variance, *kept = tf.raw_ops.FusedBatchNormV3(
+                x=inputs, scale=gamma, offset=beta, mean=empty, variance=empty, **settings
+            )
+            size = inputs.shape.num_elements() or tf.cast(tf.size(inputs), tf.float32)
+            # The kernel divides by one less than the number of values.
+            self._follow(mean, variance * (1 - inputs.shape[-1] / size))
+
+            def gradient(grad_output: tf.Tensor) -> Sequence[tf.Tensor]:
+                reserve = {f'reserve_space_{index}': value for index, value in enumerate(kept, 1)}
+                return tf.raw_ops.FusedBatchNormGradV3(
+                    y_backprop=grad_output, x=inputs, scale=gamma, **reserve, **settings
+                )[:3]
+
+            return output, gradient
+
+        return normalize(inputs, *self._scale_and_offset(tf.float32))
+
+    def _follow(self, mean: tf.Tensor, variance: tf.Tensor) -> None:
+        """Does what `update_moving_statistics` does, in few operations."""
+        for moving, new in ((self.moving_mean, mean), (self.moving_variance, variance)):
+            optimizers.subtract(moving, tf.constant(1 - self.momentum), moving - new)
 
     def parameters(self, dtype: tf.DType) -> list[tf.Tensor]:
         """Returns gamma, beta, moving mean and moving variance in the dtype of all sums.
@@ -158,18 +162,16 @@ class BatchNormalization(keras.layers.BatchNormalization):
         Each is [channels].
         """
         sum_dtype = keras.backend.result_type(dtype, 'float32')
+        moving = [tf.cast(self.moving_mean, sum_dtype), tf.cast(self.moving_variance, sum_dtype)]
+        return [*self._scale_and_offset(sum_dtype), *moving]
 
+    def _scale_and_offset(self, dtype: tf.DType | str) -> list[tf.Tensor]:
         def value(variable: keras.Variable | None, default: int) -> tf.Tensor:
             if variable is None:
-                return tf.fill(self.moving_mean.shape, tf.cast(default, sum_dtype))
-            return tf.cast(variable, sum_dtype)
+                return tf.fill(self.moving_mean.shape, tf.cast(default, dtype))
+            return tf.cast(variable, dtype)
 
-        return [
-            value(self.gamma, 1),
-            value(self.beta, 0),
-            value(self.moving_mean, 0),
-            value(self.moving_variance, 1),
-        ]
+        return [value(self.gamma, 1), value(self.beta, 0)]
 
     def update_moving_statistics(self, mean: tf.Tensor, variance: tf.Tensor) -> None:
         for moving, new in ((self.moving_mean, mean), (self.moving_variance, variance)):
@@ -294,7 +296,7 @@ class SqueezeExcite(keras.layers.Layer):
         kernels = [
             tf.cast(variable, gamma.dtype)
             for layer in (self.reduce, self.expand)
-            for variable in (layer.kernel[0, 0], layer.bias)
+            for variable in (tf.squeeze(layer.kernel, (0, 1)), layer.bias)
         ]
         if self.uses_kernels:
             features = self.normalization(inputs, training=True)
@@ -389,7 +391,7 @@ def _gate(
     expand: tf.Tensor,
     expand_bias: tf.Tensor,
 ) -> tf.Tensor:
-    hidden = _silu_by_kernels(squeezed @ reduce + reduce_bias)
+    hidden = KERNELS['silu'](squeezed @ reduce + reduce_bias)
     return tf.sigmoid(hidden @ expand + expand_bias)  # [batch, channels]
 
 
@@ -432,9 +434,14 @@ class DepthwiseConv2D(keras.layers.DepthwiseConv2D):
         )
         sums = tf.reshape(tf.reduce_sum(pairs, 0), [-1, channels])
         # A picture for each pixel, convolved with a kernel for each weight, is 1 where it is used.
-        pictures = tf.reshape(tf.eye(before, dtype=sums.dtype), [before, height, width, 1])
-        kernels = tf.reshape(tf.eye(num_weights, dtype=sums.dtype), [*self.kernel_size, 1, -1])
-        used = tf.nn.conv2d(pictures, kernels, self.strides, self.padding.upper())
+        pictures = np.eye(before).reshape(before, height, width, 1)
+        kernels = np.eye(num_weights).reshape(*self.kernel_size, 1, num_weights)
+        used = tf.nn.conv2d(
+            tf.constant(pictures, sums.dtype),
+            tf.constant(kernels, sums.dtype),
+            self.strides,
+            self.padding.upper(),
+        )
         gradient = tf.matmul(tf.reshape(used, [-1, num_weights]), sums, transpose_a=True)
         return tf.reshape(gradient, self.kernel.shape)
 

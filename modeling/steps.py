@@ -402,13 +402,16 @@ def _make_update(
     optimizer = state.optimizer
     assert optimizer is not None
     statistics = statistics_of(state.model)
-    apply_gradients = _make_apply(state, config.model.layer_decay)
+    apply_gradients = _make_apply(state, config.model.layer_decay, on_cpu)
     variables = (*state.model.trainable_variables, *optimizer.variables)
     changed = [variable.value for variable in variables if variable is not optimizer.iterations]
 
     def update(gradients: Tensors, learning_rate: tf.Tensor) -> None:
         apply_gradients(gradients, learning_rate)
-        _update_average(state, config.ema_decay, lambda new, old: new)
+        if on_cpu:
+            _update_average_alone(state, config.ema_decay)
+        else:
+            _update_average(state, config.ema_decay, lambda new, old: new)
 
     def skip(statistics_before: Tensors) -> None:
         _assign(statistics, statistics_before)
@@ -437,10 +440,12 @@ def _make_update(
     return branch if on_cpu or not guarded else select
 
 
-def _make_apply(state: TrainState, layer_decay: float) -> Callable[[Tensors, tf.Tensor], None]:
+def _make_apply(
+    state: TrainState, layer_decay: float, is_alone: bool
+) -> Callable[[Tensors, tf.Tensor], None]:
     """Returns a function of gradients and a rate that updates what is trained.
 
-    A layer's rate is the rate times its multiplier.
+    A layer's rate is the rate times its multiplier. `is_alone` is for a single replica.
     """
     optimizer = state.optimizer
     assert optimizer is not None
@@ -452,6 +457,10 @@ def _make_apply(state: TrainState, layer_decay: float) -> Callable[[Tensors, tf.
         if multiplier != 1
     ]
     variables = [variable for variable, _ in layer_decayed]
+    has_constraints = any(variable.constraint for variable in trained)
+    is_fused = isinstance(optimizer, optimizers.Fused) and optimizer.is_fused
+    if is_alone and is_fused and not layer_decayed and not has_constraints:
+        return lambda gradients, rate: optimizer.apply_alone(gradients, trained, rate)
 
     def apply_gradients(gradients: Tensors, learning_rate: tf.Tensor) -> None:
         before = [tf.identity(variable) for variable in variables]
@@ -592,22 +601,9 @@ def _update_average(state: TrainState, decay: float, select: Select) -> None:
     `n` is the number of updates, as in tf.train.ExponentialMovingAverage. `select` chooses between
     the new and the old averages.
     """
-    if not state.average or state.optimizer is None:
+    if not state.average:
         return
-    updates = tf.cast(state.optimizer.iterations, tf.float32)
-    decay = tf.minimum(decay, (1 + updates) / (10 + updates))
-    frozen = {
-        variable.path
-        for layer in state.model._flatten_layers()
-        if not layer.trainable
-        for variable in layer.variables
-    }
-    # Frozen variables are skipped: rounding would make their averages drift.
-    pairs = [
-        (average, variable.value)
-        for average, variable in zip(state.average, float_variables(state.model), strict=True)
-        if variable.path not in frozen
-    ]
+    decay, pairs = _average_decay(state, decay), _averaged_pairs(state)
     old = [tf.identity(average) for average, _ in pairs]
     new = [
         average * tf.cast(decay, average.dtype) + variable * (1 - tf.cast(decay, average.dtype))
@@ -615,3 +611,35 @@ def _update_average(state: TrainState, decay: float, select: Select) -> None:
     ]
     for (average, _), value in zip(pairs, select(new, old), strict=True):
         average.assign(value)
+
+
+def _update_average_alone(state: TrainState, decay: float) -> None:
+    """Does the same for a single replica, unless an update is skipped, in fewer operations."""
+    if not state.average:
+        return
+    decay, pairs = _average_decay(state, decay), _averaged_pairs(state)
+    dtypes = {average.dtype for average, _ in pairs}
+    rest = {dtype: 1 - tf.cast(decay, dtype) for dtype in dtypes}
+    for average, variable in pairs:
+        optimizers.subtract(average, rest[average.dtype], average - variable)
+
+
+def _average_decay(state: TrainState, decay: float) -> tf.Tensor:
+    assert state.optimizer is not None
+    updates = tf.cast(state.optimizer.iterations, tf.float32)
+    return tf.minimum(decay, (1 + updates) / (10 + updates))
+
+
+def _averaged_pairs(state: TrainState) -> list[tuple[tf.Variable, tf.Variable]]:
+    """Returns (average, variable) of all that is not frozen.
+
+    Rounding would make the averages of what is frozen drift.
+    """
+    frozen = {
+        variable.path
+        for layer in state.model._flatten_layers()
+        if not layer.trainable
+        for variable in layer.variables
+    }
+    pairs = zip(state.average, float_variables(state.model), strict=True)
+    return [(average, variable.value) for average, variable in pairs if variable.path not in frozen]

@@ -8,15 +8,19 @@ import tensorflow as tf
 from modeling import optimizers
 
 
-def after_seven_updates(optimizer):
+def after_seven_updates(optimizer, is_alone=False):
     """All variables, one vector, from the same start and with the same gradients."""
     random = np.random.RandomState(0)
     variables = [keras.Variable(random.randn(*shape)) for shape in ((3, 4), (5,))]
+    optimizer.exclude_from_weight_decay(var_list=variables[1:])
     optimizer.build(variables)
 
     @tf.function(autograph=False)
     def step(gradients):
-        optimizer.apply(gradients, variables)
+        if is_alone:
+            optimizer.apply_alone(gradients, variables, tf.constant(0.1, tf.float64))
+        else:
+            optimizer.apply(gradients, variables)
 
     for _ in range(7):
         step([tf.constant(random.randn(*variable.shape)) for variable in variables])
@@ -42,6 +46,10 @@ def test_fused_updates_are_those_of_keras(float64, name, theirs, arguments):
     ours = after_seven_updates(optimizers.OPTIMIZERS[name](learning_rate=0.1, **arguments))
     expected = after_seven_updates(theirs(learning_rate=0.1, **arguments))
     np.testing.assert_allclose(ours, expected, rtol=1e-14, atol=1e-15)
+    optimizer = optimizers.OPTIMIZERS[name](learning_rate=0.1, **arguments)
+    if optimizer.is_fused:
+        alone = after_seven_updates(optimizer, is_alone=True)
+        np.testing.assert_allclose(alone, expected, rtol=1e-13, atol=1e-14)
 
 
 @pytest.fixture
