@@ -47,7 +47,7 @@ ACTIVATIONS: dict[
     'silu': _silu,
 }
 KERNELS: dict[str, Callable[[tf.Tensor], tf.Tensor]] = {  # the same, with TensorFlow's gradient
-    'linear': tf.identity,
+    'linear': lambda z: z,
     'relu': tf.nn.relu,
     'silu': lambda z: z * tf.sigmoid(z),
 }
