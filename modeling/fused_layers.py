@@ -300,7 +300,7 @@ class SqueezeExcite(keras.layers.Layer):
         ]
         if self.uses_kernels:
             features = self.normalization(inputs, training=True)
-            squeezed = tf.cast(tf.reduce_mean(features, (1, 2)), gamma.dtype)  # [batch, channels]
+            squeezed = tf.reduce_mean(tf.cast(features, gamma.dtype), (1, 2))  # [batch, channels]
             gate = _gate(squeezed, *kernels)
             return features * tf.cast(gate, features.dtype)[:, None, None]
         output, mean, variance = self._train(shift, inputs, gamma, beta, *kernels)
@@ -399,8 +399,8 @@ def _gate(
 class DepthwiseConv2D(keras.layers.DepthwiseConv2D):
     """`keras.layers.DepthwiseConv2D`, whose gradient is also quick for pictures of few pixels.
 
-    oneDNN takes 53 ms for the gradient of the kernel where 64 pictures have one pixel and 1,152
-    channels, and 3 ms where they have nine.
+    For pictures of one pixel oneDNN's gradient of the kernel takes many times as long as for those
+    of nine (`python benchmarks/depthwise.py`).
     """
 
     uses_kernels = False
@@ -428,22 +428,19 @@ class DepthwiseConv2D(keras.layers.DepthwiseConv2D):
     def _kernel_gradient(self, inputs: tf.Tensor, grad_output: tf.Tensor) -> tf.Tensor:
         """Sums products of pixels, first over the batch, then over those that share a weight."""
         height, width, channels = inputs.shape[1:]
-        before, num_weights = height * width, math.prod(self.kernel_size)
-        pairs = tf.reshape(inputs, [-1, before, 1, channels]) * tf.reshape(
-            grad_output, [-1, 1, grad_output.shape[1] * grad_output.shape[2], channels]
-        )
-        sums = tf.reshape(tf.reduce_sum(pairs, 0), [-1, channels])
+        before, after = height * width, math.prod(grad_output.shape[1:3])
+        dtype = keras.backend.result_type(inputs.dtype, 'float32')
+        rows = tf.reshape(tf.cast(inputs, dtype), [-1, before, 1, channels])
+        columns = tf.reshape(tf.cast(grad_output, dtype), [-1, 1, after, channels])
+        sums = tf.reshape(tf.reduce_sum(rows * columns, 0), [before * after, channels])
         # A picture for each pixel, convolved with a kernel for each weight, is 1 where it is used.
-        pictures = np.eye(before).reshape(before, height, width, 1)
-        kernels = np.eye(num_weights).reshape(*self.kernel_size, 1, num_weights)
-        used = tf.nn.conv2d(
-            tf.constant(pictures, sums.dtype),
-            tf.constant(kernels, sums.dtype),
-            self.strides,
-            self.padding.upper(),
-        )
-        gradient = tf.matmul(tf.reshape(used, [-1, num_weights]), sums, transpose_a=True)
-        return tf.reshape(gradient, self.kernel.shape)
+        num_weights = math.prod(self.kernel_size)
+        pictures = np.eye(before, dtype=dtype).reshape(before, height, width, 1)
+        kernels = np.eye(num_weights, dtype=dtype).reshape(*self.kernel_size, 1, num_weights)
+        used = tf.nn.conv2d(pictures, kernels, self.strides, self.padding.upper())
+        used = tf.reshape(used, [before * after, num_weights])
+        gradient = tf.reshape(tf.matmul(used, sums, transpose_a=True), self.kernel.shape)
+        return tf.cast(gradient, inputs.dtype)
 
 
 def fuse(model: dict[str, Any], synchronized: bool) -> None:

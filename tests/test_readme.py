@@ -134,6 +134,7 @@ COMMANDS = {
     f'{PYTHON} main.py --config=configs/digits.py --workdir=runs/without '
     '--config.schedule.warmup=0%': Runs(DIGITS, says='warmup 0'),
     f'{PYTHON} compare.py runs/digits runs/without': Runs(says='curves in comparison.png'),
+    'make bench': Not('tests/benchmarks/test_bench.py runs one case of it'),
     'benchmarks/replicas.py': HOURS,
     'python benchmarks/seeds.py': HOURS,
     'python benchmarks/torture.py': Not(
