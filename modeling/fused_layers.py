@@ -99,7 +99,8 @@ class BatchNormalization(keras.layers.BatchNormalization):
             scale = gamma * tf.math.rsqrt(variance + self.epsilon)
             z = tf.cast(inputs, scale.dtype) * scale + (beta - mean * scale)
             return tf.cast(activate(z)[0], self.compute_dtype)
-        if self.uses_kernels and inputs.dtype != tf.float64 and inputs.shape.rank == 4:
+        are_images = inputs.shape.rank == 4 and self.axis in (-1, 3)
+        if self.uses_kernels and are_images and inputs.dtype != tf.float64:
             return KERNELS[self.activation](self._normalized_by_kernel(inputs))
 
         @tf.custom_gradient
