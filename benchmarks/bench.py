@@ -5,7 +5,8 @@
 
 Each program has a process of its own and all take turns; the figures are medians over the rounds,
 and those of a ratio are of ratios within a round, because a machine's speed drifts. Above 1 ours is
-the faster one. Without --torch_python timm and torchvision are left out.
+the faster one. Without --torch_python timm and torchvision are left out, and bfloat16 on processors
+that do not have it, where a step takes minutes.
 """
 
 import argparse
@@ -88,6 +89,8 @@ def run(case: str, rounds: int, seconds: float, torch_python: str | None) -> dic
     names, arguments = STEPS[case]
     commands = {}
     for name in names:
+        if name.endswith('bfloat16') and not has_bfloat16():
+            continue
         python = torch_python if name.startswith('timm') else sys.executable
         if python:
             flags = [f'--{key}={value}' for key, value in arguments.items()]
@@ -100,6 +103,15 @@ def run(case: str, rounds: int, seconds: float, torch_python: str | None) -> dic
         found[name]['peak_mib'] = round(program.peak_bytes / 2**20)
     print('  peak memory in MiB: ' + ', '.join(f'{n} {found[n]["peak_mib"]}' for n in found))
     return {**arguments, **found}
+
+
+def has_bfloat16() -> bool:
+    """Returns whether Linux says that the processor computes in bfloat16."""
+    if not os.path.exists('/proc/cpuinfo'):
+        return False
+    with open('/proc/cpuinfo') as file:
+        words = file.read().split()
+    return not {'avx512_bf16', 'amx_bf16', 'bf16'}.isdisjoint(words)
 
 
 def seconds_to_first_step(command: list[str]) -> float:
