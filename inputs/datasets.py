@@ -142,6 +142,7 @@ def _load_tfds(dataset_config: ConfigDict, needs_training: bool) -> Source:
     builder, columns = find_builder(dataset_config)
     if not builder.is_prepared():
         _prepare(builder, data_folder(dataset_config))
+        builder, columns = find_builder(dataset_config)
     class_names = tfds_checks.names_of_classes(builder, columns)
     num_train = split_size(
         builder.name, builder.info.splits, 'train_split', dataset_config, needed=needs_training
@@ -229,6 +230,8 @@ def _prepare(builder: tfds.core.DatasetBuilder, data_dir: str) -> None:
         with contextlib.redirect_stdout(io.StringIO()):
             builder.download_and_prepare(download_config=download)
     except Exception as error:  # of any kind: no network, a damaged archive, no space
+        if builder.is_prepared():  # another run, begun at the same time, was quicker
+            return
         offline = isinstance(error, OSError) and re.search(
             'HTTPS?Connection|resolve|unreachable', str(error)
         )

@@ -204,3 +204,18 @@ def test_data_that_cannot_be_prepared_is_one_line_with_cause(tmp_path, monkeypat
     with refused(RunError, 'digits', tmp_path, str(error)[:20], fix=fix) as raised:
         datasets.load(dataset_config(name='digits', data_dir=str(tmp_path)))
     assert bool(raised.value.fix) == isinstance(error, requests.ConnectionError)
+
+
+def test_two_runs_may_prepare_a_data_set_at_the_same_time(tmp_path, monkeypatch):
+    prepare, began = Digits.download_and_prepare, []
+
+    def meanwhile_another(self, **options):
+        began.append(self)
+        if len(began) == 1:
+            datasets.load(dataset_config(name='digits', data_dir=str(tmp_path)))
+            raise FileExistsError('Destination already exists')
+        prepare(self, **options)
+
+    monkeypatch.setattr(Digits, 'download_and_prepare', meanwhile_another)
+    source = datasets.load(dataset_config(name='digits', data_dir=str(tmp_path)))
+    assert len(began) == 2 and (source.num_train, source.num_eval) == (1437, 360)
