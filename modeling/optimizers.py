@@ -44,7 +44,7 @@ class Fused:
     def apply_alone(
         self, gradients: Sequence[tf.Tensor], variables: Sequence[Any], learning_rate: tf.Tensor
     ) -> None:
-        """Does what `apply` does for a single replica, in a fifth of the operations."""
+        """Does what `apply` does for a single replica, in far fewer operations."""
         dtypes = {variable.dtype for variable in variables}
         numbers = {d: self.numbers(d, tf.cast(learning_rate, d)) for d in dtypes}
         decay = self.weight_decay or 0.0
