@@ -9,6 +9,7 @@ stack trace.
 
 import glob
 import os
+import platform
 import re
 import signal
 import sys
@@ -29,8 +30,9 @@ except ImportError as error:
     )
 
 os.environ['KERAS_BACKEND'] = 'tensorflow'  # before Keras is imported, whatever ~/.keras says
-# Kernels that TensorFlow leaves out on processors without AVX-512, but which are faster there too.
-os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '1')
+if platform.machine() in ('x86_64', 'AMD64'):
+    # Kernels that TensorFlow leaves out without AVX-512, but which are faster without it too.
+    os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '1')
 
 from common import console, tpu_environment  # noqa: E402
 from common.errors import (

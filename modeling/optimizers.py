@@ -16,8 +16,8 @@ from common.errors import ConfigError, closest_match, did_you_mean, one_line
 class Fused:
     """Updates a variable with one of TensorFlow's operations, where Keras' optimizers take several.
 
-    A subclass says which, and which numbers it needs, tensors [] that are the same for all
-    variables of a dtype.
+    A subclass says in `update` which, and in `numbers` what it needs besides, tensors [] that are
+    the same for all variables of a dtype.
     """
 
     weight_decay: float | None
